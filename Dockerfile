@@ -1,0 +1,64 @@
+# The training image. SageMaker runs it as `docker run IMAGE train`; without the argument it does the same.
+
+# CUDA 12.8 serves every card from T4 to H100 and Blackwell; CUDA 13 would ask for newer host drivers.
+ARG BASE_IMAGE=pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime
+FROM ${BASE_IMAGE}
+
+# Triton compiles its launchers when a job runs; not every runtime image has the compiler and headers for that.
+# hadolint ignore=DL3008
+RUN command -v gcc >/dev/null || { \
+        apt-get update \
+        && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
+        && rm -rf /var/lib/apt/lists/*; \
+    }
+
+# 8-bit AdamW (`use_8bit_adam`); its wheel holds kernels for each CUDA 12 and 13.
+ARG WITH_BITSANDBYTES=1
+# `attention=xformers`, for those who ask for it. This wheel is built for torch 2.10 with CUDA 12.8 (T4 and newer) and
+# loads on no CUDA 13 image: change it together with BASE_IMAGE.
+ARG WITH_XFORMERS=0
+# The base's torch is a constraint, so no dependency can replace it; what would break a job breaks the build instead.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    --mount=type=bind,source=requirements,target=/mnt \
+    set -eu; \
+    base_torch() { python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; }; \
+    base_torch >/root/base-torch.txt; \
+    set -- --requirement /mnt/image.txt; \
+    if [ "$WITH_BITSANDBYTES" = 1 ]; then set -- "$@" bitsandbytes==0.50.2; fi; \
+    if [ "$WITH_XFORMERS" = 1 ]; then set -- "$@" xformers==0.0.35; fi; \
+    PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --constraint /root/base-torch.txt "$@"; \
+    [ "$(base_torch)" = "$(cat /root/base-torch.txt)" ]; \
+    python -c 'from diffusers import StableDiffusionPipeline'; \
+    if [ "$WITH_XFORMERS" = 1 ]; then \
+        python -c 'import torch, importlib.util as u; torch.ops.load_library(u.find_spec("xformers._C").origin)'; \
+    fi; \
+    rm -rf /root/base-torch.txt /tmp/*
+
+# Caches follow HOME into /tmp: with it as a volume, the job runs on a read-only root file system (`--read-only`).
+# USER gives a `--user` that /etc/passwd does not know the name that PyTorch's compile cache asks for.
+ENV HOME=/tmp \
+    USER=dreambooth \
+    HF_HUB_DISABLE_TELEMETRY=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONPATH=/opt/dreambooth-sm \
+    PYTHONUNBUFFERED=1
+VOLUME ["/tmp"]
+
+# Our code comes last: a change to it rebuilds nothing above. Readable to any `--user`, whatever the builder's umask.
+WORKDIR /opt/dreambooth-sm
+COPY LICENSE ./
+COPY dreambooth_sm/ dreambooth_sm/
+COPY container/ container/
+RUN python -m compileall -q . && chmod -R a+rX .
+
+# No USER: SageMaker starts the container as root and owns what it mounts at /opt/ml, where another user could not
+# write its model. Everywhere else `docker run --user` works.
+ENTRYPOINT ["python", "/opt/dreambooth-sm/container/train.py"]
+
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="dreambooth-sm" \
+      org.opencontainers.image.description="DreamBooth fine-tuning of Stable Diffusion as a SageMaker training job" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0"

@@ -1,0 +1,56 @@
+"""SageMaker's ``train``: reads the contract, runs the job, answers by exit code and failure file.
+
+Exit codes: 0 done; 2 bad input; 143 stopped on request, with a checkpoint; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+# Before torch is imported: fragmentation costs small cards gigabytes. What the user has set wins.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+from dreambooth_sm import sagemaker
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
+from dreambooth_sm.hyperparameters import Hyperparameters, split_arguments
+from dreambooth_sm.quiet import quiet_libraries
+from dreambooth_sm.report import Reporter
+
+
+def main(arguments: list[str]) -> int:
+    base = sagemaker.base_directory()
+    stop = sagemaker.stop_event()
+    report = Reporter()
+    try:
+        options = split_arguments(arguments[1:] if arguments[:1] == ["train"] else arguments)
+        contract = sagemaker.read_contract(base, need_hyperparameters=not options)
+        hyperparameters = Hyperparameters.parse({**contract.hyperparameters, **options})
+        quiet_libraries()
+        from dreambooth_sm.job import run  # imports torch, which bad input does not have to wait for
+
+        run(hyperparameters, contract, report=report, stop=stop)
+    except UserError as error:
+        return fail(base, "\n".join(error.problems), EXIT_BAD_INPUT)
+    except StopRequested as request:
+        report.say(f"stopped: {request}")
+        return EXIT_STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        return fail(base, f"{type(error).__name__}: {error}", EXIT_FAILURE)
+    return EXIT_OK
+
+
+def fail(base: Path, reason: str, code: int) -> int:
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    try:
+        sagemaker.write_failure(base, reason)
+    except OSError as error:
+        print(f"the failure file can't be written: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

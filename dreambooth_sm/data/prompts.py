@@ -1,0 +1,73 @@
+"""Prompts as token ids and embeddings, also those that are longer than the text encoder's window."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+
+from dreambooth_sm.errors import UserError
+
+# Orders of a prompt's tags that are kept for `shuffle_tags`.
+TAG_ORDERS = 16
+
+
+def tokenize(tokenizer: Any, prompts: list[str], *, max_tokens: int = 75, pad: bool = True) -> torch.Tensor:
+    """Token ids in chunks that the text encoder can take.
+
+    Args:
+        max_tokens: longest prompt, in tokens without the start and end marks; a multiple of 75.
+        pad: pad to the text encoder's full length; otherwise to the longest prompt.
+
+    Returns:
+        int64 ``(prompts, chunks, length)``; every chunk begins with the start mark and ends with the end mark.
+
+    Raises:
+        UserError: for prompts of more than ``max_tokens`` tokens.
+    """
+    window = tokenizer.model_max_length - 2
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    words = [tokenizer(p, add_special_tokens=False, truncation=False, verbose=False).input_ids for p in prompts]
+    limit = max_tokens // 75 * window
+    too_long = {
+        f"the prompt {prompt!r} has {len(ids)} tokens and max_token_length={max_tokens} allows {limit}; "
+        "shorten it or set max_token_length to 150 or 225"
+        for prompt, ids in zip(prompts, words, strict=True)
+        if len(ids) > limit
+    }
+    if too_long:
+        raise UserError(sorted(too_long))
+    longest = max(len(ids) for ids in words)
+    chunks = max(1, -(-longest // window))
+    length = window if pad or chunks > 1 else longest
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    rows = torch.full((len(prompts), chunks, length + 2), filler, dtype=torch.int64)
+    for row, ids in zip(rows, words, strict=True):
+        for number, chunk in enumerate(row):
+            part = ids[number * window : (number + 1) * window]
+            chunk[: len(part) + 2] = torch.tensor([start, *part, end])
+    return rows
+
+
+def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden states of chunked token ids.
+
+    Args:
+        ids: ``(prompts, chunks, length)`` as :func:`tokenize` makes them, on the text encoder's device.
+
+    Returns:
+        ``(prompts, chunks * length, width)`` in the text encoder's dtype.
+    """
+    prompts, chunks, length = ids.shape
+    hidden = text_encoder(ids.reshape(prompts * chunks, length))[0]
+    return hidden.reshape(prompts, chunks * length, -1)
+
+
+def tag_orders(prompt: str, seed: int) -> list[str]:
+    """The prompt with its comma-separated tags in ``TAG_ORDERS`` random orders, itself first."""
+    tags = [tag.strip() for tag in prompt.split(",") if tag.strip()]
+    if len(tags) < 2:
+        return [prompt]
+    shuffle = random.Random(f"{seed} {prompt}")
+    return [prompt] + [", ".join(shuffle.sample(tags, len(tags))) for _ in range(TAG_ORDERS - 1)]

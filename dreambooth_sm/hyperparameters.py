@@ -1,0 +1,524 @@
+"""Every knob of the job, once: name, type, default, help, allowed values.
+
+The container, the launcher, the command line and the docs all read this schema. It imports no torch.
+
+SageMaker hands each hyperparameter over as a string, and some SDK versions encode it as JSON once more;
+:meth:`Hyperparameters.parse` undoes both and reports every problem of the input in one
+:class:`~dreambooth_sm.errors.UserError`. ``python -m dreambooth_sm.hyperparameters`` prints the docs' table.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import re
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from dreambooth_sm.errors import UserError
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+
+DEFAULT_TRAIN_STEPS = 800
+# The channel names of the seed notebook, as SageMaker mounts them.
+DEFAULT_INSTANCE_DATA_DIR = "/opt/ml/input/data/images"
+DEFAULT_CLASS_DATA_DIR = "/opt/ml/input/data/class_images"
+DEFAULT_MODELS_PATH = "/opt/ml/model"
+
+# Other spellings that users of the seed have in their notebooks.
+ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
+# Keys that SageMaker and its SDKs add by themselves.
+_PLATFORM_KEY = re.compile(r"sagemaker_\w+|_tuning_\w+")
+_TEXT_FIELDS = {"instance_prompt", "class_prompt"}
+
+
+def _knob(default: Any, group: str, help: str) -> Any:
+    return Field(default, description=help, json_schema_extra={"group": group})
+
+
+class Concept(BaseModel):
+    """One subject of a job. What is left out is taken from the job's own hyperparameters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instance_data_dir: str | None = None
+    class_data_dir: str | None = None
+    instance_prompt: str | None = None
+    class_prompt: str | None = None
+
+
+class Hyperparameters(BaseModel):
+    """The hyperparameters of one DreamBooth job (Ruiz et al. 2023, "DreamBooth: Fine Tuning Text-to-Image
+    Diffusion Models for Subject-Driven Generation").
+
+    ``"auto"`` leaves a choice to the plan for the card; an explicit value always wins over the plan.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    # What is trained, and where it goes
+    pretrained_model_name_or_path: str = _knob(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "Model",
+        "Base model: hub id or local diffusers directory (a channel, for example).",
+    )
+    pretrained_vae_name_or_path: str | None = _knob(
+        None, "Model", "Replacement for the base model's VAE: hub id or local directory."
+    )
+    revision: str | None = _knob(None, "Model", "Revision of the base model on the hub.")
+    model_name: str = _knob(
+        "aws-trained-dreambooth-model",
+        "Model",
+        "Name of the trained model, as the logs and the manifest give it.",
+    )
+    models_path: str = _knob(
+        DEFAULT_MODELS_PATH, "Model", "Directory in the container that the trained pipeline is written to."
+    )
+    manual_upload_model_path: str | None = _knob(
+        None,
+        "Model",
+        "`s3://bucket/prefix`: upload the pipeline directory there, recursively, and leave nothing for "
+        "SageMaker to pack. Also accepted as `manul_upload_model_path`.",
+    )
+
+    # Pictures and prompts
+    instance_data_dir: str = _knob(DEFAULT_INSTANCE_DATA_DIR, "Data", "Directory with the pictures of the subject.")
+    class_data_dir: str = _knob(
+        DEFAULT_CLASS_DATA_DIR,
+        "Data",
+        "Directory with class images; missing ones are generated (into a scratch directory if this one is read-only).",
+    )
+    instance_prompt: str | None = _knob(None, "Data", 'Prompt of the subject, with a rare token: "photo of zwx toy".')
+    class_prompt: str | None = _knob(None, "Data", 'Prompt of the class, without the token: "photo of a toy".')
+    concepts_list: str | tuple[Concept, ...] | None = _knob(
+        None,
+        "Data",
+        "Several subjects in one run: path of a JSON file, or the JSON itself: a list of {instance_data_dir, "
+        "class_data_dir, instance_prompt, class_prompt}.",
+    )
+    resolution: Annotated[int, Ge(64), Le(2048)] = _knob(
+        512, "Data", "Side of the training pictures, in pixels; a multiple of 8."
+    )
+    center_crop: bool = _knob(False, "Data", "Crop at the centre instead of at random.")
+    hflip: bool = _knob(False, "Data", "Mirror pictures at random.")
+    max_token_length: Literal[75, 150, 225] = _knob(
+        75, "Data", "Longest prompt, in tokens; prompts over 75 are encoded in chunks of 75."
+    )
+    pad_tokens: bool = _knob(True, "Data", "Pad prompts to the text encoder's full length.")
+    shuffle_tags: bool = _knob(False, "Data", "Shuffle the comma-separated parts of a prompt.")
+
+    # Prior preservation
+    with_prior_preservation: bool | Auto = _knob(
+        "auto",
+        "Prior preservation",
+        "Train on class images as well, so that the class is kept. auto: if there is a class prompt.",
+    )
+    prior_loss_weight: NonNegativeFloat = _knob(0.5, "Prior preservation", "Weight of the class images' loss.")
+    num_class_images: PositiveInt = _knob(
+        50, "Prior preservation", "Class images wanted; those that are missing are generated."
+    )
+    sample_batch_size: PositiveInt | Auto = _knob("auto", "Prior preservation", "Class images generated at a time.")
+
+    # How long, and how fast
+    max_train_steps: PositiveInt | None = _knob(
+        None,
+        "Training",
+        f"Optimizer steps. Wins over num_train_epochs; {DEFAULT_TRAIN_STEPS} if neither is given.",
+    )
+    num_train_epochs: PositiveInt | None = _knob(None, "Training", "Passes over the instance pictures.")
+    train_batch_size: PositiveInt = _knob(
+        1, "Training", "Instance pictures a step; prior preservation adds as many class images."
+    )
+    gradient_accumulation_steps: PositiveInt = _knob(1, "Training", "Batches an optimizer step is made of.")
+    learning_rate: PositiveFloat = _knob(2e-6, "Training", "Peak learning rate.")
+    scale_lr: bool = _knob(
+        False, "Training", "Multiply the learning rate by batch size, accumulation steps and processes."
+    )
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = _knob("constant", "Training", "Learning-rate schedule.")
+    lr_warmup_steps: NonNegativeInt = _knob(0, "Training", "Steps over which the learning rate rises from 0.")
+    train_text_encoder: bool | Auto = _knob("auto", "Training", "Train the text encoder as well as the UNet.")
+    snr_gamma: PositiveFloat | None = _knob(
+        None, "Training", "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
+    )
+    seed: NonNegativeInt | None = _knob(
+        None, "Training", "Seed of everything random in the job; None draws one and logs it."
+    )
+
+    # Optimizer
+    use_8bit_adam: bool | Auto = _knob("auto", "Optimizer", "Keep Adam's state in 8 bits (bitsandbytes).")
+    adam_beta1: Fraction = _knob(0.9, "Optimizer", "Decay of the first moment.")
+    adam_beta2: Fraction = _knob(0.999, "Optimizer", "Decay of the second moment.")
+    adam_weight_decay: NonNegativeFloat = _knob(1e-2, "Optimizer", "Decoupled weight decay.")
+    adam_epsilon: PositiveFloat = _knob(1e-8, "Optimizer", "Added to Adam's denominator.")
+    max_grad_norm: PositiveFloat | Auto | None = _knob(
+        "auto",
+        "Optimizer",
+        "Clip gradients to this global norm. auto: 1.0 where the plan can clip; None: never.",
+    )
+    use_ema: bool | Auto = _knob("auto", "Optimizer", "Average the trained weights and save the average.")
+    ema_decay: Fraction = _knob(0.999, "Optimizer", "Decay of the average, reached after a warm-up.")
+
+    # Memory and speed
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = _knob(
+        "auto", "Memory and speed", "Precision of the forward and backward pass."
+    )
+    attention: Literal["auto", "default", "xformers", "flash_attention"] = _knob(
+        "auto", "Memory and speed", "Attention kernels; default is torch's SDPA."
+    )
+    gradient_checkpointing: bool | Auto = _knob(
+        "auto", "Memory and speed", "Recompute activations in the backward pass instead of keeping them."
+    )
+    not_cache_latents: bool | Auto = _knob(
+        "auto",
+        "Memory and speed",
+        "True: encode the pictures at each step; False: encode them once, before training.",
+    )
+    use_cpu: bool = _knob(False, "Memory and speed", "Train on the CPU although there is a GPU.")
+    use_lora: bool = _knob(False, "Memory and speed", "Accepted for the seed's notebooks; only False works.")
+
+    # Checkpoints and logs
+    save_steps: NonNegativeInt = _knob(
+        0,
+        "Checkpoints and logs",
+        "Save a checkpoint every so many steps (or epochs, see save_use_epochs); 0: only when stopped.",
+    )
+    save_use_epochs: bool = _knob(False, "Checkpoints and logs", "Count save_steps in epochs.")
+    checkpoints_total_limit: PositiveInt = _knob(2, "Checkpoints and logs", "Checkpoints kept; older ones are removed.")
+    resume_from_checkpoint: Literal["latest", "no"] = _knob(
+        "latest", "Checkpoints and logs", "Go on from the newest whole checkpoint, if there is one."
+    )
+    logging_steps: PositiveInt = _knob(10, "Checkpoints and logs", "Steps between two metric lines.")
+
+    @property
+    def prior_preservation(self) -> bool:
+        """Whether class images are trained on, with ``auto`` resolved."""
+        if self.with_prior_preservation == "auto":
+            return self.class_prompt is not None or any(c.class_prompt for c in self.inline_concepts)
+        return self.with_prior_preservation
+
+    @property
+    def inline_concepts(self) -> tuple[Concept, ...]:
+        """The concepts given as JSON; empty where ``concepts_list`` is a path or is left out."""
+        return self.concepts_list if isinstance(self.concepts_list, tuple) else ()
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, object]) -> Hyperparameters:
+        """Reads hyperparameters as SageMaker, an SDK, a command line or Python code give them.
+
+        Args:
+            raw: names to values. Strings are decoded (``"False"``, ``"\\"512\\""``, ``photo\\\\ of\\\\ zwx``);
+                keys of the platform (see :func:`platform_keys`) are left out.
+
+        Raises:
+            UserError: with every problem of the input: unknown names (and the nearest known ones), wrong types,
+                values out of range, values that can't work together.
+        """
+        problems: list[str] = []
+        values: dict[str, object] = {}
+        origins: dict[str, str] = {}
+        own = {key: value for key, value in raw.items() if key not in platform_keys(raw)}
+        for key, value in own.items():
+            name = ALIASES.get(key, key)
+            field = cls.model_fields.get(name)
+            if field is None:
+                problems.append(_unknown(key, cls.model_fields))
+                continue
+            if name in values and values[name] != _decode(name, value, field):
+                problems.append(f"{key} and {origins[name]} mean the same and have different values; keep one")
+                continue
+            values[name] = _decode(name, value, field)
+            origins[name] = key
+        try:
+            parsed = cls.model_validate(values)
+            problems += _conflicts(parsed)
+        except ValidationError as error:
+            refused = {str(detail["loc"][0]) for detail in error.errors()}
+            problems += _readable(error, cls, values)
+            # What the valid values say about each other is worth knowing at once as well.
+            rest = cls.model_validate({name: value for name, value in values.items() if name not in refused})
+            problems += [line for line in _conflicts(rest) if not any(name in line for name in refused)]
+        if problems:
+            raise UserError(problems)
+        return parsed
+
+    @classmethod
+    def parse_arguments(cls, arguments: Sequence[str]) -> Hyperparameters:
+        """Reads ``--key value`` (or ``--key=value``) arguments; a bare ``--key`` means true.
+
+        Words up to the next ``--key`` belong to one value, so that an unquoted prompt survives.
+        """
+        return cls.parse(split_arguments(arguments))
+
+    def to_sagemaker(self) -> dict[str, str]:
+        """The values that were set explicitly, each encoded as the one string that every SDK passes through."""
+        explicit = self.model_dump(include=self.model_fields_set, mode="json")
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in explicit.items()}
+
+
+def platform_keys(raw: Mapping[str, object]) -> dict[str, object]:
+    """SageMaker's own entries among the hyperparameters: ``sagemaker_*`` and ``_tuning_*``."""
+    return {key: value for key, value in raw.items() if _PLATFORM_KEY.fullmatch(key)}
+
+
+def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """``["--a", "1", "--b=x y"]`` as ``{"a": "1", "b": "x y"}``.
+
+    Raises:
+        UserError: for words before the first ``--key`` and for keys given twice.
+    """
+    words: dict[str, list[str]] = {}
+    problems: list[str] = []
+    current: list[str] | None = None
+    for argument in arguments:
+        if argument.startswith("--") and len(argument) > 2:
+            key, equals, value = argument[2:].partition("=")
+            if key in words:
+                problems.append(f"--{key} is given twice; keep one")
+            current = words[key] = [value] if equals else []
+        elif current is None:
+            problems.append(f"{argument!r} is no option; write --name value")
+        else:
+            current.append(argument)
+    if problems:
+        raise UserError(problems)
+    return {key: " ".join(value) if value else "true" for key, value in words.items()}
+
+
+def unescape_prompt(text: str) -> str:
+    """A prompt as the tokenizer should see it: escaped blanks are blanks, and runs of blanks are one.
+
+    >>> unescape_prompt(r"photo\\ of\\ zwx\\  toy")
+    'photo of zwx toy'
+    """
+    return " ".join(re.sub(r"\\(?=\s)", " ", text).removesuffix("\\").split())
+
+
+def _decode(name: str, value: object, field: FieldInfo) -> object:
+    """Undoes what SageMaker and its SDKs did to a value on the way."""
+    if isinstance(value, str):
+        value = value.strip()
+        if len(value) >= 2 and value[0] == value[-1] == '"':
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:  # an escaped blank is no JSON escape
+                value = str(value)[1:-1]
+    if isinstance(value, str):
+        if type(None) in _alternatives(field.annotation) and value.lower() in {"", "none", "null"}:
+            return None
+        if name == "concepts_list":
+            return _decode_concepts(value)
+        if name in _TEXT_FIELDS:
+            return unescape_prompt(value)
+        return _in_small_letters(value, field)
+    if isinstance(value, bool) and bool not in _alternatives(field.annotation):
+        return str(value)  # or pydantic would take True for the number 1
+    return value
+
+
+def _in_small_letters(value: str, field: FieldInfo) -> str:
+    """``FP16`` and ``Auto`` mean ``fp16`` and ``auto``: a value from a fixed list is matched in small letters."""
+    return value.lower() if value.lower() in _choices(field.annotation) else value
+
+
+def _decode_concepts(text: str) -> object:
+    """Inline JSON (or what ``str()`` makes of a Python list) as objects; anything else is a path."""
+    if not text.startswith("["):
+        return text
+    try:
+        concepts = json.loads(text)
+    except json.JSONDecodeError:
+        try:
+            concepts = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text
+    return clean_concepts(concepts)
+
+
+def clean_concepts(concepts: object) -> object:
+    """Unescapes the prompts of a list of concepts; anything else is handed back for the schema to refuse."""
+    if not isinstance(concepts, list | tuple) or not all(isinstance(c, Mapping) for c in concepts):
+        return concepts
+    return tuple(
+        {k: unescape_prompt(v) if k in _TEXT_FIELDS and isinstance(v, str) else v for k, v in concept.items()}
+        for concept in concepts
+    )
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, without their constraints."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(a for member in get_args(annotation) for a in _alternatives(member))
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    return (annotation,)
+
+
+def _choices(annotation: Any) -> list[str]:
+    return [str(c) for a in _alternatives(annotation) if get_origin(a) is Literal for c in get_args(a)]
+
+
+def _bounds(annotation: Any) -> list[str]:
+    """The limits that a type's constraints set, in words."""
+    words = {Ge: "at least {}", Gt: "more than {}", Le: "at most {}", Lt: "less than {}"}
+    limits: list[str] = []
+    if get_origin(annotation) in (Union, types.UnionType):
+        for member in get_args(annotation):
+            limits += _bounds(member)
+    elif get_origin(annotation) is Annotated:
+        for constraint in get_args(annotation)[1:]:
+            for kind, text in words.items():
+                if isinstance(constraint, kind):
+                    limits.append(text.format(getattr(constraint, kind.__name__.lower())))
+    return limits
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words: ``a whole number, at least 1, or auto``."""
+    annotation = field.annotation
+    for constraint in field.metadata:
+        annotation = Annotated[annotation, constraint]  # type: ignore[assignment]
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    parts = [names[a] for a in _alternatives(annotation) if a in names]
+    if any(get_origin(a) is tuple for a in _alternatives(annotation)):
+        parts = ["a path of a JSON file", "a list of concepts in JSON"]
+    text = ", ".join([" or ".join(parts), *_bounds(annotation)]).strip(", ")
+    choices = _choices(annotation)
+    if type(None) in _alternatives(annotation):
+        choices.append("None")
+    if not choices:
+        return text
+    return f"{text}, or {' or '.join(choices)}" if text else f"one of {', '.join(choices)}"
+
+
+def _unknown(key: str, fields: Mapping[str, object]) -> str:
+    known = [*fields, *ALIASES]
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]}?" if near else "`python -m dreambooth_sm.hyperparameters` lists those that exist"
+    return f"{key}: unknown hyperparameter; {hint}"
+
+
+def _readable(error: ValidationError, model: type[BaseModel], values: Mapping[str, object]) -> list[str]:
+    """One line for each field that pydantic refused, in the reader's words."""
+    lines: dict[str, str] = {}
+    for detail in error.errors():
+        name = str(detail["loc"][0])
+        if name == "concepts_list":
+            where = ".".join(
+                str(part) for part in detail["loc"] if part in Concept.model_fields or isinstance(part, int)
+            )
+            if detail["type"] == "extra_forbidden":
+                key = str(detail["loc"][-1])
+                lines[name] = f"concepts_list: {key!r} is no key of a concept; write {', '.join(Concept.model_fields)}"
+            else:
+                lines.setdefault(
+                    name,
+                    f"concepts_list: item {where or values[name]!r} is not valid; write a JSON list of "
+                    f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
+                )
+            continue
+        value = values.get(name)
+        shown = "no value" if value is None else repr(value)
+        lines[name] = f"{name}: {shown} is not valid; write {expected(model.model_fields[name])}"
+    return list(lines.values())
+
+
+def _conflicts(h: Hyperparameters) -> list[str]:
+    """Values that are each fine and can't work together."""
+    problems: list[str] = []
+
+    def check(broken: bool, problem: str) -> None:
+        if broken:
+            problems.append(problem)
+
+    concepts = h.inline_concepts
+    check(
+        h.concepts_list is None and not h.instance_prompt,
+        'instance_prompt is missing; write the prompt of your subject with a rare token, such as "photo of zwx toy"',
+    )
+    check(
+        h.with_prior_preservation is True and h.concepts_list is None and not h.class_prompt,
+        "with_prior_preservation=true needs class_prompt; write the prompt of the class, such as "
+        '"photo of a toy", or set with_prior_preservation=false',
+    )
+    check(
+        isinstance(h.concepts_list, tuple) and not concepts,
+        "concepts_list is empty; name at least one concept or leave it out",
+    )
+    for number, concept in enumerate(concepts):
+        check(
+            not (concept.instance_prompt or h.instance_prompt),
+            f"concepts_list: concept {number} has no instance_prompt",
+        )
+        check(
+            h.prior_preservation and not (concept.class_prompt or h.class_prompt),
+            f"concepts_list: concept {number} has no class_prompt, which prior preservation needs",
+        )
+    check(
+        h.instance_prompt is not None and h.instance_prompt == h.class_prompt,
+        "instance_prompt and class_prompt are the same; the instance prompt needs a rare token, such as zwx",
+    )
+    nearest = max(64, round(h.resolution / 8) * 8)
+    check(h.resolution % 8 != 0, f"resolution={h.resolution} is no multiple of 8; write {nearest}")
+    check(h.use_lora, "use_lora=true: this job trains the full model; leave use_lora out or set it to false")
+    check(
+        h.use_cpu and h.mixed_precision == "fp16",
+        "use_cpu=true can't train in fp16; set mixed_precision to no, bf16 or auto",
+    )
+    check(
+        h.use_cpu and h.attention in ("xformers", "flash_attention"),
+        f"use_cpu=true can't run attention={h.attention}, which needs a GPU; set attention to default or auto",
+    )
+    check(
+        h.use_cpu and h.use_8bit_adam is True,
+        "use_cpu=true can't run use_8bit_adam=true, which needs a GPU; set use_8bit_adam to false or auto",
+    )
+    check(
+        h.max_train_steps is not None and h.lr_warmup_steps > h.max_train_steps,
+        f"lr_warmup_steps={h.lr_warmup_steps} is more than max_train_steps={h.max_train_steps}; "
+        "the learning rate would never reach its value",
+    )
+    check(
+        h.lr_scheduler == "constant" and h.lr_warmup_steps > 0,
+        "lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0",
+    )
+    target = h.manual_upload_model_path
+    check(
+        target is not None and not re.fullmatch(r"s3://[A-Za-z0-9.\-_:]{3,255}(/.*)?", target),
+        f"manual_upload_model_path: {target!r} is no S3 location; write s3://bucket/prefix",
+    )
+    check(
+        h.instance_data_dir.rstrip("/") == h.class_data_dir.rstrip("/"),
+        f"instance_data_dir and class_data_dir are the same directory, {h.instance_data_dir}; give each its own",
+    )
+    return problems
+
+
+def markdown_table() -> str:
+    """The reference of all hyperparameters, as the docs show it."""
+    lines: list[str] = []
+    group = ""
+    for name, field in Hyperparameters.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        if extra["group"] != group:
+            group = str(extra["group"])
+            lines += ["", f"### {group}", "", "| name | default | takes | meaning |", "|---|---|---|---|"]
+        lines.append(f"| `{name}` | `{field.default}` | {expected(field)} | {field.description} |")
+    return "\n".join(lines).strip()
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -1,0 +1,267 @@
+"""The job: its phases in order, each a function with typed input and output."""
+
+from __future__ import annotations
+
+import gc
+import secrets
+import shutil
+import threading
+from pathlib import Path
+
+import torch
+
+from dreambooth_sm import storage
+from dreambooth_sm.data.concepts import Subject, find_subjects
+from dreambooth_sm.data.prior import complete_class_images
+from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, random_views
+from dreambooth_sm.errors import StopRequested, UserError
+from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
+from dreambooth_sm.models import BaseModel, check_base, load_base
+from dreambooth_sm.plan import Plan, detect_card, make_plan
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.sagemaker import Contract
+from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.training.checkpoint import latest_checkpoint
+from dreambooth_sm.training.loop import Trainer, TrainingSet, make_schedule
+
+# Hyperparameters that name a place in the container.
+_PATHS = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_name_or_path",
+    "models_path",
+    "instance_data_dir",
+    "class_data_dir",
+)
+# What a job has to have in common with the one whose checkpoint it goes on from.
+_IDENTITY = (
+    "pretrained_model_name_or_path",
+    "instance_prompt",
+    "class_prompt",
+    "resolution",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "prior_loss_weight",
+    "lr_scheduler",
+)
+
+
+def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threading.Event) -> Path | S3Uri:
+    """Runs the whole job.
+
+    Returns:
+        where the trained pipeline lies: a directory, or an S3 location if one was asked for.
+
+    Raises:
+        UserError: bad input, before anything is downloaded where that is possible.
+        StopRequested: ``stop`` was set; what was trained is in a checkpoint.
+    """
+    h = localize(h, contract)
+    with report.phase("check"):
+        plan = check(h, contract)
+        subjects = find_subjects(h)
+        check_base(h)
+        target = check_target(h)
+    for line in plan.lines():
+        report.say(f"plan: {line}")
+    checkpoints = checkpoint_directory(h, contract)
+    previous = latest_checkpoint(checkpoints) if h.resume_from_checkpoint == "latest" else None
+    seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
+    report.metrics(seed=seed)
+    device = torch.device(plan.device)
+
+    with report.phase("load_base"):
+        base = load_base(h)
+    _stop_if_asked(stop)
+    with report.phase("class_images"):
+        subjects = make_class_images(base, subjects, h, plan, device=device, seed=seed, report=report, stop=stop)
+    with report.phase("encode"):
+        data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
+    _stop_if_asked(stop)
+    schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS)
+    identity = make_identity(h, plan, subjects, seed)
+    with report.phase("train"):
+        trainer = Trainer(base, data, plan, h, schedule, device=device, identity=identity, report=report)
+        if previous:
+            trainer.resume(previous)
+            report.say(f"going on after step {previous.step}, from {previous.directory}")
+        trainer.train(checkpoints, stop)
+    del trainer, data
+    _free_memory()
+    with report.phase("save"):
+        directory = save(base, h, checkpoints, contract)
+    if target is None:
+        return directory
+    with report.phase("upload"):
+        upload(directory, target, contract, report)
+    return target
+
+
+def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
+    """Paths under ``/opt/ml`` as paths under the contract's base directory."""
+
+    def move(values: dict[str, object]) -> dict[str, object]:
+        return {k: contract.localize(v) for k, v in values.items() if k in _PATHS and isinstance(v, str)}
+
+    moved = move(h.model_dump(include=set(_PATHS)))
+    if isinstance(h.concepts_list, str):
+        moved["concepts_list"] = contract.localize(h.concepts_list)
+    elif h.concepts_list:
+        moved["concepts_list"] = tuple(c.model_copy(update=move(c.model_dump())) for c in h.concepts_list)
+    return h.model_copy(update=moved)
+
+
+def check(h: Hyperparameters, contract: Contract) -> Plan:
+    """The plan for the card that is here.
+
+    Raises:
+        UserError: where the job can't run on these resources.
+    """
+    if len(contract.hosts) > 1:
+        raise UserError(
+            f"the job has {len(contract.hosts)} instances and this version trains on one; set instance_count=1"
+        )
+    card = detect_card()
+    if card.is_cpu and contract.has_gpu_instance and not h.use_cpu:
+        raise UserError(
+            f"the instance is a {contract.instance_type}, and torch sees no GPU: the image's CUDA and the host's "
+            "driver may not match; rebuild the image on a base for this driver"
+        )
+    return make_plan(h, card)
+
+
+def check_target(h: Hyperparameters) -> S3Uri | None:
+    """The S3 location that the model goes to, known to be writable; None to leave the model to SageMaker."""
+    if h.manual_upload_model_path is None:
+        return None
+    target = S3Uri.parse(h.manual_upload_model_path)
+    storage.check_writable(target)
+    return target
+
+
+def checkpoint_directory(h: Hyperparameters, contract: Contract) -> Path:
+    """Where checkpoints outlive the container: the synced directory if the job has one, else the model directory,
+    which SageMaker saves when a job is stopped."""
+    synced = contract.checkpoint_directory
+    return synced if synced.is_dir() else Path(h.models_path) / "checkpoints"
+
+
+def make_class_images(
+    base: BaseModel,
+    subjects: tuple[Subject, ...],
+    h: Hyperparameters,
+    plan: Plan,
+    *,
+    device: torch.device,
+    seed: int,
+    report: Reporter,
+    stop: threading.Event,
+) -> tuple[Subject, ...]:
+    """Generates the class images that are missing, with the untrained base model."""
+    if all(s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects):
+        return subjects
+    pipeline = base.pipeline().to(device)
+    completed = tuple(
+        complete_class_images(
+            subject,
+            pipeline,
+            wanted=h.num_class_images,
+            resolution=h.resolution,
+            batch_size=plan.sample_batch_size,
+            seed=mix(seed, number) % 2**31,
+            scratch=Path(h.models_path).parent / "class_images" / str(number),
+            report=report,
+            stop=stop,
+        )
+        for number, subject in enumerate(subjects)
+    )
+    pipeline.to("cpu")
+    _free_memory()
+    return completed
+
+
+def encode_training_set(
+    base: BaseModel,
+    subjects: tuple[Subject, ...],
+    h: Hyperparameters,
+    plan: Plan,
+    *,
+    device: torch.device,
+    seed: int,
+) -> TrainingSet:
+    """Puts latents and prompts on the device, and takes the VAE and text encoder off it where they are done."""
+    table = PromptTable(
+        base.tokenizer, max_tokens=h.max_token_length, pad=h.pad_tokens, shuffle=h.shuffle_tags, seed=seed
+    )
+    instances = [Sample(path, table.rows(s.prompt)) for s in subjects for path in s.pictures]
+    classes = [
+        Sample(path, table.rows(s.class_prompt)) for s in subjects if s.class_prompt for path in s.class_pictures
+    ]
+    samples = [*instances, *classes]
+    views = [random_views(seed, row, random_crop=not h.center_crop, mirror=h.hflip) for row in range(len(samples))]
+    base.vae.to(device)
+    latents = Latents(
+        [sample.picture for sample in samples], views, base.vae, resolution=h.resolution, cached=plan.cache_latents
+    )
+    if plan.cache_latents:
+        base.vae.to("cpu")
+    if plan.train_text_encoder:
+        prompts = table.ids().to(device)
+    else:
+        prompts = table.embeddings(base.text_encoder.to(device))
+        base.text_encoder.to("cpu")
+    _free_memory()
+    side = h.resolution // base.latent_scale
+    dice = Dice(
+        instances,
+        classes,
+        views=len(views[0]),
+        latent_shape=(base.unet.config.in_channels, side, side),
+        timesteps=base.scheduler.config.num_train_timesteps,
+        seed=seed,
+    )
+    return TrainingSet(dice, latents, prompts)
+
+
+def make_identity(h: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...], seed: int) -> dict[str, object]:
+    """What makes a checkpoint one of this job."""
+    return {
+        **h.model_dump(include=set(_IDENTITY), mode="json"),
+        "seed": seed,
+        "pictures": sorted(path.name for subject in subjects for path in subject.pictures),
+        "train_text_encoder": plan.train_text_encoder,
+        "use_ema": plan.use_ema,
+        "use_8bit_adam": plan.use_8bit_adam,
+        "precision": plan.precision,
+    }
+
+
+def save(base: BaseModel, h: Hyperparameters, checkpoints: Path, contract: Contract) -> Path:
+    """Writes the trained pipeline as a diffusers directory, fp16 safetensors."""
+    directory = Path(h.models_path)
+    base.save(directory)
+    if checkpoints.is_relative_to(directory):  # the finished model stands for them
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    return directory
+
+
+def upload(directory: Path, target: S3Uri, contract: Contract, report: Reporter) -> None:
+    """Sends the model to S3 and, once every object is verified, leaves SageMaker only a pointer to pack."""
+    manifest = storage.upload_directory(directory, target, job=contract.job_name)
+    report.metrics(uploaded=str(target), files=len(manifest.files), bytes=manifest.size)
+    for entry in manifest.files:
+        (directory / entry.path).unlink()
+    for folder in sorted((d for d in directory.rglob("*") if d.is_dir()), reverse=True):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    (directory / "model_location.txt").write_text(f"{target}\n")
+
+
+def _stop_if_asked(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise StopRequested("before training began; nothing had to be saved")
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,26 @@
+"""Keeps the libraries' bars and hints out of the log: the job's own lines are the log.
+
+To be imported before diffusers and transformers are; it imports neither.
+"""
+
+from __future__ import annotations
+
+import os
+
+for name, value in {
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # The container has few cores; tokenizers' threads and a forked process warn otherwise.
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+def quiet_libraries() -> None:
+    """Turns off the bars that no environment variable reaches."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

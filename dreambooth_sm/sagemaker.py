@@ -1,0 +1,129 @@
+"""SageMaker's training contract, and nothing else: paths, channels, hosts, the failure file, the stop signal.
+
+https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dreambooth_sm.errors import UserError
+
+STANDARD_BASE = PurePosixPath("/opt/ml")
+# DescribeTrainingJob shows no more than this of the failure file.
+FAILURE_LENGTH = 1024
+# Instance families with an NVIDIA GPU.
+_GPU_FAMILIES = ("ml.g", "ml.p")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What the platform tells a training container.
+
+    Attributes:
+        base: directory that SageMaker mounts; ``/opt/ml`` but for ``$SAGEMAKER_BASE_DIR``.
+        hyperparameters: names to strings, as the platform wrote them.
+        channels: input channels by name.
+        current_host, hosts: this host and all hosts of the job, sorted.
+        instance_type: such as ``ml.g4dn.xlarge``; empty where the platform does not say.
+        job_name: name of the training job; ``local`` outside of SageMaker.
+    """
+
+    base: Path
+    hyperparameters: Mapping[str, str] = field(default_factory=dict)
+    channels: Mapping[str, Path] = field(default_factory=dict)
+    current_host: str = "algo-1"
+    hosts: tuple[str, ...] = ("algo-1",)
+    instance_type: str = ""
+    job_name: str = "local"
+
+    @property
+    def model_directory(self) -> Path:
+        return self.base / "model"
+
+    @property
+    def checkpoint_directory(self) -> Path:
+        return self.base / "checkpoints"
+
+    @property
+    def has_gpu_instance(self) -> bool:
+        """Whether the instance type promises a GPU."""
+        return self.instance_type.startswith(_GPU_FAMILIES)
+
+    def localize(self, path: str) -> str:
+        """A path under ``/opt/ml`` as a path under :attr:`base`; any other path as it is."""
+        if PurePosixPath(path).is_relative_to(STANDARD_BASE):
+            return str(self.base / PurePosixPath(path).relative_to(STANDARD_BASE))
+        return path
+
+
+def base_directory() -> Path:
+    return Path(os.environ.get("SAGEMAKER_BASE_DIR") or STANDARD_BASE)
+
+
+def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
+    """Reads ``input/config/*.json`` below ``base``.
+
+    Args:
+        need_hyperparameters: whether a missing ``hyperparameters.json`` is an error.
+
+    Raises:
+        UserError: for files that are missing (hyperparameters only) or are not what the platform writes.
+    """
+    config = base / "input" / "config"
+    problems: list[str] = []
+
+    def read(name: str, required: bool = False) -> dict[str, Any]:
+        path = config / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if required:
+                problems.append(f"{path} is missing; SageMaker writes it, and a local run has to as well")
+            return {}
+        except (OSError, ValueError) as error:
+            problems.append(f"{path} can't be read as JSON: {error}")
+            return {}
+        if not isinstance(content, dict):
+            problems.append(f"{path} holds no JSON object")
+            return {}
+        return content
+
+    hyperparameters = read("hyperparameters.json", required=need_hyperparameters)
+    resources = read("resourceconfig.json")
+    channels = read("inputdataconfig.json")
+    if problems:
+        raise UserError(problems)
+    hosts = tuple(resources.get("hosts") or ["algo-1"])
+    return Contract(
+        base=base,
+        hyperparameters=hyperparameters,
+        channels={name: base / "input" / "data" / name for name in channels},
+        current_host=resources.get("current_host") or hosts[0],
+        hosts=hosts,
+        instance_type=resources.get("current_instance_type") or "",
+        job_name=os.environ.get("TRAINING_JOB_NAME") or "local",
+    )
+
+
+def write_failure(base: Path, reason: str) -> None:
+    """Writes the reason that SageMaker shows as FailureReason, at most 1024 characters."""
+    path = base / "output" / "failure"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(reason) > FAILURE_LENGTH:
+        reason = reason[: FAILURE_LENGTH - 2] + " …"
+    path.write_text(reason, encoding="utf-8")
+
+
+def stop_event() -> threading.Event:
+    """An event that SIGTERM sets: SageMaker sends it, and 120 s later SIGKILL, to stop a job."""
+    event = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event

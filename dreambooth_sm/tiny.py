@@ -1,0 +1,110 @@
+"""A Stable Diffusion pipeline small enough for a laptop: the true classes, random weights, its own tokenizer.
+
+It shows that a job runs end to end; it draws noise.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+# Small words of the example prompts; everything else, such as "zwx", is spelled letter by letter.
+_WORDS = ("a", "of", "on", "the", "photo", "toy", "cat", "dog", "duck")
+
+
+def save_tiny_pipeline(
+    directory: Path, *, width: int = 32, scheduler_options: dict[str, object] | None = None, seed: int = 0
+) -> Path:
+    """Writes a diffusers directory of a pipeline of about ``width``² x 300 parameters.
+
+    Args:
+        width: channels of the UNet's first level; a multiple of 32.
+        scheduler_options: put over the noise scheduler's, such as ``{"prediction_type": "v_prediction"}``.
+        seed: of the weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionPipeline(
+            vae=AutoencoderKL(
+                block_out_channels=(width, width),
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+                layers_per_block=1,
+                latent_channels=4,
+            ),
+            text_encoder=_text_encoder(),
+            tokenizer=byte_tokenizer(),
+            unet=UNet2DConditionModel(
+                sample_size=32,
+                block_out_channels=(width, 2 * width),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                layers_per_block=1,
+                cross_attention_dim=32,
+                attention_head_dim=8,
+            ),
+            scheduler=DDPMScheduler(
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                clip_sample=False,
+                steps_offset=1,
+                **(scheduler_options or {}),
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer of some 550 tokens that can spell any text, in any language, byte by byte."""
+    letters = _byte_letters()
+    merges: list[str] = []
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
+    for word in _WORDS:
+        left = word[0] + ("</w>" if len(word) == 1 else "")
+        for number, letter in enumerate(word[1:], start=2):
+            right = letter + ("</w>" if number == len(word) else "")
+            if f"{left} {right}" not in merges:
+                merges.append(f"{left} {right}")
+            left += right
+            if left not in vocabulary:
+                vocabulary.append(left)
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary_file.write_text(json.dumps({token: row for row, token in enumerate(vocabulary)}))
+        merges_file.write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        return CLIPTokenizer(vocab=str(vocabulary_file), merges=str(merges_file), model_max_length=77)
+
+
+def _byte_letters() -> list[str]:
+    """One printable letter for each byte, as GPT-2's byte-level BPE assigns them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return [chr(byte) for byte in printable] + [chr(256 + number) for number, _ in enumerate(others)]
+
+
+def _text_encoder() -> CLIPTextModel:
+    tokenizer = byte_tokenizer()
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=77,
+            projection_dim=32,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )

@@ -1,0 +1,292 @@
+"""`build_and_push.sh` against stand-ins for `docker`, `aws` and `git` that record how they are called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from dreambooth_sm import __version__
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "build_and_push.sh"
+TOOLS = ("bash", "cat", "dirname", "grep", "sed", "tail")
+REVISION = "0123456789ab"
+DIGEST = "sha256:" + "d" * 64
+HOSTS = {
+    "us-west-2": "123456789012.dkr.ecr.us-west-2.amazonaws.com",
+    "cn-north-1": "123456789012.dkr.ecr.cn-north-1.amazonaws.com.cn",
+    "us-gov-west-1": "123456789012.dkr.ecr.us-gov-west-1.amazonaws.com",
+}
+
+# Each stand-in appends its command line to $CALLS, fails where $FAILS names the command, and else answers.
+RECORD = """#!/bin/bash
+echo "${0##*/} ${*//$'\\n'/ }" >>"$CALLS"
+while IFS='|' read -r command message; do
+  [[ $command && "${0##*/} $*" == "$command"* ]] && { printf '\\n%s\\n' "$message" >&2; exit 254; }
+done <<<"$FAILS"
+"""
+AWS = (
+    RECORD
+    + """case "$1 $2" in
+  "configure get") echo "$PROFILE_REGION" ;;
+  "sts get-caller-identity") echo 123456789012 ;;
+  "ecr describe-repositories" | "ecr create-repository") echo "$HOST/$4" ;;
+  "ecr get-login-password") echo the-password ;;
+  "ecr describe-images") printf '%s\\t%s\\n' "$DIGEST" "$MEDIA_TYPE" ;;
+esac
+"""
+)
+DOCKER = RECORD + '[[ $1 != login ]] || read -r password\n[[ $1 != login ]] || echo "stdin $password" >>"$CALLS"\n'
+GIT = f"#!/bin/bash\necho {REVISION}\n"
+
+NO_REPOSITORY = "aws ecr describe-repositories|An error occurred (RepositoryNotFoundException): it does not exist"
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: list[str]
+    err: list[str]
+    calls: list[str]
+
+    @property
+    def verbs(self) -> list[str]:
+        """The calls without their options: `docker build`, `aws ecr describe-images`."""
+        return [" ".join(call.split()[: 3 if call.startswith("aws") else 2]) for call in self.calls]
+
+
+class Shell:
+    """Runs the script with nothing on PATH but the stand-ins and the few tools that it uses."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.calls = folder / "calls"
+        for tool in TOOLS:
+            path = shutil.which(tool)
+            assert path, f"{tool} is needed to run the script"
+            (self.bin / tool).symlink_to(path)
+        for name, body in {"aws": AWS, "docker": DOCKER, "git": GIT}.items():
+            (self.bin / name).write_text(body)
+            (self.bin / name).chmod(0o755)
+
+    def __call__(
+        self, *options: str, region: str = "us-west-2", fails: str = "", media_type: str = "vnd.docker"
+    ) -> Outcome:
+        env = {
+            "PATH": str(self.bin),
+            "CALLS": str(self.calls),
+            "FAILS": fails,
+            "PROFILE_REGION": region,
+            "HOST": HOSTS.get(region, ""),
+            "DIGEST": DIGEST,
+            "MEDIA_TYPE": f"application/{media_type}.distribution.manifest",
+        }
+        done = subprocess.run([str(SCRIPT), *options], env=env, capture_output=True, text=True, timeout=60)
+        calls = self.calls.read_text().splitlines() if self.calls.exists() else []
+        return Outcome(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), calls)
+
+    def without(self, tool: str) -> Shell:
+        (self.bin / tool).unlink()
+        return self
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def assert_failed(outcome: Outcome, reason: str) -> None:
+    assert outcome.code != 0
+    assert outcome.out == []
+    errors = [line for line in outcome.err if line.startswith("build_and_push: error: ")]
+    assert len(errors) == 1
+    assert errors == outcome.err[-1:], "the reason is the last thing to be read"
+    assert reason in errors[0]
+
+
+def test_first_push_makes_the_repository_and_prints_the_uri(shell: Shell) -> None:
+    outcome = shell(fails=NO_REPOSITORY)
+    assert outcome.code == 0, outcome.err
+    assert outcome.verbs == [
+        "docker version",
+        "aws configure get",
+        "aws sts get-caller-identity",
+        "aws ecr describe-repositories",
+        "aws ecr create-repository",
+        "aws ecr put-lifecycle-policy",
+        "aws ecr get-login-password",
+        "docker login",
+        "stdin the-password",
+        "docker build",
+        *["docker push"] * 3,
+        "aws ecr describe-images",
+    ]
+    assert outcome.out == [f"{HOSTS['us-west-2']}/dreambooth-sm@{DIGEST}"]
+    create = next(call for call in outcome.calls if "create-repository" in call)
+    assert "--image-scanning-configuration scanOnPush=true" in create
+
+
+def test_the_build_is_labelled_and_pushed_with_three_tags(shell: Shell) -> None:
+    outcome = shell()
+    image = f"{HOSTS['us-west-2']}/dreambooth-sm"
+    tags = [__version__, REVISION, "latest"]
+    build = next(call for call in outcome.calls if call.startswith("docker build"))
+    for expected in (
+        "--platform linux/amd64",
+        f"--build-arg VERSION={__version__}",
+        f"--build-arg REVISION={REVISION}",
+        *(f"--tag={image}:{tag}" for tag in tags),
+    ):
+        assert expected in build
+    assert [call for call in outcome.calls if "push" in call] == [f"docker push {image}:{tag}" for tag in tags]
+
+
+def test_the_password_is_on_no_command_line(shell: Shell) -> None:
+    outcome = shell()
+    assert [call for call in outcome.calls if "the-password" in call] == ["stdin the-password"]
+    assert "the-password" not in "\n".join(outcome.err)
+
+
+def test_an_existing_repository_is_left_as_it_is(shell: Shell) -> None:
+    outcome = shell()
+    assert outcome.code == 0
+    assert not {"aws ecr create-repository", "aws ecr put-lifecycle-policy"} & set(outcome.verbs)
+
+
+def test_a_second_run_ends_like_the_first(shell: Shell) -> None:
+    assert shell().out == shell().out
+
+
+@pytest.mark.parametrize("region", HOSTS)
+def test_each_partition_has_its_own_domain(shell: Shell, region: str) -> None:
+    outcome = shell(region=region)
+    assert outcome.out == [f"{HOSTS[region]}/dreambooth-sm@{DIGEST}"]
+    assert f"docker login --username AWS --password-stdin {HOSTS[region]}" in outcome.calls
+
+
+def test_options_override_what_is_configured(shell: Shell) -> None:
+    options = {
+        "--region": "us-west-2",
+        "--profile": "studio",
+        "--repository": "team/dreambooth",
+        "--tag": "candidate",
+        "--base-image": "registry/base:1",
+        "--build-arg": "WITH_XFORMERS=1",
+    }
+    outcome = shell(*(word for option in options.items() for word in option))
+    assert outcome.out == [f"{HOSTS['us-west-2']}/team/dreambooth@{DIGEST}"]
+    assert "aws configure get" not in outcome.verbs
+    build = next(call for call in outcome.calls if call.startswith("docker build"))
+    assert "--build-arg BASE_IMAGE=registry/base:1 --build-arg WITH_XFORMERS=1" in build
+    assert f"docker push {HOSTS['us-west-2']}/team/dreambooth:candidate" in outcome.calls
+
+
+def test_a_dry_run_calls_nothing(shell: Shell) -> None:
+    outcome = shell("--dry-run", "--region", "eu-west-1", "--repository", "mine")
+    assert outcome.code == 0
+    assert outcome.calls == []
+    plan = "\n".join(outcome.out)
+    for expected in ("'mine' in eu-west-1", "docker build --platform linux/amd64", f"{__version__} {REVISION}"):
+        assert expected in plan
+
+
+def test_help_names_every_option(shell: Shell) -> None:
+    outcome = shell("--help")
+    assert outcome.code == 0
+    assert outcome.calls == []
+    for option in ("--region", "--profile", "--repository", "--tag", "--base-image", "--build-arg", "--dry-run"):
+        assert option in "\n".join(outcome.out)
+
+
+def test_an_image_that_sagemaker_may_refuse_is_pointed_out(shell: Shell) -> None:
+    outcome = shell(media_type="vnd.oci")
+    assert outcome.code == 0
+    assert "SageMaker may refuse" in outcome.err[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--regoin", "us-west-2"], "unknown option '--regoin'"),
+        (["us-west-2"], "unknown option 'us-west-2'"),
+        (["--region"], "--region needs a value"),
+    ],
+)
+def test_a_wrong_option_is_named(shell: Shell, options: list[str], reason: str) -> None:
+    outcome = shell(*options)
+    assert_failed(outcome, reason)
+    assert outcome.calls == []
+
+
+@pytest.mark.parametrize("tool", ["docker", "aws"])
+def test_a_missing_tool_is_named(shell: Shell, tool: str) -> None:
+    outcome = shell.without(tool)()
+    assert_failed(outcome, f"'{tool}' is not installed")
+    assert outcome.calls == []
+
+
+def test_a_region_is_never_guessed(shell: Shell) -> None:
+    assert_failed(shell(region=""), "no AWS region")
+
+
+@pytest.mark.parametrize(
+    ("fails", "reason", "last_call"),
+    [
+        ("docker version|Cannot connect to the Docker daemon", "Docker is not running", "docker version"),
+        (
+            "aws sts|Unable to locate credentials. You can configure credentials by running 'aws configure'.",
+            "no valid AWS credentials: Unable to locate credentials",
+            "aws sts get-caller-identity",
+        ),
+        (
+            "aws ecr describe-repositories|An error occurred (AccessDeniedException): not authorized",
+            "cannot read the ECR repository 'dreambooth-sm': An error occurred (AccessDeniedException)",
+            "aws ecr describe-repositories",
+        ),
+        (
+            f"{NO_REPOSITORY}\naws ecr create-repository|An error occurred (AccessDeniedException): not authorized",
+            "cannot create the ECR repository 'dreambooth-sm': An error occurred (AccessDeniedException)",
+            "aws ecr create-repository",
+        ),
+        ("docker login|Error response: 401 Unauthorized", "cannot log Docker in to 1234", "docker login"),
+        ("docker build|failed to solve", "the build failed", "docker build"),
+        (
+            "docker push|denied: not authorized to perform: ecr:InitiateLayerUpload",
+            f"dreambooth-sm:{__version__}: denied: not authorized",
+            "docker push",
+        ),
+    ],
+)
+def test_a_failure_is_one_line_and_ends_the_run(shell: Shell, fails: str, reason: str, last_call: str) -> None:
+    outcome = shell(fails=fails)
+    assert_failed(outcome, reason)
+    assert outcome.verbs[-1] == last_call
+
+
+@pytest.mark.parametrize(("linter", "file"), [("shellcheck", SCRIPT), ("hadolint", ROOT / "Dockerfile")])
+def test_the_linters_have_nothing_to_say(linter: str, file: Path) -> None:
+    # The virtual environment's own linters come first; it need not be activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    executable = shutil.which(linter, path=path)
+    assert executable, f"{linter} belongs to the dev extra"
+    done = subprocess.run([executable, str(file)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_images_pins_satisfy_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "requirements" / "image.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert "torch" not in pins, "torch comes with the base image"
+    for text in [*project["dependencies"], *project["optional-dependencies"]["train"]]:
+        needed = Requirement(text)
+        assert needed.name == "torch" or needed.specifier.contains(pins.get(needed.name, "0"))

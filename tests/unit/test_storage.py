@@ -1,0 +1,151 @@
+"""S3 URIs, manifests and the lazy parallel map: what needs no server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreambooth_sm import storage
+from dreambooth_sm.embedded import embedded_s3
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import Manifest, ManifestEntry, S3Uri
+
+text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+segments = text.map(lambda s: s.replace("/", "").strip()).filter(lambda s: s not in ("", ".", ".."))
+keys = st.lists(segments, min_size=1, max_size=4).map("/".join)
+buckets = st.from_regex(r"[a-z0-9][a-z0-9.-]{1,20}[a-z0-9]", fullmatch=True)
+
+
+@given(buckets, keys | st.just(""), st.sampled_from(["", "/"]))
+def test_uri_survives_a_round_trip_and_a_trailing_slash(bucket: str, prefix: str, slash: str) -> None:
+    uri = S3Uri.parse(f"s3://{bucket}/{prefix}{slash if prefix else ''}")
+    assert (uri.bucket, uri.prefix) == (bucket, prefix)
+    assert S3Uri.parse(str(uri)) == uri
+
+
+@given(buckets, keys | st.just(""), keys)
+def test_joined_uri_keeps_its_bucket(bucket: str, prefix: str, name: str) -> None:
+    joined = S3Uri(bucket, prefix) / name
+    assert joined.bucket == bucket
+    assert joined.prefix == (f"{prefix}/{name}" if prefix else name)
+
+
+def test_uri_of_a_whole_bucket() -> None:
+    assert S3Uri.parse("s3://models") == S3Uri.parse("s3://models/") == S3Uri("models")
+
+
+@pytest.mark.parametrize(
+    ("bad", "hint"),
+    [
+        ("models/toy", "s3://bucket/prefix"),
+        ("https://models/toy", "s3://bucket/prefix"),
+        ("s3:/models/toy", "s3://bucket/prefix"),
+        ("", "s3://bucket/prefix"),
+        ("s3://", "bucket name"),
+        ("s3:///toy", "bucket name"),
+        ("s3://<bucket>/toy", "'<bucket>'"),
+        ("s3://Models/toy", "lower-case"),
+        ("s3://ab/toy", "3 to 63"),
+        ("s3://models//toy", "empty"),
+        ("s3://models/toy//", "empty"),
+        ("s3://models/../toy", "'..'"),
+        ("s3://models/toy\n", "blank"),
+        (" s3://models/toy", "s3://bucket/prefix"),
+    ],
+)
+def test_malformed_uri_is_explained(bad: str, hint: str) -> None:
+    with pytest.raises(UserError, match="(?s)" + hint) as caught:
+        S3Uri.parse(bad)
+    assert len(caught.value.problems) == 1
+
+
+entries = st.builds(ManifestEntry, path=keys, size=st.integers(0), sha256=st.text("0123456789abcdef"))
+
+
+@given(st.builds(Manifest, files=st.lists(entries).map(tuple), created=st.text(), job=st.text()))
+def test_manifest_survives_a_round_trip(manifest: Manifest) -> None:
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize("other", ["", "[]", "{}", '{"files": 1}', '{"files": [{"name": "x"}]}', '{"files": []}'])
+def test_what_is_no_manifest_is_refused(other: str) -> None:
+    with pytest.raises(ValueError, match="not a manifest"):
+        Manifest.from_json(other)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/weights").write_text("w")
+    model = tmp_path / "model"
+    (model / "unet").mkdir(parents=True)
+    (model / "unet/weights").symlink_to(tmp_path / "elsewhere/weights")
+    (model / "unet/up").symlink_to(model)
+    (model / "vae").symlink_to(tmp_path / "elsewhere")
+    assert list(storage._files(model)) == ["unet/weights", "vae/weights"]
+
+
+def test_a_broken_link_is_named(tmp_path: Path) -> None:
+    (tmp_path / "weights").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"weights: .*broken link"):
+        storage._files(tmp_path)
+
+
+def test_parallel_map_is_ordered_and_takes_few_tasks_at_a_time() -> None:
+    taken, finished, most = 0, 0, 0
+    lock = threading.Lock()
+
+    def square(number: int) -> int:
+        nonlocal finished
+        with lock:
+            finished += 1
+        return number * number
+
+    def tasks():
+        nonlocal taken, most
+        for number in range(200):
+            taken += 1
+            most = max(most, taken - finished)
+            yield partial(square, number)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(storage._in_parallel(pool, tasks(), 4)) == [n * n for n in range(200)]
+    assert most <= 5
+
+
+def test_parallel_map_stops_at_the_first_failure() -> None:
+    taken: list[int] = []
+
+    def tasks():
+        for number in range(1000):
+            taken.append(number)
+            yield partial(divmod, 1, number - 3)
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ZeroDivisionError):
+        list(storage._in_parallel(pool, tasks(), 2))
+    assert len(taken) < 10
+
+
+def test_settings_that_do_not_work_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
+    with pytest.raises(UserError, match="no-such-profile"):
+        storage.s3_client()
+
+
+def test_a_missing_moto_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "moto.server", None)
+    with pytest.raises(UserError, match=r"dreambooth-sm\[demo\]"), embedded_s3():
+        pass
+
+
+def test_import_is_light() -> None:
+    heavy = "{'boto3', 'botocore', 'moto', 'torch'}"
+    code = f"import sys, dreambooth_sm.storage, dreambooth_sm.embedded; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
