@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
+from uuid import uuid4
 
 from dreambooth_sm.errors import UserError
 
@@ -215,8 +216,9 @@ def upload_directory(
 ) -> Manifest:
     """Uploads every file below `directory` once, verifies every object, then writes `manifest.json`.
 
-    A reader who finds the manifest finds everything that it lists. Links are followed. Objects that lie
-    under the target already stay there unless a file of the same name replaces them.
+    A reader who finds the manifest finds everything that it lists. Links are followed. What lies under the
+    target already stays there unless a file of the same name replaces it; that holds for an earlier upload's
+    manifest too, so a reader during the second upload has to check what it reads, as `download_directory` does.
 
     Args:
         directory: must hold at least one file, and none called `manifest.json` at its top.
@@ -300,7 +302,7 @@ def download_directory(
         def fetch(name: str) -> Path:
             uri, path = source / name, paths[name]
             path.parent.mkdir(parents=True, exist_ok=True)
-            unchecked = path.with_name(f"{path.name}.unchecked")
+            unchecked = path.with_name(f".{uuid4().hex}.unchecked")
             try:
                 with _explained(uri, DownloadError):
                     transfers.download_file(uri.bucket, uri.prefix, str(unchecked))
