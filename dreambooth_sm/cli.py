@@ -3,36 +3,74 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_sm import __version__
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table, split_arguments
+from dreambooth_sm.plan import find_card, make_plan, tier_table
+
+# Stand-ins for what a plan does not depend on.
+_ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="dreambooth-sm", description="DreamBooth on SageMaker, or on a laptop.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("hyperparameters", help="print every hyperparameter as a Markdown table")
     demo = commands.add_parser("demo", help="run the whole job on this machine, with an embedded S3 server")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="directory for what the demo makes")
-    options = parser.parse_args(arguments)
+    plan = commands.add_parser(
+        "plan",
+        help="print the settings that a card gets",
+        description="Prints the settings that a card gets, without the card. Hyperparameters follow as --name value.",
+    )
+    plan.add_argument(
+        "--gpu", help="T4, A10G, L4, V100, L40S, A100-40, H100, ... or a size such as 8GB; all if left out"
+    )
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "plan":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "hyperparameters":
-            from dreambooth_sm.hyperparameters import markdown_table
-
             print(markdown_table())
+        elif options.command == "plan":
+            print_plan(options.gpu, rest, as_json=options.json)
         else:
-            from dreambooth_sm.demo import main as run_demo
-
             run_demo(options.output)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return EXIT_OK
+
+
+def print_plan(gpu: str | None, arguments: Sequence[str], *, as_json: bool) -> None:
+    """Prints the plan for one card, or the table of all tiers."""
+    h = Hyperparameters.parse({**_ANY_PROMPTS, **split_arguments(arguments)})
+    if gpu is None:
+        print(tier_table(h))
+        return
+    plan = make_plan(h, find_card(gpu))
+    if as_json:
+        print(json.dumps({**plan.settings(), "notes": plan.notes}, indent=2))
+        return
+    for name, value in plan.settings().items():
+        print(f"{name:24} {value}")
+    for note in plan.notes:
+        print(f"- {note}")
+
+
+def run_demo(output: Path) -> None:
+    from dreambooth_sm.demo import main as demo  # imports torch
+
+    demo(output)
 
 
 if __name__ == "__main__":

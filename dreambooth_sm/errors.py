@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 EXIT_OK = 0
 EXIT_FAILURE = 1
@@ -24,6 +25,38 @@ class UserError(Exception):
         if not self.problems:
             raise ValueError("a UserError needs at least one problem")
         super().__init__("\n".join(self.problems))
+
+
+class Problems:
+    """Collects what several checks find, so that all of it can be put right at once.
+
+    Example:
+        >>> problems = Problems()
+        >>> with problems.collected():
+        ...     raise UserError("the first")
+        >>> with problems.collected():
+        ...     raise UserError("the second")
+        >>> problems.found
+        ['the first', 'the second']
+    """
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """One check. A file or directory that the system refuses to look at is a problem of the input as well."""
+        try:
+            yield
+        except UserError as error:
+            self.found += error.problems
+        except OSError as error:
+            self.found.append(str(error))
+
+    def raise_any(self) -> None:
+        """Raises UserError with everything that was found, each problem once."""
+        if self.found:
+            raise UserError(dict.fromkeys(self.found))
 
 
 class StopRequested(Exception):  # noqa: N818 - not an error: the platform asked the job to end

@@ -14,7 +14,8 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -22,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import S3Uri
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Ge(1)]
@@ -158,7 +160,16 @@ class Hyperparameters(BaseModel):
     )
 
     # Optimizer
-    use_8bit_adam: bool | Auto = _knob("auto", "Optimizer", "Keep Adam's state in 8 bits (bitsandbytes).")
+    optimizer: Literal["auto", "blockwise", "adamw"] = _knob(
+        "auto",
+        "Optimizer",
+        "blockwise: ours, with quantised state; adamw: torch's with fp32 weights and state, the reference.",
+    )
+    use_8bit_adam: bool | Auto = _knob(
+        "auto",
+        "Optimizer",
+        "True: bitsandbytes' 8-bit AdamW on fp32 weights; False: no 8-bit state; auto: the plan's choice.",
+    )
     adam_beta1: Fraction = _knob(0.9, "Optimizer", "Decay of the first moment.")
     adam_beta2: Fraction = _knob(0.999, "Optimizer", "Decay of the second moment.")
     adam_weight_decay: NonNegativeFloat = _knob(1e-2, "Optimizer", "Decoupled weight decay.")
@@ -185,6 +196,11 @@ class Hyperparameters(BaseModel):
         "auto",
         "Memory and speed",
         "True: encode the pictures at each step; False: encode them once, before training.",
+    )
+    torch_compile: bool | Auto = _knob(
+        "auto",
+        "Memory and speed",
+        "Compile the UNet's blocks: some minutes at the start for faster steps. auto: no, until jobs are long.",
     )
     use_cpu: bool = _knob(False, "Memory and speed", "Train on the CPU although there is a GPU.")
     use_lora: bool = _knob(False, "Memory and speed", "Accepted for the seed's notebooks; only False works.")
@@ -229,6 +245,7 @@ class Hyperparameters(BaseModel):
         problems: list[str] = []
         values: dict[str, object] = {}
         origins: dict[str, str] = {}
+        refused: set[str] = set()
         own = {key: value for key, value in raw.items() if key not in platform_keys(raw)}
         for key, value in own.items():
             name = ALIASES.get(key, key)
@@ -236,20 +253,24 @@ class Hyperparameters(BaseModel):
             if field is None:
                 problems.append(_unknown(key, cls.model_fields))
                 continue
-            if name in values and values[name] != _decode(name, value, field):
+            decoded = _decode(name, value, field)
+            if name in values and values[name] != decoded:
                 problems.append(f"{key} and {origins[name]} mean the same and have different values; keep one")
                 continue
-            values[name] = _decode(name, value, field)
+            if not all(_is_text(text) for text in _texts(decoded)):
+                problems.append(f"{key}: {_short(decoded)} holds characters that are no text; write it anew")
+                refused.add(name)
+                continue
+            values[name] = decoded
             origins[name] = key
         try:
             parsed = cls.model_validate(values)
-            problems += _conflicts(parsed)
         except ValidationError as error:
-            refused = {str(detail["loc"][0]) for detail in error.errors()}
+            refused |= {str(detail["loc"][0]) for detail in error.errors()}
             problems += _readable(error, cls, values)
             # What the valid values say about each other is worth knowing at once as well.
-            rest = cls.model_validate({name: value for name, value in values.items() if name not in refused})
-            problems += [line for line in _conflicts(rest) if not any(name in line for name in refused)]
+            parsed = cls.model_validate({name: value for name, value in values.items() if name not in refused})
+        problems += [line for line in _conflicts(parsed) if not any(name in line for name in refused)]
         if problems:
             raise UserError(problems)
         return parsed
@@ -303,48 +324,75 @@ def unescape_prompt(text: str) -> str:
     >>> unescape_prompt(r"photo\\ of\\ zwx\\  toy")
     'photo of zwx toy'
     """
-    return " ".join(re.sub(r"\\(?=\s)", " ", text).removesuffix("\\").split())
+    return " ".join(re.sub(r"\\+(?=\s|$)", " ", text).split())
 
 
 def _decode(name: str, value: object, field: FieldInfo) -> object:
     """Undoes what SageMaker and its SDKs did to a value on the way."""
     if isinstance(value, str):
-        value = value.strip()
-        if len(value) >= 2 and value[0] == value[-1] == '"':
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:  # an escaped blank is no JSON escape
-                value = str(value)[1:-1]
-    if isinstance(value, str):
+        value = _unquote(value)
         if type(None) in _alternatives(field.annotation) and value.lower() in {"", "none", "null"}:
             return None
         if name == "concepts_list":
             return _decode_concepts(value)
         if name in _TEXT_FIELDS:
-            return unescape_prompt(value)
-        return _in_small_letters(value, field)
+            return unescape_prompt(value) or None
+        return _from_list(value, field)
     if isinstance(value, bool) and bool not in _alternatives(field.annotation):
         return str(value)  # or pydantic would take True for the number 1
     return value
 
 
-def _in_small_letters(value: str, field: FieldInfo) -> str:
-    """``FP16`` and ``Auto`` mean ``fp16`` and ``auto``: a value from a fixed list is matched in small letters."""
-    return value.lower() if value.lower() in _choices(field.annotation) else value
+def _texts(value: object) -> Iterator[str]:
+    """The texts that a decoded value consists of."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _is_text(text: str) -> bool:
+    """Whether tokenizers, paths and log files can take a text: no NUL, no half of a surrogate pair."""
+    return not re.search("[\0\ud800-\udfff]", text)
+
+
+def _short(value: object) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]} … ({len(text):,} characters)"
+
+
+def _unquote(text: str) -> str:
+    """Undoes JSON encoding, as often as it was applied. Quotes around parts of a text are the text's own."""
+    text = text.strip()
+    while len(text) >= 2 and text[0] == text[-1] == '"':
+        try:
+            inner = json.loads(text, strict=False)
+        except json.JSONDecodeError:
+            inner = text[1:-1]  # an escaped blank is no JSON escape
+            if re.search(r'(?<!\\)"', inner):
+                break
+        text = inner.strip()
+    return text
+
+
+def _from_list(value: str, field: FieldInfo) -> object:
+    """``FP16`` as ``fp16`` and ``"75"`` as 75: a value from a fixed list is matched as text, in small letters."""
+    listed = {str(choice).lower(): choice for choice in _choices(field.annotation)}
+    return listed.get(value.lower(), value)
 
 
 def _decode_concepts(text: str) -> object:
     """Inline JSON (or what ``str()`` makes of a Python list) as objects; anything else is a path."""
     if not text.startswith("["):
         return text
-    try:
-        concepts = json.loads(text)
-    except json.JSONDecodeError:
+    for read in (json.loads, ast.literal_eval):
         try:
-            concepts = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text
-    return clean_concepts(concepts)
+            return clean_concepts(read(text))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # what the two can raise
+            continue
+    return text
 
 
 def clean_concepts(concepts: object) -> object:
@@ -366,8 +414,8 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _choices(annotation: Any) -> list[str]:
-    return [str(c) for a in _alternatives(annotation) if get_origin(a) is Literal for c in get_args(a)]
+def _choices(annotation: Any) -> list[object]:
+    return [choice for a in _alternatives(annotation) if get_origin(a) is Literal for choice in get_args(a)]
 
 
 def _bounds(annotation: Any) -> list[str]:
@@ -395,7 +443,7 @@ def expected(field: FieldInfo) -> str:
     if any(get_origin(a) is tuple for a in _alternatives(annotation)):
         parts = ["a path of a JSON file", "a list of concepts in JSON"]
     text = ", ".join([" or ".join(parts), *_bounds(annotation)]).strip(", ")
-    choices = _choices(annotation)
+    choices = [str(choice) for choice in _choices(annotation)]
     if type(None) in _alternatives(annotation):
         choices.append("None")
     if not choices:
@@ -425,12 +473,12 @@ def _readable(error: ValidationError, model: type[BaseModel], values: Mapping[st
             else:
                 lines.setdefault(
                     name,
-                    f"concepts_list: item {where or values[name]!r} is not valid; write a JSON list of "
+                    f"concepts_list: item {_short(where or values[name])} is not valid; write a JSON list of "
                     f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
                 )
             continue
         value = values.get(name)
-        shown = "no value" if value is None else repr(value)
+        shown = "no value" if value is None else _short(value)
         lines[name] = f"{name}: {shown} is not valid; write {expected(model.model_fields[name])}"
     return list(lines.values())
 
@@ -456,6 +504,11 @@ def _conflicts(h: Hyperparameters) -> list[str]:
     check(
         isinstance(h.concepts_list, tuple) and not concepts,
         "concepts_list is empty; name at least one concept or leave it out",
+    )
+    check(
+        isinstance(h.concepts_list, str) and h.concepts_list.startswith("["),
+        f"concepts_list: {_short(h.concepts_list)} is no valid JSON; write a JSON list of "
+        f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
     )
     for number, concept in enumerate(concepts):
         check(
@@ -486,6 +539,10 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         "use_cpu=true can't run use_8bit_adam=true, which needs a GPU; set use_8bit_adam to false or auto",
     )
     check(
+        h.use_8bit_adam is True and h.optimizer != "auto",
+        f"use_8bit_adam=true and optimizer={h.optimizer} are two optimizers; set one of them to auto",
+    )
+    check(
         h.max_train_steps is not None and h.lr_warmup_steps > h.max_train_steps,
         f"lr_warmup_steps={h.lr_warmup_steps} is more than max_train_steps={h.max_train_steps}; "
         "the learning rate would never reach its value",
@@ -494,14 +551,24 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         h.lr_scheduler == "constant" and h.lr_warmup_steps > 0,
         "lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0",
     )
-    target = h.manual_upload_model_path
-    check(
-        target is not None and not re.fullmatch(r"s3://[A-Za-z0-9.\-_:]{3,255}(/.*)?", target),
-        f"manual_upload_model_path: {target!r} is no S3 location; write s3://bucket/prefix",
-    )
+    if h.manual_upload_model_path is not None:
+        try:
+            S3Uri.parse(h.manual_upload_model_path)
+        except UserError as error:
+            problems.append(f"manual_upload_model_path: {error}; write s3://bucket/prefix")
     check(
         h.instance_data_dir.rstrip("/") == h.class_data_dir.rstrip("/"),
         f"instance_data_dir and class_data_dir are the same directory, {h.instance_data_dir}; give each its own",
+    )
+    check(
+        PurePosixPath(h.instance_data_dir).is_relative_to(h.models_path),
+        f"models_path={h.models_path} holds instance_data_dir, and would be uploaded and emptied with the model; "
+        f"give the model a directory of its own, such as {DEFAULT_MODELS_PATH}",
+    )
+    check(
+        PurePosixPath(h.pretrained_model_name_or_path) == PurePosixPath(h.models_path),
+        f"models_path and pretrained_model_name_or_path are the same directory, {h.models_path}: the trained model "
+        "would be written over the base model; give each its own",
     )
     return problems
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import gc
 import secrets
 import shutil
+import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dreambooth_sm import storage
-from dreambooth_sm.data.concepts import Subject, find_subjects
+from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
 from dreambooth_sm.data.prior import complete_class_images
+from dreambooth_sm.data.prompts import tokenize
 from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, random_views
-from dreambooth_sm.errors import StopRequested, UserError
+from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.models import BaseModel, check_base, load_base
-from dreambooth_sm.plan import Plan, detect_card, make_plan
+from dreambooth_sm.plan import Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sagemaker import Contract
+from dreambooth_sm.sampling import sampling_pipeline
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.training.checkpoint import latest_checkpoint
-from dreambooth_sm.training.loop import Trainer, TrainingSet, make_schedule
+from dreambooth_sm.training.checkpoint import Checkpoint, latest_checkpoint
+from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
 
 # Hyperparameters that name a place in the container.
 _PATHS = (
@@ -42,6 +46,14 @@ _IDENTITY = (
     "gradient_accumulation_steps",
     "prior_loss_weight",
     "lr_scheduler",
+    # These are restored from the checkpoint: another value would be ignored without a word.
+    "lr_warmup_steps",
+    "learning_rate",
+    "scale_lr",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "adam_weight_decay",
 )
 
 
@@ -57,35 +69,44 @@ def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threa
     """
     h = localize(h, contract)
     with report.phase("check"):
-        plan = check(h, contract)
-        subjects = find_subjects(h)
-        check_base(h)
-        target = check_target(h)
+        # Not collected: without the concepts there is little to check, and their file names places as well.
+        h = localize(read_concepts(h), contract)
+        problems = Problems()
+        with problems.collected():
+            plan = check(h, contract)
+        with problems.collected():
+            subjects = find_subjects(h)
+        with problems.collected():
+            check_base(h)
+        with problems.collected():
+            check_output(h)
+        with problems.collected():
+            target = check_target(h)
+        problems.raise_any()
     for line in plan.lines():
         report.say(f"plan: {line}")
     checkpoints = checkpoint_directory(h, contract)
     previous = latest_checkpoint(checkpoints) if h.resume_from_checkpoint == "latest" else None
     seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
     report.metrics(seed=seed)
+    identity = make_identity(h, plan, subjects, seed)
+    if previous:
+        previous.check_identity(identity)
     device = torch.device(plan.device)
 
     with report.phase("load_base"):
         base = load_base(h)
+        check_prompts(base, subjects, h)
     _stop_if_asked(stop)
     with report.phase("class_images"):
-        subjects = make_class_images(base, subjects, h, plan, device=device, seed=seed, report=report, stop=stop)
+        subjects = make_class_images(base, subjects, h, plan, seed=seed, report=report, stop=stop)
     with report.phase("encode"):
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
     _stop_if_asked(stop)
     schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS)
-    identity = make_identity(h, plan, subjects, seed)
     with report.phase("train"):
-        trainer = Trainer(base, data, plan, h, schedule, device=device, identity=identity, report=report)
-        if previous:
-            trainer.resume(previous)
-            report.say(f"going on after step {previous.step}, from {previous.directory}")
-        trainer.train(checkpoints, stop)
-    del trainer, data
+        train(base, data, plan, h, schedule, identity, previous, checkpoints, report=report, stop=stop)
+    del data
     _free_memory()
     with report.phase("save"):
         directory = save(base, h, checkpoints, contract)
@@ -129,6 +150,22 @@ def check(h: Hyperparameters, contract: Contract) -> Plan:
     return make_plan(h, card)
 
 
+def check_output(h: Hyperparameters) -> None:
+    """Raises UserError unless the trained model can be written where it is to go: hours later would be too late."""
+    directory = Path(h.models_path)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"models_path: {directory} can't be written to: {error.strerror}") from None
+
+
+def check_prompts(base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparameters) -> None:
+    """Raises UserError for prompts that are too long, before class images are made for them."""
+    prompts = [prompt for subject in subjects for prompt in (subject.prompt, subject.class_prompt) if prompt]
+    tokenize(base.tokenizer, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+
+
 def check_target(h: Hyperparameters) -> S3Uri | None:
     """The S3 location that the model goes to, known to be writable; None to leave the model to SageMaker."""
     if h.manual_upload_model_path is None:
@@ -151,7 +188,6 @@ def make_class_images(
     h: Hyperparameters,
     plan: Plan,
     *,
-    device: torch.device,
     seed: int,
     report: Reporter,
     stop: threading.Event,
@@ -159,7 +195,7 @@ def make_class_images(
     """Generates the class images that are missing, with the untrained base model."""
     if all(s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects):
         return subjects
-    pipeline = base.pipeline().to(device)
+    pipeline = sampling_pipeline(base, plan)
     completed = tuple(
         complete_class_images(
             subject,
@@ -174,7 +210,8 @@ def make_class_images(
         )
         for number, subject in enumerate(subjects)
     )
-    pipeline.to("cpu")
+    base.to("cpu")
+    del pipeline
     _free_memory()
     return completed
 
@@ -222,6 +259,55 @@ def encode_training_set(
     return TrainingSet(dice, latents, prompts)
 
 
+def train(
+    base: BaseModel,
+    data: TrainingSet,
+    plan: Plan,
+    h: Hyperparameters,
+    schedule: Schedule,
+    identity: dict[str, Any],
+    previous: Checkpoint | None,
+    checkpoints: Path,
+    *,
+    report: Reporter,
+    stop: threading.Event,
+) -> None:
+    """Trains ``base`` in place. Where the card runs out of memory all the same, goes on with the next smaller plan.
+
+    Raises:
+        UserError: where not even the smallest plan fits.
+        StopRequested: ``stop`` was set; the steps done are in a checkpoint.
+    """
+    rescued: tuple[dict[str, Any], int, Plan] | None = None
+    while True:
+        trainer: Trainer | None = None
+        try:
+            trainer = Trainer(
+                base, data, plan, h, schedule, device=torch.device(plan.device), identity=identity, report=report
+            )
+            if rescued is not None:
+                same_format = (rescued[2].optimizer, rescued[2].state_bits) == (plan.optimizer, plan.state_bits)
+                trainer.load_state(rescued[0], rescued[1], with_moments=same_format)
+                rescued = None  # host memory is short where cards are small
+            elif previous is not None:
+                trainer.resume(previous)
+                report.say(f"going on after step {previous.step}, from {previous.directory}")
+            return trainer.train(checkpoints, stop)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        # Not inside the except clause: the exception's frames hold what has to be freed.
+        smaller = smaller_plan(plan, h)
+        if smaller is None:
+            raise UserError(f"the card has too little memory for the smallest plan there is: {reason}")
+        if trainer is not None:
+            rescued = (trainer.rescue(), trainer.step, plan)
+            trainer = None
+        _free_memory()
+        report.warn(f"out of memory ({reason}); going on after step {rescued[1] if rescued else 0} with a smaller plan")
+        plan = smaller
+        report.say(f"plan: {plan.lines()[0]}")
+
+
 def make_identity(h: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...], seed: int) -> dict[str, object]:
     """What makes a checkpoint one of this job."""
     return {
@@ -230,8 +316,9 @@ def make_identity(h: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...],
         "pictures": sorted(path.name for subject in subjects for path in subject.pictures),
         "train_text_encoder": plan.train_text_encoder,
         "use_ema": plan.use_ema,
-        "use_8bit_adam": plan.use_8bit_adam,
         "precision": plan.precision,
+        "weights": plan.weights,
+        "optimizer": f"{plan.optimizer} {plan.state_bits} bits",
     }
 
 
@@ -246,6 +333,8 @@ def save(base: BaseModel, h: Hyperparameters, checkpoints: Path, contract: Contr
 
 def upload(directory: Path, target: S3Uri, contract: Contract, report: Reporter) -> None:
     """Sends the model to S3 and, once every object is verified, leaves SageMaker only a pointer to pack."""
+    pointer = directory / "model_location.txt"
+    pointer.unlink(missing_ok=True)  # of an earlier job in this directory
     manifest = storage.upload_directory(directory, target, job=contract.job_name)
     report.metrics(uploaded=str(target), files=len(manifest.files), bytes=manifest.size)
     for entry in manifest.files:
@@ -253,7 +342,7 @@ def upload(directory: Path, target: S3Uri, contract: Contract, report: Reporter)
     for folder in sorted((d for d in directory.rglob("*") if d.is_dir()), reverse=True):
         if not any(folder.iterdir()):
             folder.rmdir()
-    (directory / "model_location.txt").write_text(f"{target}\n")
+    pointer.write_text(f"{target}\n")
 
 
 def _stop_if_asked(stop: threading.Event) -> None:

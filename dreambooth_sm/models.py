@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
@@ -18,7 +17,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 # The id that notebooks still carry; the model moved.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 # Weight files of a diffusers directory, by preference.
-_WEIGHTS = ("diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.bin")
+_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass
@@ -54,6 +53,11 @@ class BaseModel:
             requires_safety_checker=False,
         )
 
+    def to(self, device: str | torch.device) -> None:
+        """Moves all modules."""
+        for module in (self.unet, self.vae, self.text_encoder):
+            module.to(device)
+
     def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
         """Writes a diffusers directory with safetensors. The modules are converted to ``dtype`` in place."""
         pipeline = self.pipeline()
@@ -69,7 +73,12 @@ def check_base(h: Hyperparameters) -> None:
     """
     problems: list[str] = []
     name = h.pretrained_model_name_or_path
-    if _is_local(name):
+    if "://" in name:
+        problems.append(
+            f"pretrained_model_name_or_path: {name} is a URL; name a hub id, or pass the model as a channel, such as "
+            "inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
+        )
+    elif _is_local(name):
         problems += _check_directory(Path(name))
     vae = h.pretrained_vae_name_or_path
     if vae is not None and _is_local(vae) and not (Path(vae) / "config.json").is_file():
@@ -115,43 +124,76 @@ def load_base(h: Hyperparameters) -> BaseModel:
     """
     check_base(h)
     name = MOVED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
-    pipeline = _load(StableDiffusionPipeline, name, h, safety_checker=None, requires_safety_checker=False)
+    # By itself, because only so does transformers tell of weights that are not there and drawn at random.
+    text_encoder, found = _load(CLIPTextModel, name, h, subfolder="text_encoder", output_loading_info=True)
+    if found["missing_keys"]:
+        raise UserError(f"{name}: text_encoder lacks {sorted(found['missing_keys'])[0]}; copy the directory again")
+    pipeline = _load(
+        StableDiffusionPipeline,
+        name,
+        h,
+        text_encoder=text_encoder,
+        safety_checker=None,
+        requires_safety_checker=False,
+    )
     vae = pipeline.vae
     if h.pretrained_vae_name_or_path is not None:
         vae = _load(AutoencoderKL, h.pretrained_vae_name_or_path, h)
-    for module in (pipeline.unet, vae, pipeline.text_encoder):
+    _check_parts(name, pipeline.unet, vae, text_encoder, pipeline.tokenizer)
+    for module in (pipeline.unet, vae, text_encoder):
         module.requires_grad_(False).eval()
     return BaseModel(
         name=name,
         unet=pipeline.unet,
         vae=vae,
-        text_encoder=pipeline.text_encoder,
+        text_encoder=text_encoder,
         tokenizer=pipeline.tokenizer,
         scheduler=pipeline.scheduler,
         feature_extractor=pipeline.feature_extractor,
     )
 
 
+def _check_parts(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+    """Raises UserError where weights are missing, or the parts do not belong together."""
+    problems = [
+        f"{name}: {part} lacks {weight}; copy the directory again"
+        for part, module in (("unet", unet), ("vae", vae))
+        for weight in [key for key, tensor in module.state_dict().items() if tensor.is_meta][:1]
+    ]
+    words = tokenizer("photo of a toy", add_special_tokens=False).input_ids
+    if set(words) <= {tokenizer.unk_token_id}:
+        problems.append(f"{name}: the tokenizer knows no words: its vocabulary is missing; copy the directory again")
+    elif len(tokenizer) > text_encoder.config.vocab_size:
+        problems.append(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}"
+        )
+    latents, wanted = vae.config.latent_channels, unet.config.in_channels
+    if latents != wanted:
+        problems.append(f"{name}: the VAE makes latents of {latents} channels and the UNet takes {wanted}")
+    width, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    if width != wanted:
+        problems.append(f"{name}: the text encoder's states are {width} wide and the UNet takes {wanted}")
+    if problems:
+        raise UserError(problems)
+
+
 def _load(kind: Any, name: str, h: Hyperparameters, **options: Any) -> Any:
-    if _is_local(name):
-        options["variant"] = _variant(Path(name))
-    elif kind is StableDiffusionPipeline:
+    local = _is_local(name)
+    if local:
+        options["variant"] = _variant(Path(name) / options.get("subfolder", ""))
+    elif kind is not AutoencoderKL:
         options["revision"] = h.revision
     try:
         return kind.from_pretrained(name, dtype=torch.float32, **options)
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        raise UserError(
-            f"{name} can't be fetched from the model hub ({type(error).__name__}); check the id and revision, and "
-            "that the job may reach the network, or pass the model as a channel"
-        ) from None
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{name} can't be loaded as a {kind.__name__}: {reason}") from None
-    except Exception as error:
-        # safetensors has an error type of its own, which derives from Exception alone.
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{name} has a damaged weight file: {error}; copy it again") from None
+    except Exception as error:  # a damaged directory makes the libraries raise nearly anything
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        advice = (
+            "copy the whole directory again"
+            if local
+            else "check the id and revision, and that the job may reach the network, or pass the model as a channel"
+        )
+        source = "" if local else "from the model hub "
+        raise UserError(f"{name} can't be loaded {source}as {kind.__name__} ({reason}); {advice}") from error
 
 
 def _variant(directory: Path) -> str | None:

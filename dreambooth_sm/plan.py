@@ -1,11 +1,12 @@
-"""Which settings a card gets, and why. The plan decides, the training loop obeys.
+"""Which settings a card gets, and why: the VRAM tiers. The plan decides, the training loop obeys.
 
-Imports no torch: a plan can be made for a card that is not here.
+Imports no torch: a plan can be made, printed and compared for a card that is not here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,9 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 
 Precision = Literal["fp32", "fp16", "bf16"]
+Weights = Literal["fp32", "residual", "stochastic"]
+Optimizer = Literal["adamw", "adamw8bit", "blockwise"]
+EmaPlace = Literal["no", "device", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,15 @@ class Card:
 
     Attributes:
         name: as the driver gives it; ``CPU`` for none.
-        memory_gib: memory that a process can use, in GiB (a T4 reports 14.6 of its 16).
+        memory_gib: memory that the driver reports, in GiB (a T4 reports 14.6 of its 16).
         capability: CUDA compute capability, such as (7, 5); (0, 0) for a CPU.
+        count: cards of this kind that the job trains on.
     """
 
     name: str
     memory_gib: float
     capability: tuple[int, int] = (0, 0)
+    count: int = 1
 
     @property
     def is_cpu(self) -> bool:
@@ -37,104 +43,413 @@ class Card:
     def has_bf16(self) -> bool:
         return self.capability >= (8, 0)
 
+    @property
+    def budget_gb(self) -> float:
+        """GB (1e9 bytes) that training may plan with: the CUDA context and fragmentation take their share first."""
+        return (self.memory_gib * 1.0737 - CONTEXT_GB) * 0.97
+
+
+# What the CUDA context of one process takes beside the allocator.
+CONTEXT_GB = 0.6
+CPU = Card("CPU", 0.0)
+# What the driver reports for the cards of SageMaker's instances.
+CARDS = {
+    "T4": Card("T4", 14.6, (7, 5)),
+    "V100": Card("V100", 15.8, (7, 0)),
+    "A10G": Card("A10G", 22.3, (8, 6)),
+    "L4": Card("L4", 22.0, (8, 9)),
+    "L40S": Card("L40S", 44.4, (8, 9)),
+    "A100-40": Card("A100-40", 39.4, (8, 0)),
+    "A100-80": Card("A100-80", 79.2, (8, 0)),
+    "H100": Card("H100", 79.1, (9, 0)),
+    "H200": Card("H200", 139.8, (9, 0)),
+    "B200": Card("B200", 178.0, (10, 0)),
+    "CPU": CPU,
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One line of the ladder of settings.
+
+    Attributes:
+        from_gib: smallest card that this rung is for, as its driver reports it; below, the memory goes to headroom.
+        weights: ``residual``: 16-bit weights, and a 16-bit residual that stands in for an fp32 master;
+            ``stochastic``: 16-bit weights alone, rounded stochastically.
+        state_bits: bits of each of Adam's two moments.
+        keeps_gradients: gradients are kept until the end of the backward pass, and can be clipped; otherwise each
+            parameter is updated, and its gradient dropped, inside the backward pass.
+    """
+
+    name: str
+    from_gib: float
+    weights: Weights
+    state_bits: Literal[4, 8]
+    keeps_gradients: bool
+    gradient_checkpointing: bool
+    train_text_encoder: bool
+    use_ema: bool
+
+
+# From the most generous to the smallest. A card gets the first rung that it is large enough for and whose predicted
+# peak fits: 40 GB cards and up `roomy`, A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`.
+LADDER = (
+    #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
+    Rung("roomy", 36, "residual", 8, True, False, True, True),
+    Rung("large", 20, "residual", 8, False, False, True, True),
+    Rung("medium", 0, "residual", 8, False, False, True, False),
+    Rung("small", 0, "residual", 8, False, True, True, False),
+    Rung("lean", 0, "residual", 8, False, True, False, False),
+    Rung("tight", 0, "stochastic", 8, False, True, False, False),
+    Rung("tiny", 0, "stochastic", 4, False, True, False, False),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a base model that memory depends on, in millions of parameters."""
+
+    unet: float = 859.5
+    text_encoder: float = 123.1
+    vae: float = 83.7
+
+
+SD1 = Shape()
+
 
 @dataclass(frozen=True)
 class Plan:
     """What the training loop does on this card.
 
     Attributes:
+        tier: name of the rung; ``cpu`` or ``reference`` beside the ladder.
         device: ``cuda`` or ``cpu``.
-        precision: of the forward and backward pass; weights are kept in fp32.
-        attention: ``default`` (SDPA), ``xformers`` or ``flash_attention``.
+        precision: of the forward and backward pass.
+        weights: how the trained weights are kept; ``fp32`` runs under autocast unless the precision is fp32.
+        optimizer: ``blockwise`` (ours), ``adamw`` (torch's, fp32 state: the reference) or ``adamw8bit``
+            (bitsandbytes').
+        state_bits: bits of each of Adam's two moments: 32, 16, 8 or 4.
+        update_in_backward: each parameter is updated as soon as its gradient is there.
         gradient_checkpointing: activations are recomputed in the backward pass.
-        use_8bit_adam: bitsandbytes' AdamW with 8-bit state instead of torch's AdamW.
+        attention: ``default`` (SDPA), ``xformers`` or ``flash_attention``.
+        channels_last: memory format of the UNet.
+        cuda_graph: the step is captured once and replayed.
+        compile: transformer and residual blocks go through torch.compile.
         train_text_encoder: the text encoder is trained beside the UNet.
-        use_ema: the average of the trained weights is kept, and saved.
+        ema: where the average of the trained weights lives; ``no`` for none.
         cache_latents: pictures are encoded once, before training.
         sample_batch_size: class images generated at a time.
         max_grad_norm: gradients are clipped to this global norm; None: not at all.
+        predicted_peak_gb: highest allocation that is expected, in GB (1e9 bytes); 0 on a CPU.
         notes: one line for every choice that a reader may wonder about.
     """
 
+    tier: str
     device: Literal["cuda", "cpu"]
     precision: Precision
-    attention: Literal["default", "xformers", "flash_attention"]
+    weights: Weights
+    optimizer: Optimizer
+    state_bits: int
+    update_in_backward: bool
     gradient_checkpointing: bool
-    use_8bit_adam: bool
+    attention: Literal["default", "xformers", "flash_attention"]
+    channels_last: bool
+    cuda_graph: bool
+    compile: bool
     train_text_encoder: bool
-    use_ema: bool
+    ema: EmaPlace
     cache_latents: bool
     sample_batch_size: int
     max_grad_norm: float | None
+    predicted_peak_gb: float = 0.0
     notes: tuple[str, ...] = ()
+
+    @property
+    def use_ema(self) -> bool:
+        return self.ema != "no"
+
+    def settings(self) -> dict[str, object]:
+        """Every choice but the notes."""
+        settings = dataclasses.asdict(self)
+        del settings["notes"]
+        return settings
 
     def lines(self) -> list[str]:
         """The plan for the log: one line of settings, then the notes."""
-        settings = dataclasses.asdict(self)
-        notes = settings.pop("notes")
-        return [" ".join(f"{k}={v}" for k, v in settings.items()), *notes]
+        return [" ".join(f"{k}={v}" for k, v in self.settings().items()), *self.notes]
+
+
+def find_card(name: str) -> Card:
+    """A card by the name that ``dreambooth-sm plan --gpu`` takes: one of :data:`CARDS`, or a size such as ``8GB``.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if known := {key.lower(): card for key, card in CARDS.items()}.get(name.lower()):
+        return known
+    if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB", name, re.IGNORECASE):
+        # The driver keeps some 3 % of a card for itself.
+        return Card(f"{size[1]} GB card", float(size[1]) * 0.97, (8, 6))
+    raise UserError(f"--gpu {name}: unknown card; write one of {', '.join(CARDS)}, or a size such as 8GB")
 
 
 def detect_card() -> Card:
-    """The first CUDA device, or the CPU."""
+    """The CUDA devices of this process, or the CPU. A cap on the process' share of memory counts."""
     import torch
 
     if not torch.cuda.is_available():
-        return Card("CPU", memory_gib=0.0)
+        return CPU
     device = torch.cuda.get_device_properties(0)
-    return Card(device.name, device.total_memory / 2**30, (device.major, device.minor))
+    share = torch.cuda.get_per_process_memory_fraction()
+    return Card(device.name, device.total_memory / 2**30 * share, (device.major, device.minor))
 
 
-def make_plan(h: Hyperparameters, card: Card) -> Plan:
-    """Chooses the settings for a card. Explicit hyperparameters win.
-
-    Thresholds lie below what real cards report: an A10G shows 22 GiB, a T4 14.6.
+def make_plan(h: Hyperparameters, card: Card, shape: Shape = SD1) -> Plan:
+    """Chooses the settings for a card: the first rung of the ladder that fits, with explicit hyperparameters in place.
 
     Raises:
-        UserError: where an explicit value can't work on this card.
+        UserError: where an explicit value can't work on this card, or what was asked for can't fit; the error names
+            what would.
     """
+    problems = _impossible(h, card)
+    if problems:
+        raise UserError(problems)
+    if h.use_cpu or card.is_cpu:
+        return _cpu_plan(h, card)
+    plans = _candidates(h, card, shape)
+    for plan in plans:
+        if plan.predicted_peak_gb <= card.budget_gb:
+            return plan
+    raise UserError(_too_large(h, card, shape, plans[-1]))
+
+
+def tier_table(h: Hyperparameters) -> str:
+    """What each card gets, as a Markdown table."""
+    settings = "card, tier, precision, weights, Adam's state, checkpointing, text encoder, EMA, class images at a time"
+    columns = [*settings.split(", "), "predicted peak"]
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name in [*CARDS, "24GB", "16GB", "12GB", "10GB", "8GB", "6GB", "4GB"]:
+        try:
+            plan = make_plan(h, find_card(name))
+        except UserError as error:
+            lines.append(f"| {name} | {error} |" + " |" * 8)
+            continue
+        cells = [
+            name,
+            plan.tier,
+            plan.precision,
+            plan.weights,
+            f"{plan.state_bits} bits",
+            "yes" if plan.gradient_checkpointing else "no",
+            "yes" if plan.train_text_encoder else "no",
+            plan.ema,
+            str(plan.sample_batch_size),
+            f"{plan.predicted_peak_gb:.1f} GB" if plan.device == "cuda" else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def smaller_plan(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> Plan | None:
+    """The next plan to try after ``plan`` ran out of memory; None where there is nothing left to give up.
+
+    What is trained stays the same, and so does everything that was asked for explicitly.
+    """
+    steps: list[dict[str, object]] = []
+    if h.use_ema == "auto" or plan.ema == "device":
+        steps.append({"ema": "cpu"} if plan.ema == "device" else {})
+    if h.gradient_checkpointing == "auto":
+        steps.append({"gradient_checkpointing": True})
+    if plan.optimizer == "blockwise":
+        if _may_drop_gradients(h):
+            steps.append({"update_in_backward": True, "max_grad_norm": None})
+        steps.append({"weights": "stochastic"} if plan.weights == "residual" else {})
+        if h.use_8bit_adam == "auto":
+            steps.append({"state_bits": min(plan.state_bits, 4)})
+    for change in steps:
+        if any(getattr(plan, name) != value for name, value in change.items()):
+            smaller = dataclasses.replace(plan, **change, tier=f"{plan.tier.removesuffix('-')}-")  # type: ignore[arg-type]
+            return dataclasses.replace(smaller, predicted_peak_gb=predict_peak_gb(smaller, h, shape))
+    return None
+
+
+def _candidates(h: Hyperparameters, card: Card, shape: Shape) -> list[Plan]:
+    """The plans to choose from, best first. An average that has no room on the device may live on the CPU."""
+    return [
+        _on(rung, ema_place, h, card, shape)
+        for rung in LADDER
+        if card.memory_gib >= rung.from_gib
+        for ema_place in (("device", "cpu") if h.use_ema is True else ("device",))
+    ]
+
+
+def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: Shape) -> Plan:
+    """A rung of the ladder with the explicit hyperparameters in place of its own choices."""
     notes: list[str] = []
-    problems: list[str] = []
-    on_cpu = h.use_cpu or card.is_cpu
-    memory = 0.0 if on_cpu else card.memory_gib
-    precision: Precision = "fp32"
-    attention: Literal["default", "xformers", "flash_attention"] = "default"
-    if on_cpu:
-        notes.append("use_cpu: training on the CPU" if h.use_cpu else "no CUDA device: training on the CPU")
-        if h.mixed_precision == "bf16":
-            precision = "bf16"
-        elif h.mixed_precision == "fp16":
-            notes.append("mixed_precision=fp16 needs a GPU: the CPU computes in fp32")
-        if h.attention in ("xformers", "flash_attention"):
-            notes.append(f"attention={h.attention} needs a GPU: SDPA serves")
-        if h.use_8bit_adam is True:
-            problems.append("use_8bit_adam=true needs a GPU; set it to false or auto")
-    else:
-        if h.mixed_precision == "auto":
-            precision = "bf16" if card.has_bf16 else "fp16"
-        elif h.mixed_precision != "no":
-            precision = h.mixed_precision
-        if precision == "bf16" and not card.has_bf16:
-            problems.append(f"mixed_precision=bf16: {card.name} has no bf16; write fp16")
-        if h.attention != "auto":
-            attention = h.attention
+    precision = _precision(h, card)
+    weights: Weights = rung.weights
+    optimizer: Optimizer = "blockwise"
+    state_bits: int = rung.state_bits
+    if h.optimizer == "adamw" or h.use_8bit_adam is True:
+        optimizer = "adamw8bit" if h.use_8bit_adam is True else "adamw"
+        weights, state_bits = "fp32", 8 if h.use_8bit_adam is True else 32
+    elif h.use_8bit_adam is False:
+        state_bits = 16
+        notes.append("use_8bit_adam=false: Adam's state takes 16 bits a value")
+    if precision == "fp32":
+        weights = "fp32"
+    keeps = rung.keeps_gradients or not _may_drop_gradients(h) or optimizer != "blockwise" or card.count > 1
+    clips = keeps and h.max_grad_norm is not None
+    if not keeps and h.max_grad_norm == "auto":
+        notes.append("gradients are not clipped: each is used and dropped inside the backward pass")
+    if weights == "stochastic":
+        notes.append("16-bit weights with stochastic rounding: unbiased, but noisier than an fp32 master")
+    if not card.has_bf16 and precision == "fp16":
+        notes.append(f"{card.name} has no bf16: fp16 with loss scaling")
+    ema = _choose(h.use_ema, rung.use_ema)
+    text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder)
+    if not text_encoder and h.train_text_encoder == "auto":
+        notes.append("the text encoder is not trained: the card has no room for it")
     plan = Plan(
-        device="cpu" if on_cpu else "cuda",
+        tier=rung.name if optimizer == "blockwise" and weights == rung.weights else "reference",
+        device="cuda",
         precision=precision,
-        attention=attention,
-        gradient_checkpointing=_choose(h.gradient_checkpointing, not on_cpu and memory < 20),
-        use_8bit_adam=_choose(h.use_8bit_adam, not on_cpu and memory < 20),
-        train_text_encoder=_choose(h.train_text_encoder, memory >= 20),
-        use_ema=_choose(h.use_ema, memory >= 20),
+        weights=weights,
+        optimizer=optimizer,
+        state_bits=state_bits,
+        update_in_backward=not keeps,
+        gradient_checkpointing=_choose(h.gradient_checkpointing, rung.gradient_checkpointing),
+        attention="default" if h.attention == "auto" else h.attention,
+        # Volta and older have no fast fp16 kernels for it.
+        channels_last=card.capability >= (7, 5),
+        cuda_graph=optimizer == "blockwise" and card.count == 1,
+        compile=h.torch_compile is True,
+        train_text_encoder=text_encoder,
+        ema=ema_place if ema else "no",
         cache_latents=h.not_cache_latents in (False, "auto"),
-        sample_batch_size=h.sample_batch_size if h.sample_batch_size != "auto" else (1 if on_cpu else 4),
+        sample_batch_size=1,
+        max_grad_norm=(1.0 if h.max_grad_norm == "auto" else h.max_grad_norm) if clips else None,
+        notes=tuple(notes),
+    )
+    plan = dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h, shape))
+    if h.sample_batch_size != "auto":
+        return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
+    batches = [n for n in (16, 8, 4, 2, 1) if sampling_peak_gb(n, h, shape) <= card.budget_gb]
+    return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
+
+
+def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
+    notes = ["use_cpu: training on the CPU" if h.use_cpu else "no CUDA device: training on the CPU"]
+    if h.mixed_precision == "fp16":
+        notes.append("mixed_precision=fp16 needs a GPU: the CPU computes in fp32")
+    if h.attention in ("xformers", "flash_attention"):
+        notes.append(f"attention={h.attention} needs a GPU: SDPA serves")
+    return Plan(
+        tier="cpu",
+        device="cpu",
+        precision="bf16" if h.mixed_precision == "bf16" else "fp32",
+        weights="fp32",
+        optimizer="blockwise" if h.optimizer == "blockwise" else "adamw",
+        state_bits=8 if h.optimizer == "blockwise" else 32,
+        update_in_backward=False,
+        gradient_checkpointing=_choose(h.gradient_checkpointing, False),
+        attention="default",
+        channels_last=False,
+        cuda_graph=False,
+        compile=h.torch_compile is True,
+        train_text_encoder=_choose(h.train_text_encoder, False),
+        ema="device" if _choose(h.use_ema, False) else "no",
+        cache_latents=h.not_cache_latents in (False, "auto"),
+        sample_batch_size=1 if h.sample_batch_size == "auto" else h.sample_batch_size,
         max_grad_norm=1.0 if h.max_grad_norm == "auto" else h.max_grad_norm,
         notes=tuple(notes),
     )
-    if problems:
-        raise UserError(problems)
-    return plan
+
+
+def _impossible(h: Hyperparameters, card: Card) -> list[str]:
+    """Explicit values that this card can't run, whatever its memory."""
+    problems: list[str] = []
+    if (h.use_cpu or card.is_cpu) and h.use_8bit_adam is True:
+        problems.append("use_8bit_adam=true needs a GPU; set it to false or auto")
+    if not card.is_cpu and not h.use_cpu and h.mixed_precision == "bf16" and not card.has_bf16:
+        problems.append(f"mixed_precision=bf16: {card.name} has no bf16; write fp16 or auto")
+    if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
+        problems.append(f"attention=flash_attention: {card.name} can't run it; write default or auto")
+    return problems
+
+
+def _too_large(h: Hyperparameters, card: Card, shape: Shape, smallest: Plan) -> list[str]:
+    """Why nothing fits, and what would: the explicit values whose absence makes room."""
+    wishes = {
+        "gradient_checkpointing": False,
+        "train_text_encoder": True,
+        "use_ema": True,
+        "use_8bit_adam": False,
+        "optimizer": "adamw",
+        "mixed_precision": "no",
+        "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
+    }
+    asked = {name: "auto" for name, value in wishes.items() if getattr(h, name) == value}
+    smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": min(h.resolution, 512)}
+    asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
+    text = (
+        f"the job needs {smallest.predicted_peak_gb:.1f} GB at least and {card.name} has {card.budget_gb:.1f} GB for it"
+    )
+    for change in (asked, asked_sizes, {**asked, **asked_sizes}):
+        if change:
+            relaxed = h.model_copy(update=change)
+            if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card, shape)):
+                return [f"{text}; it fits with {' '.join(f'{k}={v}' for k, v in change.items())}"]
+    needed = [c for c in CARDS.values() if c.budget_gb >= smallest.predicted_peak_gb]
+    return [f"{text}; use a larger card{f', such as {needed[0].name}' if needed else ''}"]
+
+
+def _precision(h: Hyperparameters, card: Card) -> Precision:
+    if h.mixed_precision == "auto":
+        return "bf16" if card.has_bf16 else "fp16"
+    return "fp32" if h.mixed_precision == "no" else h.mixed_precision
+
+
+def _may_drop_gradients(h: Hyperparameters) -> bool:
+    """Accumulation and clipping to a global norm need every gradient at the end of the backward pass."""
+    return h.gradient_accumulation_steps == 1 and not isinstance(h.max_grad_norm, float)
 
 
 def _choose(wish: bool | Literal["auto"], otherwise: bool) -> bool:
     return otherwise if wish == "auto" else wish
+
+
+# --- predicted peak memory; the constants are measured by benchmarks/tiers.py ---
+
+# Activations of one 512-pixel sample in 16 bits, in GB: everything kept, or recomputed block by block.
+_ACTIVATIONS_GB = 1.00
+_CHECKPOINTED_GB = 0.27
+# The text encoder's share of these, for one prompt of 77 tokens.
+_TEXT_ACTIVATIONS_GB = 0.05
+# Workspaces, the largest gradients in flight and the caches of latents and embeddings.
+_OVERHEAD_GB = 0.10
+
+
+def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float:
+    """Highest allocation of the training phase, in GB (1e9 bytes)."""
+    millions = shape.unet + (shape.text_encoder if plan.train_text_encoder else 0)
+    state = 2 * plan.state_bits / 8 * (1 + (8 / 256 if plan.optimizer == "blockwise" else 0))
+    weights = {"fp32": 4.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
+    width = 4 if plan.weights == "fp32" else 2
+    gradients = 0.0 if plan.update_in_backward else width
+    # Autocast keeps a 16-bit copy of every fp32 weight until the end of the step.
+    casts = 2.0 if plan.weights == "fp32" and plan.precision != "fp32" else 0.0
+    average = 4.0 if plan.ema == "device" else 0.0
+    per_parameter = weights + state + gradients + casts + average
+    rows = h.train_batch_size * (2 if h.prior_preservation else 1)
+    activations = _CHECKPOINTED_GB if plan.gradient_checkpointing else _ACTIVATIONS_GB
+    scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
+    samples = rows * (activations * scale + (_TEXT_ACTIVATIONS_GB if plan.train_text_encoder else 0))
+    vae = 0.0 if plan.cache_latents else 4e-3 * shape.vae + 1.2 * (h.resolution / 512) ** 2
+    return round(per_parameter * millions * 1e-3 + samples + vae + _OVERHEAD_GB, 2)
+
+
+def sampling_peak_gb(batch_size: int, h: Hyperparameters, shape: Shape = SD1) -> float:
+    """Highest allocation while class images are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
+    models = 2e-3 * (shape.unet + shape.text_encoder + shape.vae)
+    return models + (0.25 * batch_size + 1.2) * (h.resolution / 512) ** 2

@@ -6,6 +6,7 @@ To be imported before diffusers and transformers are; it imports neither.
 from __future__ import annotations
 
 import os
+import warnings
 
 for name, value in {
     "DIFFUSERS_VERBOSITY": "error",
@@ -15,6 +16,8 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+# tqdm's, in a notebook without ipywidgets.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def quiet_libraries() -> None:

@@ -88,7 +88,7 @@ def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
             if required:
                 problems.append(f"{path} is missing; SageMaker writes it, and a local run has to as well")
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{path} can't be read as JSON: {error}")
             return {}
         if not isinstance(content, dict):
@@ -99,16 +99,18 @@ def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
     hyperparameters = read("hyperparameters.json", required=need_hyperparameters)
     resources = read("resourceconfig.json")
     channels = read("inputdataconfig.json")
+    hosts = resources.get("hosts") or ["algo-1"]
+    if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
+        problems.append(f"{config / 'resourceconfig.json'}: hosts is no list of names: {hosts!r}")
     if problems:
         raise UserError(problems)
-    hosts = tuple(resources.get("hosts") or ["algo-1"])
     return Contract(
         base=base,
         hyperparameters=hyperparameters,
         channels={name: base / "input" / "data" / name for name in channels},
         current_host=resources.get("current_host") or hosts[0],
-        hosts=hosts,
-        instance_type=resources.get("current_instance_type") or "",
+        hosts=tuple(hosts),
+        instance_type=str(resources.get("current_instance_type") or ""),
         job_name=os.environ.get("TRAINING_JOB_NAME") or "local",
     )
 
@@ -117,13 +119,25 @@ def write_failure(base: Path, reason: str) -> None:
     """Writes the reason that SageMaker shows as FailureReason, at most 1024 characters."""
     path = base / "output" / "failure"
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A file name in another encoding is no UTF-8, and must not cost the reason.
+    reason = reason.encode("utf-8", "backslashreplace").decode("utf-8")
     if len(reason) > FAILURE_LENGTH:
         reason = reason[: FAILURE_LENGTH - 2] + " …"
     path.write_text(reason, encoding="utf-8")
 
 
 def stop_event() -> threading.Event:
-    """An event that SIGTERM sets: SageMaker sends it, and 120 s later SIGKILL, to stop a job."""
+    """An event that asks the job to stop.
+
+    SageMaker sends SIGTERM, and 120 s later SIGKILL. Ctrl-C does the same as SIGTERM; the second one ends the job
+    where it is.
+    """
     event = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
     signal.signal(signal.SIGTERM, lambda *_: event.set())
+    signal.signal(signal.SIGINT, interrupt)
     return event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +10,26 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan
+
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
 GUIDANCE = 7.5
+
+
+def sampling_pipeline(base: BaseModel, plan: Plan) -> StableDiffusionPipeline:
+    """The base model ready to draw on the plan's device: a copy in half precision on a GPU, else itself."""
+    pipeline = base.pipeline()
+    if plan.device == "cpu" or plan.precision == "fp32":
+        return pipeline.to(plan.device)
+    for name in ("unet", "vae", "text_encoder"):
+        module = copy.deepcopy(getattr(pipeline, name)).to(plan.device, torch.float16)
+        if plan.channels_last and name != "text_encoder":
+            module.to(memory_format=torch.channels_last)
+        setattr(pipeline, name, module)
+    pipeline.vae.enable_slicing()  # pictures are decoded one by one: the VAE's activations are the largest
+    return pipeline
 
 
 def draw(
@@ -28,7 +46,7 @@ def draw(
 
     Args:
         resolution: side of the pictures in pixels.
-        batch_size: pictures drawn at a time.
+        batch_size: pictures drawn at a time; halved where the device has no memory for so many.
 
     Yields:
         the pictures of each batch, in the order of ``seeds``.
@@ -39,16 +57,25 @@ def draw(
     )
     pipeline.set_progress_bar_config(disable=True)
     try:
-        for first in range(0, len(seeds), batch_size):
-            batch = seeds[first : first + batch_size]
-            output: Any = pipeline(
-                [prompt] * len(batch),
-                height=resolution,
-                width=resolution,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=[torch.Generator().manual_seed(seed) for seed in batch],
-            )
+        done = 0
+        while done < len(seeds):
+            batch = seeds[done : done + batch_size]
+            try:
+                output: Any = pipeline(
+                    [prompt] * len(batch),
+                    height=resolution,
+                    width=resolution,
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    generator=[torch.Generator().manual_seed(seed) for seed in batch],
+                )
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                batch_size = len(batch) // 2
+                torch.cuda.empty_cache()
+                continue
+            done += len(batch)
             yield output.images
     finally:
         pipeline.scheduler = scheduler

@@ -184,8 +184,10 @@ def check_writable(target: S3Uri, *, client: S3Client | None = None) -> None:
     client = client or s3_client(attempts=2, timeout=5)
     probe = target / MANIFEST_NAME
     with _explained(target, UserError):
-        upload_id = client.create_multipart_upload(Bucket=probe.bucket, Key=probe.prefix)["UploadId"]
-    _abort(client, probe, upload_id)
+        answer = client.create_multipart_upload(Bucket=probe.bucket, Key=probe.prefix)
+    if not answer.get("UploadId"):
+        raise UserError(f"{target}: what answers is no S3 server: check the network and AWS_ENDPOINT_URL")
+    _abort(client, probe, answer["UploadId"])
 
 
 def list_objects(source: S3Uri, *, client: S3Client | None = None) -> dict[str, int]:

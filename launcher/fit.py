@@ -61,6 +61,8 @@ def fit(
             f"instance_type={instance_type!r}: this version starts jobs on this machine only; write 'local', or pass "
             "the image to sagemaker.estimator.Estimator as the README shows"
         )
+    if "instance_data_dir" in hyperparameters:
+        problems.append("instance_data_dir: the pictures are `images`; leave instance_data_dir out")
     values = {"instance_prompt": instance_prompt, "class_prompt": class_prompt, "manual_upload_model_path": output}
     values |= hyperparameters
     channels: dict[str, str] = {IMAGES_CHANNEL: str(images)}
@@ -70,10 +72,12 @@ def fit(
         if Path(base_model).is_dir():
             channels[MODEL_CHANNEL] = str(base_model)
             values["pretrained_model_name_or_path"] = f"{_CHANNELS}/{MODEL_CHANNEL}"
+        elif isinstance(base_model, Path) or base_model.startswith(("/", ".", "~")):
+            problems.append(f"base_model: {base_model} is no directory; name a hub id or a diffusers directory")
     try:
         parsed = Hyperparameters.parse({name: value for name, value in values.items() if value is not None})
     except UserError as error:
-        raise UserError(problems + error.problems) from None
+        problems += error.problems
     problems += _check_images(str(images))
     if problems:
         raise UserError(problems)

@@ -90,7 +90,7 @@ def run_locally(
     finally:
         if process.poll() is None:  # interrupted here: the job saves a checkpoint and ends
             process.terminate()
-            process.wait()
+            process.communicate()  # reads what it still says: a full pipe would keep it from ending
     if code != 0:
         failure = base / "output" / "failure"
         raise JobFailed(failure.read_text() if failure.is_file() else f"the job ended with exit code {code}")
@@ -101,6 +101,7 @@ def run_locally(
 def lay_out(base: Path, hyperparameters: Mapping[str, str], channels: Mapping[str, str]) -> None:
     """Writes the ``/opt/ml`` tree of one job below ``base``, as SageMaker does before it starts a container."""
     config = base / "input" / "config"
+    (base / "output" / "failure").unlink(missing_ok=True)
     for folder in (config, base / "model", base / "output", base / "checkpoints", base / "input" / "data"):
         folder.mkdir(parents=True, exist_ok=True)
     for name, source in channels.items():
@@ -109,7 +110,8 @@ def lay_out(base: Path, hyperparameters: Mapping[str, str], channels: Mapping[st
             from dreambooth_sm.storage import S3Uri, download_directory
 
             download_directory(S3Uri.parse(source), target)
-        elif not target.exists():
+        else:
+            shutil.rmtree(target, ignore_errors=True)  # of an earlier job in this tree
             shutil.copytree(source, target, copy_function=_link_or_copy)
     files: dict[str, object] = {
         "hyperparameters.json": dict(hyperparameters),

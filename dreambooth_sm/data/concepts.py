@@ -44,29 +44,40 @@ def find_subjects(h: Hyperparameters) -> tuple[Subject, ...]:
     return tuple(subject for subject in subjects if subject)
 
 
+def read_concepts(h: Hyperparameters) -> Hyperparameters:
+    """The hyperparameters with the concepts themselves where ``concepts_list`` names a file.
+
+    Raises:
+        UserError: where the file is missing, or does not hold what inline JSON would have to hold.
+    """
+    if not isinstance(h.concepts_list, str):
+        return h
+    path = Path(h.concepts_list)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"concepts_list: {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"concepts_list: {path} can't be read as JSON: {error}") from None
+    if not isinstance(content, list):
+        raise UserError(f"concepts_list: {path} holds no JSON list; write [{{...}}, ...], one object a concept")
+    return Hyperparameters.parse({**h.model_dump(exclude_unset=True), "concepts_list": clean_concepts(content)})
+
+
 def _concepts(h: Hyperparameters) -> tuple[Hyperparameters, ...]:
     """The job's hyperparameters once for each concept, with the concept's own values in place."""
     if h.concepts_list is None:
         return (h,)
-    concepts = h.inline_concepts
-    if isinstance(h.concepts_list, str):
-        path = Path(h.concepts_list)
-        try:
-            content = clean_concepts(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise UserError(f"concepts_list: {path} does not exist") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"concepts_list: {path} can't be read as JSON: {error}") from None
-        # Parsed by the schema itself, so that a file and inline JSON are held to the same rules.
-        whole = Hyperparameters.parse({**h.model_dump(exclude_unset=True), "concepts_list": content})
-        concepts = whole.inline_concepts
+    concepts = read_concepts(h).inline_concepts
     return tuple(h.model_copy(update=concept.model_dump(exclude_none=True)) for concept in concepts)
 
 
 def _find(h: Hyperparameters, problems: list[str]) -> Subject | None:
     pictures = _pictures_in(Path(h.instance_data_dir), "instance_data_dir", problems)
     class_pictures: list[Path] = []
-    if h.prior_preservation and Path(h.class_data_dir).is_dir():
+    if h.prior_preservation and Path(h.class_data_dir).is_file():
+        problems.append(f"class_data_dir: {h.class_data_dir} is a file; name a directory")
+    elif h.prior_preservation and Path(h.class_data_dir).is_dir():
         class_pictures = list_pictures(Path(h.class_data_dir))[: h.num_class_images]
         problems += check_pictures(class_pictures)
     if not pictures or h.instance_prompt is None:
@@ -81,6 +92,9 @@ def _find(h: Hyperparameters, problems: list[str]) -> Subject | None:
 
 
 def _pictures_in(directory: Path, name: str, problems: list[str]) -> list[Path]:
+    if directory.is_file():
+        problems.append(f"{name}: {directory} is a file; name the directory with the pictures of the subject")
+        return []
     if not directory.is_dir():
         channel = directory.name
         hint = (

@@ -45,11 +45,13 @@ def open_picture(path: Path) -> Image.Image:
     Raises:
         UserError: where the file is no picture, or is damaged.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise UserError(f"{path} is no file; remove it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as file:
-                upright = ImageOps.exif_transpose(file)
+                upright = _to_8_bits(ImageOps.exif_transpose(file), path)
                 if upright.has_transparency_data:
                     layer = upright.convert("RGBA")
                     canvas = Image.new("RGBA", layer.size, "white")
@@ -59,8 +61,19 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path} is no picture, whatever its name says; remove or replace it") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
         raise UserError(f"{path} is damaged and can't be read ({error}); replace it") from None
+
+
+def _to_8_bits(picture: Image.Image, path: Path) -> Image.Image:
+    """Scales 16-bit greyscale down; Pillow's own conversion cuts it off at 255, which leaves a white picture."""
+    if picture.mode.startswith("I;16"):
+        return picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    if picture.mode in ("I", "F"):
+        raise UserError(f"{path} has 32 bits a pixel, of a range that it does not name; save it as 8-bit JPEG or PNG")
+    return picture
 
 
 def check_pictures(paths: list[Path]) -> list[str]:
@@ -75,10 +88,12 @@ def check_pictures(paths: list[Path]) -> list[str]:
 
 
 def crop(picture: Image.Image, resolution: int, view: View) -> Image.Image:
-    """The square view of a picture, ``resolution`` pixels a side: the shorter side is scaled to it, the rest cut."""
-    scale = resolution / min(picture.size)
-    width, height = (max(resolution, round(side * scale)) for side in picture.size)
-    scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = round((width - resolution) * view.left), round((height - resolution) * view.top)
-    square = scaled.crop((left, top, left + resolution, top + resolution))
+    """The square view of a picture, ``resolution`` pixels a side: the shorter side is scaled to it, the rest cut.
+
+    Only the square itself is scaled: a strip of 1 x 60,000 pixels would take gigabytes otherwise.
+    """
+    side = min(picture.size)
+    left, top = ((length - side) * place for length, place in zip(picture.size, (view.left, view.top), strict=True))
+    box = (left, top, left + side, top + side)
+    square = picture.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
     return ImageOps.mirror(square) if view.mirrored else square

@@ -55,7 +55,9 @@ def complete_class_images(
     for pictures in report.progress(batches, total, "class images"):
         for picture in pictures:
             path = directory / f"class-{seed + missing[len(made)]:010d}.png"
-            picture.save(path)
+            partial = path.with_suffix(".partial")  # a job that is killed here leaves no damaged picture
+            picture.save(partial, format="PNG")
+            partial.rename(path)
             made.append(path)
         if stop.is_set():
             raise StopRequested(f"while class images were made; {len(made)} of {len(missing)} are in {directory}")

@@ -54,7 +54,7 @@ class Checkpoint:
 def save_checkpoint(
     root: Path, step: int, identity: dict[str, Any], tensors: dict[str, Any], *, keep: int
 ) -> Checkpoint:
-    """Writes ``root/step-N`` so that it is there whole or not at all, and removes all but the newest ``keep``."""
+    """Writes ``root/step-N`` so that it is there whole or not at all; it and the ``keep - 1`` before it are kept."""
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,8 +64,12 @@ def save_checkpoint(
     (partial / _STATE).write_text(json.dumps(state, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    for old in _whole(root)[:-keep]:
-        shutil.rmtree(old.directory)
+    whole = _whole(root)
+    # Later steps are those of a run that this one has replaced, and would be taken for the newest of this one.
+    replaced = [checkpoint for checkpoint in whole if checkpoint.step > step]
+    own = [checkpoint for checkpoint in whole if checkpoint.step <= step]
+    for checkpoint in (*replaced, *own[:-keep]):
+        shutil.rmtree(checkpoint.directory)
     return Checkpoint(final, step, identity)
 
 

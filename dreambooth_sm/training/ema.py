@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
+
+# Steps between two updates of an average that lives on the CPU: each has to fetch the weights from the card.
+CPU_INTERVAL = 10
 
 
 class Ema:
@@ -12,35 +17,60 @@ class Ema:
 
     The decay warms up as (1 + n) / (10 + n), so that the average forgets the untrained weights soon.
 
+    ``prepare_step()`` then ``update()``, once an optimizer step. ``update()`` only reads device memory where
+    the average lives on the parameters' device, so that a CUDA graph can hold it.
+
     Args:
         parameters: those that are averaged, in an order that stays.
         decay: the decay that the warm-up ends at.
+        read: the full-precision value of a parameter; its float32 copy by default.
+        average_into: moves an average (first) by a share (third) towards a parameter (second), on the device.
+        on_cpu: keep the average on the CPU, and update it every ``CPU_INTERVAL`` steps.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        decay: float,
+        *,
+        read: Callable[[Tensor], Tensor] = lambda p: p.detach().float(),
+        average_into: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+        on_cpu: bool = False,
+    ) -> None:
         self.parameters = list(parameters)
         self.decay = decay
         self.updates = 0
-        self.average = [p.detach().float().clone() for p in self.parameters]
+        self._average_into = average_into or (
+            lambda average, parameter, weight: average.lerp_(read(parameter).to(average.device), weight)
+        )
+        self._interval = CPU_INTERVAL if on_cpu else 1
+        home = "cpu" if on_cpu else self.parameters[0].device
+        self.average = [read(p).to(home, copy=True) for p in self.parameters]
+        self._weight = torch.zeros((), device=home)
+
+    @property
+    def on_cpu(self) -> bool:
+        return self._interval > 1
+
+    def prepare_step(self) -> None:
+        """Counts the step and writes its weight to the device; outside a captured graph."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self._weight.fill_(1 - decay**self._interval)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the current weights into the average; once an optimizer step."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        current = [p.detach().float() for p in self.parameters]
-        torch._foreach_lerp_(self.average, current, 1 - decay)
-
-    @torch.no_grad()
-    def copy_to_parameters(self) -> None:
-        """Puts the average in the parameters' place; the weights that were there are gone."""
+        """Takes the current weights into the average."""
+        if self.updates % self._interval:
+            return
         for parameter, average in zip(self.parameters, self.average, strict=True):
-            parameter.copy_(average)
+            self._average_into(average, parameter, self._weight)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        self.updates = int(state["updates"])  # type: ignore[call-overload]
-        torch._foreach_copy_(self.average, state["average"])  # type: ignore[arg-type]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = int(state["updates"])
+        for average, saved in zip(self.average, state["average"], strict=True):
+            average.copy_(saved)

@@ -1,0 +1,176 @@
+"""What the benchmarks share: base models of real shapes with random weights, pictures, timing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.job import encode_training_set
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.tiny import byte_tokenizer
+from dreambooth_sm.training.loop import Schedule, Trainer
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
+
+
+def sd15() -> BaseModel:
+    """Stable Diffusion 1.5's architecture with random weights, in fp32 on the CPU."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        unet = UNet2DConditionModel(
+            sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+            )
+        )
+    base = BaseModel(
+        name="sd15",
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=byte_tokenizer(),
+        scheduler=PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
+    )
+    base.to("cpu")
+    torch.cuda.empty_cache()
+    for module in (unet, vae, text_encoder):
+        module.requires_grad_(False).eval()
+    return base
+
+
+def make_pictures(directory: Path, count: int, side: int = 512) -> tuple[Path, ...]:
+    """Pictures of noise: speed and memory do not depend on what they show."""
+    directory.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0)
+    paths = tuple(directory / f"{number:03d}.jpg" for number in range(count))
+    for path in paths:
+        Image.fromarray(noise.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def make_trainer(base: BaseModel, plan: Plan, h: Hyperparameters, pictures: Path, steps: int) -> Trainer:
+    """A trainer on five instance and seven class pictures."""
+    subject = Subject(
+        pictures=make_pictures(pictures / "instance", 5, h.resolution),
+        prompt=str(h.instance_prompt),
+        class_prompt=h.class_prompt,
+        class_directory=pictures / "class",
+        class_pictures=make_pictures(pictures / "class", 7, h.resolution),
+    )
+    data = encode_training_set(base, (subject,), h, plan, device=DEVICE, seed=0)
+    return Trainer(
+        base,
+        data,
+        plan,
+        h,
+        Schedule(steps, 0, h.learning_rate),
+        device=DEVICE,
+        identity={"seed": 0},
+        report=Reporter(stream=sys.stderr),
+    )
+
+
+def reset_peaks() -> None:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, float]:
+    """Peak memory since :func:`reset_peaks`, in GB (1e9 bytes)."""
+    return {
+        "peak_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        "peak_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2),
+    }
+
+
+@contextmanager
+def gpu_profile(steps: int, result: dict[str, Any]) -> Iterator[None]:
+    """Adds the milliseconds of kernels a step, their number, and the most expensive ones, from torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        yield
+        torch.cuda.synchronize()
+    kernels: dict[str, list[float]] = {}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("ProfilerStep", "Optim")):
+            kernels.setdefault(event.name, []).append(event.device_time / 1e3)
+    top = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    result |= {
+        "gpu_busy_ms": round(sum(map(sum, kernels.values())) / steps, 2),
+        "kernels": round(sum(map(len, kernels.values())) / steps),
+        "top": [[_short(name), round(sum(ms) / steps, 3), round(len(ms) / steps)] for name, ms in top[:40]],
+    }
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without the templates that all elementwise kernels share."""
+    return re.sub(r"void |at::native::|\(anonymous namespace\)::|gpu_kernel_impl_nocast|gpu_kernel_impl", "", kernel)[
+        :160
+    ]
+
+
+def measure_steps(trainer: Trainer, steps: int, *, profile: bool = True) -> dict[str, Any]:
+    """Wall-clock and GPU-busy time of a step, after warm-up and capture."""
+    rate = trainer.h.learning_rate
+    started = time.perf_counter()
+    for _ in range(6):
+        trainer.optimizer_step(rate)
+    torch.cuda.synchronize()
+    warm_up = time.perf_counter() - started
+    started = time.perf_counter()
+    for _ in range(steps):
+        loss = trainer.optimizer_step(rate)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    result: dict[str, Any] = {
+        "steps_per_s": round(steps / seconds, 2),
+        "ms_per_step": round(1e3 * seconds / steps, 2),
+        "warm_up_s": round(warm_up, 1),
+        "loss": round(float(loss.total), 4),
+        **peaks(),
+    }
+    if profile:
+        with gpu_profile(3, result):
+            for _ in range(3):
+                trainer.optimizer_step(rate)
+    return result
+
+
+def describe(plan: Plan) -> dict[str, object]:
+    keys = ("tier", "precision", "weights", "optimizer", "state_bits", "update_in_backward", "gradient_checkpointing")
+    extra = ("train_text_encoder", "ema", "compile", "predicted_peak_gb")
+    return {key: dataclasses.asdict(plan)[key] for key in keys + extra}
+
+
+def emit(**result: object) -> None:
+    """One JSON object a line."""
+    print(json.dumps(result), flush=True)

@@ -1,0 +1,141 @@
+"""Speed and memory of one training step, SD 1.5 at 512 pixels, batch 1 and prior preservation.
+
+    python -m benchmarks.train_step [VARIANT ...] [--peer path/to/train_dreambooth.py] [--steps 60]
+
+One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import PROMPTS, describe, emit, make_pictures, make_trainer, measure_steps, reset_peaks, sd15
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.plan import Plan, detect_card, make_plan
+
+UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
+BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}
+# Variant: (hyperparameters, changes to the plan).
+VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "unet": (UNET, {}),
+    "unet_in_backward": (UNET, {"update_in_backward": True, "max_grad_norm": None}),
+    "unet_in_backward_compiled": (UNET | {"torch_compile": True}, {"update_in_backward": True, "max_grad_norm": None}),
+    "unet_stochastic": (UNET, {"update_in_backward": True, "max_grad_norm": None, "weights": "stochastic"}),
+    "unet_nchw": (UNET, {"update_in_backward": True, "max_grad_norm": None, "channels_last": False}),
+    "unet_faithful_small": (UNET, {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True}),
+    "unet_smallest": (
+        UNET,
+        {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True, "weights": "stochastic"},
+    ),
+    "unet_4bit": (
+        UNET,
+        {
+            "update_in_backward": True,
+            "max_grad_norm": None,
+            "gradient_checkpointing": True,
+            "weights": "stochastic",
+            "state_bits": 4,
+        },
+    ),
+    "unet_fp16_faithful_small": (
+        UNET | {"mixed_precision": "fp16"},
+        {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True},
+    ),
+    "unet_fp16_smallest": (
+        UNET | {"mixed_precision": "fp16"},
+        {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True, "weights": "stochastic"},
+    ),
+    "unet_reference": (UNET | {"optimizer": "adamw"}, {}),
+    "both": (BOTH, {}),
+    "both_in_backward": (BOTH, {"update_in_backward": True, "max_grad_norm": None}),
+    "both_smallest": (
+        BOTH,
+        {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True, "weights": "stochastic"},
+    ),
+    "everything": ({"train_text_encoder": True, "use_ema": True}, {}),
+}
+# diffusers' settings of the same jobs.
+PEERS = {
+    "diffusers_a": ["--mixed_precision=fp16", "--use_8bit_adam", "--gradient_checkpointing"],
+    "diffusers_b": ["--mixed_precision=bf16"],
+    "diffusers_c": ["--mixed_precision=bf16", "--train_text_encoder"],
+}
+
+
+def plan_for(wishes: dict[str, object], changes: dict[str, object]) -> tuple[Hyperparameters, Plan]:
+    h = Hyperparameters.parse({**PROMPTS, "seed": 0, **wishes})
+    return h, dataclasses.replace(make_plan(h, detect_card()), **changes)  # type: ignore[arg-type]
+
+
+def run_variant(name: str, steps: int, work: Path) -> dict[str, object]:
+    h, plan = plan_for(*VARIANTS[name])
+    base = sd15()
+    reset_peaks()
+    started = time.perf_counter()
+    trainer = make_trainer(base, plan, h, work, steps)
+    torch.cuda.synchronize()
+    setup = time.perf_counter() - started
+    reset_peaks()
+    result = measure_steps(trainer, steps)
+    trainer.make_step.close()
+    whole = setup + float(result["warm_up_s"]) + (800 - 6) * float(result["ms_per_step"]) / 1e3
+    return {**describe(plan), "setup_s": round(setup, 1), "s_of_800_steps": round(whole, 1), **result}
+
+
+def run_peer(name: str, script: Path, steps: int, work: Path) -> None:
+    """diffusers' script in a process of its own, timed from inside by ``benchmarks.peer``."""
+    model = work / "sd15"
+    if not model.is_dir():
+        sd15().save(model, torch.float32)
+    make_pictures(work / "instance", 5)
+    make_pictures(work / "class", 7)
+    command = [sys.executable, "-m", "benchmarks.peer", name, str(script), str(steps)]
+    options = {
+        "pretrained_model_name_or_path": model,
+        "instance_data_dir": work / "instance",
+        "class_data_dir": work / "class",
+        **PROMPTS,
+        "num_class_images": 7,
+        "resolution": 512,
+        "train_batch_size": 1,
+        "learning_rate": 2e-6,
+        "max_train_steps": steps + 20,
+        "output_dir": work / "peer",
+        "prior_loss_weight": 0.5,
+        "seed": 0,
+    }
+    command += [f"--{key}={value}" for key, value in options.items()] + ["--with_prior_preservation", *PEERS[name]]
+    subprocess.run(command, check=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--steps", type=int, default=60)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.variants:
+            try:
+                emit(variant=name, **run_variant(name, options.steps, Path(folder)))
+            except Exception as error:
+                traceback.print_exc()
+                emit(variant=name, error=f"{type(error).__name__}: {error}"[:300])
+            gc.collect()
+            torch.cuda.empty_cache()
+        for name in PEERS if options.peer else ():
+            run_peer(name, options.peer, options.steps, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Shared by all tests: the tiny base model, the example pictures, an S3 server, and jobs to run on them."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, here or in a job: a core is shared by workers and jobs, and sums keep their order.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
+from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
+from dreambooth_sm.storage import S3Uri
+from tests.helpers.jobs import JobTree
+
+EXAMPLES = Path(__file__).parents[1] / "dreambooth_sm" / "examples" / "duck_toy"
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion pipeline of 0.4 M parameters; not to be written to."""
+    from dreambooth_sm.tiny import save_tiny_pipeline
+
+    return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two pictures of the example subject, scaled down; not to be written to."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for path in sorted(EXAMPLES.glob("*.jpg"))[:2]:
+        with Image.open(path) as picture:
+            picture.resize((96, 80)).save(folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[EmbeddedS3]:
+    with embedded_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def target(s3: EmbeddedS3) -> S3Uri:
+    """A prefix in a fresh, empty bucket."""
+    bucket = f"models-{uuid.uuid4().hex}"
+    s3.client().create_bucket(Bucket=bucket)
+    return S3Uri(bucket, "jobs/duck")
+
+
+@pytest.fixture
+def lay_out_job(tmp_path: Path, s3: EmbeddedS3, tiny_base: Path, pictures: Path) -> Callable[..., JobTree]:
+    """Lays out the tree of a small job: ``lay_out_job(max_train_steps="3")``; values go over the small job's own."""
+
+    def lay_out(name: str = "opt-ml", **hyperparameters: str) -> JobTree:
+        channels = {"images": pictures, "model": tiny_base}
+        return JobTree.lay_out(tmp_path / name, hyperparameters, channels, s3.environment())
+
+    return lay_out

@@ -1,0 +1,32 @@
+"""Fixtures of the unit tests."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from dreambooth_sm.models import BaseModel
+
+# The same examples in every run, and no clock: a failure comes from the change that it shows up with.
+settings.register_profile("unit", derandomize=True, deadline=None, max_examples=80)
+settings.load_profile("unit")
+
+
+@pytest.fixture(scope="session")
+def loaded_base(tiny_base: Path) -> BaseModel:
+    """The tiny pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    return load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_base)))
+
+
+@pytest.fixture
+def base(loaded_base: BaseModel) -> BaseModel:
+    """The tiny pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_base)

@@ -1,0 +1,184 @@
+"""Checkpoints: there whole or not at all, kept up to a limit, and continued only by the same job."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreambooth_sm.errors import StopRequested, UserError
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from tests.helpers.training import Run, same, weights
+
+IDENTITY = {"seed": 7, "instance_prompt": "photo of zwx toy", "pictures": ["a.png"], "train_text_encoder": False}
+
+
+def save(root: Path, step: int, *, keep: int = 10) -> Checkpoint:
+    return save_checkpoint(
+        root, step, IDENTITY, {"weights": {"w": torch.full((3,), float(step))}, "ema": None}, keep=keep
+    )
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    saved = save(tmp_path, 40)
+    found = latest_checkpoint(tmp_path)
+    assert found == saved == Checkpoint(tmp_path / "step-00000040", 40, IDENTITY)
+    assert torch.equal(found.load()["weights"]["w"], torch.full((3,), 40.0))
+    found.check_identity(IDENTITY)
+
+
+def test_there_may_be_none(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path / "missing") is None
+
+
+def test_the_newest_is_the_highest_step_not_the_last_name(tmp_path: Path) -> None:
+    for step in (9, 10, 100, 1000):
+        save(tmp_path, step)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 1000
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_limit_is_kept(tmp_path: Path, keep: int) -> None:
+    for step in (5, 10, 15, 20):
+        save(tmp_path, step, keep=keep)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in (5, 10, 15, 20)[-keep:]]
+
+
+def test_an_abandoned_runs_later_steps_do_not_outlive_a_new_start(tmp_path: Path) -> None:
+    """``resume_from_checkpoint=no`` on a directory that holds step 800: the new step 100 is what counts."""
+    for step in (700, 800):
+        save(tmp_path, step, keep=2)
+    save(tmp_path, 100, keep=2)
+    assert names(tmp_path) == ["step-00000100"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    save_checkpoint(tmp_path, 5, IDENTITY, {"w": torch.zeros(1)}, keep=1)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.load().keys() == {"w"}
+
+
+DAMAGES = {
+    "tensors half there": lambda d: (d / "tensors.pt").write_bytes((d / "tensors.pt").read_bytes()[:-7]),
+    "no tensors": lambda d: (d / "tensors.pt").unlink(),
+    "no state": lambda d: (d / "state.json").unlink(),
+    "half a state": lambda d: (d / "state.json").write_text((d / "state.json").read_text()[:20]),
+    "a state of something else": lambda d: (d / "state.json").write_text('["step"]'),
+    "a state without a step": lambda d: (d / "state.json").write_text(
+        json.dumps({"identity": {}, "bytes": (d / "tensors.pt").stat().st_size})
+    ),
+    "an empty directory": lambda d: [path.unlink() for path in d.iterdir()],
+    "a file": lambda d: (shutil.rmtree(d), d.write_text("")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_half_copied_ones_do_not_count(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 10)
+    DAMAGES[damage](save(tmp_path, 20).directory)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 10
+
+
+def test_a_write_that_was_interrupted_leaves_nothing_that_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+        with pytest.raises(OSError, match="no space"):
+            save(tmp_path, 20)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 10
+    save(tmp_path, 20)
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+
+
+def test_every_difference_of_the_job_is_named(tmp_path: Path) -> None:
+    other = {**IDENTITY, "seed": 8, "instance_prompt": "photo of qqz toy", "use_ema": True}
+    with pytest.raises(UserError) as caught:
+        save(tmp_path, 10).check_identity(other)
+    (line,) = caught.value.problems
+    for part in (
+        "seed was 7 and is 8",
+        "instance_prompt was 'photo of zwx toy' and is 'photo of qqz toy'",
+        "use_ema was None and is True",
+        "resume_from_checkpoint=no",
+    ):
+        assert part in line
+    assert "pictures" not in line
+
+
+RESUMED = {
+    "plain": {},
+    "everything": {
+        "with_prior_preservation": True,
+        "train_text_encoder": True,
+        "use_ema": True,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "cosine",
+        "center_crop": False,
+        "snr_gamma": 5.0,
+    },
+    "blockwise": {"optimizer": "blockwise", "use_8bit_adam": "auto"},
+    "not cached": {"not_cache_latents": True, "hflip": True, "lr_scheduler": "linear", "lr_warmup_steps": 2},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: BaseModel, tmp_path: Path, kind: str) -> None:
+    """Bitwise: losses of the steps that are left, and the weights that are saved in the end."""
+    values = {"max_train_steps": 4, "train_batch_size": 2, **RESUMED[kind]}
+    whole = Run(base, tmp_path / "whole", **values).train()
+    stopped = Run(base, tmp_path / "stopped", **values)
+    with pytest.raises(StopRequested, match="after step 2 of 4"):
+        stopped.train(stop_at=2)
+    checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+    resumed = Run(base, tmp_path / "stopped", **values)
+    resumed.trainer.resume(checkpoint)
+    resumed.train()
+    assert stopped.losses + resumed.losses == whole.losses
+    assert len(whole.losses) == 4
+    assert [step["lr"] for step in stopped.recorder.steps + resumed.recorder.steps] == [
+        step["lr"] for step in whole.recorder.steps
+    ]
+    assert same(weights(resumed.base.unet), weights(whole.base.unet))
+    assert same(weights(resumed.base.text_encoder), weights(whole.base.text_encoder))
+
+
+def test_checkpoints_are_saved_as_often_as_asked_and_not_at_the_end(base: BaseModel, tmp_path: Path) -> None:
+    Run(base, tmp_path / "a", max_train_steps=6, save_steps=2, checkpoints_total_limit=5).train()
+    assert names(tmp_path / "a" / "checkpoints") == ["step-00000002", "step-00000004"]
+    Run(base, tmp_path / "b", pictures=2, max_train_steps=6, save_steps=1, save_use_epochs=True).train()
+    assert names(tmp_path / "b" / "checkpoints") == ["step-00000002", "step-00000004"]
+    Run(base, tmp_path / "c", max_train_steps=3).train()
+    assert not (tmp_path / "c" / "checkpoints").exists()
+
+
+def test_a_finished_checkpoint_leaves_nothing_to_do(base: BaseModel, tmp_path: Path) -> None:
+    first = Run(base, tmp_path, max_train_steps=3, save_steps=2).train()
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    again = Run(base, tmp_path, max_train_steps=2)
+    again.trainer.resume(checkpoint)
+    again.train()
+    assert again.losses == []
+    assert not same(weights(again.base.unet), weights(first.base.unet))
+    assert not same(weights(again.base.unet), weights(base.unet))

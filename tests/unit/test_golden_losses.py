@@ -1,0 +1,149 @@
+"""Twenty steps on the CPU give the losses that are stored, and those of an independent re-implementation.
+
+After a change that is meant to change them, renew them and show the difference in the change:
+
+    UPDATE_GOLDEN=1 python -m pytest tests/unit/test_golden_losses.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from dreambooth_sm.models import BaseModel
+from tests.helpers.training import Run, same, weights
+
+STORED = Path(__file__).parent / "golden"
+STEPS = 20
+CASES: dict[str, dict[str, object]] = {
+    "unet": {},
+    "prior": {"with_prior_preservation": True, "prior_loss_weight": 0.5, "train_batch_size": 2},
+    "text_encoder": {"train_text_encoder": True, "with_prior_preservation": True},
+    "min_snr_accumulation": {
+        "with_prior_preservation": True,
+        "snr_gamma": 5.0,
+        "gradient_accumulation_steps": 2,
+        "train_text_encoder": True,
+        "center_crop": False,
+        "hflip": True,
+        "lr_scheduler": "cosine",
+    },
+}
+
+
+@dataclass
+class Case:
+    """A training that has run: where it began, and where it came to."""
+
+    name: str
+    base: BaseModel
+    run: Run
+
+
+def train(base: BaseModel, root: Path, name: str) -> Run:
+    return Run(base, root, max_train_steps=STEPS, **CASES[name]).train()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest, loaded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(request.param, loaded_base, train(loaded_base, tmp_path_factory.mktemp(request.param), request.param))
+
+
+def test_losses_are_the_stored_ones(case: Case) -> None:
+    losses = case.run.losses
+    path = STORED / f"{case.name}.json"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(json.dumps(losses, indent=1) + "\n")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert len(losses) == len(stored) == STEPS
+    for step, (ours, theirs) in enumerate(zip(losses, stored, strict=True), start=1):
+        assert list(ours) == pytest.approx(theirs, rel=1e-4), f"step {step}"
+
+
+def test_a_second_run_in_the_same_process_is_bitwise_the_first(case: Case, tmp_path: Path) -> None:
+    again = train(case.base, tmp_path, case.name)
+    assert again.losses == case.run.losses
+    for part in ("unet", "text_encoder"):
+        assert same(weights(getattr(again.base, part)), weights(getattr(case.run.base, part)))
+
+
+def flat(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.detach().flatten() for value in module.parameters()])
+
+
+def plain_losses(base: BaseModel, reference: Run) -> list[tuple[float, ...]]:
+    """The same training written down once more: torch, diffusers' scheduler, and the batches; nothing else of ours."""
+    h, data = reference.h, reference.data
+    parts, size = h.gradient_accumulation_steps, h.train_batch_size
+    trained = [base.unet, *([base.text_encoder] if reference.plan.train_text_encoder else [])]
+    parameters = [p.requires_grad_() for module in trained for p in module.parameters()]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=h.learning_rate,
+        betas=(h.adam_beta1, h.adam_beta2),
+        eps=h.adam_epsilon,
+        weight_decay=h.adam_weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda n: (
+            0.5 * (1 + torch.cos(torch.tensor(torch.pi * n / STEPS)).item()) if h.lr_scheduler == "cosine" else 1.0
+        ),
+    )
+    scheduler = DDPMScheduler.from_config(base.scheduler.config)
+    losses: list[tuple[float, ...]] = []
+    for step in range(STEPS):
+        sums = torch.zeros(3)
+        for part in range(parts):
+            batch = data.dice.batch(step * parts + part, size)
+            latents = data.latents(batch)
+            noised = scheduler.add_noise(latents, batch.noise, batch.timesteps)
+            hidden = data.prompts[batch.prompts]
+            if reference.plan.train_text_encoder:
+                hidden = base.text_encoder(hidden[:, 0]).last_hidden_state
+            prediction = base.unet(noised, batch.timesteps, hidden).sample
+            halves: list[torch.Tensor] = []
+            for half in torch.arange(len(latents)).split(size):
+                rows = []
+                for row in half.tolist():
+                    loss = torch.nn.functional.mse_loss(prediction[row], batch.noise[row])
+                    if h.snr_gamma:
+                        signal = scheduler.alphas_cumprod[batch.timesteps[row]]
+                        snr = signal / (1 - signal)
+                        loss = loss * min(snr.item(), h.snr_gamma) / snr
+                    rows.append(loss)
+                halves.append(sum(rows) / len(rows))
+            total = halves[0] + (h.prior_loss_weight * halves[1] if h.prior_preservation else 0)
+            (total / parts).backward()
+            values = [total, *halves]
+            sums[: len(values)] += torch.stack(values).detach() / parts
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(tuple(sums[: 3 if h.prior_preservation else 2].tolist()))
+    return losses
+
+
+def test_an_independent_loop_agrees(case: Case) -> None:
+    plain = copy.deepcopy(case.base)
+    theirs = plain_losses(plain, case.run)
+    for step, (ours, other) in enumerate(zip(case.run.losses, theirs, strict=True), start=1):
+        assert ours == pytest.approx(other, rel=1e-5), f"step {step}"
+    # Where a gradient is 0 but for rounding (biases before a norm), Adam steps in the direction of the rounding.
+    for part in ("unet", "text_encoder"):
+        start, ours_, theirs_ = (flat(getattr(model, part)) for model in (case.base, case.run.base, plain))
+        assert (ours_ - theirs_).norm() <= 0.02 * (theirs_ - start).norm()
+
+
+def test_the_cases_differ() -> None:
+    """A case that an option does not reach would store the losses of another."""
+    first = [json.loads((STORED / f"{case}.json").read_text())[0][0] for case in CASES]
+    assert len({round(loss, 4) for loss in first}) == len(CASES)

@@ -1,0 +1,581 @@
+"""The schema: what SageMaker, its SDKs, notebooks and command lines make of a value, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dreambooth_sm import hyperparameters as schema
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import (
+    Concept,
+    Hyperparameters,
+    markdown_table,
+    platform_keys,
+    split_arguments,
+    unescape_prompt,
+)
+
+PROMPT = "photo of zwx toy"
+FIELDS = Hyperparameters.model_fields
+BOOLEANS = [name for name, field in FIELDS.items() if bool in schema._alternatives(field.annotation)]
+AUTO = [name for name, field in FIELDS.items() if "auto" in schema._choices(field.annotation)]
+INTEGERS = [name for name, field in FIELDS.items() if int in schema._alternatives(field.annotation)]
+FLOATS = [name for name, field in FIELDS.items() if float in schema._alternatives(field.annotation)]
+OPTIONAL = [name for name, field in FIELDS.items() if type(None) in schema._alternatives(field.annotation)]
+
+# The seed's hyperparameters (facts.md, section 1), with the values of its notebook where it has them.
+SEED_NOTEBOOK = {
+    "pretrained_model_name_or_path": "runwayml/stable-diffusion-v1-5",
+    "pretrained_vae_name_or_path": None,
+    "revision": None,
+    "model_name": "aws-trained-dreambooth-model",
+    "models_path": "/opt/ml/model/",
+    "manul_upload_model_path": "s3://bucket/prefix",
+    "instance_data_dir": "/opt/ml/input/data/images/",
+    "class_data_dir": "/opt/ml/input/data/class_images/",
+    "instance_prompt": r"photo\ of\ zwx\  toy",
+    "class_prompt": r"photo\ of\ a\  toy",
+    "with_prior_preservation": True,
+    "num_class_images": 50,
+    "prior_loss_weight": 0.5,
+    "resolution": 512,
+    "center_crop": True,
+    "hflip": False,
+    "train_batch_size": 1,
+    "sample_batch_size": 1,
+    "max_train_steps": 300,
+    "num_train_epochs": 75,
+    "save_steps": 100,
+    "save_use_epochs": False,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": True,
+    "learning_rate": 2e-6,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "scale_lr": False,
+    "use_8bit_adam": False,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 0.01,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "mixed_precision": "fp16",
+    "attention": "xformers",
+    "train_text_encoder": False,
+    "use_ema": True,
+    "use_lora": False,
+    "use_cpu": False,
+    "not_cache_latents": True,
+    "max_token_length": 75,
+    "pad_tokens": True,
+    "shuffle_tags": False,
+    "seed": 1,
+}
+# Named in the same table, and in no notebook together with the rest.
+SEED_OTHERS = {"manual_upload_model_path": "s3://bucket/prefix", "concepts_list": "/opt/ml/input/data/concepts.json"}
+
+
+def parse(**values: object) -> Hyperparameters:
+    return Hyperparameters.parse({"instance_prompt": PROMPT, **values})
+
+
+def problems(raw: dict[str, object]) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        Hyperparameters.parse(raw)
+    return caught.value.problems
+
+
+def problem(**values: object) -> str:
+    """The one problem of these values."""
+    (line,) = problems({"instance_prompt": PROMPT, **values})
+    return line
+
+
+# How a value reaches the container
+
+
+def by_str(value: object) -> str:
+    """SageMaker SDK 2."""
+    return str(value)
+
+
+def by_json(value: object) -> str:
+    """SageMaker SDK 3, and SDK 2 before 2.0 for strings as well."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def by_json_twice(value: object) -> str:
+    return json.dumps(by_json(value))
+
+
+ENCODINGS = [by_str, by_json, json.dumps, by_json_twice, lambda value: json.dumps(json.dumps(value))]
+
+
+@pytest.mark.parametrize("encode", ENCODINGS)
+def test_the_seeds_notebook_means_what_it_says(encode: Any) -> None:
+    parsed = Hyperparameters.parse({name: encode(value) for name, value in SEED_NOTEBOOK.items()})
+    expected = {**SEED_NOTEBOOK, "instance_prompt": PROMPT, "class_prompt": "photo of a toy"}
+    expected["manual_upload_model_path"] = expected.pop("manul_upload_model_path")
+    assert parsed.model_dump(include=set(expected)) == expected
+
+
+@pytest.mark.parametrize("name", [*SEED_NOTEBOOK, *SEED_OTHERS])
+def test_every_name_of_the_seed_is_accepted(name: str) -> None:
+    value = {**SEED_NOTEBOOK, **SEED_OTHERS}[name]
+    parsed = Hyperparameters.parse({"instance_prompt": PROMPT, "class_prompt": "photo of a toy", name: str(value)})
+    assert schema.ALIASES.get(name, name) in parsed.model_fields_set
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [(text, True) for text in ("True", "true", "TRUE", "1", "yes", " true ", '"True"', '"\\"true\\""')]
+    + [(text, False) for text in ("False", "false", "FALSE", "0", "no", " false\n", '"False"', '"\\"false\\""')],
+)
+def test_booleans_are_read_and_not_taken_for_truthy_texts(name: str, text: str, meant: bool) -> None:
+    field = FIELDS[name]
+    decoded = schema._decode(name, text, field)
+    read = Hyperparameters.model_validate({name: decoded})
+    assert getattr(read, name) is meant
+
+
+@pytest.mark.parametrize("text", ["maybe", "2", "", "-1", "truee", "None", "[]", "0.5", "False True", "nan"])
+@pytest.mark.parametrize("name", ["use_cpu", "train_text_encoder"])
+def test_anything_else_is_no_boolean(name: str, text: str) -> None:
+    assert problem(**{name: text}).startswith(f"{name}: ")
+    assert "write true or false" in problem(**{name: text})
+
+
+@pytest.mark.parametrize("name", sorted(set(INTEGERS + FLOATS) - {"seed"}))
+@pytest.mark.parametrize("value", [True, False, "true"])
+def test_a_boolean_is_no_number(name: str, value: object) -> None:
+    assert f"{name}: " in problem(**{name: value})
+
+
+@pytest.mark.parametrize("name", AUTO)
+@pytest.mark.parametrize("text", ["auto", "Auto", " AUTO ", '"auto"', '"\\"auto\\""'])
+def test_auto_leaves_the_choice_to_the_plan(name: str, text: str) -> None:
+    assert getattr(parse(**{name: text}), name) == "auto"
+
+
+def test_auto_is_the_default_of_everything_that_depends_on_the_card() -> None:
+    on_the_card = {
+        "with_prior_preservation",
+        "sample_batch_size",
+        "train_text_encoder",
+        "use_8bit_adam",
+        "max_grad_norm",
+        "use_ema",
+        "mixed_precision",
+        "attention",
+        "gradient_checkpointing",
+        "not_cache_latents",
+    }
+    assert on_the_card <= set(AUTO)
+    assert {name for name in AUTO if FIELDS[name].default != "auto"} == set()
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIONAL) - {"instance_prompt"}))
+@pytest.mark.parametrize("text", [None, "None", "null", "", "none", '"None"', '""'])
+def test_none_is_none(name: str, text: str | None) -> None:
+    assert getattr(parse(**{name: text}), name) is None
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "resolution", "model_name", "center_crop"])
+def test_none_where_a_value_is_needed(name: str) -> None:
+    assert problem(**{name: None}).startswith(f"{name}: no value is not valid; write ")
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [
+        r"photo\ of\ zwx\  toy",
+        "photo of  zwx\t toy ",
+        r'"photo\ of\ zwx\  toy"',
+        r"photo\\ of\\ zwx toy",
+        json.dumps(r"photo\ of\ zwx\  toy"),
+        "photo of zwx toy\\",
+        '"photo of zwx\ntoy"',
+        json.dumps(json.dumps(PROMPT)),
+    ],
+)
+def test_prompts_reach_the_tokenizer_as_they_were_meant(given_: str) -> None:
+    assert parse(instance_prompt=given_, class_prompt="photo of a toy").instance_prompt == PROMPT
+    inline = parse(concepts_list=json.dumps([{"instance_prompt": given_.strip('"')}]))
+    if given_.startswith("photo"):
+        assert inline.inline_concepts[0].instance_prompt == PROMPT
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "фото zwx игрушки",
+        "ズウクス の 写真",
+        "zwx 🦆, studio light",
+        "café zwx",
+        '"zwx" the "toy"',
+        r"a\b zwx",
+        "100% {zwx}",
+    ],
+)
+def test_prompts_of_any_language_stay_as_they_are(prompt: str) -> None:
+    for encoded in (prompt, json.dumps(prompt), json.dumps(prompt, ensure_ascii=False)):
+        assert parse(instance_prompt=encoded).instance_prompt == prompt
+
+
+@given(st.text(max_size=40))
+@example("a\\\\ \\ b\\")
+def test_unescaping_twice_is_unescaping_once(text: str) -> None:
+    once = unescape_prompt(text)
+    assert unescape_prompt(once) == once
+    assert once == once.strip()
+    assert "\\ " not in once
+
+
+def test_both_spellings_of_the_upload_path() -> None:
+    target = "s3://bucket/prefix"
+    for name in ("manul_upload_model_path", "manual_upload_model_path"):
+        assert parse(**{name: target}).manual_upload_model_path == target
+    both = parse(manul_upload_model_path=target, manual_upload_model_path=f'"{target}"')
+    assert both.manual_upload_model_path == target
+    line = problem(manul_upload_model_path=target, manual_upload_model_path="s3://other/prefix")
+    assert "manul_upload_model_path" in line
+    assert "manual_upload_model_path" in line
+
+
+@pytest.mark.parametrize("bad", ["bucket/prefix", "https://bucket", "s3:/bucket", "s3://", "s3://b", "/opt/ml/model"])
+def test_the_upload_path_is_an_s3_location(bad: str) -> None:
+    assert "s3://bucket/prefix" in problem(manual_upload_model_path=bad)
+
+
+def test_what_the_platform_adds_is_kept_apart() -> None:
+    added = {
+        "sagemaker_container_log_level": "20",
+        "sagemaker_submit_directory": '"s3://b/sourcedir.tar.gz"',
+        "_tuning_objective_metric": "loss",
+    }
+    raw = {"instance_prompt": PROMPT, **added}
+    assert Hyperparameters.parse(raw) == parse()
+    assert platform_keys(raw) == added
+    assert platform_keys({"sagemaker": 1, "tuning": 2, "my_sagemaker_x": 3}) == {}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("learning-rate", "learning_rate"),
+        ("LEARNING_RATE", "learning_rate"),
+        ("max_train_step", "max_train_steps"),
+        ("instance_promt", "instance_prompt"),
+        ("manul_upload_model_pth", "manul_upload_model_path"),
+        ("use_8bits_adam", "use_8bit_adam"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_known_one(wrong: str, meant: str) -> None:
+    assert problem(**{wrong: "1"}) == f"{wrong}: unknown hyperparameter; did you mean {meant}?"
+
+
+def test_an_unknown_name_far_from_all_gets_the_list() -> None:
+    assert "python -m dreambooth_sm.hyperparameters" in problem(qqqqqq="1")
+
+
+def test_every_problem_is_told_at_once() -> None:
+    told = problems(
+        {
+            "instance_prompt": PROMPT,
+            "class_prompt": PROMPT,
+            "learning_rate": "fast",
+            "resolution": "500",
+            "use_ema": "perhaps",
+            "stepps": "1",
+            "manual_upload_model_path": "nowhere",
+            "use_lora": "True",
+        }
+    )
+    named = ["stepps", "learning_rate", "use_ema", "are the same", "resolution=500", "use_lora", "'nowhere'"]
+    assert all(any(name in line for line in told) for name in named), told
+    assert len(told) == len(named)
+
+
+def test_a_refused_value_is_not_reported_a_second_time_as_missing() -> None:
+    told = problems({"instance_prompt": ["photo"], "with_prior_preservation": "true", "class_prompt": 3.5})
+    assert sorted(line.split(":")[0] for line in told) == ["class_prompt", "instance_prompt"]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "Infinity", "1e999", "NaN", math.nan, math.inf])
+def test_numbers_that_are_none(name: str, text: object) -> None:
+    assert problem(**{name: text}).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        ("resolution", ["63", "2049", "512.5", "0", "-512"], ["64", "512", 2048, "512.0"]),
+        ("learning_rate", ["0", "-1e-6", "2e-6x"], ["2e-06", "1", 5e-6]),
+        ("train_batch_size", ["0", "-1", "1.5"], ["1", 4]),
+        ("max_train_steps", ["0", "-3", "many"], ["1", "300"]),
+        ("prior_loss_weight", ["-0.1"], ["0", "1.5"]),
+        ("adam_beta1", ["1", "-0.1", "1.5"], ["0", "0.9"]),
+        ("adam_beta2", ["1.0"], ["0.999"]),
+        ("ema_decay", ["1", "-1"], ["0", "0.9999"]),
+        ("max_grad_norm", ["0", "-1"], ["0.5", "none"]),
+        ("snr_gamma", ["0", "-5"], ["5", "None"]),
+        ("sample_batch_size", ["0", "2.5"], ["4"]),
+        ("save_steps", ["-1"], ["0", "100"]),
+        ("seed", ["-1", "1.5"], ["0", "12345678901"]),
+        ("checkpoints_total_limit", ["0"], ["1"]),
+        ("max_token_length", ["77", "0", "seventy-five"], ["75", "150", "225", 225]),
+        ("mixed_precision", ["fp8", "True", "16"], ["FP16", "bf16", "no"]),
+        ("attention", ["sdpa", "none"], ["Default", "xformers", "flash_attention"]),
+        ("lr_scheduler", ["step"], ["cosine", "Linear"]),
+        ("resume_from_checkpoint", ["step-1"], ["latest", "no"]),
+    ],
+)
+def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -> None:
+    for value in good:
+        assert name in parse(**{name: value}).model_fields_set
+    for value in bad:
+        line = problem(**{name: value})
+        assert line.startswith(f"{name}: {value!r} is not valid; write ")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"instance_prompt": None}, "instance_prompt is missing"),
+        ({"with_prior_preservation": "true"}, "needs class_prompt"),
+        ({"class_prompt": PROMPT}, "are the same"),
+        ({"resolution": "500"}, "write 496"),
+        ({"resolution": "65"}, "write 64"),
+        ({"use_lora": "true"}, "full model"),
+        ({"use_cpu": "1", "mixed_precision": "fp16"}, "can't train in fp16"),
+        ({"instance_data_dir": "/a/", "class_data_dir": "/a"}, "same directory"),
+        ({"lr_warmup_steps": "5"}, "constant_with_warmup"),
+        ({"concepts_list": "[]"}, "concepts_list is empty"),
+        ({"concepts_list": '[{"instance_promt": "a"}]'}, "'instance_promt' is no key of a concept"),
+        ({"concepts_list": '["a"]'}, "concepts_list: item"),
+        ({"concepts_list": "{}", "instance_prompt": None}, None),
+        (
+            {"concepts_list": '[{"class_prompt": "photo of a toy"}]', "instance_prompt": None},
+            "concept 0 has no instance",
+        ),
+        ({"concepts_list": '[{"instance_prompt": "zwx"}]', "with_prior_preservation": "1"}, "concept 0 has no class"),
+    ],
+)
+def test_values_that_do_not_go_together(values: dict[str, object], said: str | None) -> None:
+    raw = {"instance_prompt": PROMPT, **values}
+    if said is None:  # any other text is the path of a file
+        assert Hyperparameters.parse(raw).inline_concepts == ()
+    else:
+        (line,) = problems(raw)
+        assert said in line
+
+
+def test_prior_preservation_follows_the_class_prompt() -> None:
+    assert not parse().prior_preservation
+    assert parse(class_prompt="photo of a toy").prior_preservation
+    assert not parse(class_prompt="photo of a toy", with_prior_preservation="False").prior_preservation
+    assert parse(concepts_list='[{"class_prompt": "photo of a toy"}]').prior_preservation
+
+
+CONCEPTS = [{"instance_prompt": PROMPT, "class_prompt": "photo of a toy"}, {"instance_data_dir": "/pictures"}]
+
+
+@pytest.mark.parametrize(
+    "given_",
+    [CONCEPTS, tuple(CONCEPTS), str(CONCEPTS), json.dumps(CONCEPTS), json.dumps(json.dumps(CONCEPTS))],
+    ids=["list", "tuple", "str", "json", "json twice"],
+)
+def test_concepts_in_every_encoding(given_: object) -> None:
+    expected = tuple(Concept(**concept) for concept in CONCEPTS)
+    assert parse(concepts_list=given_, class_prompt="photo of a toy").inline_concepts == expected
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--a", "1", "--b=x y"], {"a": "1", "b": "x y"}),
+        (["--instance_prompt", "photo", "of", "zwx", "toy", "--seed", "1"], {"instance_prompt": PROMPT, "seed": "1"}),
+        (["--use_ema"], {"use_ema": "true"}),
+        (["--use_ema", "False"], {"use_ema": "False"}),
+        (["--a="], {"a": ""}),
+        (["--a=b=c"], {"a": "b=c"}),
+        (["--a", "-1"], {"a": "-1"}),
+        (["--a", "x", "--", "y"], {"a": "x -- y"}),
+        ([], {}),
+    ],
+)
+def test_command_lines(words: list[str], expected: dict[str, str]) -> None:
+    assert split_arguments(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [(["1", "--a", "2"], "'1'"), (["--a", "1", "--a", "2"], "--a is given twice")]
+)
+def test_broken_command_lines(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        split_arguments(words)
+
+
+def test_a_command_line_is_parsed_like_any_input() -> None:
+    words = ["--instance_prompt", "photo\\", "of\\", "zwx\\", "toy", "--use_ema=False", "--train_text_encoder"]
+    parsed = Hyperparameters.parse_arguments(words)
+    assert parsed == parse(use_ema=False, train_text_encoder=True)
+
+
+# Round trips
+
+
+def plain(text: str) -> bool:
+    """Texts that no encoding touches: the rest is decoded on purpose."""
+    return (
+        text == unescape_prompt(text)
+        and text.lower() not in {"", "none", "null"}
+        and not (text.startswith('"') and text.endswith('"'))
+    )
+
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30).map(unescape_prompt)
+texts = texts.filter(plain)
+paths = st.from_regex(r"/[a-z0-9_/.-]{1,20}[a-z]", fullmatch=True)
+concepts = st.fixed_dictionaries(
+    {"instance_prompt": texts.map("zwx {}".format)},
+    optional={"instance_data_dir": paths, "class_data_dir": paths, "class_prompt": texts.map("a {}".format)},
+)
+
+
+def values_of(name: str) -> st.SearchStrategy[Any]:
+    """Any valid value of a field, as Python has it."""
+    special: dict[str, st.SearchStrategy[Any]] = {
+        "resolution": st.integers(8, 256).map(lambda n: n * 8),
+        "manual_upload_model_path": st.from_regex(r"s3://[a-z0-9]{3,9}(/[a-z][a-z ]{0,9}[a-z])?", fullmatch=True),
+        "instance_data_dir": paths.map("/instance{}".format),
+        "class_data_dir": paths.map("/class{}".format),
+        "instance_prompt": texts.map("zwx {}".format),
+        "class_prompt": texts.map("a {}".format),
+        "concepts_list": st.lists(concepts, min_size=1, max_size=3) | paths,
+        "use_lora": st.just(False),
+        "use_cpu": st.just(False),
+        "lr_warmup_steps": st.just(0),
+    }
+    field = FIELDS[name]
+    choices: list[st.SearchStrategy[Any]] = []
+    for kind in schema._alternatives(field.annotation):
+        if kind is bool:
+            choices.append(st.booleans())
+        elif kind is int:
+            choices.append(st.integers(1, 10**6))
+        elif kind is float:
+            choices.append(st.floats(1e-12, 0.999))
+        elif kind is str:
+            choices.append(texts)
+        elif kind is type(None):
+            choices.append(st.none())
+        elif get_origin(kind) is Literal:
+            choices.append(st.sampled_from(list(kind.__args__)))
+    return special[name] if name in special else st.one_of(choices)
+
+
+valid = (
+    (
+        st.fixed_dictionaries(
+            {"instance_prompt": values_of("instance_prompt"), "class_prompt": values_of("class_prompt")},
+            optional={name: values_of(name) for name in FIELDS if name not in ("instance_prompt", "class_prompt")},
+        )
+    )
+    .map(Hyperparameters.model_validate)
+    .filter(lambda h: not schema._conflicts(h))
+)
+
+
+@given(valid, st.sampled_from([lambda t: t, str, json.dumps, lambda t: json.dumps(json.dumps(t)), lambda t: f" {t}\n"]))
+def test_hyperparameters_survive_the_way_to_the_container(h: Hyperparameters, sdk: Any) -> None:
+    sent = h.to_sagemaker()
+    assert all(type(value) is str for value in sent.values())
+    assert sent.keys() == h.model_fields_set
+    received = Hyperparameters.parse({name: sdk(value) for name, value in sent.items()})
+    assert received == h
+    assert received.model_fields_set == h.model_fields_set
+
+
+@given(valid, st.sampled_from(ENCODINGS))
+def test_python_values_survive_every_sdk(h: Hyperparameters, sdk: Any) -> None:
+    raw = h.model_dump(include=h.model_fields_set, mode="json")
+    assert Hyperparameters.parse({name: sdk(value) for name, value in raw.items()}) == h
+    assert Hyperparameters.parse(raw) == h
+
+
+# No input is worth a traceback
+
+names = st.sampled_from([*FIELDS, *schema.ALIASES, "sagemaker_program"]) | st.text(max_size=8)
+values_of_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(list(Concept.model_fields)) | st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+NASTY = ["[" * 50_000, '"\\ud800"', "\ud800", "9" * 5000, "[" + "9" * 5000 + "]", "[{}]", "[{[]: 1}]", "[\0]", '"' * 9]
+
+
+def reads_or_refuses(raw: dict[str, Any]) -> None:
+    """Any exception but UserError fails the test."""
+    try:
+        parsed = Hyperparameters.parse({"instance_prompt": PROMPT, **raw})
+    except UserError:
+        pass
+    else:
+        assert Hyperparameters.model_validate(parsed.model_dump()) == parsed
+
+
+@given(st.dictionaries(names, st.text(max_size=40) | st.sampled_from(NASTY), max_size=4))
+def test_no_dictionary_of_strings_is_worth_a_traceback(raw: dict[str, Any]) -> None:
+    reads_or_refuses(raw)
+
+
+@given(st.dictionaries(names, values_of_json, max_size=4), st.sampled_from([lambda v: v, str, json.dumps]))
+def test_no_json_is_worth_a_traceback(raw: dict[str, Any], sdk: Any) -> None:
+    reads_or_refuses({name: sdk(value) for name, value in raw.items()})
+
+
+@pytest.mark.parametrize("name", list(FIELDS))
+def test_nasty_values_of_every_field(name: str) -> None:
+    for value in NASTY:
+        reads_or_refuses({name: value})
+
+
+# The schema as documents show it
+
+
+def test_the_docs_hold_the_table() -> None:
+    page = Path(__file__).parents[2] / "docs" / "hyperparameters.md"
+    assert page.read_text(encoding="utf-8").strip() == f"# Hyperparameters\n\n{markdown_table()}", (
+        "renew it: python -m dreambooth_sm.hyperparameters > docs/hyperparameters.md"
+    )
+
+
+def test_the_table_has_a_row_for_every_knob() -> None:
+    rows = [line.split("|")[1].strip(" `") for line in markdown_table().splitlines() if line.startswith("| `")]
+    assert rows == list(FIELDS)
+    assert all(field.description for field in FIELDS.values())
+
+
+@pytest.mark.parametrize("module", ["dreambooth_sm.hyperparameters", "dreambooth_sm.plan", "launcher"])
+def test_the_light_ends_import_neither_torch_nor_numpy(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'diffusers', 'sagemaker'}} & sys.modules.keys()))"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"

@@ -1,0 +1,222 @@
+"""Which samples a step uses, and what of them lies on the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dreambooth_sm.data.pictures import View, crop, open_picture
+from dreambooth_sm.data.training_set import VIEWS, Batch, Dice, Latents, Sample, mix, random_views, to_tensor
+from dreambooth_sm.models import BaseModel
+from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, make_subject, paint_pictures
+
+TENSORS = ("samples", "views", "prompts", "latent_noise", "noise", "timesteps")
+
+
+def make_dice(*, instances: int = 5, classes: int = 0, seed: int = 3, views: int = 8, timesteps: int = 1000) -> Dice:
+    """Instance k may be shown with prompts 10k and 10k + 1, class picture k with 1000 + k."""
+    return Dice(
+        [Sample(Path(f"i{k}"), (10 * k, 10 * k + 1)) for k in range(instances)],
+        [Sample(Path(f"c{k}"), (1000 + k,)) for k in range(classes)],
+        views=views,
+        latent_shape=(4, 2, 2),
+        timesteps=timesteps,
+        seed=seed,
+    )
+
+
+def equal(left: Batch, right: Batch) -> bool:
+    return all(torch.equal(getattr(left, name), getattr(right, name)) for name in TENSORS)
+
+
+def rows(batch: Batch, at: slice) -> Batch:
+    return Batch(**{name: getattr(batch, name)[at] for name in TENSORS})
+
+
+@given(st.lists(st.integers(0, 40), max_size=6), st.integers(0, 2**31), st.integers(1, 3))
+def test_a_batch_is_a_function_of_seed_and_number(drawn_before: list[int], seed: int, size: int) -> None:
+    used = make_dice(seed=seed, classes=3)
+    for number in drawn_before:
+        torch.rand(1)
+        used.batch(number, size)
+    assert equal(used.batch(17, size), make_dice(seed=seed, classes=3).batch(17, size))
+
+
+def test_drawing_touches_no_global_generator() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    make_dice().batch(0, 4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+@given(st.integers(0, 20), st.sampled_from([1, 2, 4, 8]))
+def test_small_batches_are_the_rows_of_a_large_one(number: int, size: int) -> None:
+    dice = make_dice(classes=3)
+    large = dice.batch(number, 8)
+    small = [dice.batch(number * (8 // size) + part, size) for part in range(8 // size)]
+    for half, first in ((slice(0, size), 0), (slice(size, None), 8)):
+        joined = [rows(batch, half) for batch in small]
+        for name in TENSORS:
+            together = torch.cat([getattr(batch, name) for batch in joined])
+            assert torch.equal(together, getattr(large, name)[first : first + 8])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_each_epoch_shows_every_picture_once(size: int) -> None:
+    dice = make_dice(instances=6, classes=6)
+    orders: set[tuple[int, ...]] = set()
+    for epoch in range(5):
+        batches = [dice.batch(epoch * (6 // size) + number, size) for number in range(6 // size)]
+        order = torch.cat([batch.samples[:size] for batch in batches]).tolist()
+        assert sorted(order) == [0, 1, 2, 3, 4, 5]
+        assert sorted(torch.cat([batch.samples[size:] for batch in batches]).tolist()) == [6, 7, 8, 9, 10, 11]
+        orders.add(tuple(order))
+    assert len(orders) > 1
+
+
+def test_pictures_are_shown_equally_often_whatever_the_batch_size() -> None:
+    dice = make_dice(instances=5, classes=3)
+    shown = Counter(sample for number in range(15) for sample in dice.batch(number, 4).samples.tolist())
+    assert shown == Counter({**dict.fromkeys(range(5), 12), **dict.fromkeys((5, 6, 7), 20)})
+
+
+def test_the_first_half_is_the_subject_and_the_second_the_class() -> None:
+    dice = make_dice(instances=5, classes=3)
+    for number in range(10):
+        batch = dice.batch(number, 4)
+        assert (batch.samples[:4] < 5).all()
+        assert (batch.samples[4:] >= 5).all()
+        assert batch.noise.shape == batch.latent_noise.shape == (8, 4, 2, 2)
+    assert len(make_dice(instances=5).batch(0, 4).samples) == 4
+
+
+def test_prompts_belong_to_their_picture() -> None:
+    dice = make_dice(instances=5, classes=3)
+    seen: set[int] = set()
+    for number in range(40):
+        batch = dice.batch(number, 2)
+        for sample, prompt in zip(batch.samples.tolist(), batch.prompts.tolist(), strict=True):
+            assert prompt == 1000 + sample - 5 if sample >= 5 else prompt // 10 == sample
+            seen.add(prompt)
+    assert seen == {*(10 * k + o for k in range(5) for o in (0, 1)), 1000, 1001, 1002}
+
+
+def test_seeds_positions_and_halves_draw_different_things() -> None:
+    draws = [make_dice(seed=seed, classes=5).batch(number, 2) for seed in (0, 1, 2**31) for number in (0, 1)]
+    noises = [row for batch in draws for row in (*batch.noise, *batch.latent_noise)]
+    assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
+
+
+def test_time_steps_views_and_noise_are_spread_as_they_should_be() -> None:
+    dice = make_dice(timesteps=100, classes=1)
+    batches = [dice.batch(number, 8) for number in range(125)]
+    timesteps = torch.cat([batch.timesteps for batch in batches])
+    assert (timesteps.min(), timesteps.max()) == (0, 99)
+    tenths = torch.bincount(timesteps // 10, minlength=10)  # 2000 draws: 200 each, deviation 13
+    assert ((tenths - 200).abs() < 60).all()
+    views = torch.bincount(torch.cat([batch.views for batch in batches]), minlength=8)
+    assert ((views - 250).abs() < 75).all()
+    for name in ("noise", "latent_noise"):
+        noise = torch.cat([getattr(batch, name) for batch in batches])
+        assert abs(noise.mean()) < 0.03
+        assert abs(noise.std() - 1) < 0.03
+    instance, prior = (torch.cat([b.timesteps[half] for b in batches]) for half in (slice(0, 8), slice(8, None)))
+    assert (instance == prior).float().mean() < 0.05
+
+
+@given(st.lists(st.integers(-(2**31), 2**31), min_size=2, max_size=3))
+def test_mixed_seeds_are_seeds_and_tell_their_numbers_apart(numbers: list[int]) -> None:
+    assert 0 <= mix(*numbers) < 2**63
+    assert mix(*numbers) == mix(*numbers)
+    assert len({mix(*numbers), mix(*numbers[:-1], numbers[-1] + 1), mix(numbers[0] + 1, *numbers[1:])}) == 3
+
+
+# Views and latents
+
+
+def test_views() -> None:
+    assert random_views(0, 0, random_crop=False, mirror=False) == [View()]
+    cropped = random_views(0, 0, random_crop=True, mirror=False)
+    assert len({(view.left, view.top) for view in cropped}) == VIEWS
+    assert not any(view.mirrored for view in cropped)
+    flipped = [view for sample in range(50) for view in random_views(0, sample, random_crop=False, mirror=True)]
+    assert {(view.left, view.top) for view in flipped} == {(0.5, 0.5)}
+    assert 0.4 < sum(view.mirrored for view in flipped) / len(flipped) < 0.6
+    both = [view for sample in range(50) for view in random_views(0, sample, random_crop=True, mirror=True)]
+    assert 0.4 < sum(view.left for view in both) / len(both) < 0.6
+    assert len({view.left for view in both}) == len(both)
+    assert random_views(0, 1, random_crop=True, mirror=True) == random_views(0, 1, random_crop=True, mirror=True)
+    assert random_views(1, 1, random_crop=True, mirror=True) != random_views(0, 1, random_crop=True, mirror=True)
+
+
+def test_pixels_as_the_vae_takes_them(tmp_path: Path) -> None:
+    (path,) = paint_pictures(tmp_path, 1, size=(6, 4))
+    picture = open_picture(path)
+    pixels = to_tensor(picture)
+    assert pixels.shape == (3, 4, 6)
+    for x, y in ((0, 0), (5, 1), (2, 3)):
+        assert pixels[:, y, x].tolist() == pytest.approx(
+            [value / 127.5 - 1 for value in picture.getpixel((x, y))], abs=1e-6
+        )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"hflip": True}, {"center_crop": False}, {"center_crop": False, "hflip": True}]
+)
+def test_cached_or_not_the_latents_are_the_same(base: BaseModel, tmp_path: Path, options: dict[str, object]) -> None:
+    subject = make_subject(tmp_path, pictures=2, class_pictures=1)
+    found = []
+    for not_cached in (True, False):
+        h = hyperparameters(not_cache_latents=not_cached, **options)
+        data = make_set(base, [subject], h, cpu_plan(h))
+        batches = [data.dice.batch(number, 2) for number in range(4)]
+        found.append(torch.cat([data.latents(batch) for batch in batches]))
+        if options:
+            assert len({view for batch in batches for view in batch.views.tolist()}) > 1
+    assert torch.equal(*found)
+
+
+def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel, tmp_path: Path) -> None:
+    pictures = paint_pictures(tmp_path, 2)
+    views = [[View(), View(left=1.0, mirrored=True)], [View(left=0.0), View(left=0.3)]]
+    latents = Latents(pictures, views, base.vae, resolution=64, cached=True)
+    batch = Batch(
+        samples=torch.tensor([0, 1, 0]),
+        views=torch.tensor([1, 0, 0]),
+        prompts=torch.zeros(3, dtype=torch.int64),
+        latent_noise=torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(0)),
+        noise=torch.zeros(3, 4, 32, 32),
+        timesteps=torch.zeros(3, dtype=torch.int64),
+    )
+    ours = latents(batch)
+    assert ours.dtype == torch.float32
+    for row, (sample, view) in enumerate(((0, 1), (1, 0), (0, 0))):
+        pixels = to_tensor(crop(open_picture(pictures[sample]), 64, views[sample][view]))[None]
+        posterior = base.vae.encode(pixels).latent_dist
+        expected = (posterior.mean + posterior.std * batch.latent_noise[row]) * base.vae.config.scaling_factor
+        torch.testing.assert_close(ours[row], expected[0].detach(), rtol=1e-5, atol=1e-6)
+    assert not torch.equal(ours[0], ours[2])
+
+
+def test_cached_latents_need_neither_the_files_nor_the_vae(base: BaseModel, tmp_path: Path) -> None:
+    pictures = paint_pictures(tmp_path, 2)
+    latents = Latents(pictures, [[View()]] * 2, base.vae, resolution=64, cached=True)
+    for path in pictures:
+        path.unlink()
+    dice = Dice([Sample(path, (0,)) for path in pictures], [], views=1, latent_shape=(4, 32, 32), timesteps=9, seed=0)
+    assert latents(dice.batch(0, 2)).shape == (2, 4, 32, 32)
+    assert latents._vae is None
+
+
+def test_embeddings_or_token_ids(base: BaseModel, tmp_path: Path) -> None:
+    fixed = Run(base, tmp_path / "a", with_prior_preservation=True)
+    trained = Run(base, tmp_path / "b", with_prior_preservation=True, train_text_encoder=True)
+    assert fixed.data.prompts.shape == (2, 77, 32)
+    assert trained.data.prompts.shape == (2, 1, 77)
+    assert trained.data.prompts.dtype == torch.int64
