@@ -85,7 +85,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def graph_ms(step: Callable[[], None], before: Callable[[], None], repeats: int) -> float:
+def graph_ms(step: Callable[[], object], before: Callable[[], None], repeats: int) -> float:
     """Median device time of `step` as a graph; `before` runs outside it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -110,7 +110,7 @@ def graph_ms(step: Callable[[], None], before: Callable[[], None], repeats: int)
     return statistics.median(times)
 
 
-def eager_ms(step: Callable[[], None], before: Callable[[], None], device: torch.device, repeats: int) -> float:
+def eager_ms(step: Callable[[], object], before: Callable[[], None], device: torch.device, repeats: int) -> float:
     times = []
     for _ in range(repeats):
         before()
@@ -178,7 +178,7 @@ def run(name: str, options: dict[str, Any], args: argparse.Namespace, bandwidth:
         elements = sum(p.numel() for p in params)
         return measure(optimizer.step, lambda: None, device, elements * moved, bandwidth, args.repeats)
 
-    dtype, master, bits, moved = BLOCKWISE[name]
+    dtype, master, bits, bytes_moved = BLOCKWISE[name]
     if options["small"] is not None:
         adamw_blockwise.SMALL_PARAMETER = options["small"]
     if options["elements"] is not None:
@@ -206,8 +206,10 @@ def run(name: str, options: dict[str, Any], args: argparse.Namespace, bandwidth:
 
     try:
         # Reading the gradients once more for their norm is part of the floor with clipping.
-        moved += 16 / optimizer._format.size + (0 if options["in_backward"] else grads[0].element_size())
-        result = measure(step, optimizer.prepare_step, device, elements * moved, bandwidth, args.repeats)
+        traffic = (
+            bytes_moved + 16 / optimizer._format.size + (0 if options["in_backward"] else params[0].element_size())
+        )
+        result = measure(step, optimizer.prepare_step, device, elements * traffic, bandwidth, args.repeats)
     finally:
         optimizer.close()
     return {k: v for k, v in options.items() if v is not None} | result

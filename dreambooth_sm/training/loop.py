@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 
@@ -25,6 +23,7 @@ from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
+from dreambooth_sm.training.checkpointing import checkpoint_activations
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
 from dreambooth_sm.training.step import Inputs, attention_context, make_step
@@ -127,7 +126,7 @@ class Trainer:
             for module in self.modules.values():
                 module.to(device=device, dtype=weights).requires_grad_(True).train()
                 if plan.gradient_checkpointing:
-                    _checkpoint_activations(module)
+                    checkpoint_activations(module)
             if plan.channels_last:
                 self.unet.to(memory_format=torch.channels_last)
             if plan.compile:
@@ -387,16 +386,6 @@ def _optimizer_options(h: Hyperparameters, schedule: Schedule) -> dict[str, Any]
         "eps": h.adam_epsilon,
         "weight_decay": h.adam_weight_decay,
     }
-
-
-def _checkpoint_activations(module: Any) -> None:
-    """Recompute activations in the backward pass (Chen et al. 2016), without the random state, which graphs bar."""
-    if hasattr(module, "enable_gradient_checkpointing"):
-        module.enable_gradient_checkpointing(
-            functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
-        )
-    else:
-        module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _compile_blocks(unet: torch.nn.Module) -> None:
