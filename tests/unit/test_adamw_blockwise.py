@@ -272,7 +272,6 @@ def awkward_values(dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
     [(torch.bfloat16, round_bfloat16), (torch.float16, round_float16)],
-    ids=str,
     ids=["bfloat16", "float16"],
 )
 def test_stochastic_rounding_is_unbiased(dtype: torch.dtype, rounding: Callable[[Tensor, Tensor], Tensor]) -> None:
