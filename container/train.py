@@ -13,7 +13,7 @@ from pathlib import Path
 # Before torch is imported: fragmentation costs small cards gigabytes. What the user has set wins.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-from dreambooth_sm import sagemaker
+from dreambooth_sm import distributed, sagemaker
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, split_arguments
 from dreambooth_sm.quiet import quiet_libraries
@@ -28,6 +28,10 @@ def main(arguments: list[str]) -> int:
         options = split_arguments(arguments[1:] if arguments[:1] == ["train"] else arguments)
         contract = sagemaker.read_contract(base, need_hyperparameters=not options)
         hyperparameters = Hyperparameters.parse({**contract.hyperparameters, **options})
+        if not distributed.is_worker():
+            processes = distributed.count_processes(hyperparameters.num_processes, on_cpu=hyperparameters.use_cpu)
+            if processes * len(contract.hosts) > 1:
+                return distributed.run_workers([sys.executable, "-u", __file__, *arguments], contract, processes)
         quiet_libraries()
         from dreambooth_sm.job import run  # imports torch, which bad input does not have to wait for
 

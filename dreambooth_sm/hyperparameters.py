@@ -202,6 +202,9 @@ class Hyperparameters(BaseModel):
         "Memory and speed",
         "Compile the UNet's blocks: some minutes at the start for faster steps. auto: no, until jobs are long.",
     )
+    num_processes: PositiveInt | Auto = _knob(
+        "auto", "Memory and speed", "Processes of each instance that train together. auto: one a GPU."
+    )
     use_cpu: bool = _knob(False, "Memory and speed", "Train on the CPU although there is a GPU.")
     use_lora: bool = _knob(False, "Memory and speed", "Accepted for the seed's notebooks; only False works.")
 

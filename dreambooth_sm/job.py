@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import os
 import secrets
 import shutil
 import tempfile
@@ -17,6 +19,7 @@ from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
 from dreambooth_sm.data.prior import complete_class_images
 from dreambooth_sm.data.prompts import tokenize
 from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, random_views
+from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.models import BaseModel, check_base, load_base
@@ -58,7 +61,7 @@ _IDENTITY = (
 
 
 def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threading.Event) -> Path | S3Uri:
-    """Runs the whole job.
+    """Runs the whole job; with others, where several processes were started for it.
 
     Returns:
         where the trained pipeline lies: a directory, or an S3 location if one was asked for.
@@ -67,13 +70,25 @@ def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threa
         UserError: bad input, before anything is downloaded where that is possible.
         StopRequested: ``stop`` was set; what was trained is in a checkpoint.
     """
+    world = join()
+    if not world.is_main:
+        report = Reporter(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - for as long as the process lives
+    try:
+        return _run(h, contract, world, report=report, stop=stop)
+    finally:
+        leave()
+
+
+def _run(
+    h: Hyperparameters, contract: Contract, world: World, *, report: Reporter, stop: threading.Event
+) -> Path | S3Uri:
     h = localize(h, contract)
     with report.phase("check"):
         # Not collected: without the concepts there is little to check, and their file names places as well.
         h = localize(read_concepts(h), contract)
         problems = Problems()
         with problems.collected():
-            plan = check(h, contract)
+            plan = check(h, contract, world)
         with problems.collected():
             subjects = find_subjects(h)
         with problems.collected():
@@ -81,15 +96,16 @@ def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threa
         with problems.collected():
             check_output(h)
         with problems.collected():
-            target = check_target(h)
+            target = check_target(h) if world.is_main else None
         problems.raise_any()
     for line in plan.lines():
         report.say(f"plan: {line}")
     checkpoints = checkpoint_directory(h, contract)
     previous = latest_checkpoint(checkpoints) if h.resume_from_checkpoint == "latest" else None
     seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
-    report.metrics(seed=seed)
-    identity = make_identity(h, plan, subjects, seed)
+    seed = world.first(seed)
+    report.metrics(seed=seed, processes=world.size)
+    identity = make_identity(h, plan, subjects, seed, world)
     if previous:
         previous.check_identity(identity)
     device = torch.device(plan.device)
@@ -97,17 +113,19 @@ def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threa
     with report.phase("load_base"):
         base = load_base(h)
         check_prompts(base, subjects, h)
-    _stop_if_asked(stop)
+    _stop_if_asked(stop, world)
     with report.phase("class_images"):
-        subjects = make_class_images(base, subjects, h, plan, seed=seed, report=report, stop=stop)
+        subjects = make_class_images(base, subjects, h, plan, seed=seed, report=report, stop=stop, world=world)
     with report.phase("encode"):
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
-    _stop_if_asked(stop)
-    schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS)
+    _stop_if_asked(stop, world)
+    schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
     with report.phase("train"):
-        train(base, data, plan, h, schedule, identity, previous, checkpoints, report=report, stop=stop)
+        train(base, data, plan, h, schedule, identity, previous, checkpoints, report=report, stop=stop, world=world)
     del data
     _free_memory()
+    if not world.is_main:
+        return Path(h.models_path)
     with report.phase("save"):
         directory = save(base, h, checkpoints, contract)
     if target is None:
@@ -131,17 +149,13 @@ def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
     return h.model_copy(update=moved)
 
 
-def check(h: Hyperparameters, contract: Contract) -> Plan:
+def check(h: Hyperparameters, contract: Contract, world: World) -> Plan:
     """The plan for the card that is here.
 
     Raises:
         UserError: where the job can't run on these resources.
     """
-    if len(contract.hosts) > 1:
-        raise UserError(
-            f"the job has {len(contract.hosts)} instances and this version trains on one; set instance_count=1"
-        )
-    card = detect_card()
+    card = dataclasses.replace(detect_card(), count=world.size)
     if card.is_cpu and contract.has_gpu_instance and not h.use_cpu:
         raise UserError(
             f"the instance is a {contract.instance_type}, and torch sees no GPU: the image's CUDA and the host's "
@@ -191,6 +205,7 @@ def make_class_images(
     seed: int,
     report: Reporter,
     stop: threading.Event,
+    world: World,
 ) -> tuple[Subject, ...]:
     """Generates the class images that are missing, with the untrained base model."""
     if all(s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects):
@@ -207,6 +222,7 @@ def make_class_images(
             scratch=Path(h.models_path).parent / "class_images" / str(number),
             report=report,
             stop=stop,
+            world=world,
         )
         for number, subject in enumerate(subjects)
     )
@@ -271,6 +287,7 @@ def train(
     *,
     report: Reporter,
     stop: threading.Event,
+    world: World,
 ) -> None:
     """Trains ``base`` in place. Where the card runs out of memory all the same, goes on with the next smaller plan.
 
@@ -282,8 +299,9 @@ def train(
     while True:
         trainer: Trainer | None = None
         try:
+            device = torch.device(plan.device)
             trainer = Trainer(
-                base, data, plan, h, schedule, device=torch.device(plan.device), identity=identity, report=report
+                base, data, plan, h, schedule, device=device, identity=identity, report=report, world=world
             )
             if rescued is not None:
                 same_format = (rescued[2].optimizer, rescued[2].state_bits) == (plan.optimizer, plan.state_bits)
@@ -297,6 +315,8 @@ def train(
             reason = str(error).splitlines()[0]
         # Not inside the except clause: the exception's frames hold what has to be freed.
         smaller = smaller_plan(plan, h)
+        if world.size > 1:
+            raise UserError(f"out of memory on process {world.rank} ({reason}); set gradient_checkpointing=true")
         if smaller is None:
             raise UserError(f"the card has too little memory for the smallest plan there is: {reason}")
         if trainer is not None:
@@ -308,11 +328,14 @@ def train(
         report.say(f"plan: {plan.lines()[0]}")
 
 
-def make_identity(h: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...], seed: int) -> dict[str, object]:
+def make_identity(
+    h: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...], seed: int, world: World
+) -> dict[str, object]:
     """What makes a checkpoint one of this job."""
     return {
         **h.model_dump(include=set(_IDENTITY), mode="json"),
         "seed": seed,
+        "processes": world.size,
         "pictures": sorted(path.name for subject in subjects for path in subject.pictures),
         "train_text_encoder": plan.train_text_encoder,
         "use_ema": plan.use_ema,
@@ -345,8 +368,8 @@ def upload(directory: Path, target: S3Uri, contract: Contract, report: Reporter)
     pointer.write_text(f"{target}\n")
 
 
-def _stop_if_asked(stop: threading.Event) -> None:
-    if stop.is_set():
+def _stop_if_asked(stop: threading.Event, world: World) -> None:
+    if world.any(stop.is_set()):
         raise StopRequested("before training began; nothing had to be saved")
 
 

@@ -34,6 +34,7 @@ class Contract:
         current_host, hosts: this host and all hosts of the job, sorted.
         instance_type: such as ``ml.g4dn.xlarge``; empty where the platform does not say.
         job_name: name of the training job; ``local`` outside of SageMaker.
+        network_interface: the one between the hosts, such as ``eth0``.
     """
 
     base: Path
@@ -43,6 +44,7 @@ class Contract:
     hosts: tuple[str, ...] = ("algo-1",)
     instance_type: str = ""
     job_name: str = "local"
+    network_interface: str = ""
 
     @property
     def model_directory(self) -> Path:
@@ -112,6 +114,7 @@ def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
         hosts=tuple(hosts),
         instance_type=str(resources.get("current_instance_type") or ""),
         job_name=os.environ.get("TRAINING_JOB_NAME") or "local",
+        network_interface=str(resources.get("network_interface_name") or ""),
     )
 
 

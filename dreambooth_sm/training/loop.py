@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 
 from dreambooth_sm.data.prompts import encode
 from dreambooth_sm.data.training_set import Batch, Dice, Latents
+from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
@@ -26,7 +27,7 @@ from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.checkpointing import checkpoint_activations
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
-from dreambooth_sm.training.step import Inputs, attention_context, make_step
+from dreambooth_sm.training.step import GradientAverage, Inputs, attention_context, make_step
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A loss scaler needs some steps to find its scale; more than this many skipped in a row is a broken job.
@@ -66,9 +67,9 @@ class Schedule:
     learning_rate: float
 
 
-def make_schedule(h: Hyperparameters, instance_pictures: int, default_steps: int) -> Schedule:
+def make_schedule(h: Hyperparameters, instance_pictures: int, default_steps: int, processes: int = 1) -> Schedule:
     """Turns epochs into steps; ``max_train_steps`` wins."""
-    batch = h.train_batch_size * h.gradient_accumulation_steps
+    batch = h.train_batch_size * h.gradient_accumulation_steps * processes
     steps_per_epoch = -(-instance_pictures // batch)
     steps = h.max_train_steps or (h.num_train_epochs or 0) * steps_per_epoch or default_steps
     rate = h.learning_rate * (batch if h.scale_lr else 1)
@@ -89,8 +90,11 @@ class _Window:
             if value is not None:
                 self.sums[name] = self.sums.get(name, 0) + value.detach()
 
-    def means(self) -> dict[str, float]:
-        return {name: (total / self.count).item() for name, total in self.sums.items()}
+    def means(self, world: World) -> dict[str, float]:
+        """Over the steps, and over the processes."""
+        mine = {name: (total / self.count).item() for name, total in self.sums.items()}
+        everyone = world.gather(mine)
+        return {name: sum(means[name] for means in everyone) / world.size for name in mine}
 
 
 class Trainer:
@@ -100,6 +104,7 @@ class Trainer:
         base: the base model, in fp32 on the CPU; the parts that are trained are moved to the device.
         device: where to.
         identity: what a checkpoint of this job is recognised by.
+        world: the processes that train together.
     """
 
     def __init__(
@@ -113,7 +118,9 @@ class Trainer:
         device: torch.device,
         identity: dict[str, Any],
         report: Reporter,
+        world: World = World(),  # noqa: B008 - frozen
     ) -> None:
+        self.world = world
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
         self.unet, self.text_encoder = base.unet, base.text_encoder
@@ -142,6 +149,8 @@ class Trainer:
                 parameter.data = original
             raise
         del originals
+        if world.size > 1:
+            self.make_step.average = GradientAverage(self.parameters)
         self.scheduler = get_scheduler(
             h.lr_scheduler,
             self.make_step.optimizer,
@@ -209,8 +218,12 @@ class Trainer:
         self.load_state(checkpoint.load(), checkpoint.step)
         self._checked = True
 
-    def save(self, root: Path) -> Checkpoint:
-        return save_checkpoint(root, self.step, self.identity, self.state(), keep=self.h.checkpoints_total_limit)
+    def save(self, root: Path) -> Path | None:
+        """Writes a checkpoint, on the main process alone: all hold the same state."""
+        if not self.world.is_main:
+            return None
+        keep = self.h.checkpoints_total_limit
+        return save_checkpoint(root, self.step, self.identity, self.state(), keep=keep).directory
 
     def train(self, checkpoints: Path, stop: threading.Event) -> None:
         """Runs all remaining steps, then :meth:`finish`.
@@ -227,12 +240,18 @@ class Trainer:
                 self._log(window, rate)
                 window = _Window()
             last = self.step == self.schedule.steps
-            if stop.is_set() and not last:
+            if not last and self._asked_to_stop(stop):
                 saved = self.save(checkpoints)
-                raise StopRequested(f"after step {self.step} of {self.schedule.steps}; saved in {saved.directory}")
+                raise StopRequested(f"after step {self.step} of {self.schedule.steps}; saved in {saved}")
             if self.schedule.save_every and self.step % self.schedule.save_every == 0 and not last:
-                self.report.metrics(checkpoint=self.save(checkpoints).directory, step=self.step)
+                self.report.metrics(checkpoint=self.save(checkpoints), step=self.step)
         self.finish()
+
+    def _asked_to_stop(self, stop: threading.Event) -> bool:
+        """Several processes have to agree on the step; they do so where they meet anyway."""
+        if self.world.size == 1:
+            return stop.is_set()
+        return self.step % self.h.logging_steps == 0 and self.world.any(stop.is_set())
 
     def finish(self) -> None:
         """Puts the weights to be saved into the modules, in float32 on the CPU: EMA's where there is one.
@@ -266,7 +285,8 @@ class Trainer:
     def optimizer_step(self, rate: float) -> Loss:
         """One step at learning rate ``rate``; the mean loss of its batches, detached, overwritten by the next step."""
         parts = self.h.gradient_accumulation_steps
-        inputs = [self._inputs(self.step * parts + part) for part in range(parts)]
+        world = self.world
+        inputs = [self._inputs((self.step * parts + part) * world.size + world.rank) for part in range(parts)]
         with self._self_check(rate) as check:
             loss = self.make_step(inputs)
             check(loss)
@@ -360,7 +380,7 @@ class Trainer:
         return prints
 
     def _log(self, window: _Window, rate: float) -> None:
-        means = window.means()  # waits for the device: the seconds are those of finished steps
+        means = window.means(self.world)  # waits for the device: the seconds are those of finished steps
         seconds = time.monotonic() - window.started
         vram = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else 0.0
         self.report.metrics(

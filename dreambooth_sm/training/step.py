@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dreambooth_sm.plan import Plan
@@ -50,16 +51,61 @@ class Inputs:
 LossFunction = Callable[[Inputs], Loss]
 
 
+class GradientAverage:
+    """Averages gradients over the processes, each as soon as the last backward pass of a step has made it.
+
+    Large gradients travel while the rest of the backward pass runs; small ones go together at the end.
+    """
+
+    # Elements from which on a gradient travels by itself.
+    LARGE = 1 << 18
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.active = False
+        self._waiting: list[dist.Work] = []
+        self._small = [p for p in parameters if p.numel() < self.LARGE]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._send) for p in parameters if p.numel() >= self.LARGE]
+
+    def _send(self, parameter: Tensor) -> None:
+        if self.active and parameter.grad is not None:
+            self._waiting.append(self._sum(parameter.grad))
+
+    @staticmethod
+    def _sum(tensor: Tensor) -> dist.Work:
+        work = dist.all_reduce(tensor.div_(dist.get_world_size()), async_op=True)
+        assert work is not None
+        return work
+
+    def finish(self) -> None:
+        """After the backward pass: the rest, and waits until all have arrived."""
+        grads = [p.grad for p in self._small if p.grad is not None]
+        if grads:
+            flat = torch.cat([grad.flatten() for grad in grads])
+            self._sum(flat).wait()
+            for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view(grad.shape))
+        for work in self._waiting:
+            work.wait()
+        self._waiting.clear()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
 class Step(ABC):
     """Makes optimizer steps.
 
     Attributes:
         optimizer: learning-rate schedulers act on it.
         ema: an average that each step updates; to be set before the first one.
+        average: averages the gradients where several processes train together; likewise.
     """
 
+    _loss: LossFunction
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
+    average: GradientAverage | None = None
 
     @abstractmethod
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
@@ -67,6 +113,19 @@ class Step(ABC):
 
         The result is overwritten by the next call.
         """
+
+    def _backward(self, parts: Sequence[Inputs], scale: Callable[[Tensor], Tensor]) -> list[Loss]:
+        """The backward passes of a step; gradients are averaged over the processes at its end."""
+        losses: list[Loss] = []
+        for number, inputs in enumerate(parts, start=1):
+            if self.average:
+                self.average.active = number == len(parts)
+            loss = self._loss(inputs)
+            scale(loss.total / len(parts)).backward()
+            losses.append(loss.detach())
+        if self.average:
+            self.average.finish()
+        return losses
 
     @abstractmethod
     def skipped(self) -> bool:
@@ -95,9 +154,10 @@ class Step(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    @abstractmethod
     def close(self) -> None:
         """Lets go of the model."""
+        if self.average:
+            self.average.close()
 
 
 class FastStep(Step):
@@ -149,11 +209,7 @@ class FastStep(Step):
         return result
 
     def _run(self, parts: Sequence[Inputs]) -> Loss:
-        losses: list[Loss] = []
-        for inputs in parts:
-            loss = self._loss(inputs)
-            self.optimizer.scale(loss.total / len(parts)).backward()
-            losses.append(loss.detach())
+        losses = self._backward(parts, self.optimizer.scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema and not (self._plan.cuda_graph and self.ema.on_cpu):
@@ -202,6 +258,7 @@ class FastStep(Step):
         self.optimizer.load_state_dict(state)
 
     def close(self) -> None:
+        super().close()
         self.optimizer.close()
         self._graph, self._result, self._inputs = None, None, []
 
@@ -223,11 +280,7 @@ class ReferenceStep(Step):
         self._skipped = False
 
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
-        losses: list[Loss] = []
-        for inputs in parts:
-            loss = self._loss(inputs)
-            self._scaler.scale(loss.total / len(parts)).backward()
-            losses.append(loss.detach())
+        losses = self._backward(parts, self._scaler.scale)
         self._scaler.unscale_(self.optimizer)
         if self._plan.max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._plan.max_grad_norm)
@@ -256,6 +309,7 @@ class ReferenceStep(Step):
         self._scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
+        super().close()
         self.optimizer.zero_grad(set_to_none=True)
 
 

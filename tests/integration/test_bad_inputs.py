@@ -471,11 +471,6 @@ LATE = [
     ),
     # The machines
     Bad(
-        "two instances",
-        ("2 instances", "instance_count=1"),
-        arrange=change_json(f"{CONFIG}/resourceconfig.json", hosts=["algo-1", "algo-2"]),
-    ),
-    Bad(
         "GPU instance without its GPU",
         ("ml.g4dn.xlarge", "no GPU", "driver"),
         arrange=change_json(f"{CONFIG}/resourceconfig.json", current_instance_type="ml.g4dn.xlarge"),

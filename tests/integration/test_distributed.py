@@ -1,0 +1,93 @@
+"""Several processes that train together: on one host, and on two hosts that meet over the network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobs import Ended, JobTree, end, read_until, read_weights, same_weights
+
+# With a seed, and without clipping by a norm that sums in another order; images drawn by each process.
+JOB = {"max_train_steps": "6", "logging_steps": "1", "num_class_images": "3", "seed": "5", "save_steps": "3"}
+
+
+def losses(ended: Ended) -> list[float]:
+    assert ended.code == 0, ended.log
+    return [float(pairs["loss"]) for pairs in ended.steps]
+
+
+@pytest.fixture
+def one_process(lay_out_job: Callable[..., JobTree]) -> tuple[list[float], Path]:
+    """The losses and the model of one process that takes the whole global batch."""
+    tree = lay_out_job("one", **JOB, train_batch_size="2")
+    return losses(tree.run("train")), tree.model
+
+
+def test_two_processes_train_like_one_with_the_whole_batch(
+    lay_out_job: Callable[..., JobTree], one_process: tuple[list[float], Path]
+) -> None:
+    tree = lay_out_job("two", **JOB, train_batch_size="1", num_processes="2")
+    ended = tree.run("train")
+    expected, _ = one_process
+    assert losses(ended) == pytest.approx(expected, rel=2e-3)
+    assert ended.log.count("phase=train state=started") == 1, "only one process reports"
+    assert "processes=2" in ended.log
+    drawn = sorted(path.name for path in tree.base.rglob("class-*.png"))
+    assert len(drawn) == len(set(drawn)) == 3, "class images are shared out without repeats"
+    assert (tree.model / "model_index.json").is_file()
+    assert tree.checkpoints == ["step-00000003"]
+
+
+def test_two_hosts_meet(lay_out_job: Callable[..., JobTree], one_process: tuple[list[float], Path]) -> None:
+    names = ["127.0.0.1", "localhost"]
+    trees = [lay_out_job(name, **JOB, train_batch_size="1") for name in names]
+    for tree, name in zip(trees, names, strict=True):
+        tree.write("input/config/resourceconfig.json", json.dumps({"current_host": name, "hosts": names}))
+    processes = [tree.start("train") for tree in trees]
+    first, second = (end(process) for process in processes)
+    expected, _ = one_process
+    assert losses(first) == pytest.approx(expected, rel=2e-3)
+    assert second.code == 0, second.log
+    assert second.steps == []
+    assert (trees[0].model / "model_index.json").is_file()
+    assert list(trees[1].model.iterdir()) == [], "only the first host hands the model over"
+
+
+def test_a_stopped_job_goes_on(lay_out_job: Callable[..., JobTree]) -> None:
+    options = {**JOB, "max_train_steps": "40", "save_steps": "0", "num_processes": "2"}
+    whole = lay_out_job("whole", **options)
+    assert whole.run("train").code == 0
+    tree = lay_out_job("stopped", **options)
+    process = tree.start("train")
+    log = read_until(process, r"step=5 ")
+    process.send_signal(signal.SIGTERM)
+    ended = end(process, log)
+    assert ended.code == 143, ended.log
+    assert len(tree.checkpoints) == 1
+    assert tree.run("train").code == 0
+    assert same_weights(read_weights(tree.model, "unet"), read_weights(whole.model, "unet"))
+
+
+def test_bad_input_is_reported_once_and_ends_every_process(lay_out_job: Callable[..., JobTree]) -> None:
+    tree = lay_out_job("bad", **JOB, num_processes="2", instance_prompt="zwx " * 100)
+    ended = tree.run("train")
+    assert ended.code == 2, ended.log
+    assert tree.failure is not None
+    assert "max_token_length" in tree.failure
+    assert "Traceback" not in ended.log
+
+
+def test_a_killed_process_ends_the_job(lay_out_job: Callable[..., JobTree]) -> None:
+    tree = lay_out_job("killed", **JOB | {"max_train_steps": "100000"}, num_processes="2")
+    process = tree.start("train")
+    read_until(process, r"step=2 ")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    assert end(process).code != 0
