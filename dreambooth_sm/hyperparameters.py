@@ -202,6 +202,11 @@ class Hyperparameters(BaseModel):
         "Memory and speed",
         "Compile the UNet's blocks: some minutes at the start for faster steps. auto: no, until jobs are long.",
     )
+    cuda_graph: bool | Auto = _knob(
+        "auto",
+        "Memory and speed",
+        "Capture the training step as a CUDA graph and replay it. auto: wherever the optimizer allows it.",
+    )
     num_processes: PositiveInt | Auto = _knob(
         "auto", "Memory and speed", "Processes of each instance that train together. auto: one a GPU."
     )

@@ -322,7 +322,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: 
         attention="default" if h.attention == "auto" else h.attention,
         # Volta and older have no fast fp16 kernels for it.
         channels_last=card.capability >= (7, 5),
-        cuda_graph=optimizer == "blockwise",
+        cuda_graph=optimizer == "blockwise" and h.cuda_graph is not False,
         compile=h.torch_compile is True,
         train_text_encoder=text_encoder,
         ema=ema_place if ema else "no",
