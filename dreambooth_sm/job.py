@@ -18,7 +18,7 @@ from dreambooth_sm import storage
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
 from dreambooth_sm.data.prior import complete_class_images
 from dreambooth_sm.data.prompts import tokenize
-from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, random_views
+from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, views_of
 from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
@@ -250,11 +250,10 @@ def encode_training_set(
         Sample(path, table.rows(s.class_prompt)) for s in subjects if s.class_prompt for path in s.class_pictures
     ]
     samples = [*instances, *classes]
-    views = [random_views(seed, row, random_crop=not h.center_crop, mirror=h.hflip) for row in range(len(samples))]
+    pictures = [sample.picture for sample in samples]
+    views = views_of(pictures, seed, random_crop=not h.center_crop, mirror=h.hflip)
     base.vae.to(device)
-    latents = Latents(
-        [sample.picture for sample in samples], views, base.vae, resolution=h.resolution, cached=plan.cache_latents
-    )
+    latents = Latents(pictures, views, base.vae, resolution=h.resolution, cached=plan.cache_latents)
     if plan.cache_latents:
         base.vae.to("cpu")
     if plan.train_text_encoder:

@@ -67,6 +67,12 @@ def open_picture(path: Path) -> Image.Image:
         raise UserError(f"{path} is damaged and can't be read ({error}); replace it") from None
 
 
+def is_square(path: Path) -> bool:
+    """Whether a picture, known to be readable, is as wide as it is high; reads its header alone."""
+    with Image.open(path) as file:
+        return file.width == file.height
+
+
 def _to_8_bits(picture: Image.Image, path: Path) -> Image.Image:
     """Scales 16-bit greyscale down; Pillow's own conversion cuts it off at 255, which leaves a white picture."""
     if picture.mode.startswith("I;16"):

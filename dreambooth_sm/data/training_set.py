@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_sm.data.pictures import View, crop, open_picture
+from dreambooth_sm.data.pictures import View, crop, is_square, open_picture
 from dreambooth_sm.data.prompts import encode, tag_orders, tokenize
 
 # Views of a picture that are encoded ahead where its crop or mirroring is random.
@@ -137,6 +137,16 @@ class PromptTable:
         return encode(text_encoder, self.ids().to(text_encoder.device))
 
 
+def views_of(pictures: list[Path], seed: int, *, random_crop: bool, mirror: bool) -> list[list[View]]:
+    """The views of every picture, as many for each; there is nothing to crop of a square one."""
+    views = [
+        random_views(seed, row, random_crop=random_crop and not is_square(picture), mirror=mirror)
+        for row, picture in enumerate(pictures)
+    ]
+    most = max(map(len, views))
+    return [row if len(row) == most else row * most for row in views]
+
+
 def random_views(seed: int, sample: int, *, random_crop: bool, mirror: bool) -> list[View]:
     """The views of one picture: ``VIEWS`` of them where anything is random, else the centre."""
     if not (random_crop or mirror):
@@ -177,10 +187,7 @@ class Latents:
         self._vae = vae
         self._mean = self._deviation = None
         if cached:
-            moments = [
-                self._encode(torch.tensor([row] * len(row_views)), torch.arange(len(row_views)))
-                for row, row_views in enumerate(views)
-            ]
+            moments = [self._encode_views(row) for row in range(len(views))]
             self._mean = torch.stack([mean for mean, _ in moments])
             self._deviation = torch.stack([deviation for _, deviation in moments])
             self._vae = None
@@ -193,6 +200,16 @@ class Latents:
         else:
             mean, deviation = self._encode(batch.samples, batch.views)
         return (mean + deviation * batch.latent_noise.to(mean.device)) * self._scaling
+
+    def _encode_views(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation of every view of a picture; views that are the same are encoded once."""
+        views = self._views[row]
+        distinct = list(dict.fromkeys(views))
+        mean, deviation = self._encode(
+            torch.tensor([row] * len(distinct)), torch.tensor([views.index(view) for view in distinct])
+        )
+        places = [distinct.index(view) for view in views]
+        return mean[places], deviation[places]
 
     @torch.no_grad()
     def _encode(self, samples: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -359,6 +359,8 @@ def reference_update(
 
 def _choose(keep: Tensor, new: Tensor, old: Tensor, size: int) -> Tensor:
     """Rows of `size` from `new` where `keep`, (blocks, 1), is true, else from `old`."""
+    if new.dtype == torch.uint16:  # CUDA's where does not know it
+        return _choose(keep, new.view(torch.int16), old.view(torch.int16), size).view(torch.uint16)
     return torch.where(keep, new.view(-1, size), old.view(-1, size)).view(-1)
 
 
