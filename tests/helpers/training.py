@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,16 +110,25 @@ class Run:
     """A trainer of its own copy of a base model.
 
     Args:
+        plan: what differs from the plan for the CPU, such as a rung's weights and optimizer.
         values: hyperparameters that differ from ``SMALL``.
     """
 
-    def __init__(self, base: BaseModel, root: Path, *, pictures: int = 3, **values: object) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        root: Path,
+        *,
+        pictures: int = 3,
+        plan: Mapping[str, Any] = MappingProxyType({}),
+        **values: object,
+    ) -> None:
         prior = bool(values.get("with_prior_preservation"))
         if prior:
             values.setdefault("class_prompt", "photo of a toy")
         self.root = root
         self.h = hyperparameters(**values)
-        self.plan = cpu_plan(self.h)
+        self.plan = dataclasses.replace(cpu_plan(self.h), **plan)
         self.base = copy.deepcopy(base)
         self.subject = make_subject(root, pictures=pictures, class_pictures=4 if prior else 0)
         self.data = make_set(self.base, [self.subject], self.h, self.plan)

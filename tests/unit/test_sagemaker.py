@@ -50,6 +50,7 @@ def test_a_whole_contract(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hosts=("algo-1", "algo-2"),
         instance_type="ml.g5.xlarge",
         job_name="toy-1",
+        network_interface="eth0",
     )
 
 

@@ -1,0 +1,114 @@
+"""The plans for GPUs, run on the CPU: they learn as the fp32 reference does, resume bitwise, and step down."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreambooth_sm.distributed import World
+from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.job import train
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.training.checkpoint import latest_checkpoint
+from dreambooth_sm.training.loop import Trainer
+from tests.helpers.training import SEED, Run, same, weights
+
+FAST: dict[str, Any] = {"optimizer": "blockwise", "state_bits": 8, "update_in_backward": True, "max_grad_norm": None}
+PLANS: dict[str, dict[str, Any]] = {
+    "roomy": {**FAST, "precision": "bf16", "weights": "residual", "update_in_backward": False, "max_grad_norm": 1.0},
+    "medium": {**FAST, "precision": "bf16", "weights": "residual"},
+    "medium fp16": {**FAST, "precision": "fp16", "weights": "residual"},
+    "lean": {**FAST, "precision": "bf16", "weights": "residual", "gradient_checkpointing": True},
+    "16-bit state": {**FAST, "precision": "bf16", "weights": "residual", "state_bits": 16},
+    "tight": {**FAST, "precision": "bf16", "weights": "stochastic", "gradient_checkpointing": True},
+    "tiny": {**FAST, "precision": "bf16", "weights": "stochastic", "gradient_checkpointing": True, "state_bits": 4},
+}
+JOB: dict[str, Any] = {"max_train_steps": 40, "learning_rate": 3e-4, "with_prior_preservation": True}
+
+
+@pytest.fixture(scope="module")
+def reference(loaded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of torch's AdamW in fp32."""
+    run = Run(loaded_base, tmp_path_factory.mktemp("reference"), **JOB).train()
+    return [loss[0] for loss in run.losses]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_learns_as_the_reference_does(name: str, base: BaseModel, tmp_path: Path, reference: list[float]) -> None:
+    """Same data, order and noise, so the curves may be compared step by step.
+
+    The measure: the mean distance of the curves, as a share of what the reference has learned. A plan whose updates
+    are lost, doubled or of the wrong sign is off by a third and more.
+    """
+    steps = 12 if PLANS[name]["precision"] == "fp16" else 40  # fp16 is slow on a CPU
+    run = Run(base, tmp_path, plan=PLANS[name], **JOB | {"max_train_steps": steps}).train()
+    losses = [loss[0] for loss in run.losses]
+    learned = reference[0] - sum(reference[-10:]) / 10
+    assert learned > 0.3
+    distance = sum(abs(a - b) for a, b in zip(losses, reference[:steps], strict=True)) / steps
+    assert distance / learned < (0.04 if PLANS[name]["weights"] == "residual" else 0.06)
+
+
+@pytest.mark.parametrize("name", ["medium", "tiny"])
+def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(name: str, base: BaseModel, tmp_path: Path) -> None:
+    options = JOB | {"max_train_steps": 9, "use_ema": True}
+    changes = PLANS[name] | {"ema": "device"}
+    whole = Run(base, tmp_path / "whole", plan=changes, **options).train()
+    first = Run(base, tmp_path / "parts", plan=changes, **options)
+    with pytest.raises(StopRequested):
+        first.train(stop_at=4)
+    second = Run(base, tmp_path / "parts", plan=changes, **options)
+    checkpoint = latest_checkpoint(tmp_path / "parts" / "checkpoints")
+    assert checkpoint is not None
+    second.trainer.resume(checkpoint)
+    second.train()
+    assert first.losses + second.losses == whole.losses
+    assert same(weights(second.base.unet), weights(whole.base.unet))
+
+
+def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, at_steps: set[int]) -> None:
+    """Each of these steps fails once, before it has changed anything."""
+    step = Trainer.optimizer_step
+
+    def failing(self: Trainer, rate: float) -> Any:
+        if self.step in at_steps:
+            at_steps.remove(self.step)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return step(self, rate)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", failing)
+
+
+@pytest.mark.parametrize("name", ["reference", "medium"])
+def test_out_of_memory_steps_down_and_goes_on(
+    name: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = JOB | {"max_train_steps": 6, "gradient_checkpointing": "auto", "use_ema": True}
+    changes = PLANS.get(name, {}) | {"ema": "device"}
+    whole = Run(base, tmp_path / "whole", plan=changes, **options).train()
+    run = Run(base, tmp_path / "stepped", plan=changes, **options)
+    run.trainer.finish()  # the job makes trainers of its own
+    run_out_of_memory(monkeypatch, {0, 3})
+    train(
+        run.base,
+        run.data,
+        run.plan,
+        run.h,
+        run.schedule,
+        {"seed": SEED},
+        None,
+        tmp_path / "checkpoints",
+        report=run.recorder,
+        stop=threading.Event(),
+        world=World(),
+    )
+    log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    assert log.count("warning: out of memory") == 2
+    assert "going on after step 3" in log
+    assert [step["step"] for step in run.recorder.steps] == [1, 2, 3, 4, 5, 6]
+    for stepped, uninterrupted in zip(run.losses, whole.losses, strict=True):
+        assert stepped == pytest.approx(uninterrupted, rel=0.02)
