@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_sm import __version__
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table, split_arguments
 from dreambooth_sm.plan import find_card, make_plan, tier_table
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "plan":
             print_plan(options.gpu, rest, as_json=options.json)
         else:
-            run_demo(options.output)
+            return run_demo(options.output)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -67,10 +67,18 @@ def print_plan(gpu: str | None, arguments: Sequence[str], *, as_json: bool) -> N
         print(f"- {note}")
 
 
-def run_demo(output: Path) -> None:
-    from dreambooth_sm.demo import main as demo  # imports torch
+def run_demo(output: Path) -> int:
+    """Runs the demo; 1 where anything of it failed."""
+    from dreambooth_sm import demo  # imports torch
+    from dreambooth_sm.storage import TransferError
+    from launcher import JobFailed
 
-    demo(output)
+    try:
+        demo.main(output)
+    except (demo.DemoFailed, JobFailed, TransferError) as error:
+        print(f"error: the demo failed: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    return EXIT_OK
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""``dreambooth-sm demo``: the main job end to end, as a person runs it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dreambooth_sm import cli, demo
+
+
+def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dreambooth_sm.cli", "demo", "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"model     {demo.MODEL}" in run.stdout
+    for file in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "manifest.json"):
+        assert re.search(rf"[\d,]+ bytes  {file}$", run.stdout, flags=re.MULTILINE), file
+    first, last = map(float, re.findall(r"loss\s+(\S+) at step 1, (\S+) at step", run.stdout)[0])
+    assert last < first
+    for phase in ("check", "load_base", "class_images", "encode", "train", "save", "upload"):
+        assert re.search(rf"\b{phase} \d", run.stdout), phase
+    with Image.open(tmp_path / "before-after.png") as grid:
+        rows = 3
+        assert grid.height * 4 == grid.width * rows
+        height = grid.height // rows
+        before, after = (grid.crop((0, row * height, grid.width, (row + 1) * height)) for row in (1, 2))
+        assert before.tobytes() != after.tobytes()
+
+
+def test_a_failed_demo_is_one_line_and_an_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "CLASS_PROMPT", "zwx " * 200)  # longer than the text encoder takes
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "error: the demo failed" in error
+    assert "max_token_length" in error
+    assert "Traceback" not in error
