@@ -294,7 +294,7 @@ def train(
         UserError: where not even the smallest plan fits.
         StopRequested: ``stop`` was set; the steps done are in a checkpoint.
     """
-    rescued: tuple[dict[str, Any], int, Plan] | None = None
+    rescued: tuple[dict[str, Any], int] | None = None
     while True:
         trainer: Trainer | None = None
         try:
@@ -303,8 +303,7 @@ def train(
                 base, data, plan, h, schedule, device=device, identity=identity, report=report, world=world
             )
             if rescued is not None:
-                same_format = (rescued[2].optimizer, rescued[2].state_bits) == (plan.optimizer, plan.state_bits)
-                trainer.load_state(rescued[0], rescued[1], with_moments=same_format)
+                trainer.load_state(*rescued)
                 rescued = None  # host memory is short where cards are small
             elif previous is not None:
                 trainer.resume(previous)
@@ -319,7 +318,7 @@ def train(
         if smaller is None:
             raise UserError(f"the card has too little memory for the smallest plan there is: {reason}")
         if trainer is not None:
-            rescued = (trainer.rescue(), trainer.step, plan)
+            rescued = (trainer.rescue(), trainer.step)
             trainer = None
         _free_memory()
         report.warn(f"out of memory ({reason}); going on after step {rescued[1] if rescued else 0} with a smaller plan")

@@ -189,18 +189,18 @@ class Trainer:
             "ema": self.ema.state_dict() if self.ema else None,
         }
 
-    def load_state(self, state: dict[str, Any], step: int, *, with_moments: bool = True) -> None:
-        """Goes on from another trainer's :meth:`state`.
+    def load_state(self, state: dict[str, Any], step: int) -> None:
+        """Goes on from another trainer's :meth:`state`, after ``step`` optimizer steps.
 
-        Args:
-            step: optimizer steps done.
-            with_moments: False where the optimizer's state has another format; its moments then start anew.
+        Adam's moments start anew where they have another format: the other trainer had run out of memory, or has.
         """
         for name, module in self.modules.items():
             for key, parameter in module.named_parameters():
                 self.make_step.write(parameter, state["weights"][name][key].to(self.device))
-        if with_moments:
+        if self.make_step.accepts(state["step"]):
             self.make_step.load_state_dict(state["step"])
+        else:
+            self.report.warn("Adam's moments have another format than this plan's and start anew")
         self.scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.make_step.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate

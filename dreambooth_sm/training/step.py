@@ -152,6 +152,10 @@ class Step(ABC):
     def state_dict(self) -> dict[str, Any]: ...
 
     @abstractmethod
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether ``state`` has this step's format; another plan's may not."""
+
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def close(self) -> None:
@@ -248,6 +252,9 @@ class FastStep(Step):
             tensors.pop("residual", None)
         return state
 
+    def accepts(self, state: dict[str, Any]) -> bool:
+        return bool(state.get("blockwise", {}).get("state_bits") == self._plan.state_bits)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; the weights have to be written before."""
         own = self.optimizer.state_dict()
@@ -303,6 +310,9 @@ class ReferenceStep(Step):
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        return "optimizer" in state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])

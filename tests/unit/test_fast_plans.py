@@ -70,6 +70,21 @@ def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(name: str, ba
     assert same(weights(second.base.unet), weights(whole.base.unet))
 
 
+def test_a_checkpoint_of_a_smaller_plan_can_be_continued(base: BaseModel, tmp_path: Path) -> None:
+    """A job that stepped down and was interrupted: its successor begins with the larger plan again."""
+    stepped_down = Run(base, tmp_path, plan=PLANS["tiny"], **JOB)
+    with pytest.raises(StopRequested):
+        stepped_down.train(stop_at=10)
+    successor = Run(base, tmp_path, plan=PLANS["medium"], **JOB | {"max_train_steps": 12})
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    successor.trainer.resume(checkpoint)
+    successor.train()
+    assert "start anew" in successor.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    assert [step["step"] for step in successor.recorder.steps] == [11, 12]
+    assert all(loss[0] < 0.8 * stepped_down.losses[0][0] for loss in successor.losses)
+
+
 def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, at_steps: set[int]) -> None:
     """Each of these steps fails once, before it has changed anything."""
     step = Trainer.optimizer_step

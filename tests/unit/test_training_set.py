@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreambooth_sm.data.pictures import View, crop, open_picture
-from dreambooth_sm.data.training_set import VIEWS, Batch, Dice, Latents, Sample, mix, random_views, to_tensor
+from dreambooth_sm.data.training_set import VIEWS, Batch, Dice, Latents, Sample, mix, random_views, to_tensor, views_of
 from dreambooth_sm.models import BaseModel
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, make_subject, paint_pictures
 
@@ -220,3 +221,26 @@ def test_embeddings_or_token_ids(base: BaseModel, tmp_path: Path) -> None:
     assert fixed.data.prompts.shape == (2, 77, 32)
     assert trained.data.prompts.shape == (2, 1, 77)
     assert trained.data.prompts.dtype == torch.int64
+
+
+def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path, loaded_base: BaseModel) -> None:
+    wide, square = paint_pictures(tmp_path / "a", 1), paint_pictures(tmp_path / "b", 1, size=(64, 64))
+    pictures = [*wide, *square]
+    views = views_of(pictures, 0, random_crop=True, mirror=False)
+    assert [len(row) for row in views] == [VIEWS, VIEWS]
+    assert len(set(views[0])) == VIEWS
+    assert set(views[1]) == {View()}
+    assert views_of(square, 0, random_crop=True, mirror=False) == [[View()]]
+    assert len(set(views_of(square, 0, random_crop=True, mirror=True)[0])) == 2
+
+    encoded: list[int] = []
+
+    class Counting:
+        config, device, dtype = loaded_base.vae.config, loaded_base.vae.device, loaded_base.vae.dtype
+
+        def encode(self, pixels: torch.Tensor) -> Any:
+            encoded.append(len(pixels))
+            return loaded_base.vae.encode(pixels)
+
+    Latents(pictures, views, Counting(), resolution=64, cached=True)
+    assert sum(encoded) == VIEWS + 1
