@@ -43,6 +43,22 @@ def test_two_processes_train_like_one_with_the_whole_batch(
     assert tree.checkpoints == ["step-00000003"]
 
 
+def test_text_encoder_and_accumulation_over_processes(lay_out_job: Callable[..., JobTree]) -> None:
+    """The lineage dropped the text encoder's training without a word in this case."""
+    options = {**JOB, "train_text_encoder": "true", "gradient_accumulation_steps": "2", "learning_rate": "1e-3"}
+    one = lay_out_job("one", **options, train_batch_size="2")
+    expected = losses(one.run("train"))
+    two = lay_out_job("two", **options, train_batch_size="1", num_processes="2")
+    assert losses(two.run("train")) == pytest.approx(expected, rel=2e-3)
+    base = read_weights(two.base / "input" / "data" / "model", "text_encoder")
+    trained = [read_weights(tree.model, "text_encoder") for tree in (one, two)]
+    name = "text_model.encoder.layers.0.mlp.fc1.weight"
+    name = name if name in base else name.removeprefix("text_model.")
+    moved = [(weights[name].float() - base[name].float()) for weights in trained]
+    assert moved[0].norm() > 0.01
+    assert (moved[0] - moved[1]).norm() < 0.1 * moved[0].norm()
+
+
 def test_two_hosts_meet(lay_out_job: Callable[..., JobTree], one_process: tuple[list[float], Path]) -> None:
     names = ["127.0.0.1", "localhost"]
     trees = [lay_out_job(name, **JOB, train_batch_size="1") for name in names]
