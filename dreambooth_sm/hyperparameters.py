@@ -82,7 +82,7 @@ class Hyperparameters(BaseModel):
     model_name: str = _knob(
         "aws-trained-dreambooth-model",
         "Model",
-        "Name of the trained model, as the logs and the manifest give it.",
+        "Name of the trained model, as the log gives it.",
     )
     models_path: str = _knob(
         DEFAULT_MODELS_PATH, "Model", "Directory in the container that the trained pipeline is written to."

@@ -104,6 +104,7 @@ def _run(
     previous = latest_checkpoint(checkpoints) if h.resume_from_checkpoint == "latest" else None
     seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
     seed = world.first(seed)
+    report.say(f"model_name={h.model_name}")
     report.metrics(seed=seed, processes=world.size)
     identity = make_identity(h, plan, subjects, seed, world)
     if previous:
@@ -127,7 +128,7 @@ def _run(
     if not world.is_main:
         return Path(h.models_path)
     with report.phase("save"):
-        directory = save(base, h, checkpoints, contract)
+        directory = save(base, h, checkpoints)
     if target is None:
         return directory
     with report.phase("upload"):
@@ -343,7 +344,7 @@ def make_identity(
     }
 
 
-def save(base: BaseModel, h: Hyperparameters, checkpoints: Path, contract: Contract) -> Path:
+def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
     """Writes the trained pipeline as a diffusers directory, fp16 safetensors."""
     directory = Path(h.models_path)
     base.save(directory)

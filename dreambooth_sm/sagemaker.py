@@ -47,10 +47,6 @@ class Contract:
     network_interface: str = ""
 
     @property
-    def model_directory(self) -> Path:
-        return self.base / "model"
-
-    @property
     def checkpoint_directory(self) -> Path:
         return self.base / "checkpoints"
 

@@ -158,6 +158,7 @@ def test_the_seed_notebooks_hyperparameters(
     assert plan["cache_latents"] == "False"
     assert plan["optimizer"] != "adamw8bit"
     assert plan["ema"] != "no"
+    assert f"model_name={SEED_NOTEBOOK['model_name']}" in ended.log.splitlines()
     assert ended.checkpoints == [2, 4]
     assert job.checkpoints == ["step-00000002", "step-00000004"]
 
