@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.plan import CONTEXT_GB, Card, Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.tiny import byte_tokenizer
 from dreambooth_sm.training.loop import Schedule, Trainer
@@ -99,6 +100,20 @@ def make_trainer(base: BaseModel, plan: Plan, h: Hyperparameters, pictures: Path
     )
 
 
+def limit_memory(card: Card, cap_gb: float | None = None) -> float:
+    """Leaves this process what ``card`` leaves to one (or ``cap_gb``), and the attention kernels that it has.
+
+    Returns:
+        the cap, in GB (1e9 bytes).
+    """
+    cap_gb = cap_gb or card.memory_gib * 1.0737 - CONTEXT_GB
+    total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb / total_gb))
+    torch.backends.cuda.enable_flash_sdp(card.has_bf16)
+    torch.backends.cuda.enable_cudnn_sdp(card.has_bf16)
+    return cap_gb
+
+
 def reset_peaks() -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -169,6 +184,12 @@ def describe(plan: Plan) -> dict[str, object]:
     keys = ("tier", "precision", "weights", "optimizer", "state_bits", "update_in_backward", "gradient_checkpointing")
     extra = ("train_text_encoder", "ema", "compile", "predicted_peak_gb")
     return {key: dataclasses.asdict(plan)[key] for key in keys + extra}
+
+
+def in_fresh_processes(module: str, names: Sequence[str], *options: str) -> None:
+    """Runs ``python -m module NAME`` for each name: what one leaves in a process is no burden to the next."""
+    for name in names:
+        subprocess.run([sys.executable, "-m", module, name, *options], check=False)
 
 
 def emit(**result: object) -> None:

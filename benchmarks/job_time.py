@@ -1,12 +1,15 @@
 """The whole job, from process start to the saved model: seconds of each phase, SD 1.5 with random weights.
 
-    python -m benchmarks.job_time [--name value ...]
+    python -m benchmarks.job_time [--card CARD] [--cap_gb GB] [--name value ...]
 
-Hyperparameters go to the job. The base model is made once, in the system's temporary directory.
+Hyperparameters go to the job. The base model is made once, in the system's temporary directory. With ``--card`` the
+job takes this one for the named card: its plan, its memory, its attention kernels, fp16 where it has no bf16.
+``--cap_gb`` leaves the job less memory than its plan expects.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -19,6 +22,17 @@ from dreambooth_sm.hyperparameters import split_arguments
 from launcher import fit
 
 
+def act_as(card: str, cap_gb: object) -> None:
+    """Makes the processes that are started from now on take their card for the named one."""
+    here = Path(__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(here / "as_card"), str(here.parent), os.environ.get("PYTHONPATH", "")]
+    )
+    os.environ |= {"AS_CARD": card, "CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}
+    if cap_gb:
+        os.environ["AS_CARD_GB"] = str(cap_gb)
+
+
 def main() -> None:
     work = Path(tempfile.gettempdir()) / "dreambooth-sm-job-time"
     model = work / "sd15"
@@ -28,6 +42,8 @@ def main() -> None:
     make_pictures(work / "pictures", 5)
     wishes: dict[str, object] = {"max_train_steps": 800, "num_class_images": 50, "logging_steps": 100, "seed": 0}
     wishes |= split_arguments(sys.argv[1:])
+    if card := wishes.pop("card", None):
+        act_as(str(card), wishes.pop("cap_gb", None))
     started = time.perf_counter()
     job = fit(
         work / "pictures",
@@ -37,6 +53,7 @@ def main() -> None:
     )
     last = job.metrics[-1]
     emit(
+        card=card,
         hyperparameters={name: str(value) for name, value in wishes.items()},
         seconds={name: round(seconds, 1) for name, seconds in job.seconds.items()},
         whole_s=round(time.perf_counter() - started, 1),

@@ -9,7 +9,6 @@ cards before Ampere get fp16 and neither flash nor cuDNN attention. Speeds are t
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import tempfile
 import time
@@ -21,9 +20,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 
 import torch
 
-from benchmarks.common import PROMPTS, describe, emit, make_trainer, measure_steps, reset_peaks, sd15
+from benchmarks.common import (
+    PROMPTS,
+    describe,
+    emit,
+    in_fresh_processes,
+    limit_memory,
+    make_trainer,
+    measure_steps,
+    reset_peaks,
+    sd15,
+)
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import CONTEXT_GB, find_card, make_plan
+from dreambooth_sm.plan import find_card, make_plan
 
 CARDS = ("H100", "A10G", "T4", "12GB", "10GB", "8GB", "6GB", "4GB")
 
@@ -31,12 +40,7 @@ CARDS = ("H100", "A10G", "T4", "12GB", "10GB", "8GB", "6GB", "4GB")
 def run_tier(name: str, steps: int, work: Path) -> dict[str, object]:
     base = sd15()  # before the cap: a job would load it on the CPU
     card = find_card(name)
-    cap_gb = card.memory_gib * 1.0737 - CONTEXT_GB
-    total_gb = torch.cuda.get_device_properties(0).total_memory / 1e9
-    torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gb / total_gb))
-    modern = card.has_bf16
-    torch.backends.cuda.enable_flash_sdp(modern)
-    torch.backends.cuda.enable_cudnn_sdp(modern)
+    cap_gb = limit_memory(card)
     h = Hyperparameters.parse({**PROMPTS, "seed": 0})
     plan = make_plan(h, card)
     reset_peaks()
@@ -65,16 +69,15 @@ def main() -> None:
     parser.add_argument("cards", nargs="*", default=list(CARDS))
     parser.add_argument("--steps", type=int, default=100)
     options = parser.parse_args()
+    if len(options.cards) > 1:
+        return in_fresh_processes("benchmarks.tiers", options.cards, f"--steps={options.steps}")
+    name = options.cards[0]
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.cards:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-            try:
-                emit(card=name, **run_tier(name, options.steps, Path(folder)))
-            except Exception as error:
-                traceback.print_exc()
-                emit(card=name, error=f"{type(error).__name__}: {error}"[:300])
-            gc.collect()
-            torch.cuda.empty_cache()
+        try:
+            emit(card=name, **run_tier(name, options.steps, Path(folder)))
+        except Exception as error:
+            traceback.print_exc()
+            emit(card=name, error=f"{type(error).__name__}: {error}"[:300])
 
 
 if __name__ == "__main__":

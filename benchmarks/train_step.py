@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import PROMPTS, describe, emit, make_pictures, make_trainer, measure_steps, reset_peaks, sd15
+from benchmarks.common import (
+    PROMPTS,
+    describe,
+    emit,
+    in_fresh_processes,
+    make_pictures,
+    make_trainer,
+    measure_steps,
+    reset_peaks,
+    sd15,
+)
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.plan import Plan, detect_card, make_plan
 
@@ -56,6 +65,8 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True, "weights": "stochastic"},
     ),
     "unet_reference": (UNET | {"optimizer": "adamw"}, {}),
+    "unet_flash": (UNET | {"attention": "flash_attention"}, {}),
+    "unet_ema_on_cpu": (UNET | {"use_ema": True}, {"ema": "cpu"}),
     "both": (BOTH, {}),
     "both_in_backward": (BOTH, {"update_in_backward": True, "max_grad_norm": None}),
     "both_smallest": (
@@ -124,15 +135,15 @@ def main() -> None:
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
+    if len(options.variants) > 1:
+        in_fresh_processes("benchmarks.train_step", options.variants, f"--steps={options.steps}")
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.variants:
+        for name in options.variants if len(options.variants) == 1 else ():
             try:
                 emit(variant=name, **run_variant(name, options.steps, Path(folder)))
             except Exception as error:
                 traceback.print_exc()
                 emit(variant=name, error=f"{type(error).__name__}: {error}"[:300])
-            gc.collect()
-            torch.cuda.empty_cache()
         for name in PEERS if options.peer else ():
             run_peer(name, options.peer, options.steps, Path(folder))
 

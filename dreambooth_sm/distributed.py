@@ -93,6 +93,8 @@ def run_workers(command: Sequence[str], contract: Contract, processes: int) -> i
                 **os.environ,
                 **_network_settings(contract),
                 "DREAMBOOTH_SM_WORKER": "1",
+                # NCCL would register the buffers of a captured step, and hang on memory of expandable segments.
+                "NCCL_GRAPH_REGISTER": "0",
                 "MASTER_ADDR": address,
                 "MASTER_PORT": str(port),
                 "RANK": str(first + number),

@@ -322,8 +322,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: 
         attention="default" if h.attention == "auto" else h.attention,
         # Volta and older have no fast fp16 kernels for it.
         channels_last=card.capability >= (7, 5),
-        # Captured with the averaging of gradients between processes, the step did not come back on two H200.
-        cuda_graph=optimizer == "blockwise" and h.cuda_graph is not False and card.count == 1,
+        cuda_graph=optimizer == "blockwise" and h.cuda_graph is not False,
         compile=h.torch_compile is True,
         train_text_encoder=text_encoder,
         ema=ema_place if ema else "no",
@@ -423,8 +422,8 @@ def _choose(wish: bool | Literal["auto"], otherwise: bool) -> bool:
 # --- predicted peak memory; the constants are fitted to benchmarks/train_step.py and benchmarks/tiers.py ---
 
 # Activations of one 512-pixel sample in 16 bits, in GB: everything kept, or recomputed unit by unit.
-_ACTIVATIONS_GB = 1.05
-_CHECKPOINTED_GB = 0.32
+_ACTIVATIONS_GB = 0.88
+_CHECKPOINTED_GB = 0.18
 # The text encoder's share of these, for one prompt of 77 tokens.
 _TEXT_ACTIVATIONS_GB = 0.05
 # Workspaces, the largest gradients in flight and the caches of latents and embeddings.
@@ -436,7 +435,8 @@ _OVERLAP = 0.2
 def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float:
     """Highest allocation of the training phase, in GB (1e9 bytes)."""
     millions = shape.unet + (shape.text_encoder if plan.train_text_encoder else 0)
-    state = 2 * plan.state_bits / 8 * (1 + (8 / 256 if plan.optimizer == "blockwise" else 0))
+    scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
+    state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
     weights = {"fp32": 4.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
     average = 4.0 if plan.ema == "device" else 0.0
     width = 4 if plan.weights == "fp32" else 2
@@ -446,7 +446,8 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float
     rows = h.train_batch_size * (2 if h.prior_preservation else 1)
     activations = _CHECKPOINTED_GB if plan.gradient_checkpointing else _ACTIVATIONS_GB
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
-    samples = casts + rows * (activations * scale + (_TEXT_ACTIVATIONS_GB if plan.train_text_encoder else 0))
+    text = _TEXT_ACTIVATIONS_GB if plan.train_text_encoder and not plan.gradient_checkpointing else 0
+    samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
     vae = 0.0 if plan.cache_latents else 4e-3 * shape.vae + 1.2 * (h.resolution / 512) ** 2
     return round((weights + state + average) * millions * 1e-3 + passing + vae + _OVERHEAD_GB, 2)

@@ -172,7 +172,7 @@ def split_bfloat16(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_bfloat16(high: Tensor, low: Tensor) -> Tensor:
     """The float32 tensor that `split_bfloat16` took apart, bit for bit."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+    return high.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(low).view(torch.float32)
 
 
 def split_float16(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,10 +184,8 @@ def split_float16(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_float16(high: Tensor, low: Tensor) -> Tensor:
     """The float32 tensor that `split_float16` took apart."""
-    half = high.view(torch.int16).to(torch.int32)
-    magnitude = ((half & 0x7FFF) << 13) + low.to(torch.int32)
-    size = magnitude.view(torch.float32) * 2.0**112
-    return torch.where(half < 0, -size, size)
+    magnitude = (high.view(torch.int16) & 0x7FFF).to(torch.int32).bitwise_left_shift_(13).add_(low)
+    return magnitude.view(torch.float32).mul_(2.0**112).copysign_(high)
 
 
 def round_bfloat16(x: Tensor, random: Tensor) -> Tensor:

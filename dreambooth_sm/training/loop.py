@@ -24,9 +24,9 @@ from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
-from dreambooth_sm.training.checkpointing import checkpoint_activations
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
+from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
 from dreambooth_sm.training.step import GradientAverage, Inputs, attention_context, make_step
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -138,6 +138,8 @@ class Trainer:
                 self.unet.to(memory_format=torch.channels_last)
             if plan.compile:
                 _compile_blocks(self.unet)
+            else:
+                recompute_gates(self.unet)
             self.attention = attention_context(plan, self.unet, report.warn)
             options = _optimizer_options(h, schedule)
             self.make_step = make_step(self._loss, self.parameters, plan, options, identity["seed"])
@@ -371,12 +373,13 @@ class Trainer:
         prints: dict[str, int | None] = {}
         for name, module in self.modules.items():
             total = torch.zeros((), dtype=torch.int64, device=self.device)
-            finite = torch.ones((), dtype=torch.bool, device=self.device)
+            largest = torch.zeros((), device=self.device)
             for parameter in module.parameters():
-                value = self.make_step.read(parameter)
-                total += value.view(torch.int32).sum(dtype=torch.int64)
-                finite &= value.isfinite().all()
-            prints[name] = int(total) if bool(finite) else None
+                for bits in self.make_step.bits(parameter):
+                    total += bits.sum(dtype=torch.int64)
+                norm = torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32)
+                largest = torch.maximum(largest, norm)  # both let NaN through, and make no copy
+            prints[name] = int(total) if bool(largest.isfinite()) else None
         return prints
 
     def _log(self, window: _Window, rate: float) -> None:

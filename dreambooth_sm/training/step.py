@@ -140,6 +140,10 @@ class Step(ABC):
         """The full-precision value of a parameter, float32."""
         return parameter.detach().float()
 
+    def bits(self, parameter: Tensor) -> list[Tensor]:
+        """What a parameter's full-precision value is stored as, as integers; views, no copies."""
+        return [parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])]
+
     def write(self, parameter: Tensor, value: Tensor) -> None:
         """Sets a parameter to a full-precision value."""
         parameter.detach().copy_(value)
@@ -238,6 +242,10 @@ class FastStep(Step):
 
     def read(self, parameter: Tensor) -> Tensor:
         return self.optimizer.fp32_weight(parameter)
+
+    def bits(self, parameter: Tensor) -> list[Tensor]:
+        residual = self.optimizer.state[parameter].get("residual")
+        return super().bits(parameter) + ([] if residual is None else [residual])
 
     def write(self, parameter: Tensor, value: Tensor) -> None:
         self.optimizer.set_fp32_weight(parameter, value)

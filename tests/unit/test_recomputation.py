@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from dreambooth_sm.training.checkpointing import checkpoint_activations
+from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
 
 
 def unet(**options: Any) -> UNet2DConditionModel:
@@ -76,3 +76,25 @@ def test_without_gradients_nothing_is_recomputed() -> None:
         expected = model(torch.ones(1, 4, 16, 16), 5, torch.ones(1, 7, 32)).sample
         checkpoint_activations(model)
         assert torch.equal(model(torch.ones(1, 4, 16, 16), 5, torch.ones(1, 7, 32)).sample, expected)
+
+
+def test_gates_are_recomputed_with_the_same_gradients() -> None:
+    plain = unet()
+    ours = copy.deepcopy(plain)
+    recompute_gates(ours)
+    expected, everything = loss_and_saved_bytes(plain)
+    loss, kept = loss_and_saved_bytes(ours)
+    assert torch.equal(loss, expected)
+    for (name, a), b in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-8, msg=name)
+    assert kept < 0.95 * everything
+
+
+def test_gates_have_the_derivatives_of_their_definition() -> None:
+    model = unet().double()
+    recompute_gates(model)
+    layer = next(module for module in model.modules() if type(module).__name__ == "GEGLU")
+    assert torch.autograd.gradcheck(
+        layer, torch.randn(3, layer.proj.in_features, dtype=torch.float64, requires_grad=True)
+    )

@@ -1,0 +1,20 @@
+"""Makes a process believe that its card is the one that ``AS_CARD`` names; ``AS_CARD_GB`` leaves it less memory still.
+
+Python imports this module at its start from wherever ``PYTHONPATH`` first finds it; see ``benchmarks.job_time``.
+"""
+
+import os
+
+from dreambooth_sm import plan
+
+_card = plan.find_card(os.environ["AS_CARD"])
+
+
+def _detect_card() -> plan.Card:
+    from benchmarks.common import limit_memory
+
+    limit_memory(_card, float(os.environ["AS_CARD_GB"]) if "AS_CARD_GB" in os.environ else None)
+    return _card
+
+
+plan.detect_card = _detect_card
