@@ -23,7 +23,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import CONTEXT_GB, Card, Plan
+from dreambooth_sm.plan import CONTEXT_GB, CPU, Card, Plan, Rung, make_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.tiny import byte_tokenizer
 from dreambooth_sm.training.loop import Schedule, Trainer
@@ -97,6 +97,24 @@ def make_trainer(base: BaseModel, plan: Plan, h: Hyperparameters, pictures: Path
         device=DEVICE,
         identity={"seed": 0},
         report=Reporter(stream=sys.stderr),
+    )
+
+
+def plan_of_rung(h: Hyperparameters, rung: Rung | None, precision: str) -> Plan:
+    """A rung's weights and optimizer, the UNet alone, for models that fit everywhere; for None AdamW in fp32."""
+    plan = dataclasses.replace(make_plan(h, CPU), device=DEVICE.type)  # type: ignore[arg-type]
+    if rung is None:
+        return plan
+    return dataclasses.replace(
+        plan,
+        precision=precision,  # type: ignore[arg-type]
+        weights=rung.weights,
+        optimizer="blockwise",
+        state_bits=rung.state_bits,
+        update_in_backward=not rung.keeps_gradients,
+        max_grad_norm=1.0 if rung.keeps_gradients else None,
+        gradient_checkpointing=rung.gradient_checkpointing,
+        cuda_graph=DEVICE.type == "cuda",
     )
 
 

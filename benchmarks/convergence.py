@@ -10,15 +10,14 @@ as a share of what the reference has learned; ``final_percent`` the same of the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import random
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import DEVICE, PROMPTS, emit, make_trainer
+from benchmarks.common import PROMPTS, emit, make_trainer, plan_of_rung
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
-from dreambooth_sm.plan import CPU, LADDER, Rung, make_plan
+from dreambooth_sm.plan import LADDER, Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.tiny import save_tiny_pipeline
 from dreambooth_sm.training.checkpoint import latest_checkpoint
@@ -40,20 +39,7 @@ def trainer(rung: Rung | None, precision: str, steps: int, work: Path) -> Traine
             "seed": 0,
         }
     )
-    plan = make_plan(h, CPU)
-    if rung is not None:
-        plan = dataclasses.replace(
-            plan,
-            precision=precision,  # type: ignore[arg-type]
-            weights=rung.weights,
-            optimizer="blockwise",
-            state_bits=rung.state_bits,
-            update_in_backward=not rung.keeps_gradients,
-            max_grad_norm=1.0 if rung.keeps_gradients else None,
-            gradient_checkpointing=rung.gradient_checkpointing,
-            device=DEVICE.type,  # type: ignore[arg-type]
-            cuda_graph=DEVICE.type == "cuda",
-        )
+    plan = plan_of_rung(h, rung, precision)
     return make_trainer(load_base(h), plan, h, work, steps)
 
 

@@ -41,6 +41,7 @@ DEFAULT_MODELS_PATH = "/opt/ml/model"
 # Other spellings that users of the seed have in their notebooks.
 ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
 # Keys that SageMaker and its SDKs add by themselves.
+_ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s*")
 _PLATFORM_KEY = re.compile(r"sagemaker_\w+|_tuning_\w+")
 _TEXT_FIELDS = {"instance_prompt", "class_prompt"}
 
@@ -131,6 +132,11 @@ class Hyperparameters(BaseModel):
         50, "Prior preservation", "Class images wanted; those that are missing are generated."
     )
     sample_batch_size: PositiveInt | Auto = _knob("auto", "Prior preservation", "Class images generated at a time.")
+    sample_guidance_scale: Annotated[float, Ge(1)] = _knob(
+        7.5,
+        "Prior preservation",
+        "Guidance of generated class images. Lower values stay closer to what the base model knows of the class.",
+    )
 
     # How long, and how fast
     max_train_steps: PositiveInt | None = _knob(
@@ -225,6 +231,17 @@ class Hyperparameters(BaseModel):
         "latest", "Checkpoints and logs", "Go on from the newest whole checkpoint, if there is one."
     )
     logging_steps: PositiveInt = _knob(10, "Checkpoints and logs", "Steps between two metric lines.")
+    fidelity_encoders: str | None = _knob(
+        None,
+        "Checkpoints and logs",
+        "Measure how well the subject was learned, and what that cost, with these encoders: "
+        "`dino=facebook/dinov2-base clip=openai/clip-vit-large-patch14`, one of them, or `judge` for the toybox model.",
+    )
+    select_best: bool = _knob(
+        False,
+        "Checkpoints and logs",
+        "Export the best of the kept checkpoints and the last state, as measured with fidelity_encoders.",
+    )
 
     @property
     def prior_preservation(self) -> bool:
@@ -558,6 +575,19 @@ def _conflicts(h: Hyperparameters) -> list[str]:
     check(
         h.lr_scheduler == "constant" and h.lr_warmup_steps > 0,
         "lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0",
+    )
+    check(
+        h.select_best and h.fidelity_encoders is None,
+        "select_best=true needs fidelity_encoders to measure with; write fidelity_encoders=dino=facebook/dinov2-base",
+    )
+    check(
+        h.select_best and h.save_steps == 0,
+        "select_best=true chooses between checkpoints and save_steps=0 writes none; set save_steps, such as 100",
+    )
+    check(
+        h.fidelity_encoders is not None and not _ENCODERS.fullmatch(h.fidelity_encoders),
+        f"fidelity_encoders: can't understand {h.fidelity_encoders!r}; write judge, or dino=MODEL clip=MODEL or one of "
+        "them, hub ids or directories without blanks",
     )
     if h.manual_upload_model_path is not None:
         try:

@@ -21,14 +21,16 @@ from dreambooth_sm.data.prompts import tokenize
 from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, views_of
 from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.errors import Problems, StopRequested, UserError
+from dreambooth_sm.fidelity import load_encoders
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.plan import Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.sampling import sampling_pipeline
+from dreambooth_sm.selection import Examiner
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.training.checkpoint import Checkpoint, latest_checkpoint
+from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
 
 # Hyperparameters that name a place in the container.
@@ -120,6 +122,11 @@ def _run(
     with report.phase("encode"):
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
     _stop_if_asked(stop, world)
+    examiner = None
+    if h.fidelity_encoders and world.is_main:
+        with report.phase("measure_base"):
+            encoders = load_encoders(h.fidelity_encoders, device)
+            examiner = Examiner(base, subjects, encoders, h, plan, report)
     schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
     with report.phase("train"):
         train(base, data, plan, h, schedule, identity, previous, checkpoints, report=report, stop=stop, world=world)
@@ -127,6 +134,9 @@ def _run(
     _free_memory()
     if not world.is_main:
         return Path(h.models_path)
+    if examiner:
+        with report.phase("measure"):
+            measure(examiner, h, schedule, identity, checkpoints)
     with report.phase("save"):
         directory = save(base, h, checkpoints)
     if target is None:
@@ -219,6 +229,7 @@ def make_class_images(
             wanted=h.num_class_images,
             resolution=h.resolution,
             batch_size=plan.sample_batch_size,
+            guidance=h.sample_guidance_scale,
             seed=mix(seed, number) % 2**31,
             scratch=Path(h.models_path).parent / "class_images" / str(number),
             report=report,
@@ -342,6 +353,18 @@ def make_identity(
         "weights": plan.weights,
         "optimizer": f"{plan.optimizer} {plan.state_bits} bits",
     }
+
+
+def measure(
+    examiner: Examiner, h: Hyperparameters, schedule: Schedule, identity: dict[str, Any], checkpoints: Path
+) -> None:
+    """Says how well the model was trained; with ``select_best``, goes back to the best checkpoint before."""
+    if h.select_best:
+        own = [c for c in all_checkpoints(checkpoints) if c.identity == identity and c.step < schedule.steps]
+        candidate = examiner.choose(own, schedule.steps)
+    else:
+        candidate = examiner.examine(schedule.steps)
+    examiner.judge(candidate)
 
 
 def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:

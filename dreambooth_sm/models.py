@@ -11,11 +11,15 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from dreambooth_sm import toybox
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 
-# The id that notebooks still carry; the model moved.
-MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+# Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
+RENAMED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    toybox.NAME: str(toybox.BASE),
+}
 # Weight files of a diffusers directory, by preference.
 _WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -72,7 +76,7 @@ def check_base(h: Hyperparameters) -> None:
         UserError: for a local path that is no Stable Diffusion 1 or 2 pipeline directory.
     """
     problems: list[str] = []
-    name = h.pretrained_model_name_or_path
+    name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
     if "://" in name:
         problems.append(
             f"pretrained_model_name_or_path: {name} is a URL; name a hub id, or pass the model as a channel, such as "
@@ -123,7 +127,7 @@ def load_base(h: Hyperparameters) -> BaseModel:
         UserError: where there is no such model, or its files are damaged.
     """
     check_base(h)
-    name = MOVED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
+    name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
     # By itself, because only so does transformers tell of weights that are not there and drawn at random.
     text_encoder, found = _load(CLIPTextModel, name, h, subfolder="text_encoder", output_loading_info=True)
     if found["missing_keys"]:

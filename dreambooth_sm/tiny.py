@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -66,9 +67,7 @@ def save_tiny_pipeline(
 
 def byte_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer of some 550 tokens that can spell any text, in any language, byte by byte."""
-    letters = _byte_letters()
     merges: list[str] = []
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
     for word in _WORDS:
         left = word[0] + ("</w>" if len(word) == 1 else "")
         for number, letter in enumerate(word[1:], start=2):
@@ -76,14 +75,24 @@ def byte_tokenizer() -> CLIPTokenizer:
             if f"{left} {right}" not in merges:
                 merges.append(f"{left} {right}")
             left += right
-            if left not in vocabulary:
-                vocabulary.append(left)
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    return bpe_tokenizer(merges)
+
+
+def bpe_tokenizer(merges: Sequence[str], length: int = 77) -> CLIPTokenizer:
+    """A CLIP tokenizer that knows all bytes, and what ``merges`` make of them.
+
+    Args:
+        merges: pairs of tokens with a space between, such as ``"ca t</w>"``; earlier ones go first.
+        length: the longest prompt in tokens, with the start and end marks.
+    """
+    letters = _byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
         vocabulary_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
         vocabulary_file.write_text(json.dumps({token: row for row, token in enumerate(vocabulary)}))
         merges_file.write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-        return CLIPTokenizer(vocab=str(vocabulary_file), merges=str(merges_file), model_max_length=77)
+        return CLIPTokenizer(vocab=str(vocabulary_file), merges=str(merges_file), model_max_length=length)
 
 
 def _byte_letters() -> list[str]:

@@ -24,6 +24,7 @@ def complete_class_images(
     wanted: int,
     resolution: int,
     batch_size: int,
+    guidance: float,
     seed: int,
     scratch: Path,
     report: Reporter,
@@ -55,6 +56,7 @@ def complete_class_images(
         [seed + number for number in share],
         resolution=resolution,
         batch_size=batch_size,
+        guidance=guidance,
     )
     total = -(-len(share) // batch_size)
     for pictures in report.progress(batches, total, "class images"):

@@ -64,7 +64,7 @@ def save_checkpoint(
     (partial / _STATE).write_text(json.dumps(state, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
-    whole = _whole(root)
+    whole = all_checkpoints(root)
     # Later steps are those of a run that this one has replaced, and would be taken for the newest of this one.
     replaced = [checkpoint for checkpoint in whole if checkpoint.step > step]
     own = [checkpoint for checkpoint in whole if checkpoint.step <= step]
@@ -73,13 +73,8 @@ def save_checkpoint(
     return Checkpoint(final, step, identity)
 
 
-def latest_checkpoint(root: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below ``root``; one that was copied half-way does not count."""
-    whole = _whole(root)
-    return whole[-1] if whole else None
-
-
-def _whole(root: Path) -> list[Checkpoint]:
+def all_checkpoints(root: Path) -> list[Checkpoint]:
+    """The whole checkpoints below ``root``, oldest first; one that was copied half-way does not count."""
     found: list[Checkpoint] = []
     for directory in sorted(root.glob("step-*")):
         try:
@@ -89,3 +84,9 @@ def _whole(root: Path) -> list[Checkpoint]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def latest_checkpoint(root: Path) -> Checkpoint | None:
+    """The newest of :func:`all_checkpoints`."""
+    whole = all_checkpoints(root)
+    return whole[-1] if whole else None

@@ -131,6 +131,10 @@ EARLY = [
         ("lr_warmup_steps=9", "max_train_steps=2"),
         {"lr_scheduler": "linear", "lr_warmup_steps": "9"},
     ),
+    Bad("best of no checkpoints", ("save_steps",), {"select_best": "true", "fidelity_encoders": "judge"}),
+    Bad("best without a measure", ("fidelity_encoders",), {"select_best": "true", "save_steps": "2"}),
+    Bad("unknown encoders", ("dino=MODEL", "clip=MODEL"), {"fidelity_encoders": "lpips"}),
+    Bad("guidance below one", ("sample_guidance_scale",), {"sample_guidance_scale": "0.5"}),
     Bad("warm-up of a constant", ("constant_with_warmup",), {"lr_scheduler": "constant", "lr_warmup_steps": "1"}),
     Bad(
         "upload to a path",

@@ -15,7 +15,7 @@ from dreambooth_sm import cli, demo
 
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dreambooth_sm.cli", "demo", "--output", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"model     {demo.MODEL}" in run.stdout
     for file in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "manifest.json"):
@@ -24,11 +24,19 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     assert last < first
     for phase in ("check", "load_base", "class_images", "encode", "train", "save", "upload"):
         assert re.search(rf"\b{phase} \d", run.stdout), phase
+    figures = {
+        name: (float(before), float(after))
+        for name, before, after in re.findall(r"^(\w+) +(-?[\d.]+) before, (-?[\d.]+) after", run.stdout, re.MULTILINE)
+    }
+    subject, diversity, prior = figures["subject"], figures["diversity"], figures["prior"]
+    assert subject[1] > subject[0] + 0.6
+    assert diversity[1] >= 0.85 * diversity[0]
+    assert prior[1] < prior[0] + 0.25
+    assert figures["prompt"][1] >= 0.75
+    assert "verdict: good" in run.stdout
     with Image.open(tmp_path / "before-after.png") as grid:
-        rows = 3
-        assert grid.height * 4 == grid.width * rows
-        height = grid.height // rows
-        before, after = (grid.crop((0, row * height, grid.width, (row + 1) * height)) for row in (1, 2))
+        assert grid.size == (5 * 128, 4 * 128)
+        before, after = (grid.crop((0, 128 * row, grid.width, 128 * (row + 1))) for row in (1, 2))
         assert before.tobytes() != after.tobytes()
 
 

@@ -68,19 +68,19 @@ def test_the_job_ran_and_the_loss_fell(cells: list[nbformat.NotebookNode]) -> No
 
 
 def test_the_model_is_in_s3(cells: list[nbformat.NotebookNode]) -> None:
-    assert "4 pictures in s3://dreambooth/images/duck_toy" in text_of(cell_with(cells, "upload_directory"))
+    assert "5 pictures in s3://dreambooth/images/creature" in text_of(cell_with(cells, "upload_directory"))
     shown = text_of(cell_with(cells, "list_objects"))
-    sizes = dict(re.findall(r"([\d,]+) bytes  s3://dreambooth/models/duck_toy/(\S+)", shown))
+    sizes = dict(re.findall(r"([\d,]+) bytes  s3://dreambooth/models/creature/(\S+)", shown))
     sizes = {name: int(size.replace(",", "")) for size, name in sizes.items()}
     assert {"model_index.json", "manifest.json", "unet/diffusion_pytorch_model.safetensors"} <= sizes.keys()
     assert all(size > 0 for size in sizes.values())
 
 
 def test_the_pictures_are_shown(cells: list[nbformat.NotebookNode]) -> None:
-    assert picture_of(cell_with(cells, "row.paste")).size == (800, 200)
+    assert picture_of(cell_with(cells, "paint_subject(")).size == (640, 128)
     grid = picture_of(cell_with(cells, "draw_grid("))
-    third = grid.height // 3
-    before, after = (grid.crop((0, third * row, grid.width, third * (row + 1))) for row in (1, 2))
+    row = grid.height // 4
+    before, after = (grid.crop((0, row * number, grid.width, row * (number + 1))) for number in (1, 2))
     assert before.tobytes() != after.tobytes()
 
 

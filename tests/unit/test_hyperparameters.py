@@ -361,6 +361,13 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         ({"use_cpu": "1", "mixed_precision": "fp16"}, "can't train in fp16"),
         ({"instance_data_dir": "/a/", "class_data_dir": "/a"}, "same directory"),
         ({"lr_warmup_steps": "5"}, "constant_with_warmup"),
+        ({"select_best": "true", "save_steps": 2, "fidelity_encoders": "judge"}, None),
+        ({"select_best": "true", "save_steps": 2}, "fidelity_encoders"),
+        ({"select_best": "true", "fidelity_encoders": "judge"}, "save_steps"),
+        ({"fidelity_encoders": "dino=a/b clip=/c/d"}, None),
+        ({"fidelity_encoders": "clip=a/b dino=/c/d"}, None),
+        ({"fidelity_encoders": "clip=a/b clip=c/d"}, "fidelity_encoders"),
+        ({"fidelity_encoders": "judge dino=a/b"}, "fidelity_encoders"),
         ({"concepts_list": "[]"}, "concepts_list is empty"),
         ({"concepts_list": '[{"instance_promt": "a"}]'}, "'instance_promt' is no key of a concept"),
         ({"concepts_list": '["a"]'}, "concepts_list: item"),
@@ -470,6 +477,9 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         "use_lora": st.just(False),
         "use_cpu": st.just(False),
         "lr_warmup_steps": st.just(0),
+        "sample_guidance_scale": st.floats(1, 20),
+        "fidelity_encoders": st.sampled_from([None, "judge", "dino=a/b", "dino=a/b clip=/c"]),
+        "select_best": st.just(False),
     }
     field = FIELDS[name]
     choices: list[st.SearchStrategy[Any]] = []

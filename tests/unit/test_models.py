@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import MOVED, BaseModel, check_base, load_base
+from dreambooth_sm.models import RENAMED, BaseModel, check_base, load_base
 from tests.helpers.training import hyperparameters, same, weights
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -180,6 +180,6 @@ def test_a_hub_id_that_can_not_be_fetched(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_the_seeds_model_id_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    (old, new) = next(iter(MOVED.items()))
+    (old, new) = next(iter(RENAMED.items()))
     with pytest.raises(UserError, match=new):
         load_base(of(old))

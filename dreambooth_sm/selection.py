@@ -1,0 +1,173 @@
+"""Which checkpoint is the best one: chosen by measure, not by being the last.
+
+Every kept checkpoint draws the same pictures, of each subject in several places and of its class. They are measured
+with :mod:`dreambooth_sm.fidelity`, and scored against the untrained base model: subject fidelity, less what it cost in
+diversity, prompt fidelity and drift of the class towards the subject (:func:`dreambooth_sm.fidelity.score`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.data.pictures import View, crop, open_picture
+from dreambooth_sm.fidelity import Encoders, Fidelity, measure, measure_real, score, verdict
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.sampling import draw, sampling_pipeline
+from dreambooth_sm.training.checkpoint import Checkpoint
+
+# What the pictures of a subject show beside it; DreamBooth's paper asks for such places as well.
+PLACES = ("", "on the beach", "in the snow", "on a table", "at night", "in a room", "in the meadow", "on the street")
+_CLASS_PICTURES = 16
+_GUIDANCE = 3.0
+_SEED = 1_000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One state of the model.
+
+    Attributes:
+        step: optimizer steps done; 0 for the base model.
+        fidelities: one for each subject.
+        score: mean over the subjects.
+    """
+
+    step: int
+    fidelities: tuple[Fidelity, ...]
+    score: float
+
+    def metrics(self) -> dict[str, float | int | None]:
+        """For the log; means over the subjects."""
+        return {"candidate": self.step, "score": self.score} | {
+            field.name: _mean([getattr(fidelity, field.name) for fidelity in self.fidelities])
+            for field in fields(Fidelity)
+        }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+class Examiner:
+    """Measures a model again and again, in the same way.
+
+    Args:
+        base: the model; it is measured as it is now, before training.
+        subjects: with their class pictures.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        subjects: tuple[Subject, ...],
+        encoders: Encoders,
+        h: Hyperparameters,
+        plan: Plan,
+        report: Reporter,
+    ) -> None:
+        self._base, self._subjects, self._encoders, self._h, self._plan = base, subjects, encoders, h, plan
+        self._report = report
+        self._real = [[crop(open_picture(path), h.resolution, View()) for path in s.pictures] for s in subjects]
+        self._before = self._measure()
+        self.examine(0)
+
+    def examine(self, step: int) -> Candidate:
+        """Measures the model as it is now, after ``step`` steps, and logs what it finds."""
+        found = self._measure() if step else self._before
+        scores = [score(now, before) for now, before in zip(found, self._before, strict=True)]
+        candidate = Candidate(step, found, statistics.fmean(scores))
+        self._report.metrics(**candidate.metrics())
+        return candidate
+
+    def choose(self, checkpoints: Sequence[Checkpoint], final_step: int) -> Candidate:
+        """Puts the weights of the best of ``checkpoints`` and the present state into the model; the later one wins
+        a draw.
+
+        Args:
+            checkpoints: of this job, other than the present state.
+            final_step: steps that the present state has taken.
+        """
+        present = self.examine(final_step)
+        final = _copy(self._base)
+        candidates = [present]
+        for checkpoint in checkpoints:
+            restore(self._base, checkpoint.load())
+            candidates.append(self.examine(checkpoint.step))
+        best = max(candidates, key=lambda candidate: (candidate.score, candidate.step))
+        if best is present:
+            for name, weights in final.items():
+                getattr(self._base, name).load_state_dict(weights)
+        else:
+            restore(self._base, next(c for c in checkpoints if c.step == best.step).load())
+        self._report.metrics(best=best.step, score=best.score, of=len(candidates))
+        return best
+
+    def judge(self, candidate: Candidate) -> None:
+        """Says in words whether the model was trained too little or too much."""
+        rows = zip(self._subjects, candidate.fidelities, self._before, self._real, strict=True)
+        for subject, found, before, real in rows:
+            if len(real) > 1:
+                words = verdict(found, before, measure_real(self._encoders, real))
+                self._report.say(f'verdict: {words.word}: "{subject.prompt}": {words.reason}')
+
+    def _measure(self) -> tuple[Fidelity, ...]:
+        pipeline = sampling_pipeline(self._base, self._plan)
+
+        def pictures(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
+            batches = draw(
+                pipeline,
+                prompt,
+                list(seeds),
+                resolution=self._h.resolution,
+                batch_size=self._plan.sample_batch_size,
+                guidance=_GUIDANCE,
+            )
+            return [picture for batch in batches for picture in batch]
+
+        found = []
+        for subject, real in zip(self._subjects, self._real, strict=True):
+            prompts = [f"{subject.prompt} {place}".strip() for place in PLACES]
+            found.append(
+                measure(
+                    self._encoders,
+                    training=real,
+                    generated=[pictures(prompt, [_SEED + n])[0] for n, prompt in enumerate(prompts)],
+                    prompts=prompts,
+                    class_pictures=pictures(subject.class_prompt, range(_SEED, _SEED + _CLASS_PICTURES))
+                    if subject.class_prompt
+                    else (),
+                )
+            )
+        self._base.to("cpu")
+        return tuple(found)
+
+
+def restore(base: BaseModel, state: dict[str, Any]) -> None:
+    """Puts the weights of a checkpoint into the model: the average's where it has one."""
+    modules = [getattr(base, name) for name in state["weights"]]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    values: list[Tensor] = [value for weights in state["weights"].values() for value in weights.values()]
+    if state["ema"]:
+        values = state["ema"]["average"]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _copy(base: BaseModel) -> dict[str, dict[str, Tensor]]:
+    return {
+        name: {key: value.clone() for key, value in getattr(base, name).state_dict().items()}
+        for name in ("unet", "text_encoder")
+    }

@@ -1,0 +1,305 @@
+"""Makes the toybox pipeline and its judge again, from nothing: ``python -m dreambooth_sm.toybox.train OUT``.
+
+Some 10 minutes on one large GPU. On a CPU the same code runs with small batches: to try it, not to get a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreambooth_sm.quiet import quiet_libraries
+
+# isort: split
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+
+from dreambooth_sm.toybox import toys
+from dreambooth_sm.toybox.examine import examine_judge, examine_pipeline, psnr
+from dreambooth_sm.toybox.judge import Judge, identity_loss, label_loss, load_judge, save_judge
+from dreambooth_sm.toybox.networks import (
+    PROMPT_LENGTH,
+    as_input,
+    as_pixels,
+    make_pipeline,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+    normalise_latents,
+)
+from dreambooth_sm.toybox.optimise import Outcome, train_for
+from dreambooth_sm.toybox.photos import SCENES_A_TOY, Photos, paint_photos
+from dreambooth_sm.training.losses import add_noise, min_snr_weights
+
+# What each stage gets of the time that is left, relative to those after it.
+_SHARES = {"painting": 0.07, "vae": 0.32, "unet": 0.48, "judge": 0.09, "evaluation": 0.04}
+_KL_WEIGHT = 2e-4
+_CAPTION_DROPOUT = 0.1
+_MIN_SNR_GAMMA = 5.0
+# Deviation of the noise on latents whose pictures the judge learns from; drawn latents are not perfect either.
+_JUDGE_LATENT_NOISE = 0.15
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much of everything.
+
+    Attributes:
+        minutes: for all, from the painting to the evaluation.
+        pictures: to be painted for the training.
+        held_out: further ones to measure on; even.
+        drawn: pictures that the pipeline draws in the end, for the judge to read.
+    """
+
+    minutes: float = 9.0
+    pictures: int = 60_000
+    seed: int = 0
+    held_out: int = 1024
+    drawn: int = 256
+    vae_batch: int = 64
+    unet_batch: int = 256
+    judge_batch: int = 256
+
+    def on_cpu(self) -> Settings:
+        """The same in miniature."""
+        return replace(self, held_out=16, drawn=8, vae_batch=4, unet_batch=16, judge_batch=16)
+
+
+class Timetable:
+    """Shares out the time that is left, so that a slow stage takes from all that follow."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def seconds_for(self, stage: str) -> float:
+        stages = list(_SHARES)
+        left = sum(_SHARES[later] for later in stages[stages.index(stage) :])
+        return max(0.0, self._end - time.monotonic()) * _SHARES[stage] / left
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    default = Settings()
+    parser = argparse.ArgumentParser(prog="python -m dreambooth_sm.toybox.train", description=__doc__)
+    parser.add_argument("out", type=Path, help="where base/, judge.safetensors, sheet.png and figures.json go")
+    parser.add_argument("--minutes", type=float, default=default.minutes, help="for all stages together")
+    parser.add_argument("--pictures", type=int, default=default.pictures)
+    parser.add_argument("--seed", type=int, default=default.seed)
+    options = parser.parse_args(arguments)
+    settings = Settings(options.minutes, options.pictures, options.seed)
+    quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make_all(options.out, settings if device.type == "cuda" else settings.on_cpu(), device)
+
+
+def make_all(out: Path, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Paints, trains and measures; every stage's result is written as soon as it is there.
+
+    Returns:
+        the figures, which are printed and written too.
+    """
+    timetable = Timetable(60 * settings.minutes)
+    base = out / "base"
+    base.mkdir(parents=True, exist_ok=True)
+    seconds = timetable.seconds_for("painting")
+    photos = paint_photos(settings.held_out + settings.pictures, f"{settings.seed}", seconds=2 * seconds).to(device)
+    rare = paint_photos(settings.pictures // 12, f"rare {settings.seed}", seconds=seconds, rare_parts=True).to(device)
+    held_out, training = photos.part(slice(settings.held_out)), photos.part(slice(settings.held_out, None))
+    figures: dict[str, Any] = {"pictures": len(training), "device": str(device)}
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        vae = make_vae().to(device)
+        figures["vae"] = train_vae(vae, training.pixels, timetable.seconds_for("vae"), settings.vae_batch).figures()
+        vae.half().save_pretrained(base / "vae")
+        vae.float()  # from here on as the saved one
+        figures["vae"]["psnr_db"] = round(psnr(vae, held_out.pixels), 2)
+        print(f"vae psnr_db={figures['vae']['psnr_db']}", flush=True)
+
+        latents = encode_latents(vae, training.pixels)
+        pipeline = make_pipeline(vae, make_unet(), *_text_parts(settings.seed)).to(device)
+        figures["unet"] = train_unet(pipeline, latents, training.captions, timetable, settings.unet_batch).figures()
+        pipeline.to(dtype=torch.float16).save_pretrained(base)
+        pipeline.to(dtype=torch.float32)
+
+        judge = Judge().to(device)
+        lessons = training.and_also(rare)
+        soft = reconstruct(vae, lessons.pixels, _JUDGE_LATENT_NOISE)
+        figures["judge"] = train_judge(judge, lessons, soft, timetable, settings.judge_batch).figures()
+        save_judge(judge, out / "judge.safetensors")
+
+    judge = load_judge(out / "judge.safetensors").to(device)
+    figures["judge"] |= examine_judge(judge, held_out)
+    pipeline = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float32, safety_checker=None).to(device)
+    figures["read"] = examine_pipeline(pipeline, judge, settings.drawn, settings.seed, out)
+    figures["base_mb"] = round(sum(file.stat().st_size for file in base.rglob("*") if file.is_file()) / 1e6, 2)
+    figures["judge_mb"] = round((out / "judge.safetensors").stat().st_size / 1e6, 2)
+    line = json.dumps(figures)
+    (out / "figures.json").write_text(line + "\n", encoding="utf-8")
+    print(line, flush=True)
+    return figures
+
+
+def train_vae(vae: AutoencoderKL, pixels: Tensor, seconds: float, batch: int) -> Outcome:
+    """Trains the VAE, then gives its latents mean 0 and deviation 1.
+
+    Args:
+        pixels: uint8 ``(photos, 128, 128, 3)``, on the VAE's device.
+    """
+
+    def loss() -> Tensor:
+        real = as_input(pixels[_random_rows(len(pixels), batch, pixels.device)])
+        code = vae.encode(real.to(vae.dtype)).latent_dist
+        mean, log_variance = code.mean.float(), code.logvar.float()
+        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        drawn = vae.decode(latents.to(vae.dtype)).sample.float()
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return reconstruction_loss(drawn, real) + _KL_WEIGHT * divergence
+
+    outcome = train_for(seconds, [vae], loss, name="vae", rows=batch, rate=1e-3, weight_decay=1e-4)
+    moments = encode_latents(vae, pixels[:2048]) / vae.config.scaling_factor
+    means = moments.chunk(2, dim=1)[0]
+    normalise_latents(vae, means.mean((0, 2, 3)), means.std((0, 2, 3)))
+    return outcome
+
+
+def reconstruction_loss(drawn: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute errors of pixels, and of their differences to their neighbours, at three scales.
+
+    The differences keep outlines crisp; squared errors would blur them.
+
+    Args:
+        drawn, real: ``(pictures, 3, height, width)``.
+    """
+    total = (drawn - real).abs().mean()
+    for scale in range(3):
+        if scale:
+            drawn, real = F.avg_pool2d(drawn, 2), F.avg_pool2d(real, 2)
+            total = total + 0.5 * (drawn - real).abs().mean()
+        error = drawn - real
+        total = total + 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    return total
+
+
+@torch.no_grad()
+def encode_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Means and deviations of the latents, times the scaling factor: float32 ``(photos, 8, 16, 16)``."""
+    parts = []
+    for batch in pixels.split(256):
+        code = vae.encode(as_input(batch)).latent_dist
+        parts.append(torch.cat([code.mean, code.std], dim=1) * vae.config.scaling_factor)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pixels: Tensor, noise: float) -> Tensor:
+    """What the VAE makes of pictures: uint8, shaped like ``pixels``.
+
+    Args:
+        noise: its deviation, where that of latents is 1.
+    """
+    parts = []
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
+        for batch in pixels.split(256):
+            latents = vae.encode(as_input(batch)).latent_dist.mean.float()
+            latents += noise / vae.config.scaling_factor * torch.randn_like(latents)
+            parts.append(as_pixels(vae.decode(latents).sample))
+    return torch.cat(parts)
+
+
+def _text_parts(seed: int) -> tuple[Any, Any]:
+    """The text encoder and its tokenizer, which knows the words of all captions that name no individual."""
+    rng = random.Random(seed)
+    tokenizer = make_tokenizer(toys.caption(toys.random_scene(rng), rng) for _ in range(20_000))
+    return make_text_encoder(tokenizer), tokenizer
+
+
+def train_unet(
+    pipeline: StableDiffusionPipeline,
+    latents: Tensor,
+    captions: Sequence[Sequence[str]],
+    timetable: Timetable,
+    batch: int,
+) -> Outcome:
+    """Trains UNet and text encoder together to predict noise.
+
+    Min-SNR weights (Hang et al. 2023); some captions are left out, for guidance without a classifier (Ho and Salimans
+    2022).
+
+    Args:
+        latents: as :func:`encode_latents` gives them, on the pipeline's device.
+        captions: the same number for each row of ``latents``.
+    """
+    unet, text_encoder, device = pipeline.unet, pipeline.text_encoder, latents.device
+    prompts = _token_ids(pipeline.tokenizer, [text for texts in captions for text in texts]).to(device)
+    prompts = prompts.view(len(captions), -1, PROMPT_LENGTH)
+    empty = _token_ids(pipeline.tokenizer, [""]).to(device)
+    noise_scheduler: Any = DDPMScheduler.from_config(make_scheduler().config)
+    signals = noise_scheduler.alphas_cumprod.to(device)
+    weights = min_snr_weights("epsilon", signals, _MIN_SNR_GAMMA)
+    weights = weights / weights.mean()
+
+    def loss() -> Tensor:
+        rows = _random_rows(len(latents), batch, device)
+        mean, deviation = latents[rows].chunk(2, dim=1)
+        clean = mean + deviation * torch.randn_like(mean)
+        noise = torch.randn_like(clean)
+        timesteps = _random_rows(len(signals), batch, device)
+        texts = prompts[rows, _random_rows(prompts.shape[1], batch, device)]
+        texts = torch.where(torch.rand(batch, 1, device=device) < _CAPTION_DROPOUT, empty, texts)
+        noisy = add_noise(clean, noise, signals[timesteps])
+        noisy = noisy.to(unet.dtype, memory_format=torch.channels_last)
+        predicted = unet(noisy, timesteps, text_encoder(texts)[0]).sample
+        errors = (predicted.float() - noise).square().mean((1, 2, 3))
+        return (errors * weights[timesteps]).mean()
+
+    seconds = timetable.seconds_for("unet")
+    return train_for(seconds, [unet, text_encoder], loss, name="unet", rows=batch, rate=1e-3)
+
+
+def _token_ids(tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Padded token ids, int64 ``(texts, PROMPT_LENGTH)``."""
+    return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def train_judge(judge: Judge, photos: Photos, soft: Tensor, timetable: Timetable, batch: int) -> Outcome:
+    """Trains the judge on painted pictures and on softer ones, and on both blurred and noisy.
+
+    Args:
+        soft: as :func:`reconstruct` makes them of ``photos.pixels``.
+    """
+    painted, labels, individuals = photos.pixels, photos.labels, photos.individuals
+    device = painted.device
+
+    def loss() -> Tensor:
+        firsts = SCENES_A_TOY * _random_rows(len(painted) // SCENES_A_TOY, batch // SCENES_A_TOY, device)
+        rows = torch.cat([firsts + scene for scene in range(SCENES_A_TOY)])
+        pictures = as_input(torch.where(_coins(batch, device), painted[rows], soft[rows]))
+        blurred = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear")
+        pictures = torch.where(_coins(batch, device), pictures, blurred)
+        pictures = pictures + 0.06 * torch.rand(batch, 1, 1, 1, device=device) * torch.randn_like(pictures)
+        embeddings, logits = judge(pictures.to(judge.embedding.weight.dtype))
+        return label_loss(logits, labels[rows]) + identity_loss(embeddings, individuals[rows])
+
+    return train_for(timetable.seconds_for("judge"), [judge], loss, name="judge", rows=batch, rate=2e-3)
+
+
+def _random_rows(count: int, batch: int, device: torch.device) -> Tensor:
+    return torch.randint(count, (batch,), device=device)
+
+
+def _coins(batch: int, device: torch.device) -> Tensor:
+    return torch.rand(batch, 1, 1, 1, device=device) < 0.5
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The best checkpoint is the one that is exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreambooth_sm import selection
+from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.fidelity import Encoders, Fidelity
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.selection import PLACES, Examiner, restore
+from dreambooth_sm.training.checkpoint import all_checkpoints
+from tests.helpers.training import Run, same, weights
+
+
+class Flat:
+    """Every picture is the same to it."""
+
+    def embed(self, pictures: object) -> torch.Tensor:
+        return torch.ones(len(pictures), 1)  # type: ignore[arg-type]
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, subjects: list[float]) -> None:
+    """Lets each measurement find the next of these subject fidelities."""
+    left = list(subjects)
+    monkeypatch.setattr(selection, "measure", lambda *_, **__: Fidelity(subject=left.pop(0), nearest=0.0))
+    monkeypatch.setattr(selection, "draw", lambda pipeline, prompt, seeds, **_: iter([[None] * len(seeds)]))
+
+
+def trained(base: BaseModel, root: Path, **options: object) -> Run:
+    """Four steps, with checkpoints after the second and third."""
+    return Run(base, root, max_train_steps=4, save_steps=1, checkpoints_total_limit=2, **options).train()
+
+
+def examiner(run: Run) -> Examiner:
+    return Examiner(run.base, (run.subject,), Encoders(Flat()), run.h, run.plan, run.recorder)
+
+
+@pytest.mark.parametrize("ema", [False, True], ids=["weights", "average"])
+@pytest.mark.parametrize(
+    ("final", "second", "third", "best"), [(0.9, 0.5, 0.8, 4), (0.6, 0.9, 0.8, 2), (0.7, 0.7, 0.7, 4)]
+)
+def test_the_best_one_is_left_in_the_model(
+    base: BaseModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    final: float,
+    second: float,
+    third: float,
+    best: int,
+    ema: bool,
+) -> None:
+    scripted(monkeypatch, [0.1, final, second, third])
+    run = trained(base, tmp_path, use_ema=ema)
+    at_the_end = weights(run.base.unet)
+    kept = all_checkpoints(tmp_path / "checkpoints")
+    assert [checkpoint.step for checkpoint in kept] == [2, 3]
+    found = examiner(run).choose(kept, 4)
+    assert found.step == best
+    if best == 4:
+        assert same(weights(run.base.unet), at_the_end)
+    else:
+        # A job that was stopped there: the same data, so the same weights.
+        stopped = Run(base, tmp_path / "stopped", max_train_steps=4, use_ema=ema)
+        with pytest.raises(StopRequested):
+            stopped.train(stop_at=best)
+        stopped.trainer.finish()
+        assert same(weights(run.base.unet), weights(stopped.base.unet))
+    log = run.recorder.stream.getvalue()  # type: ignore[union-attr]
+    for step in (0, 2, 3, 4):
+        assert f"candidate={step} score=" in log
+    assert f"best={best} " in log
+
+
+def test_restoring_a_checkpoint_is_exact(base: BaseModel, tmp_path: Path) -> None:
+    run = trained(base, tmp_path)
+    checkpoint = all_checkpoints(tmp_path / "checkpoints")[-1]
+    restore(run.base, checkpoint.load())
+    saved = checkpoint.load()["weights"]["unet"]
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in run.base.unet.named_parameters())
+
+
+def test_what_was_learned_is_measured_in_every_place(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real drawing and measuring, with an encoder that finds all pictures alike: a perfect and collapsed model."""
+    run = Run(base, tmp_path, max_train_steps=1, with_prior_preservation=True).train()
+    asked: list[str] = []
+    draw = selection.draw
+
+    def noting(pipeline: Any, prompt: str, seeds: list[int], **options: Any) -> Any:
+        asked.append(prompt)
+        return draw(pipeline, prompt, seeds, **options)
+
+    monkeypatch.setattr(selection, "draw", noting)
+    monkeypatch.setattr(selection, "_CLASS_PICTURES", 2)
+    candidate = examiner(run).examine(1)
+    assert candidate.fidelities[0].subject == pytest.approx(1)
+    assert candidate.fidelities[0].diversity == pytest.approx(0)
+    assert {f"photo of zwx toy {place}".strip() for place in PLACES} < set(asked)
