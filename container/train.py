@@ -13,8 +13,8 @@ from pathlib import Path
 # Before torch is imported: fragmentation costs small cards gigabytes. What the user has set wins.
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-# Else threads that wait for each other spin, and two jobs that share a machine's cores hold each other up.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP's threads spin while they wait: two jobs that share a machine's cores would slow each other down tenfold.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 from dreambooth_sm import distributed, sagemaker
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, split_arguments

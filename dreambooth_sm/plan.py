@@ -92,7 +92,8 @@ class Rung:
 
 
 # From the most generous to the smallest. A card gets the first rung that it is large enough for and whose predicted
-# peak fits: 40 GB cards and up `roomy`, A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`.
+# peak fits: 40 GB cards and up `roomy`, A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`, and
+# 4 GB `tiny`.
 LADDER = (
     #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
     Rung("roomy", 36, "residual", 8, True, False, True, True),

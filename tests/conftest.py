@@ -17,7 +17,7 @@ from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
 from dreambooth_sm.storage import S3Uri
 from tests.helpers.jobs import JobTree
 
-EXAMPLES = Path(__file__).parents[1] / "dreambooth_sm" / "examples" / "duck_toy"
+EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
 
 
 @pytest.fixture(scope="session")

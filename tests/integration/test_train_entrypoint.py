@@ -434,3 +434,33 @@ def test_without_a_checkpoint_channel_a_stopped_job_leaves_its_checkpoint_where_
     process.send_signal(signal.SIGTERM)
     assert end(process).code == EXIT_STOPPED
     assert len(list((job.model / "checkpoints").glob("step-*/state.json"))) == 1
+
+
+# --- The best checkpoint ---------------------------------------------------------------------------------------------
+
+
+def test_the_best_of_several_checkpoints_is_exported(lay_out_job: Callable[..., JobTree]) -> None:
+    settings = {
+        "pretrained_model_name_or_path": "toybox",
+        "class_prompt": "None",
+        "train_text_encoder": "false",
+        "max_train_steps": "3",
+        "save_steps": "1",
+        "checkpoints_total_limit": "3",
+        "fidelity_encoders": "judge",
+        "select_best": "true",
+    }
+    job = lay_out_job(**settings)
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    lines = [parse_metrics(line) for line in ended.log.splitlines()]
+    scores = {int(pairs["candidate"]): float(pairs["score"]) for pairs in lines if "candidate" in pairs}
+    assert sorted(scores) == [0, 1, 2, 3]
+    del scores[0]  # the base model is measured, but is no candidate
+    best = next(int(pairs["best"]) for pairs in lines if "best" in pairs)
+    assert scores[best] == max(scores.values())
+    assert "verdict: " in ended.log
+    # A job that ends at the best step, with nothing to choose from, exports the same.
+    short = lay_out_job("short", **settings | {"max_train_steps": str(best), "select_best": "false", "save_steps": "0"})
+    assert short.run("train").code == EXIT_OK
+    assert same_weights(read_weights(job.model, "unet"), read_weights(short.model, "unet"))
