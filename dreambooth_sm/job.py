@@ -364,7 +364,7 @@ def measure(
         candidate = examiner.choose(own, schedule.steps)
     else:
         candidate = examiner.examine(schedule.steps)
-    examiner.judge(candidate)
+    examiner.say_verdict(candidate)
 
 
 def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:

@@ -114,7 +114,7 @@ class Examiner:
         self._report.metrics(best=best.step, score=best.score, of=len(candidates))
         return best
 
-    def judge(self, candidate: Candidate) -> None:
+    def say_verdict(self, candidate: Candidate) -> None:
         """Says in words whether the model was trained too little or too much."""
         rows = zip(self._subjects, candidate.fidelities, self._before, self._real, strict=True)
         for subject, found, before, real in rows:
