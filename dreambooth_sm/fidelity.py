@@ -7,7 +7,7 @@ the toybox, offline, or DINOv2 and CLIP. A picture is compared by the cosine of 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -281,12 +281,8 @@ class Dino:
 
     @torch.inference_mode()
     def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
-        return torch.cat(
-            [
-                F.normalize(self._model(pixels).last_hidden_state[:, 0], dim=1).cpu()
-                for pixels in _pixel_batches(self._processor, pictures, self._model.device)
-            ]
-        )
+        batches = _pixel_batches(self._processor, pictures, self._model.device)
+        return _unit_rows(self._model(pixels).last_hidden_state[:, 0] for pixels in batches)
 
 
 class Clip:
@@ -304,12 +300,8 @@ class Clip:
     @torch.inference_mode()
     def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
         vision, projection = self._model.vision_model, self._model.visual_projection
-        return torch.cat(
-            [
-                F.normalize(projection(vision(pixels).pooler_output), dim=1).cpu()
-                for pixels in _pixel_batches(self._processor, pictures, self._model.device)
-            ]
-        )
+        batches = _pixel_batches(self._processor, pictures, self._model.device)
+        return _unit_rows(projection(vision(pixels).pooler_output) for pixels in batches)
 
     def agreement(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> float:
         """Mean similarity of each picture and its prompt."""
@@ -323,6 +315,10 @@ class Clip:
         )
         states = self._model.text_model(tokens.input_ids.to(self._model.device))
         return F.normalize(self._model.text_projection(states.pooler_output), dim=1).cpu()
+
+
+def _unit_rows(batches: Iterable[Tensor]) -> Tensor:
+    return torch.cat([F.normalize(batch, dim=1).cpu() for batch in batches])
 
 
 def _pixel_batches(processor: Any, pictures: Sequence[Image.Image], device: torch.device) -> list[Tensor]:

@@ -116,6 +116,9 @@ def _run(
     with report.phase("load_base"):
         base = load_base(h)
         check_prompts(base, subjects, h)
+        # Before class images are made: encoders that can't be had end the job here. On the CPU: the card's memory is
+        # planned for training.
+        encoders = load_encoders(h.fidelity_encoders) if h.fidelity_encoders and world.is_main else None
     _stop_if_asked(stop, world)
     with report.phase("class_images"):
         subjects = make_class_images(base, subjects, h, plan, seed=seed, report=report, stop=stop, world=world)
@@ -123,9 +126,8 @@ def _run(
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
     _stop_if_asked(stop, world)
     examiner = None
-    if h.fidelity_encoders and world.is_main:
+    if encoders:
         with report.phase("measure_base"):
-            encoders = load_encoders(h.fidelity_encoders, device)
             examiner = Examiner(base, subjects, encoders, h, plan, report)
     schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
     with report.phase("train"):

@@ -464,3 +464,13 @@ def test_the_best_of_several_checkpoints_is_exported(lay_out_job: Callable[..., 
     short = lay_out_job("short", **settings | {"max_train_steps": str(best), "select_best": "false", "save_steps": "0"})
     assert short.run("train").code == EXIT_OK
     assert same_weights(read_weights(job.model, "unet"), read_weights(short.model, "unet"))
+
+
+def test_encoders_that_are_not_there_end_the_job_before_class_images_are_made(
+    lay_out_job: Callable[..., JobTree],
+) -> None:
+    job = lay_out_job(fidelity_encoders="dino=/no/such/model")
+    ended = job.run("train")
+    assert ended.code == EXIT_BAD_INPUT
+    assert "dino=/no/such/model" in (job.failure or "")
+    assert "phase=class_images" not in ended.log
