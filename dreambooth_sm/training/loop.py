@@ -151,6 +151,7 @@ class Trainer:
                 parameter.data = original
             raise
         del originals
+        self.make_step.shapes = len(data.dice.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
         self.scheduler = get_scheduler(
@@ -301,7 +302,8 @@ class Trainer:
         return self._loss(self._to_device(batch))
 
     def _inputs(self, number: int) -> Inputs:
-        return self._to_device(self.data.dice.batch(number, self.h.train_batch_size))
+        together = self.h.gradient_accumulation_steps * self.world.size
+        return self._to_device(self.data.dice.batch(number, self.h.train_batch_size, together))
 
     def _to_device(self, batch: Batch) -> Inputs:
         def move(tensor: torch.Tensor) -> torch.Tensor:

@@ -215,7 +215,7 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_a_crop_is_square_and_never_padded(width: int, height: int, resolution: int, view: View) -> None:
     if max(width, height) > 20 * min(width, height):
         width = height
-    view_of_it = crop(gradient(width, height), resolution, view)
+    view_of_it = crop(gradient(width, height), (resolution, resolution), view)
     assert view_of_it.size == (resolution, resolution)
     assert np.asarray(view_of_it)[..., 2].min() == 255
 
@@ -223,7 +223,7 @@ def test_a_crop_is_square_and_never_padded(width: int, height: int, resolution: 
 @given(st.integers(10, 200), st.integers(10, 200))
 def test_the_centre_crop_is_symmetrical(width: int, height: int) -> None:
     resolution = 64
-    seen = np.asarray(crop(gradient(width, height), resolution, View())).astype(int)
+    seen = np.asarray(crop(gradient(width, height), (resolution, resolution), View())).astype(int)
     pixel = 255 / (resolution - 1) * 2  # one pixel of the scaled picture, and one of the original
     slack = pixel + 255 / min(width, height)
     for channel in (0, 1):
@@ -232,11 +232,11 @@ def test_the_centre_crop_is_symmetrical(width: int, height: int) -> None:
 
 
 def test_the_shorter_side_is_seen_whole() -> None:
-    wide = np.asarray(crop(gradient(200, 100), 64, View()))
+    wide = np.asarray(crop(gradient(200, 100), (64, 64), View()))
     assert wide[..., 1].min() <= 4
     assert wide[..., 1].max() >= 251
     assert 60 <= wide[..., 0].min() <= 68
-    tall = np.asarray(crop(gradient(100, 200), 64, View()))
+    tall = np.asarray(crop(gradient(100, 200), (64, 64), View()))
     assert tall[..., 0].min() <= 4
     assert tall[..., 0].max() >= 251
     assert 60 <= tall[..., 1].min() <= 68
@@ -244,16 +244,18 @@ def test_the_shorter_side_is_seen_whole() -> None:
 
 def test_the_crop_slides_along_the_longer_side() -> None:
     picture = gradient(200, 100)
-    left, right = (np.asarray(crop(picture, 64, View(left=at)))[..., 0] for at in (0.0, 1.0))
+    left, right = (np.asarray(crop(picture, (64, 64), View(left=at)))[..., 0] for at in (0.0, 1.0))
     assert left.min() <= 4
     assert 120 <= left.max() <= 132
     assert 123 <= right.min() <= 135
     assert right.max() >= 251
-    assert np.array_equal(np.asarray(crop(picture, 64, View(top=0.0))), np.asarray(crop(picture, 64, View(top=1.0))))
+    assert np.array_equal(
+        np.asarray(crop(picture, (64, 64), View(top=0.0))), np.asarray(crop(picture, (64, 64), View(top=1.0)))
+    )
 
 
 def test_mirrored_is_from_left_to_right() -> None:
     picture = gradient(90, 70)
-    plain, mirrored = (np.asarray(crop(picture, 32, View(0.3, 0.6, mirrored))) for mirrored in (False, True))
+    plain, mirrored = (np.asarray(crop(picture, (32, 32), View(0.3, 0.6, mirrored))) for mirrored in (False, True))
     assert np.array_equal(mirrored, plain[:, ::-1])
     assert not np.array_equal(mirrored, plain)

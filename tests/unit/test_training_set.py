@@ -22,10 +22,11 @@ TENSORS = ("samples", "views", "prompts", "latent_noise", "noise", "timesteps")
 def make_dice(*, instances: int = 5, classes: int = 0, seed: int = 3, views: int = 8, timesteps: int = 1000) -> Dice:
     """Instance k may be shown with prompts 10k and 10k + 1, class picture k with 1000 + k."""
     return Dice(
-        [Sample(Path(f"i{k}"), (10 * k, 10 * k + 1)) for k in range(instances)],
-        [Sample(Path(f"c{k}"), (1000 + k,)) for k in range(classes)],
+        [Sample(Path(f"i{k}"), (10 * k, 10 * k + 1), (2, 2)) for k in range(instances)],
+        [Sample(Path(f"c{k}"), (1000 + k,), (2, 2)) for k in range(classes)],
         views=views,
-        latent_shape=(4, 2, 2),
+        channels=4,
+        latent_scale=1,
         timesteps=timesteps,
         seed=seed,
     )
@@ -186,7 +187,7 @@ def test_cached_or_not_the_latents_are_the_same(base: BaseModel, tmp_path: Path,
 def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
     views = [[View(), View(left=1.0, mirrored=True)], [View(left=0.0), View(left=0.3)]]
-    latents = Latents(pictures, views, base.vae, resolution=64, cached=True)
+    latents = Latents(pictures, [(64, 64)] * 2, views, base.vae, cached=True)
     batch = Batch(
         samples=torch.tensor([0, 1, 0]),
         views=torch.tensor([1, 0, 0]),
@@ -198,7 +199,7 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel,
     ours = latents(batch)
     assert ours.dtype == torch.float32
     for row, (sample, view) in enumerate(((0, 1), (1, 0), (0, 0))):
-        pixels = to_tensor(crop(open_picture(pictures[sample]), 64, views[sample][view]))[None]
+        pixels = to_tensor(crop(open_picture(pictures[sample]), (64, 64), views[sample][view]))[None]
         posterior = base.vae.encode(pixels).latent_dist
         expected = (posterior.mean + posterior.std * batch.latent_noise[row]) * base.vae.config.scaling_factor
         torch.testing.assert_close(ours[row], expected[0].detach(), rtol=1e-5, atol=1e-6)
@@ -207,10 +208,11 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel,
 
 def test_cached_latents_need_neither_the_files_nor_the_vae(base: BaseModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
-    latents = Latents(pictures, [[View()]] * 2, base.vae, resolution=64, cached=True)
+    latents = Latents(pictures, [(64, 64)] * 2, [[View()]] * 2, base.vae, cached=True)
     for path in pictures:
         path.unlink()
-    dice = Dice([Sample(path, (0,)) for path in pictures], [], views=1, latent_shape=(4, 32, 32), timesteps=9, seed=0)
+    samples = [Sample(path, (0,), (64, 64)) for path in pictures]
+    dice = Dice(samples, [], views=1, channels=4, latent_scale=2, timesteps=9, seed=0)
     assert latents(dice.batch(0, 2)).shape == (2, 4, 32, 32)
     assert latents._vae is None
 
@@ -226,12 +228,12 @@ def test_embeddings_or_token_ids(base: BaseModel, tmp_path: Path) -> None:
 def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path, loaded_base: BaseModel) -> None:
     wide, square = paint_pictures(tmp_path / "a", 1), paint_pictures(tmp_path / "b", 1, size=(64, 64))
     pictures = [*wide, *square]
-    views = views_of(pictures, 0, random_crop=True, mirror=False)
+    views = views_of(pictures, [(64, 64)] * 2, 0, random_crop=True, mirror=False)
     assert [len(row) for row in views] == [VIEWS, VIEWS]
     assert len(set(views[0])) == VIEWS
     assert set(views[1]) == {View()}
-    assert views_of(square, 0, random_crop=True, mirror=False) == [[View()]]
-    assert len(set(views_of(square, 0, random_crop=True, mirror=True)[0])) == 2
+    assert views_of(square, [(64, 64)], 0, random_crop=True, mirror=False) == [[View()]]
+    assert len(set(views_of(square, [(64, 64)], 0, random_crop=True, mirror=True)[0])) == 2
 
     encoded: list[int] = []
 
@@ -242,5 +244,5 @@ def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path
             encoded.append(len(pixels))
             return loaded_base.vae.encode(pixels)
 
-    Latents(pictures, views, Counting(), resolution=64, cached=True)
+    Latents(pictures, [(64, 64)] * 2, views, Counting(), cached=True)
     assert sum(encoded) == VIEWS + 1
