@@ -68,7 +68,8 @@ def words_of(path: Path) -> str:
     >>> words_of(Path("IMG_2041.HEIC"))
     ''
     """
-    parts = re.split(r"[\s_\-.,()\[\]+~#]+", path.stem)
+    stem = path.stem.encode("utf-8", "ignore").decode()  # without bytes that are no text
+    parts = re.split(r"[\s_\-.,()\[\]+~#]+", stem)
     return " ".join(p for p in parts if p and not re.search(r"\d", p) and p.lower() not in _NO_WORDS)
 
 
@@ -86,7 +87,9 @@ def read_dataset_info(directory: Path) -> dict[str, str]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{DATASET_INFO} can't be read ({error.strerror}): {path}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read as JSON: {error}") from None
     prompts = {key: content.get(key) for key in ("instance_prompt", "class_prompt")} if _is_object(content) else {}
     if not prompts or not all(value is None or isinstance(value, str) for value in prompts.values()):

@@ -106,7 +106,13 @@ def check_folder(directory: Path, h: Hyperparameters, *, name: str = "instance_d
             f"{len(captions)} pictures have captions, which are not used: write {FILEWORDS} in instance_prompt where a "
             f'caption is to stand, such as "photo of zwx toy, {FILEWORDS}"'
         )
-    return Findings(tuple(errors), tuple(warnings + _odd(pictures, directory, h)), tuple(pictures))
+    warnings += _odd(pictures, directory, h)
+    return Findings(tuple(errors), tuple(map(printable, warnings)), tuple(pictures))
+
+
+def printable(text: str) -> str:
+    """A text with file names in it that may be no UTF-8, as one that any stream takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _nothing_in(directory: Path) -> str:

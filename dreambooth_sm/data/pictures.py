@@ -92,7 +92,8 @@ def open_picture(path: Path, needed: Shape | None = None) -> Image.Image:
     except UserError:
         raise
     except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        raise UserError(f"{path} is damaged and can't be read ({error}); replace it") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is damaged and can't be read ({reason}); replace it") from None
 
 
 def read_size(path: Path) -> Shape:
@@ -150,7 +151,7 @@ def crop(picture: Image.Image, shape: Shape, view: View) -> Image.Image:
     """
     width, height = shape
     scale = min(picture.width / width, picture.height / height)
-    seen = (width * scale, height * scale)
+    seen = (min(width * scale, picture.width), min(height * scale, picture.height))
     left, top = (
         (length - side) * place for length, side, place in zip(picture.size, seen, (view.left, view.top), strict=True)
     )
