@@ -145,6 +145,13 @@ class Hyperparameters(BaseModel):
         "Probability of showing a picture with the empty prompt instead of its own; class pictures as well.",
     )
 
+    background_weight: Annotated[float, Ge(0), Le(1)] | None = _knob(
+        None,
+        "Data",
+        "Weight in the loss of what lies outside of a picture's mask (`NAME-mask.png`, or its alpha channel); the "
+        "subject has 1. None: masks have no part in the loss.",
+    )
+
     # Prior preservation
     with_prior_preservation: bool | Auto = _knob(
         "auto",

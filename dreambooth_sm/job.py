@@ -16,9 +16,10 @@ import torch
 
 from dreambooth_sm import storage
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts, shapes_of, shapes_of_class_pictures
+from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.data.prior import complete_class_images
 from dreambooth_sm.data.prompts import tokenize
-from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, views_of
+from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, SubjectWeights, mix, views_of
 from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.fidelity import load_encoders
@@ -49,6 +50,7 @@ _IDENTITY = (
     "resolution",
     "bucket_step",
     "caption_dropout",
+    "background_weight",
     "train_batch_size",
     "gradient_accumulation_steps",
     "prior_loss_weight",
@@ -279,7 +281,8 @@ def encode_training_set(
     samples = [*instances, *classes]
     pictures, trained_in = [sample.picture for sample in samples], [sample.shape for sample in samples]
     (empty,) = table.rows("") if h.caption_dropout else (0,)
-    views = views_of(pictures, trained_in, seed, random_crop=not h.center_crop, mirror=h.hflip)
+    masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
+    views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
     base.vae.to(device)
     latents = Latents(pictures, trained_in, views, base.vae, cached=plan.cache_latents)
     if plan.cache_latents:
@@ -301,7 +304,12 @@ def encode_training_set(
         empty_prompt=empty,
         caption_dropout=h.caption_dropout,
     )
-    return TrainingSet(dice, latents, prompts)
+    weights = None
+    if h.background_weight is not None:
+        weights = SubjectWeights(
+            masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
+        )
+    return TrainingSet(dice, latents, prompts, weights)
 
 
 def train(

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter, ImageStat
 
 from dreambooth_sm.data.buckets import enlargement, plan_buckets
 from dreambooth_sm.data.captions import DATASET_INFO, fill, read_captions, read_dataset_info, words_of
+from dreambooth_sm.data.masks import Box, read_mask, subject_box
 from dreambooth_sm.data.pictures import Shape, list_pictures, open_picture, read_size
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import FILEWORDS, Hyperparameters
@@ -41,6 +42,7 @@ class Picture:
         digest: of the file.
         look: difference hash, 64 bits: each says whether a pixel of 9 x 8 is brighter than its right neighbour.
         sharpness: see ``BLURRED``.
+        subject: the box of its mask, which crops keep; None without a mask.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class Picture:
     digest: str
     look: int
     sharpness: float
+    subject: Box | None
 
     @property
     def enlarged(self) -> float:
@@ -106,6 +109,9 @@ def check_folder(directory: Path, h: Hyperparameters, *, name: str = "instance_d
             f"{len(captions)} pictures have captions, which are not used: write {FILEWORDS} in instance_prompt where a "
             f'caption is to stand, such as "photo of zwx toy, {FILEWORDS}"'
         )
+    without = sum(picture.subject is None for picture in pictures)
+    if h.background_weight is not None and without:
+        warnings.append(f"{without} of {len(pictures)} pictures have no mask: background_weight has no part in them")
     warnings += _odd(pictures, directory, h)
     return Findings(tuple(errors), tuple(map(printable, warnings)), tuple(pictures))
 
@@ -154,7 +160,9 @@ def _examine(path: Path, h: Hyperparameters, caption: str | None) -> Picture:
             f"{path} has no caption and no words in its name, which leaves nothing for {FILEWORDS}; add one"
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Picture(path, size, square, prompt, digest, difference_hash(picture), sharpness(picture))
+    mask = read_mask(path)
+    subject = subject_box(mask) if mask else None
+    return Picture(path, size, square, prompt, digest, difference_hash(picture), sharpness(picture), subject)
 
 
 def _in_shapes(pictures: list[Picture], h: Hyperparameters) -> list[Picture]:

@@ -60,8 +60,17 @@ def list_pictures(directory: Path) -> list[Path]:
 
 
 def open_picture(path: Path, needed: Shape | None = None) -> Image.Image:
-    """Reads one picture: upright (EXIF), RGB (sRGB where it has a colour profile), the first frame, transparency on
-    white.
+    """Reads one picture: as :func:`load_picture`, in RGB, transparency on white."""
+    picture = load_picture(path, needed)
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(canvas, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def load_picture(path: Path, needed: Shape | None = None) -> Image.Image:
+    """Reads one picture: upright (EXIF), in sRGB where it has a colour profile, the first frame, of whatever mode.
 
     Args:
         needed: width and height that are enough; a JPEG of many times that size is decoded at a fraction of its own.
@@ -79,12 +88,7 @@ def open_picture(path: Path, needed: Shape | None = None) -> Image.Image:
             with Image.open(path) as file:
                 if needed:
                     file.draft(None, (_SPARE * max(needed), _SPARE * max(needed)))
-                upright = _to_srgb(_to_8_bits(ImageOps.exif_transpose(file), path))
-                if upright.has_transparency_data:
-                    layer = upright.convert("RGBA")
-                    canvas = Image.new("RGBA", layer.size, "white")
-                    return Image.alpha_composite(canvas, layer).convert("RGB")
-                return upright.convert("RGB")
+                return _to_srgb(_to_8_bits(ImageOps.exif_transpose(file), path))
     except UnidentifiedImageError:
         raise UserError(f"{path} is no picture, whatever its name says; remove or replace it") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -101,6 +105,12 @@ def read_size(path: Path) -> Shape:
     with Image.open(path) as file:
         turned = file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         return (file.height, file.width) if turned else file.size
+
+
+def has_transparency(path: Path) -> bool:
+    """Whether a picture, known to be readable, has an alpha channel or a transparent colour; reads its header alone."""
+    with Image.open(path) as file:
+        return file.has_transparency_data
 
 
 def _to_8_bits(picture: Image.Image, path: Path) -> Image.Image:
@@ -144,7 +154,9 @@ def problems_of(path: Path) -> list[str]:
     return []
 
 
-def crop(picture: Image.Image, shape: Shape, view: View) -> Image.Image:
+def crop(
+    picture: Image.Image, shape: Shape, view: View, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
     """The view of a picture in ``shape``: scaled until it covers the shape, the rest cut off.
 
     Only what is seen is scaled: a strip of 1 x 60,000 pixels would take gigabytes otherwise.
@@ -156,5 +168,5 @@ def crop(picture: Image.Image, shape: Shape, view: View) -> Image.Image:
         (length - side) * place for length, side, place in zip(picture.size, seen, (view.left, view.top), strict=True)
     )
     box = (left, top, min(left + seen[0], picture.width), min(top + seen[1], picture.height))
-    part = picture.resize(shape, Image.Resampling.LANCZOS, box)
+    part = picture.resize(shape, resample, box)
     return ImageOps.mirror(part) if view.mirrored else part

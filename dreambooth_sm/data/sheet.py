@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dreambooth_sm.data.buckets import shown
 from dreambooth_sm.data.check import Picture, printable
+from dreambooth_sm.data.masks import keep_subject
 from dreambooth_sm.data.pictures import View, crop, open_picture
 
 # Pixels: side of the square that a picture has for itself, its margin, and a line of text.
@@ -34,7 +35,10 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     for number, picture in enumerate(pictures):
         row, column = divmod(number, columns)
         left, top = column * width + _MARGIN, row * height + _MARGIN
-        seen = crop(open_picture(picture.path, picture.shape), picture.shape, View())
+        view = View()
+        if picture.subject:
+            view = keep_subject(view, picture.subject, picture.size, picture.shape)
+        seen = crop(open_picture(picture.path, picture.shape), picture.shape, view)
         seen.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
         sheet.paste(seen, (left + (_CELL - seen.width) // 2, top + (_CELL - seen.height) // 2))
         shape = "{} x {}".format(*picture.shape)

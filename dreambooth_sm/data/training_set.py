@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dreambooth_sm.data.masks import keep_subject, subject_box
 from dreambooth_sm.data.pictures import Shape, View, crop, open_picture, read_size
 from dreambooth_sm.data.prompts import encode, tag_orders, tokenize
 
@@ -174,16 +175,64 @@ class PromptTable:
 
 
 def views_of(
-    pictures: list[Path], shapes: list[Shape], seed: int, *, random_crop: bool, mirror: bool
+    pictures: list[Path],
+    shapes: list[Shape],
+    masks: list[Image.Image | None],
+    seed: int,
+    *,
+    random_crop: bool,
+    mirror: bool,
 ) -> list[list[View]]:
-    """The views of every picture, as many for each; there is nothing to crop of one that has its shape's ratio."""
+    """The views of every picture, as many for each: there is nothing to crop of one that has its shape's ratio, and
+    what a mask shows is kept."""
     views = []
-    for row, (picture, (width, height)) in enumerate(zip(pictures, shapes, strict=True)):
+    for row, (picture, shape, mask) in enumerate(zip(pictures, shapes, masks, strict=True)):
         size = read_size(picture)
-        free = random_crop and size[0] * height != size[1] * width
+        free = random_crop and size[0] * shape[1] != size[1] * shape[0]
         views.append(random_views(seed, row, random_crop=free, mirror=mirror))
+        if mask and (box := subject_box(mask)):
+            views[-1] = [keep_subject(view, box, size, shape) for view in views[-1]]
     most = max(map(len, views))
     return [row if len(row) == most else row * most for row in views]
+
+
+def subject_weights(mask: Image.Image | None, grid: Shape, view: View, background: float) -> torch.Tensor:
+    """What each latent element of a view weighs in the loss: ``(height, width)``, mean 1.
+
+    The subject weighs 1 and the rest ``background``, by the share that each has of an element's area; all is then
+    scaled to a mean of 1, so that a small subject counts no less than a large one. Without a mask, and where the view
+    shows nothing that has any weight, all weigh the same.
+    """
+    if mask is None:
+        return torch.ones(grid[1], grid[0])
+    share = torch.from_numpy(np.asarray(crop(mask, grid, view, Image.Resampling.BOX)).copy()).float() / 255
+    weights = background + (1 - background) * share
+    return weights / weights.mean() if weights.mean() > 0 else torch.ones_like(weights)
+
+
+class SubjectWeights:
+    """The weights of all pictures and views on the device, float32; see :func:`subject_weights`."""
+
+    def __init__(
+        self,
+        masks: list[Image.Image | None],
+        shapes: list[Shape],
+        views: list[list[View]],
+        *,
+        latent_scale: int,
+        background: float,
+        device: torch.device,
+    ) -> None:
+        self._maps = []
+        for mask, (width, height), its in zip(masks, shapes, views, strict=True):
+            grid = (width // latent_scale, height // latent_scale)
+            maps = [subject_weights(mask, grid, view, background) for view in its]
+            self._maps.append(torch.stack(maps).to(device))
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """``(rows, 1, h, w)`` of a batch, whose pictures have one shape."""
+        pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
+        return torch.stack([self._maps[row][view] for row, view in pairs])[:, None]
 
 
 def random_views(seed: int, sample: int, *, random_crop: bool, mirror: bool) -> list[View]:

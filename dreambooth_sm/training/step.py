@@ -34,19 +34,24 @@ class Inputs:
         latents, noise: ``(rows, 4, h, w)`` float32.
         timesteps: int64 ``(rows,)``.
         prompts: int64 ``(rows,)``, rows of the prompt table.
+        weights: ``(rows, 1, h, w)`` float32, of the elements in the loss; None in all batches of a job or in none.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     prompts: Tensor
+    weights: Tensor | None = None
 
     def copy_(self, other: Inputs) -> None:
-        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+        for mine, theirs in zip(self._tensors().values(), other._tensors().values(), strict=True):
             mine.copy_(theirs)
 
     def clone(self) -> Inputs:
-        return Inputs(**{name: value.clone() for name, value in vars(self).items()})
+        return Inputs(**{name: value.clone() for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 LossFunction = Callable[[Inputs], Loss]

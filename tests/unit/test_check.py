@@ -104,7 +104,7 @@ LEFT_OUT = {
     "._plain.jpg": b"x",
     ".ipynb_checkpoints/plain-checkpoint.jpg": b"x",
     "__MACOSX/plain.jpg": b"x",
-    "plain-mask.png": b"x",
+    "plain-mask.png": content(Image.new("L", (120, 90), 255), "PNG"),
     "no suffix": content(blocks(60), "JPEG"),
 }
 BAD = {

@@ -91,7 +91,7 @@ def test_captions_of_more_than_75_tokens_are_encoded_whole(base: BaseModel, subj
     for trained in (False, True):
         tables = []
         for end in ("one", "two"):
-            prompts = (subject.prompts[0], "toy " * 60 + end, *subject.prompts[2:])
+            prompts = (subject.prompts[0], "toy " * 80 + end, *subject.prompts[2:])
             long = Subject(**{**vars(subject), "prompts": prompts})
             values = {**VALUES, "max_token_length": 150, "train_text_encoder": trained, "max_train_steps": 1}
             run = Run(base, tmp_path, subject=long, **values).train()

@@ -317,12 +317,12 @@ def test_embeddings_or_token_ids(base: BaseModel, tmp_path: Path) -> None:
 def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path, loaded_base: BaseModel) -> None:
     wide, square = paint_pictures(tmp_path / "a", 1), paint_pictures(tmp_path / "b", 1, size=(64, 64))
     pictures = [*wide, *square]
-    views = views_of(pictures, [(64, 64)] * 2, 0, random_crop=True, mirror=False)
+    views = views_of(pictures, [(64, 64)] * 2, [None] * 2, 0, random_crop=True, mirror=False)
     assert [len(row) for row in views] == [VIEWS, VIEWS]
     assert len(set(views[0])) == VIEWS
     assert set(views[1]) == {View()}
-    assert views_of(square, [(64, 64)], 0, random_crop=True, mirror=False) == [[View()]]
-    assert len(set(views_of(square, [(64, 64)], 0, random_crop=True, mirror=True)[0])) == 2
+    assert views_of(square, [(64, 64)], [None], 0, random_crop=True, mirror=False) == [[View()]]
+    assert len(set(views_of(square, [(64, 64)], [None], 0, random_crop=True, mirror=True)[0])) == 2
 
     encoded: list[int] = []
 
