@@ -22,7 +22,7 @@ class Subject:
 
     Attributes:
         pictures: pictures of the subject; at least one, each readable.
-        prompt: the instance prompt, without ``[filewords]``.
+        prompt: the instance prompt, without ``[filewords]``; the first picture's where nothing else is in it.
         class_prompt: None without prior preservation.
         class_directory: where class images are, and missing ones go.
         class_pictures: class images that are there already, readable, at most as many as are wanted.
@@ -144,7 +144,7 @@ def _find(
         return None
     return Subject(
         pictures=tuple(picture.path for picture in findings.pictures),
-        prompt=fill(h.instance_prompt, "") or h.instance_prompt,
+        prompt=fill(h.instance_prompt, "") or findings.pictures[0].prompt,
         class_prompt=h.class_prompt if h.prior_preservation else None,
         class_directory=class_directory,
         class_pictures=tuple(class_pictures),

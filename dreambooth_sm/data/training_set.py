@@ -87,6 +87,11 @@ class Dice:
         self.empty_prompt, self.caption_dropout = empty_prompt, caption_dropout
         pixels = {sample.shape: sample.shape[0] * sample.shape[1] for sample in instances}
         self.shapes = sorted(pixels, key=lambda shape: (-pixels[shape], shape))
+        halves = [range(len(instances)), range(len(instances), len(self._samples))]
+        self._pools = {
+            shape: [[row for row in half if self._samples[row].shape == shape] for half in halves if half]
+            for shape in self.shapes
+        }
         self._order = lru_cache(maxsize=64)(self._shuffled)
 
     def batch(self, number: int, size: int, together: int = 1) -> Batch:
@@ -98,10 +103,7 @@ class Dice:
         step, part = divmod(number, together)
         shape, turn = self._shape_of(step)
         first = (turn * together + part) * size
-        pools = [self._rows_of(shape, 0, len(self.instances))]
-        if self.classes:
-            pools.append(self._rows_of(shape, len(self.instances), len(self._samples)))
-        rows = [self._row(pool, position) for pool in pools for position in range(first, first + size)]
+        rows = [self._row(pool, position) for pool in self._pools[shape] for position in range(first, first + size)]
         samples, views, prompts, latent_noise, noise, timesteps = zip(*rows, strict=True)
         return Batch(
             torch.tensor(samples),
@@ -122,9 +124,6 @@ class Dice:
         turns = [self.instances[index].shape for index in self._order(-1, len(self.instances), epoch)]
         shape = turns[place]
         return shape, epoch * turns.count(shape) + turns[:place].count(shape)
-
-    def _rows_of(self, shape: Shape, start: int, end: int) -> list[int]:
-        return [row for row in range(start, end) if self._samples[row].shape == shape]
 
     def _row(self, pool: list[int], position: int) -> tuple[Any, ...]:
         epoch, place = divmod(position, len(pool))

@@ -280,6 +280,18 @@ def test_names_that_are_no_text_are_shown_all_the_same(photos: Path, capsys: pyt
     assert r"\udcff.jpg" in capsys.readouterr().out
 
 
+def test_without_the_package_for_heic_all_else_is_read(photos: Path, tmp_path: Path) -> None:
+    blocks(1).save(photos / "phone.heic")
+    write(tmp_path / "none" / "pillow_heif.py", b"raise ImportError")
+    command = [sys.executable, "-m", "dreambooth_sm.cli", "check", str(photos), "--on_bad_image", "skip"]
+    path = os.pathsep.join([str(tmp_path / "none"), str(Path(__file__).parents[2])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "phone.heic is HEIC, which needs the package pillow-heif" in ended.stdout
+    assert "4 pictures: 4 in " in ended.stdout
+
+
 # Large photos
 
 

@@ -179,3 +179,11 @@ def test_captions_and_findings(folders: dict[str, str]) -> None:
     assert [path.name for path in subject.class_pictures] == ["01.png"]
     said = ["images/bad.png is no picture", "class_images/00.png is no picture", "3 pictures in"]
     assert [sum(words in line for line in told) for words in said] == [1, 1, 1]
+
+
+def test_a_prompt_of_captions_alone(folders: dict[str, str]) -> None:
+    for number in range(3):
+        Path(folders["instance_data_dir"], f"0{number}.txt").write_text(f"zwx toy, view {number}")
+    (subject,) = find_subjects(hyperparameters(**folders, instance_prompt="[filewords]"))
+    assert subject.prompts == ("zwx toy, view 0", "zwx toy, view 1", "zwx toy, view 2")
+    assert subject.prompt == "zwx toy, view 0"
