@@ -238,8 +238,8 @@ def make_class_images(
         batch_size=plan.sample_batch_size,
         guidance=h.sample_guidance_scale,
         remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
-        scratch=Path(h.models_path).parent / "class_images",
-        shown=Path(h.models_path) / "class_images",
+        scratch=scratch_directory(h),
+        shown=scratch_directory(h) / "shown",
         report=report,
         stop=stop,
         world=world,
@@ -401,10 +401,18 @@ def measure(
     examiner.say_verdict(candidate)
 
 
+def scratch_directory(h: Hyperparameters) -> Path:
+    """Where class images go that can't go elsewhere; beside the model, which has nothing in it before it is trained."""
+    return Path(h.models_path).parent / "class_images"
+
+
 def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
-    """Writes the trained pipeline as a diffusers directory, fp16 safetensors."""
+    """Writes the trained pipeline as a diffusers directory, fp16 safetensors, and some class images to look at."""
     directory = Path(h.models_path)
     base.save(directory)
+    for picture in sorted((scratch_directory(h) / "shown").glob("*.png")):
+        (directory / "samples").mkdir(exist_ok=True)
+        shutil.copy2(picture, directory / "samples")
     if checkpoints.is_relative_to(directory):  # the finished model stands for them
         shutil.rmtree(checkpoints, ignore_errors=True)
     return directory
