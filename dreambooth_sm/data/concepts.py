@@ -27,6 +27,7 @@ class Subject:
         class_directory: where class images are, and missing ones go.
         class_pictures: class images that are there already, readable, at most as many as are wanted.
         prompts: what each picture is shown with, captions included; empty where it is ``prompt`` for all.
+        generated_shapes: width and height of the last class pictures, which were generated and are kept as latents.
     """
 
     pictures: tuple[Path, ...]
@@ -35,6 +36,7 @@ class Subject:
     class_directory: Path
     class_pictures: tuple[Path, ...]
     prompts: tuple[str, ...] = ()
+    generated_shapes: tuple[Shape, ...] = ()
 
 
 def find_subjects(h: Hyperparameters, warn: Callable[[str], None] = lambda line: None) -> tuple[Subject, ...]:
@@ -69,8 +71,9 @@ def shapes_of_class_pictures(subject: Subject, instances: Sequence[Shape]) -> li
     Args:
         instances: the subject's own of :func:`shapes_of`.
     """
-    sizes = [read_size(path) for path in subject.class_pictures]
-    return assign(sizes, class_shapes(instances, len(sizes)))
+    own = subject.class_pictures[: len(subject.class_pictures) - len(subject.generated_shapes)]
+    shapes = assign([read_size(path) for path in own], class_shapes(instances, len(own)))
+    return [*shapes, *subject.generated_shapes]
 
 
 def read_concepts(h: Hyperparameters) -> Hyperparameters:

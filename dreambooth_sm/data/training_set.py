@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dreambooth_sm.data.class_cache import is_latents, read_latents
 from dreambooth_sm.data.masks import keep_subject, subject_box
 from dreambooth_sm.data.pictures import Shape, View, crop, open_picture, read_size
 from dreambooth_sm.data.prompts import encode, tag_orders, tokenize
@@ -183,9 +184,12 @@ def views_of(
     mirror: bool,
 ) -> list[list[View]]:
     """The views of every picture, as many for each: there is nothing to crop of one that has its shape's ratio, and
-    what a mask shows is kept."""
-    views = []
+    what a mask shows is kept. Class images that are kept as latents have one: more of them are as easily made."""
+    views: list[list[View]] = []
     for row, (picture, shape, mask) in enumerate(zip(pictures, shapes, masks, strict=True)):
+        if is_latents(picture):
+            views.append([View()])
+            continue
         size = read_size(picture)
         free = random_crop and size[0] * shape[1] != size[1] * shape[0]
         views.append(random_views(seed, row, random_crop=free, mirror=mirror))
@@ -306,6 +310,9 @@ class Latents:
 
     @torch.no_grad()
     def _encode(self, row: int, views: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
+        if is_latents(self._pictures[row]):
+            mean = read_latents(self._pictures[row])[None].to(self._vae.device) / self._scaling
+            return mean, torch.zeros_like(mean)
         shape = self._shapes[row]
         picture = open_picture(self._pictures[row], shape)
         # One view at a time: the VAE's activations are the largest of the whole job.
