@@ -90,7 +90,7 @@ def print_check(directory: Path, arguments: Sequence[str], *, sheet: Path | None
     h = Hyperparameters.parse({**_ANY_PROMPTS, **read_dataset_info(directory), **given})
     found = check_folder(directory, h)
     if as_json:
-        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:016x}"} for p in found.pictures]
+        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:0128x}"} for p in found.pictures]
         print(json.dumps({"errors": found.errors, "warnings": found.warnings, "pictures": rows}, indent=2))
     else:
         print(table(found.pictures, directory), *(f"warning: {line}" for line in found.warnings), sep="\n")
