@@ -144,7 +144,7 @@ def _run(
     if target is None:
         return directory
     with report.phase("upload"):
-        upload(directory, target, contract, report)
+        upload(directory, target, h, schedule.steps, contract, report)
     return target
 
 
@@ -195,10 +195,11 @@ def check_prompts(base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparame
 
 def check_target(h: Hyperparameters) -> S3Uri | None:
     """The S3 location that the model goes to, known to be writable; None to leave the model to SageMaker."""
-    if h.manual_upload_model_path is None:
+    if h.upload_target is None:
         return None
-    target = S3Uri.parse(h.manual_upload_model_path)
-    storage.check_writable(target)
+    target = S3Uri.parse(h.upload_target)
+    client = storage.s3_client(endpoint_url=h.s3_endpoint_url, attempts=2, timeout=5)
+    storage.check_writable(target, h.s3_options, client=client)
     return target
 
 
@@ -378,11 +379,14 @@ def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
     return directory
 
 
-def upload(directory: Path, target: S3Uri, contract: Contract, report: Reporter) -> None:
+def upload(directory: Path, target: S3Uri, h: Hyperparameters, step: int, contract: Contract, report: Reporter) -> None:
     """Sends the model to S3 and, once every object is verified, leaves SageMaker only a pointer to pack."""
     pointer = directory / "model_location.txt"
     pointer.unlink(missing_ok=True)  # of an earlier job in this directory
-    manifest = storage.upload_directory(directory, target, job=contract.job_name)
+    client = storage.s3_client(endpoint_url=h.s3_endpoint_url)
+    manifest = storage.upload_directory(
+        directory, target, h.s3_options, job=contract.job_name, step=step, client=client
+    )
     report.metrics(uploaded=str(target), files=len(manifest.files), bytes=manifest.size)
     for entry in manifest.files:
         (directory / entry.path).unlink()

@@ -138,20 +138,28 @@ class Manifest:
         return sum(entry.size for entry in self.files)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        """With a SHA-256 of its own: everything else is compared with it, on any server."""
+        fields = asdict(self)
+        return json.dumps(fields | {"sha256": _sha256_of(fields)}, indent=2, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: the text is something else.
+            ValueError: the text is something else, or was damaged.
         """
         try:
             fields = json.loads(text)
+            if fields.pop("sha256") != _sha256_of(fields):
+                raise ValueError("it was damaged: its SHA-256 is another")
             return cls(**fields | {"files": tuple(ManifestEntry(**entry) for entry in fields["files"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a manifest: {error}") from error
+
+
+def _sha256_of(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -324,8 +332,13 @@ def upload_directory(
                 upload.abort()
             raise
     manifest = Manifest(tuple(u.entry for u in uploads), datetime.now(UTC).isoformat(timespec="seconds"), job, step)
-    with _explained(target / MANIFEST_NAME, UploadError):
-        _put(client, target / MANIFEST_NAME, manifest.to_json().encode(), options)
+    try:
+        with _explained(target / MANIFEST_NAME, UploadError):
+            _put(client, target / MANIFEST_NAME, manifest.to_json().encode(), options)
+    except BaseException:
+        with suppress(UserError, TransferError):
+            _delete(client, target / MANIFEST_NAME, options)
+        raise
     return manifest
 
 
@@ -444,7 +457,8 @@ def read_manifest(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Cli
     client = client or s3_client()
     uri = source / MANIFEST_NAME
     with _explained(uri, DownloadError):
-        text = client.get_object(Bucket=uri.bucket, Key=uri.prefix, **options.reading())["Body"].read()
+        place = {"Bucket": uri.bucket, "Key": uri.prefix, **options.reading()}
+        text = client.get_object(**place)["Body"].read()
     try:
         return Manifest.from_json(text)
     except ValueError as error:

@@ -28,6 +28,7 @@ from dreambooth_sm.storage import (
     MANIFEST_NAME,
     DownloadError,
     Manifest,
+    S3Options,
     S3Uri,
     UploadError,
     check_writable,
@@ -172,6 +173,28 @@ def test_round_trip_sends_each_file_once_and_the_manifest_last(target: S3Uri, tr
     paths = download_directory(target, tmp_path / "copy")
     assert paths == [tmp_path / "copy" / name for name in sorted(FILES)]
     assert read_tree(tmp_path / "copy") == FILES
+
+
+def test_options_reach_every_object(tree: Path) -> None:
+    with embedded_s3() as server:
+        client = server.client()
+        client.create_bucket(Bucket="options")
+        payers: set[object] = set()
+        client.meta.events.register(
+            "before-sign.s3", lambda request, **_: payers.add(request.headers.get("x-amz-request-payer"))
+        )
+        options = S3Options("key-1", "bucket-owner-full-control", {"team": "Toys + x/y = 1"}, "ONEZONE_IA", True)
+        target = S3Uri("options", "toy")
+        check_writable(target, options, client=client)
+        manifest = upload_directory(tree, target, options, part_size=PART, client=client)
+        assert verify(target, options, client=client).whole
+        assert payers == {"requester", b"requester"} & payers, "every request says who pays"
+        for name in (*(entry.path for entry in manifest.files), MANIFEST_NAME):
+            place = {"Bucket": target.bucket, "Key": (target / name).prefix}
+            head = client.head_object(**place)
+            assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "key-1")
+            assert head["StorageClass"] == "ONEZONE_IA"
+            assert client.get_object_tagging(**place)["TagSet"] == [{"Key": "team", "Value": "Toys + x/y = 1"}]
 
 
 def test_a_prefix_does_not_reach_into_its_neighbour(target: S3Uri, tmp_path: Path) -> None:

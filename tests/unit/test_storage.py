@@ -121,6 +121,18 @@ def test_what_is_no_manifest_is_refused(other: str) -> None:
         Manifest.from_json(other)
 
 
+@given(st.data())
+def test_a_manifest_with_a_flipped_bit_is_refused(data: st.DataObject) -> None:
+    manifest = Manifest((ManifestEntry("unet/config.json", 10, "ab" * 32, 5),), "2026-11-22T00:00:00+00:00", "toy", 8)
+    changed = bytearray(manifest.to_json().encode())
+    changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        found = Manifest.from_json(bytes(changed))
+    except ValueError:
+        return
+    assert found == manifest  # a blank between two entries became a line feed, for example
+
+
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/weights").write_text("w")
