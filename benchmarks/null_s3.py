@@ -1,9 +1,9 @@
 """An S3 server that costs next to nothing: what it is sent it counts and drops, uncopied, so that clients show speed.
 
-    python -m benchmarks.null_s3
+    python -m benchmarks.null_s3 [MILLISECONDS]
 
-Prints its address. It keeps sizes and the checksums that clients give, and answers with them as S3 does, but verifies
-nothing and can hand nothing out. Linux only.
+Waits that long before each answer, as a network would. Prints its address. It keeps sizes and the checksums that
+clients give, and answers with them as S3 does, but verifies nothing and can hand nothing out. Linux only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import socket
+import sys
+import time
 from base64 import b64decode, b64encode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
@@ -22,6 +24,7 @@ _CHECKSUM = "x-amz-checksum-sha256"
 class NullS3(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     objects: dict[str, tuple[int, str]] = {}  # noqa: RUF012 - shared by all connections
+    delay = 0.0
     parts: dict[str, dict[int, tuple[int, str]]] = {}  # noqa: RUF012
 
     def do_PUT(self) -> None:
@@ -78,6 +81,7 @@ class NullS3(BaseHTTPRequestHandler):
         return int(self.headers.get("x-amz-decoded-content-length") or size)
 
     def _answer(self, body: str = "", status: int = 200, headers: dict[str, str] | None = None) -> None:
+        time.sleep(self.delay)
         headers = {"Content-Length": str(len(body.encode())), **(headers or {})}
         lines = [f"HTTP/1.1 {status} OK", *(f"{name}: {value}" for name, value in headers.items())]
         self.wfile.write(("\r\n".join(lines) + "\r\n\r\n" + body).encode())
@@ -92,6 +96,7 @@ class _Server(ThreadingHTTPServer):
 
 
 if __name__ == "__main__":
+    NullS3.delay = float((sys.argv[1:] or ["0"])[0]) / 1e3
     with _Server(("127.0.0.1", 0), NullS3) as server:
         print("http://{}:{}".format(*server.server_address[:2]), flush=True)
         server.serve_forever()

@@ -178,8 +178,9 @@ def measure(name: str, path: str, direction: str, directory: Path, prefix: str) 
 
 
 @contextmanager
-def null_server() -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-m", "benchmarks.null_s3"], stdout=subprocess.PIPE, text=True)
+def null_server(delay_ms: float) -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.null_s3", str(delay_ms)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:
         yield process.stdout.readline().strip()
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--layout", choices=LAYOUTS, action="append")
     parser.add_argument("--direction", choices=["upload", "download"], action="append")
+    parser.add_argument("--delay-ms", type=float, default=0, help="that the null server waits before each answer")
     parser.add_argument("--archive", action="store_true")
     parser.add_argument("--directory", type=Path, help="for files; the system's temporary directory by default")
     parser.add_argument("--client", nargs=4, help=argparse.SUPPRESS)
@@ -228,7 +230,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="transfer-") as work:
         for layout in options.layout or LAYOUTS:
             source = make_directory(Path(work) / layout, LAYOUTS[layout])
-            compare(layout, source, clients, options.direction or ["upload", "download"], options.repeat)
+            compare(
+                layout, source, clients, options.direction or ["upload", "download"], options.repeat, options.delay_ms
+            )
             if options.archive and layout == "pipeline":
                 started = time.perf_counter()
                 with tarfile.open(Path(work) / "model.tar.gz", "w:gz", compresslevel=6) as archive:
@@ -237,12 +241,14 @@ def main() -> None:
             shutil.rmtree(source)
 
 
-def compare(layout: str, source: Path, clients: dict[str, str], directions: list[str], repeat: int) -> None:
+def compare(
+    layout: str, source: Path, clients: dict[str, str], directions: list[str], repeat: int, delay_ms: float
+) -> None:
     """Prints one JSON object for each direction and client."""
     size = sum(LAYOUTS[layout].values())
     for direction in directions:
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in clients}
-        with server(direction, source, clients) as endpoint:
+        with server(direction, source, clients, delay_ms) as endpoint:
             os.environ["AWS_ENDPOINT_URL"] = endpoint
             if direction == "download":
                 ours("upload", source, layout)
@@ -273,9 +279,9 @@ def compare(layout: str, source: Path, clients: dict[str, str], directions: list
 
 
 @contextmanager
-def server(direction: str, source: Path, clients: dict[str, str]) -> Iterator[str]:
+def server(direction: str, source: Path, clients: dict[str, str], delay_ms: float) -> Iterator[str]:
     if direction == "upload":
-        with null_server() as endpoint:
+        with null_server(delay_ms) as endpoint:
             yield endpoint
         return
     buckets = source.with_name("buckets")

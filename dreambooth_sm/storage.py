@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "manifest.json"
 # The same on every machine, whatever its memory: an object's checksum depends on it.
 PART_SIZE = 16 * 2**20
-# Requests at a time. Memory follows: one part each, 512 MiB at most, and only where there are eight cores.
-WORKERS = min(32, max(8, 4 * (os.cpu_count() or 1)))
+# Requests at a time, which hide the network's latency. Memory follows: one part each, 256 MiB, and 512 MiB where there
+# are eight cores or more, and memory with them.
+WORKERS = min(32, max(16, 4 * (os.cpu_count() or 1)))
 _MOST_PARTS = 10_000
 _CHUNK = 2**20
 # Tries to read a body that breaks off; opening one is retried by the client itself.
@@ -775,6 +776,7 @@ def _explained(uri: S3Uri, fault: type[Exception]) -> Iterator[None]:
         PartialCredentialsError,
         SSOError,
     )
+    from botocore.parsers import ResponseParserError
 
     try:
         yield
@@ -785,5 +787,5 @@ def _explained(uri: S3Uri, fault: type[Exception]) -> Iterator[None]:
         raise UserError(
             f"{uri}: no AWS credentials: {error}: configure a profile, a role or AWS_ACCESS_KEY_ID"
         ) from error
-    except (Boto3Error, BotoCoreError) as error:
+    except (Boto3Error, BotoCoreError, ResponseParserError, ValueError) as error:  # ValueError: no number in a number
         raise fault(f"{uri}: {error}: check the network, the region and AWS_ENDPOINT_URL") from error

@@ -76,7 +76,6 @@ def faulty(endpoint: str, schedule: FaultySchedule) -> Iterator[str]:
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True
-        wbufsize = 2**16
 
         def handle_request(self) -> None:
             kind, where = schedule.next()
