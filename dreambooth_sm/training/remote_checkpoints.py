@@ -67,8 +67,12 @@ class RemoteCheckpoints:
         """Takes a checkpoint's directory and returns at once; one that still waits gives way to it."""
         # Linked, because the checkpoint may be removed for a newer one while it is on its way.
         linked = checkpoint.with_name(f".sending-{checkpoint.name}")
-        shutil.rmtree(linked, ignore_errors=True)
-        shutil.copytree(checkpoint, linked, copy_function=os.link)
+        try:
+            shutil.rmtree(linked, ignore_errors=True)
+            shutil.copytree(checkpoint, linked, copy_function=os.link)
+        except OSError as error:
+            self._report.warn(f"the checkpoint {checkpoint.name} is not in S3: {error}")
+            return
         with self._condition:
             replaced, self._waiting = self._waiting, linked
             self._condition.notify()
