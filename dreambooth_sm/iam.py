@@ -21,6 +21,7 @@ def execution_role_policy(
     *,
     inputs: Iterable[S3Uri] = (),
     checkpoints: S3Uri | None = None,
+    class_cache: S3Uri | None = None,
     image_repository: str | None = None,
     partition: str = "aws",
 ) -> dict[str, Any]:
@@ -32,6 +33,7 @@ def execution_role_policy(
             an id or an alias is not a resource that a policy can name: give its ARN.
         inputs: prefixes of the channels.
         checkpoints: prefix that SageMaker syncs ``/opt/ml/checkpoints`` with (``CheckpointConfig.S3Uri``).
+        class_cache: prefix of the hyperparameter of this name.
         image_repository: ARN of the image's repository in ECR; left out, no right to pull is given, as public images
             and tests need none.
         partition: ``aws``, ``aws-cn`` or ``aws-us-gov``.
@@ -56,7 +58,7 @@ def execution_role_policy(
         writing.append("s3:PutObjectTagging")
     if options.acl:
         writing.append("s3:PutObjectAcl")
-    written = [uri for uri in (output, checkpoints) if uri is not None]
+    written = [uri for uri in (output, checkpoints, class_cache) if uri is not None]
     read = list(inputs)
     for actions, places in ((["s3:GetObject"], read), (writing, written)):
         if places:
