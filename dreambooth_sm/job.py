@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -9,6 +10,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from dreambooth_sm.selection import Examiner
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
+from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 
 # Hyperparameters that name a place in the container.
 _PATHS = (
@@ -109,7 +112,8 @@ def _run(
     for line in plan.lines():
         report.say(f"plan: {line}")
     checkpoints = checkpoint_directory(h, contract)
-    previous = latest_checkpoint(checkpoints) if h.resume_from_checkpoint == "latest" else None
+    remote = remote_checkpoints(h, contract, target, world, report)
+    previous = find_checkpoint(h, checkpoints, remote, world, report)
     seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
     seed = world.first(seed)
     report.say(f"model_name={h.model_name}")
@@ -136,8 +140,22 @@ def _run(
         with report.phase("measure_base"):
             examiner = Examiner(base, subjects, encoders, h, plan, report)
     schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
-    with report.phase("train"):
-        train(base, data, plan, h, schedule, identity, previous, checkpoints, report=report, stop=stop, world=world)
+    with report.phase("train"), remote or contextlib.nullcontext():
+        on_save = remote.send if remote else None
+        train(
+            base,
+            data,
+            plan,
+            h,
+            schedule,
+            identity,
+            previous,
+            checkpoints,
+            on_save,
+            report=report,
+            stop=stop,
+            world=world,
+        )
     del data
     _free_memory()
     if not world.is_main:
@@ -150,7 +168,9 @@ def _run(
     if target is None:
         return directory
     with report.phase("upload"):
-        upload(directory, target, contract, report)
+        upload(directory, target, h, schedule.steps, contract, report)
+        if remote:
+            remote.clear()
     return target
 
 
@@ -206,10 +226,11 @@ def check_target(h: Hyperparameters) -> S3Uri | None:
     """
     if h.class_cache is not None:
         storage.check_writable(S3Uri.parse(h.class_cache))
-    if h.manual_upload_model_path is None:
+    if h.upload_target is None:
         return None
-    target = S3Uri.parse(h.manual_upload_model_path)
-    storage.check_writable(target)
+    target = S3Uri.parse(h.upload_target)
+    client = storage.s3_client(endpoint_url=h.s3_endpoint_url, attempts=2, timeout=5)
+    storage.check_writable(target, h.s3_options, client=client)
     return target
 
 
@@ -218,6 +239,27 @@ def checkpoint_directory(h: Hyperparameters, contract: Contract) -> Path:
     which SageMaker saves when a job is stopped."""
     synced = contract.checkpoint_directory
     return synced if synced.is_dir() else Path(h.models_path) / "checkpoints"
+
+
+def remote_checkpoints(
+    h: Hyperparameters, contract: Contract, target: S3Uri | None, world: World, report: Reporter
+) -> RemoteCheckpoints | None:
+    """Checkpoints beside the model in S3, unless SageMaker syncs them, or other hosts would need them as well."""
+    if target is None or contract.checkpoint_directory.is_dir() or len(contract.hosts) > 1 or not world.is_main:
+        return None
+    return RemoteCheckpoints(target, h.s3_options, storage.s3_client(endpoint_url=h.s3_endpoint_url), report)
+
+
+def find_checkpoint(
+    h: Hyperparameters, checkpoints: Path, remote: RemoteCheckpoints | None, world: World, report: Reporter
+) -> Checkpoint | None:
+    """The checkpoint that the job goes on from, if it is to and there is one."""
+    if h.resume_from_checkpoint == "no":
+        return None
+    if remote:
+        remote.fetch(checkpoints)
+    world.first(None)  # the others wait for what was fetched
+    return latest_checkpoint(checkpoints, report.warn)
 
 
 def make_class_images(
@@ -328,6 +370,7 @@ def train(
     identity: dict[str, Any],
     previous: Checkpoint | None,
     checkpoints: Path,
+    on_save: Callable[[Path], object] | None = None,
     *,
     report: Reporter,
     stop: threading.Event,
@@ -347,6 +390,7 @@ def train(
             trainer = Trainer(
                 base, data, plan, h, schedule, device=device, identity=identity, report=report, world=world
             )
+            trainer.on_save = on_save
             if rescued is not None:
                 trainer.load_state(*rescued)
                 rescued = None  # host memory is short where cards are small
@@ -395,6 +439,7 @@ def measure(
     """Says how well the model was trained; with ``select_best``, goes back to the best checkpoint before."""
     if h.select_best:
         own = [c for c in all_checkpoints(checkpoints) if c.identity == identity and c.step < schedule.steps]
+        own = [c for c in own if c.is_undamaged()]
         candidate = examiner.choose(own, schedule.steps)
     else:
         candidate = examiner.examine(schedule.steps)
@@ -418,11 +463,14 @@ def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
     return directory
 
 
-def upload(directory: Path, target: S3Uri, contract: Contract, report: Reporter) -> None:
+def upload(directory: Path, target: S3Uri, h: Hyperparameters, step: int, contract: Contract, report: Reporter) -> None:
     """Sends the model to S3 and, once every object is verified, leaves SageMaker only a pointer to pack."""
     pointer = directory / "model_location.txt"
     pointer.unlink(missing_ok=True)  # of an earlier job in this directory
-    manifest = storage.upload_directory(directory, target, job=contract.job_name)
+    client = storage.s3_client(endpoint_url=h.s3_endpoint_url)
+    manifest = storage.upload_directory(
+        directory, target, h.s3_options, job=contract.job_name, step=step, client=client
+    )
     report.metrics(uploaded=str(target), files=len(manifest.files), bytes=manifest.size)
     for entry in manifest.files:
         (directory / entry.path).unlink()

@@ -107,6 +107,9 @@ class Trainer:
         device: where to.
         identity: what a checkpoint of this job is recognised by.
         world: the processes that train together.
+
+    Attributes:
+        on_save: is told the directory of each checkpoint that was written.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class Trainer:
         self.prediction_type = noise_scheduler.config.prediction_type
         self.alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
         self.step = 0
+        self.on_save: Callable[[Path], object] | None = None
         self._checked = False
         self._skipped = 0
 
@@ -228,7 +232,10 @@ class Trainer:
         if not self.world.is_main:
             return None
         keep = self.h.checkpoints_total_limit
-        return save_checkpoint(root, self.step, self.identity, self.state(), keep=keep).directory
+        saved = save_checkpoint(root, self.step, self.identity, self.state(), keep=keep).directory
+        if self.on_save:
+            self.on_save(saved)
+        return saved
 
     def train(self, checkpoints: Path, stop: threading.Event) -> None:
         """Runs all remaining steps, then :meth:`finish`.
