@@ -3,7 +3,19 @@
 Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
-from launcher.fit import fit
+from launcher.fit import check, estimate, estimator, fit, model_trainer, request
 from launcher.local import JobFailed, TrainingJob, local_s3
+from launcher.request import Resources
 
-__all__ = ["JobFailed", "TrainingJob", "fit", "local_s3"]
+__all__ = [
+    "JobFailed",
+    "Resources",
+    "TrainingJob",
+    "check",
+    "estimate",
+    "estimator",
+    "fit",
+    "local_s3",
+    "model_trainer",
+    "request",
+]
