@@ -4,6 +4,7 @@ Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
 from launcher.fit import fit
-from launcher.local import JobFailed, TrainingJob, local_s3
+from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
+from launcher.local import local_services
 
-__all__ = ["JobFailed", "TrainingJob", "fit", "local_s3"]
+__all__ = ["Job", "JobFailed", "JobStopped", "JobSummary", "attach", "fit", "list_jobs", "local_services"]

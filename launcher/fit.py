@@ -9,7 +9,8 @@ from typing import Any
 from dreambooth_sm.data.pictures import check_pictures, list_pictures
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from launcher.local import TrainingJob, run_locally
+from launcher.job import Job
+from launcher.local import run_locally
 
 # Input channels, as the seed's notebook names them.
 IMAGES_CHANNEL = "images"
@@ -28,7 +29,7 @@ def fit(
     directory: str | Path | None = None,
     log: Callable[[str], None] = print,
     **hyperparameters: Any,
-) -> TrainingJob:
+) -> Job:
     """Trains a Stable Diffusion model on a few pictures of a subject, and waits for the result.
 
     Args:
@@ -43,7 +44,7 @@ def fit(
         hyperparameters: any name of :class:`dreambooth_sm.hyperparameters.Hyperparameters`.
 
     Returns:
-        the finished job: where the model lies, metrics, seconds per phase.
+        the finished job: ``job.model_uri``, ``job.metrics()``, ``job.seconds``, ``job.download(...)``.
 
     Raises:
         UserError: for bad input, before anything starts.
@@ -52,7 +53,7 @@ def fit(
     Example:
         >>> job = fit("duck/", instance_prompt="photo of zwx toy", class_prompt="photo of a toy",
         ...           base_model="my-model/", max_train_steps=400)  # doctest: +SKIP
-        >>> job.model  # doctest: +SKIP
+        >>> job.model_uri  # doctest: +SKIP
         '/tmp/dreambooth-sm-.../model'
     """
     problems: list[str] = []
