@@ -18,6 +18,7 @@ from typing import Any
 
 from dreambooth_sm.embedded import REGION, Application, EmbeddedS3, embedded_s3
 from launcher.clients import Clients
+from launcher.local import ENTRYPOINT
 from launcher.training import GRACE, Training
 
 ACCOUNT = "123456789012"  # moto's
@@ -41,16 +42,24 @@ class EmbeddedSageMaker:
         directory: where jobs lay out their ``/opt/ml`` trees.
         clients: makes those of S3 and CloudWatch Logs that a job uses.
         environment: of each job, over this process's own.
+        entrypoint: program that jobs run as a process.
         grace: seconds between SIGTERM and SIGKILL.
     """
 
     def __init__(
-        self, directory: Path, clients: Callable[[], Clients], environment: Mapping[str, str], *, grace: float = GRACE
+        self,
+        directory: Path,
+        clients: Callable[[], Clients],
+        environment: Mapping[str, str],
+        *,
+        entrypoint: Path = ENTRYPOINT,
+        grace: float = GRACE,
     ) -> None:
         self.jobs: dict[str, Training] = {}
         self._directory = directory
         self._clients = clients
         self._environment = dict(environment)
+        self._entrypoint = entrypoint
         self._grace = grace
         self._tags: dict[str, dict[str, str]] = {}
         self._operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -107,6 +116,7 @@ class EmbeddedSageMaker:
             directory or self._directory / name,
             clients=self._clients(),
             environment=self._environment,
+            entrypoint=self._entrypoint,
             grace=self._grace,
         )
         self.jobs[name] = job
@@ -260,11 +270,14 @@ class EmbeddedServices(EmbeddedS3):
 
 
 @contextmanager
-def embedded_services(*, with_s3: bool = True, grace: float = GRACE) -> Iterator[EmbeddedServices]:
+def embedded_services(
+    *, with_s3: bool = True, entrypoint: Path = ENTRYPOINT, grace: float = GRACE
+) -> Iterator[EmbeddedServices]:
     """Runs the services until the block ends, which stops the jobs that still run.
 
     Args:
         with_s3: False lets jobs use the S3 of the standard AWS settings, credentials and all.
+        entrypoint: program that jobs run as a process, in the place of the image's.
         grace: seconds between a job's SIGTERM and SIGKILL.
 
     Raises:
@@ -285,6 +298,7 @@ def embedded_services(*, with_s3: bool = True, grace: float = GRACE) -> Iterator
             Path(directory),
             lambda: EmbeddedClients(server, with_s3=with_s3),
             server.environment() if with_s3 else {},
+            entrypoint=entrypoint,
             grace=grace,
         )
         try:

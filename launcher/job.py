@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 ENDED = ("Completed", "Failed", "Stopped")
 # Seconds between two looks at a job: of AWS, and of this machine.
-_POLL, _POLL_LOCAL = 2.0, 0.1
+_POLL, _POLL_LOCAL = 2.0, 0.25
 # CloudWatch shows a line some seconds after it was written: how long an ended job's log has to stay silent.
 _SETTLE = 8.0
 _LAST_LINES = 12
@@ -87,6 +87,8 @@ class Job:
         self._reader: LogReader | None = None
         self._lines: list[str] = []
         self._progress: Progress | None = None
+        self._ended: dict[str, Any] | None = None
+        self._log_is_whole = False
 
     def __repr__(self) -> str:
         return f"Job({self.name!r})"
@@ -94,18 +96,23 @@ class Job:
     # State
 
     def describe(self) -> dict[str, Any]:
-        """SageMaker's own description of the job.
+        """SageMaker's own description of the job; that of an ended job is asked for once.
 
         Raises:
             UserError: there is no such job in this account and region.
         """
+        if self._ended:
+            return self._ended
         sagemaker = self._clients("sagemaker")
         try:
-            return sagemaker.describe_training_job(TrainingJobName=self.name)
+            description: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=self.name)
         except sagemaker.exceptions.ClientError as error:
             if "not found" in error.response["Error"].get("Message", "").lower():
                 raise UserError(f"there is no training job {self.name!r} in {sagemaker.meta.region_name}") from None
             raise
+        if description["TrainingJobStatus"] in ENDED:
+            self._ended = description
+        return description
 
     @property
     def status(self) -> str:
@@ -203,6 +210,7 @@ class Job:
                 silent_since = time.monotonic()
             yield description
             if self.is_local or _ended_long_ago(description) or time.monotonic() - silent_since >= _SETTLE:
+                self._log_is_whole = True
                 return
             time.sleep(pause)
 
@@ -237,6 +245,9 @@ class Job:
         )
 
     def _read_log(self) -> list[str]:
+        """What is new in the log."""
+        if self._log_is_whole:
+            return []
         if self._reader is None:
             self._reader = LogReader(self._clients("logs"), self.name)
         new = self._reader.read()

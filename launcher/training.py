@@ -24,7 +24,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
 from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list_objects
 from launcher.clients import Clients
-from launcher.local import ENTRYPOINT, lay_out
+from launcher.local import lay_out
 from launcher.logs import LOG_GROUP
 
 # InstanceType of a job that runs in a container; any other runs as a process.
@@ -59,6 +59,7 @@ class Training:
         directory: where the ``/opt/ml`` tree is laid out.
         clients: of S3 and CloudWatch Logs.
         environment: of the job, over this process's own.
+        entrypoint: program that runs as a process, where the image's would run in a container.
         grace: seconds between SIGTERM and SIGKILL.
     """
 
@@ -70,7 +71,8 @@ class Training:
         *,
         clients: Clients,
         environment: Mapping[str, str],
-        grace: float = GRACE,
+        entrypoint: Path,
+        grace: float,
     ) -> None:
         self.request = request
         self.name: str = request["TrainingJobName"]
@@ -79,6 +81,7 @@ class Training:
         self.created = time.time()
         self._clients = clients
         self._environment = dict(environment)
+        self._entrypoint = entrypoint
         self._grace = grace
         self._lock = threading.Lock()
         self._status = "InProgress"
@@ -269,7 +272,7 @@ class Training:
 
     def _command(self) -> list[str]:
         if not self._in_container:
-            return [sys.executable, "-u", str(ENTRYPOINT), "train"]
+            return [sys.executable, "-u", str(self._entrypoint), "train"]
         isolated = self.request.get("EnableNetworkIsolation")
         command = [_docker(), "run", "--rm", f"--name={self._container}", "--read-only", "--cap-drop=ALL"]
         command += [f"--network={'none' if isolated else 'host'}", f"--user={_owner(self.tree)}"]
@@ -365,7 +368,7 @@ class Training:
         for name, folder, always in (("model", self.tree / "model", True), ("output", self._data, False)):
             if always or any(folder.iterdir()):
                 self._upload_folder(folder, target, f"{name}.tar.gz" if packed else name)
-        self._artifacts = str(target / ("model.tar.gz" if packed else "model/"))
+        self._artifacts = f"{target}/{'model.tar.gz' if packed else 'model/'}"
 
     @property
     def _data(self) -> Path:
