@@ -4,18 +4,23 @@ Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
 from launcher.fit import check, estimate, estimator, fit, model_trainer, request
-from launcher.local import JobFailed, TrainingJob, local_s3
+from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
+from launcher.local import local_services
 from launcher.request import Resources
 
 __all__ = [
+    "Job",
     "JobFailed",
+    "JobStopped",
+    "JobSummary",
     "Resources",
-    "TrainingJob",
+    "attach",
     "check",
     "estimate",
     "estimator",
     "fit",
-    "local_s3",
+    "list_jobs",
+    "local_services",
     "model_trainer",
     "request",
 ]

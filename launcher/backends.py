@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import UserError
 from launcher.clients import Clients
+from launcher.job import Job
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -15,15 +16,11 @@ if TYPE_CHECKING:
     from sagemaker.train import ModelTrainer
 
 
-def submit(
-    request: Mapping[str, Any],
-    clients: Clients,
-    price: float | None = None,
-    *,
-    wait: bool = True,
-    log: Callable[[str], None] = print,
-) -> str:
+def submit(request: Mapping[str, Any], clients: Clients, *, price: float | None = None) -> Job:
     """Starts the job with boto3.
+
+    Args:
+        price: dollars an hour of an instance, for the job's cost.
 
     Raises:
         UserError: SageMaker refuses the request; its own words follow.
@@ -34,7 +31,7 @@ def submit(
         clients("sagemaker").create_training_job(**request)
     except (BotoCoreError, ClientError) as error:
         raise UserError(f"SageMaker refuses the job: {error}") from error
-    return request["TrainingJobName"]
+    return Job(request["TrainingJobName"], clients, price=price)
 
 
 def estimator(request: Mapping[str, Any], session: Session | None = None) -> Estimator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import tempfile
@@ -21,7 +22,8 @@ from launcher.account import Account
 from launcher.clients import Clients
 from launcher.estimate import Estimate, choose_instance
 from launcher.estimate import estimate as estimate_on
-from launcher.instances import find_instance
+from launcher.instances import INSTANCES, find_instance
+from launcher.job import Job
 from launcher.local import run_locally
 from launcher.options import Images, split_options, with_options
 from launcher.request import (
@@ -59,11 +61,10 @@ def fit(
     *,
     directory: str | Path | None = None,
     wait: bool = True,
-    dry_run: bool = False,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] | None = None,
     session: Session | None = None,
     **options: Any,
-) -> Any:
+) -> Job:
     """Trains a Stable Diffusion model on a few pictures of a subject, on this machine or on SageMaker.
 
     Pictures, hyperparameters, the plan for the card, access to role, image and buckets, and the quota are checked
@@ -73,14 +74,11 @@ def fit(
         images: 4 to 20 pictures: a folder, ``s3://bucket/prefix``, or a list of files.
         directory: where a local job's ``/opt/ml`` tree is laid out; a temporary directory if left out.
         wait: follow the job until it has ended.
-        dry_run: check and print everything, and start nothing.
-        log: gets each line of the checks and of the job's log.
+        log: gets each line of the checks and of the job's log; default: printed, with a progress display where a
+            terminal or notebook can show one.
         session: boto3's, for credentials and region; default: the standard AWS settings.
         options: see below; ``instance_type="local"`` runs the job as a process of this machine, exactly as the
             container would.
-
-    Returns:
-        the job; None for a dry run.
 
     Raises:
         UserError: for bad input, before anything starts.
@@ -92,17 +90,14 @@ def fit(
     """
     options = {"images": images, "instance_type": LOCAL, **options}
     if options["instance_type"] == LOCAL:
-        return _fit_locally(options, directory, dry_run=dry_run, log=log)
-    if directory is not None:
-        raise UserError(f"directory is for local jobs, and instance_type={options['instance_type']!r} is none")
+        return _fit_locally(options, directory, wait=wait, log=log)
     account = Account(Clients(session))
-    order = _describe(options, account)
-    for line in order.lines():
-        log(redact(line, os.environ))
-    if dry_run:
-        return None
-    order.stage(account, log)
-    return backends.submit(order.request, account.clients, order.estimate.instance.usd_per_hour, wait=wait, log=log)
+    order = _describe(options, account, directory=directory)
+    say = log or print
+    _tell(order, say)
+    order.stage(account, say)
+    job = backends.submit(order.request, account.clients, price=order.estimate.instance.usd_per_hour)
+    return job.wait(log) if wait else job
 
 
 @with_options(instance_type="auto")
@@ -114,7 +109,12 @@ def check(
     Raises:
         UserError: with everything that is in the way of the job.
     """
-    fit(images, dry_run=True, log=log, session=session, **{"instance_type": "auto", **options})
+    options = {"images": images, **options}
+    if options.get("instance_type") == LOCAL:
+        _read_local(options)
+        log("pictures and hyperparameters are in order")
+    else:
+        _tell(_describe(options, Account(Clients(session))), log)
 
 
 @with_options(instance_type="auto")
@@ -198,11 +198,11 @@ class Order:
         lines += [f"files: {len(files)} for {place}" for place, files in self.files.items()]
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
-    def stage(self, account: Account, log: Callable[[str], None]) -> None:
+    def stage(self, account: Account, say: Callable[[str], None]) -> None:
         """Sends the files that are not in S3 yet."""
         for place, files in self.files.items():
             sent = stage(files, place, account.clients("s3"))
-            log(f"files: {len(files)} {'sent to' if sent else 'already in'} {place}")
+            say(f"files: {len(files)} {'sent to' if sent else 'already in'} {place}")
 
 
 def _staged(options: Mapping[str, Any], session: Session | None) -> Order:
@@ -236,48 +236,74 @@ class _Draft:
         self.problems.raise_any()
 
 
-def _fit_locally(
-    options: Mapping[str, Any], directory: str | Path | None, *, dry_run: bool, log: Callable[[str], None]
-) -> Any:
-    draft = _read(options)
-    given = draft.resources.model_fields_set
-    draft.problems.found += [
-        f"{name} is for jobs on SageMaker; leave it out with instance_type='local'"
-        for name in sorted(given - {"instance_type", "output"})
-    ]
-    draft.raise_any()
-    assert draft.hyperparameters is not None
-    if dry_run:
-        log("pictures and hyperparameters are in order")
-        return None
-    with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as scratch:
-        channels: dict[str, str] = {}
-        for name, source in draft.sources.items():
-            channels[name] = str(source) if isinstance(source, S3Uri) else f"{scratch}/{name}"
-            if not isinstance(source, S3Uri):
-                lay_out_files(source, Path(scratch, name))
-        return run_locally(draft.hyperparameters.to_sagemaker(), channels, directory=directory, log=log)
+def _tell(order: Order, say: Callable[[str], None]) -> None:
+    for line in order.lines():
+        say(redact(line, os.environ))
 
 
-def _describe(options: Mapping[str, Any], account: Account | None, *, thorough: bool = True) -> Order:
-    """Checks everything that can be checked, and describes the job.
-
-    Args:
-        account: where to look for what was not given; None: nowhere.
-        thorough: ask the account as well whether the job could start.
+def _read_local(options: Mapping[str, Any]) -> _Draft:
+    """What a job of this machine needs, checked.
 
     Raises:
         UserError: with everything that was found.
     """
     draft = _read(options)
+    draft.problems.found += [
+        f"{name} is for jobs on SageMaker; leave it out with instance_type='local'"
+        for name in sorted(draft.resources.model_fields_set - {"instance_type", "output"})
+    ]
+    draft.raise_any()
+    return draft
+
+
+def _fit_locally(
+    options: Mapping[str, Any], directory: str | Path | None, *, wait: bool, log: Callable[[str], None] | None
+) -> Job:
+    draft = _read_local(options)
+    assert draft.hyperparameters is not None
+    # A job that nobody waits for reads its channels later.
+    scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
+    atexit.register(scratch.cleanup)
+    channels: dict[str, str] = {}
+    for name, source in draft.sources.items():
+        channels[name] = str(source) if isinstance(source, S3Uri) else f"{scratch.name}/{name}"
+        if not isinstance(source, S3Uri):
+            lay_out_files(source, Path(channels[name]))
+    return run_locally(draft.hyperparameters.to_sagemaker(), channels, directory=directory, log=log, wait=wait)
+
+
+def _describe(
+    options: Mapping[str, Any],
+    account: Account | None,
+    *,
+    thorough: bool = True,
+    directory: str | Path | None = None,
+) -> Order:
+    """Checks everything that can be checked, and describes the job.
+
+    Args:
+        account: where to look for what was not given; None: nowhere.
+        thorough: ask the account as well whether the job could start.
+        directory: of a local job, which this is not.
+
+    Raises:
+        UserError: with everything that was found.
+    """
+    draft = _read(options)
+    if directory is not None:
+        draft.problems.found.append("directory is for local jobs; leave it out, or set instance_type='local'")
     chosen = _choose_instance(draft)
     h, resources = draft.hyperparameters, draft.resources
+    if chosen is not None:
+        resources = resources.model_copy(update={"instance_type": chosen.instance.name})
+    if resources.instance_type in INSTANCES or chosen is not None:
+        resources = _complete(resources, draft, account)
+        if account is not None and thorough:
+            _check_account(account, resources, draft)
     if h is None or chosen is None:
         draft.raise_any()
     assert h is not None
     assert chosen is not None
-    resources = resources.model_copy(update={"instance_type": chosen.instance.name})
-    resources = _complete(resources, draft, account)
     h, concepts = move_long_values(h)
     if concepts is not None:
         draft.sources[CONFIG_CHANNEL] = {CONCEPTS_FILE: concepts.encode()}
@@ -294,12 +320,17 @@ def _describe(options: Mapping[str, Any], account: Account | None, *, thorough: 
     with draft.problems.collected():
         request = training_job(h, resources, channels or {IMAGES_CHANNEL: resources.workspace / "unknown"})
     draft.problems.found += find_secrets(request, os.environ)
-    if account is not None and thorough and all(getattr(resources, name) != text for name, text in _STANDINS.items()):
-        images = draft.sources.get(IMAGES_CHANNEL)
-        with draft.problems.collected():
-            account.check(resources, pictures=images if isinstance(images, S3Uri) else None)
     draft.raise_any()
     return Order(request, chosen, files, tuple(account.warnings) if account else ())
+
+
+def _check_account(account: Account, resources: Resources, draft: _Draft) -> None:
+    """Whether the job could start, where everything that it needs was found."""
+    if any(getattr(resources, name) == standin for name, standin in _STANDINS.items()):
+        return
+    images = draft.sources.get(IMAGES_CHANNEL)
+    with draft.problems.collected():
+        account.check(resources, pictures=images if isinstance(images, S3Uri) else None)
 
 
 def _read(options: Mapping[str, Any]) -> _Draft:
@@ -309,11 +340,15 @@ def _read(options: Mapping[str, Any]) -> _Draft:
     if "instance_data_dir" in values:
         draft.problems.found.append("instance_data_dir: the pictures are `images`; leave instance_data_dir out")
     draft.resources = Resources.read(given, draft.problems)
-    with draft.problems.collected():
-        if draft.resources.output is not None:
-            S3Uri.parse(draft.resources.output)
+    if (output := draft.resources.output) is not None:
+        try:
+            S3Uri.parse(output)
+        except UserError as error:
+            draft.problems.found += [f"output: {problem}" for problem in error.problems]
+            draft.resources = draft.resources.model_copy(update={"output": None})
+        else:
             if draft.resources.instance_type == LOCAL or uploads_by_itself(draft.resources):
-                values = {"manual_upload_model_path": draft.resources.output, **values}
+                values = {"manual_upload_model_path": output, **values}
     for name, channel in (("images", IMAGES_CHANNEL), ("class_images", CLASS_IMAGES_CHANNEL)):
         if name in data:
             with draft.problems.collected():

@@ -25,7 +25,7 @@ def main(backend: str) -> None:
     session = boto3.Session()
     session.events.register("before-call.sagemaker.CreateTrainingJob", record)
     if backend == "boto3":
-        backends.submit(request, Clients(session), wait=False)
+        backends.submit(request, Clients(session))
     elif backend == "estimator":
         backends.estimator(request, session).fit(wait=False)
     else:
