@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 from PIL import Image
 
 import launcher
@@ -162,7 +163,11 @@ def test_inside_local_services_everything_is_on_this_machine(monkeypatch: pytest
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    with launcher.local_services():
+    with launcher.local_services() as services:
+        assert boto3.client("iam").get_role(RoleName="dreambooth-sm")["Role"]["Arn"] == services.role
+        assert boto3.client("service-quotas").list_service_quotas(ServiceCode="sagemaker")["Quotas"] == []
+        with pytest.raises(ClientError, match="not in the embedded services"):
+            boto3.client("service-quotas").list_services()
         assert boto3.client("sts").get_caller_identity()["Account"] == "123456789012"
         assert launcher.list_jobs() == []
     assert not [name for name in os.environ if name.startswith("AWS_")]
