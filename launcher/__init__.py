@@ -3,8 +3,24 @@
 Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
-from launcher.fit import fit
+from launcher.fit import check, estimate, estimator, fit, model_trainer, request
 from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
 from launcher.local import local_services
+from launcher.request import Resources
 
-__all__ = ["Job", "JobFailed", "JobStopped", "JobSummary", "attach", "fit", "list_jobs", "local_services"]
+__all__ = [
+    "Job",
+    "JobFailed",
+    "JobStopped",
+    "JobSummary",
+    "Resources",
+    "attach",
+    "check",
+    "estimate",
+    "estimator",
+    "fit",
+    "list_jobs",
+    "local_services",
+    "model_trainer",
+    "request",
+]

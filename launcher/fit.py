@@ -1,50 +1,84 @@
-"""``launcher.fit``: one call from pictures to a trained pipeline."""
+"""``launcher.fit``: one call from pictures to a training job, checked before a cent is spent."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import atexit
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
+from dreambooth_sm import toybox
 from dreambooth_sm.data.pictures import check_pictures, list_pictures
-from dreambooth_sm.errors import UserError
+from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.storage import S3Uri
+from launcher import backends
+from launcher.account import Account
+from launcher.clients import Clients
+from launcher.estimate import Estimate, choose_instance
+from launcher.estimate import estimate as estimate_on
+from launcher.instances import INSTANCES, find_instance
 from launcher.job import Job
 from launcher.local import run_locally
+from launcher.options import Images, split_options, with_options
+from launcher.request import (
+    CHANNELS,
+    CLASS_IMAGES_CHANNEL,
+    CONCEPTS_FILE,
+    CONFIG_CHANNEL,
+    IMAGES_CHANNEL,
+    MODEL_CHANNEL,
+    SINGLE_FILES,
+    Resources,
+    find_secrets,
+    move_long_values,
+    redact,
+    training_job,
+    uploads_by_itself,
+)
+from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
 
-# Input channels, as the seed's notebook names them.
-IMAGES_CHANNEL = "images"
-MODEL_CHANNEL = "model"
-_CHANNELS = "/opt/ml/input/data"
+if TYPE_CHECKING:
+    from boto3.session import Session
+    from sagemaker.estimator import Estimator
+    from sagemaker.train import ModelTrainer
+
+LOCAL = "local"
+# What an estimate takes for granted where the pictures are not on this machine.
+_USUAL_PICTURES = 5
+# What a request holds where there is no account to ask, or where the account had no answer.
+_STANDINS = {"role": "arn:aws:iam::000000000000:role/unknown", "image_uri": "unknown", "bucket": "unknown"}
 
 
+@with_options(instance_type=LOCAL)
 def fit(
-    images: str | Path,
+    images: Images,
     *,
-    instance_prompt: str,
-    class_prompt: str | None = None,
-    base_model: str | Path | None = None,
-    output: str | None = None,
-    instance_type: str = "local",
     directory: str | Path | None = None,
-    log: Callable[[str], None] = print,
-    **hyperparameters: Any,
+    wait: bool = True,
+    log: Callable[[str], None] | None = None,
+    session: Session | None = None,
+    **options: Any,
 ) -> Job:
-    """Trains a Stable Diffusion model on a few pictures of a subject, and waits for the result.
+    """Trains a Stable Diffusion model on a few pictures of a subject, on this machine or on SageMaker.
+
+    Pictures, hyperparameters, the plan for the card, access to role, image and buckets, and the quota are checked
+    first, and every problem is reported at once. Then the pictures go to S3, unless they are there, and the job starts.
 
     Args:
-        images: folder with 4 to 20 pictures: a local path or ``s3://bucket/prefix``.
-        instance_prompt: prompt of the subject with a rare token, such as "photo of zwx toy".
-        class_prompt: prompt of the class, such as "photo of a toy"; turns prior preservation on.
-        base_model: hub id, or a local diffusers directory; the schema's default if left out.
-        output: ``s3://bucket/prefix`` for the trained pipeline; left out, it stays in the job's directory.
-        instance_type: ``"local"`` runs the job as a process of this machine, exactly as the container would.
-        directory: where the local job's ``/opt/ml`` tree is laid out; a temporary directory if left out.
-        log: gets each line of the job's log.
-        hyperparameters: any name of :class:`dreambooth_sm.hyperparameters.Hyperparameters`.
-
-    Returns:
-        the finished job: ``job.model_uri``, ``job.metrics()``, ``job.seconds``, ``job.download(...)``.
+        images: 4 to 20 pictures: a folder, ``s3://bucket/prefix``, or a list of files.
+        directory: where a local job's ``/opt/ml`` tree is laid out; a temporary directory if left out.
+        wait: follow the job until it has ended.
+        log: gets each line of the checks and of the job's log; default: printed, with a progress display where a
+            terminal or notebook can show one.
+        session: boto3's, for credentials and region; default: the standard AWS settings.
+        options: see below; ``instance_type="local"`` runs the job as a process of this machine, exactly as the
+            container would.
 
     Raises:
         UserError: for bad input, before anything starts.
@@ -52,46 +86,372 @@ def fit(
 
     Example:
         >>> job = fit("duck/", instance_prompt="photo of zwx toy", class_prompt="photo of a toy",
-        ...           base_model="my-model/", max_train_steps=400)  # doctest: +SKIP
-        >>> job.model_uri  # doctest: +SKIP
-        '/tmp/dreambooth-sm-.../model'
+        ...           instance_type="ml.g5.xlarge", max_train_steps=400)  # doctest: +SKIP
     """
-    problems: list[str] = []
-    if instance_type != "local":
-        problems.append(
-            f"instance_type={instance_type!r}: this version starts jobs on this machine only; write 'local', or pass "
-            "the image to sagemaker.estimator.Estimator as the README shows"
-        )
-    if "instance_data_dir" in hyperparameters:
-        problems.append("instance_data_dir: the pictures are `images`; leave instance_data_dir out")
-    values = {"instance_prompt": instance_prompt, "class_prompt": class_prompt, "manual_upload_model_path": output}
-    values |= hyperparameters
-    channels: dict[str, str] = {IMAGES_CHANNEL: str(images)}
-    values["instance_data_dir"] = f"{_CHANNELS}/{IMAGES_CHANNEL}"
-    if base_model is not None:
-        values["pretrained_model_name_or_path"] = str(base_model)
-        if Path(base_model).is_dir():
-            channels[MODEL_CHANNEL] = str(base_model)
-            values["pretrained_model_name_or_path"] = f"{_CHANNELS}/{MODEL_CHANNEL}"
-        elif isinstance(base_model, Path) or base_model.startswith(("/", ".", "~")):
-            problems.append(f"base_model: {base_model} is no directory; name a hub id or a diffusers directory")
-    try:
-        parsed = Hyperparameters.parse({name: value for name, value in values.items() if value is not None})
-    except UserError as error:
-        problems += error.problems
-    problems += _check_images(str(images))
+    options = {"images": images, "instance_type": LOCAL, **options}
+    if options["instance_type"] == LOCAL:
+        return _fit_locally(options, directory, wait=wait, log=log)
+    account = Account(Clients(session))
+    order = _describe(options, account, directory=directory)
+    say = log or print
+    _tell(order, say)
+    order.stage(account, say)
+    job = backends.submit(order.request, account.clients, price=order.estimate.instance.usd_per_hour)
+    return job.wait(log) if wait else job
+
+
+@with_options(instance_type="auto")
+def check(
+    images: Images, *, log: Callable[[str], None] = print, session: Session | None = None, **options: Any
+) -> None:
+    """Checks and prints all that :func:`fit` does before a job starts, and starts none.
+
+    Raises:
+        UserError: with everything that is in the way of the job.
+    """
+    options = {"images": images, **options}
+    if options.get("instance_type") == LOCAL:
+        _read_local(options)
+        log("pictures and hyperparameters are in order")
+    else:
+        _tell(_describe(options, Account(Clients(session))), log)
+
+
+@with_options(instance_type="auto")
+def estimate(images: Images | None = None, **options: Any) -> Estimate:
+    """The plan, its peak memory, and the expected minutes and dollars of a job. No account is asked.
+
+    Args:
+        images: checked if given; a length in epochs depends on their number.
+
+    Raises:
+        UserError: where the job could not run like this.
+
+    Example:
+        >>> estimate(instance_prompt="photo of zwx toy", instance_type="ml.g4dn.xlarge").lines()[0]
+        'instance: ml.g4dn.xlarge (T4)'
+    """
+    return _describe({"images": images, **options}, None).estimate
+
+
+@with_options(instance_type="auto")
+def request(images: Images, *, session: Session | None = None, **options: Any) -> dict[str, Any]:
+    """The request that :func:`fit` would send: for boto3, Step Functions, Terraform or AWS Batch.
+
+    What it needs of this machine (pictures, a local base model, prompts too long for a hyperparameter) is put into S3,
+    unless it is there, so that the request can be sent as it is. With everything in S3, and role, image and bucket
+    given, no account is asked.
+
+    Raises:
+        UserError: for bad input.
+
+    Example:
+        >>> job = request("s3://bucket/duck", instance_prompt="photo of zwx toy",
+        ...               instance_type="ml.g5.xlarge")  # doctest: +SKIP
+        >>> boto3.client("sagemaker").create_training_job(**job)  # doctest: +SKIP
+    """
+    return _staged({"images": images, **options}, session).request
+
+
+@with_options(instance_type="auto")
+def estimator(images: Images, *, session: Session | None = None, **options: Any) -> Estimator:
+    """A ready Estimator of the SageMaker SDK 2 (extra ``[estimator]``): ``launcher.estimator(...).fit()``.
+
+    Its ``fit()`` knows the job's inputs and name, and sends the request that :func:`fit` would send.
+
+    Raises:
+        UserError: for bad input, or where the SDK is not installed.
+    """
+    return backends.estimator(_staged({"images": images, **options}, session).request, session)
+
+
+@with_options(instance_type="auto")
+def model_trainer(images: Images, *, session: Session | None = None, **options: Any) -> ModelTrainer:
+    """A ready ModelTrainer of the SageMaker SDK 3 (extra ``[model-trainer]``): ``launcher.model_trainer(...).train()``.
+
+    It sends the request that :func:`fit` would send, but for the name of the job, to which the SDK adds the time.
+
+    Raises:
+        UserError: for bad input, or where the SDK is not installed.
+    """
+    return backends.model_trainer(_staged({"images": images, **options}, session).request, session)
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job that has been checked and has only to be sent.
+
+    Attributes:
+        request: for ``create_training_job``.
+        files: what has to be in S3 before, by its place there.
+        warnings: what could not be checked.
+    """
+
+    request: dict[str, Any]
+    estimate: Estimate
+    files: Mapping[S3Uri, Files]
+    warnings: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """What will be done, for people."""
+        lines = [f"job: {self.request['TrainingJobName']}", *self.estimate.lines()]
+        lines += [f"files: {len(files)} for {place}" for place, files in self.files.items()]
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+
+    def stage(self, account: Account, say: Callable[[str], None]) -> None:
+        """Sends the files that are not in S3 yet."""
+        for place, files in self.files.items():
+            sent = stage(files, place, account.clients("s3"))
+            say(f"files: {len(files)} {'sent to' if sent else 'already in'} {place}")
+
+
+def _staged(options: Mapping[str, Any], session: Session | None) -> Order:
+    account = Account(Clients(session))
+    order = _describe(options, account, thorough=False)
+    order.stage(account, lambda line: None)
+    return order
+
+
+@dataclass
+class _Draft:
+    """What is known of a job while it is being described: as much as could be read of its options.
+
+    Attributes:
+        sources: channels to S3 locations, or files of this machine.
+        problems: what was found so far.
+    """
+
+    hyperparameters: Hyperparameters | None = None
+    resources: Resources = field(default_factory=Resources)
+    sources: dict[str, S3Uri | Files] = field(default_factory=dict)
+    problems: Problems = field(default_factory=Problems)
+
+    @property
+    def pictures(self) -> int:
+        images = self.sources.get(IMAGES_CHANNEL)
+        return _USUAL_PICTURES if images is None or isinstance(images, S3Uri) else len(images)
+
+    def raise_any(self) -> None:
+        self.problems.found = [redact(problem, os.environ) for problem in self.problems.found]
+        self.problems.raise_any()
+
+
+def _tell(order: Order, say: Callable[[str], None]) -> None:
+    for line in order.lines():
+        say(redact(line, os.environ))
+
+
+def _read_local(options: Mapping[str, Any]) -> _Draft:
+    """What a job of this machine needs, checked.
+
+    Raises:
+        UserError: with everything that was found.
+    """
+    draft = _read(options)
+    draft.problems.found += [
+        f"{name} is for jobs on SageMaker; leave it out with instance_type='local'"
+        for name in sorted(draft.resources.model_fields_set - {"instance_type", "output"})
+    ]
+    draft.raise_any()
+    return draft
+
+
+def _fit_locally(
+    options: Mapping[str, Any], directory: str | Path | None, *, wait: bool, log: Callable[[str], None] | None
+) -> Job:
+    draft = _read_local(options)
+    assert draft.hyperparameters is not None
+    # A job that nobody waits for reads its channels later.
+    scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
+    atexit.register(scratch.cleanup)
+    channels: dict[str, str] = {}
+    for name, source in draft.sources.items():
+        channels[name] = str(source) if isinstance(source, S3Uri) else f"{scratch.name}/{name}"
+        if not isinstance(source, S3Uri):
+            lay_out_files(source, Path(channels[name]))
+    return run_locally(draft.hyperparameters.to_sagemaker(), channels, directory=directory, log=log, wait=wait)
+
+
+def _describe(
+    options: Mapping[str, Any],
+    account: Account | None,
+    *,
+    thorough: bool = True,
+    directory: str | Path | None = None,
+) -> Order:
+    """Checks everything that can be checked, and describes the job.
+
+    Args:
+        account: where to look for what was not given; None: nowhere.
+        thorough: ask the account as well whether the job could start.
+        directory: of a local job, which this is not.
+
+    Raises:
+        UserError: with everything that was found.
+    """
+    draft = _read(options)
+    if directory is not None:
+        draft.problems.found.append("directory is for local jobs; leave it out, or set instance_type='local'")
+    chosen = _choose_instance(draft)
+    h, resources = draft.hyperparameters, draft.resources
+    if chosen is not None:
+        resources = resources.model_copy(update={"instance_type": chosen.instance.name})
+    if resources.instance_type in INSTANCES or chosen is not None:
+        resources = _complete(resources, draft, account)
+        if account is not None and thorough:
+            _check_account(account, resources, draft)
+    if h is None or chosen is None:
+        draft.raise_any()
+    assert h is not None
+    assert chosen is not None
+    h, concepts = move_long_values(h)
+    if concepts is not None:
+        draft.sources[CONFIG_CHANNEL] = {CONCEPTS_FILE: concepts.encode()}
+    channels: dict[str, S3Uri] = {}
+    files: dict[S3Uri, Files] = {}
+    for name, source in draft.sources.items():
+        if isinstance(source, S3Uri):
+            channels[name] = source
+        else:
+            # A digest reads everything, gigabytes of a base model perhaps: not for an estimate.
+            channels[name] = resources.workspace / name / (digest(source) if account else "unsent")
+            files[channels[name]] = source
+    request: dict[str, Any] = {}
+    with draft.problems.collected():
+        request = training_job(h, resources, channels or {IMAGES_CHANNEL: resources.workspace / "unknown"})
+    draft.problems.found += find_secrets(request, os.environ)
+    draft.raise_any()
+    return Order(request, chosen, files, tuple(account.warnings) if account else ())
+
+
+def _check_account(account: Account, resources: Resources, draft: _Draft) -> None:
+    """Whether the job could start, where everything that it needs was found."""
+    if any(getattr(resources, name) == standin for name, standin in _STANDINS.items()):
+        return
+    images = draft.sources.get(IMAGES_CHANNEL)
+    with draft.problems.collected():
+        account.check(resources, pictures=images if isinstance(images, S3Uri) else None)
+
+
+def _read(options: Mapping[str, Any]) -> _Draft:
+    """Reads options as far as they can be read."""
+    draft = _Draft()
+    data, given, values = split_options(options, draft.problems)
+    if "instance_data_dir" in values:
+        draft.problems.found.append("instance_data_dir: the pictures are `images`; leave instance_data_dir out")
+    draft.resources = Resources.read(given, draft.problems)
+    if (output := draft.resources.output) is not None:
+        try:
+            S3Uri.parse(output)
+        except UserError as error:
+            draft.problems.found += [f"output: {problem}" for problem in error.problems]
+            draft.resources = draft.resources.model_copy(update={"output": None})
+        else:
+            if draft.resources.instance_type == LOCAL or uploads_by_itself(draft.resources):
+                values = {"manual_upload_model_path": output, **values}
+    for name, channel in (("images", IMAGES_CHANNEL), ("class_images", CLASS_IMAGES_CHANNEL)):
+        if name in data:
+            with draft.problems.collected():
+                draft.sources[channel] = _read_pictures(name, data[name])
+                directory = "instance_data_dir" if name == "images" else "class_data_dir"
+                values[directory] = f"{CHANNELS}/{channel}"
+    if "base_model" in data:
+        with draft.problems.collected():
+            source, values["pretrained_model_name_or_path"] = _read_base_model(data["base_model"])
+            if source is not None:
+                draft.sources[MODEL_CHANNEL] = source
+    with draft.problems.collected():
+        draft.hyperparameters = Hyperparameters.parse(values)
+    return draft
+
+
+def _read_pictures(name: str, images: Images) -> S3Uri | Files:
+    """Where pictures lie: S3, or the files, which are opened.
+
+    Raises:
+        UserError: for everything that is no picture.
+    """
+    if isinstance(images, str) and images.startswith("s3://"):
+        return S3Uri.parse(images)
+    if isinstance(images, str | Path):
+        if not Path(images).is_dir():
+            raise UserError(
+                f"{name}: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix"
+            )
+        if not list_pictures(Path(images)):
+            raise UserError(f"{name}: {images} holds no pictures; put 4 to 20 JPEG or PNG pictures there")
+        files = picture_files(Path(images))
+        problems = check_pictures(list_pictures(Path(images)))
+    else:
+        files = picture_files([Path(image) for image in images])
+        problems = check_pictures(list(files.values()))
+        if not files:
+            raise UserError(f"{name} is empty; name 4 to 20 pictures")
     if problems:
         raise UserError(problems)
-    return run_locally(parsed.to_sagemaker(), channels, directory=directory, log=log)
+    return files
 
 
-def _check_images(images: str) -> list[str]:
-    """The findings of the container's own check, where the pictures are on this machine."""
-    if images.startswith("s3://"):
-        return []
-    if not Path(images).is_dir():
-        return [f"images: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix"]
-    pictures = list_pictures(Path(images))
-    if not pictures:
-        return [f"images: {images} holds no pictures; put 4 to 20 JPEG or PNG pictures there"]
-    return check_pictures(pictures)
+def _read_base_model(base_model: str | Path) -> tuple[S3Uri | Files | None, str]:
+    """The channel that a base model needs, if any, and how the job calls it.
+
+    Raises:
+        UserError: it is a path, and there is nothing.
+    """
+    text, path = str(base_model), Path(base_model).expanduser()
+    inside = f"{CHANNELS}/{MODEL_CHANNEL}"
+    if text.startswith("s3://"):
+        uri = S3Uri.parse(text)
+        name = PurePosixPath(uri.prefix).name
+        return uri, f"{inside}/{name}" if name.endswith(SINGLE_FILES) else inside
+    if text == toybox.NAME:
+        return None, text
+    if path.is_dir():
+        return all_files(path), inside
+    if path.is_file() and path.name.endswith(SINGLE_FILES):
+        return {path.name: path}, f"{inside}/{path.name}"
+    if isinstance(base_model, Path) or text.startswith(("/", ".", "~")):
+        raise UserError(f"base_model: {base_model} is no directory; name a hub id or a diffusers directory")
+    return None, text
+
+
+def _choose_instance(draft: _Draft) -> Estimate | None:
+    """What the job needs on its instance type; None where there is a problem."""
+    h, resources = draft.hyperparameters, draft.resources
+    with draft.problems.collected():
+        if h is None:
+            if resources.instance_type != "auto":
+                find_instance(resources.instance_type)
+            return None
+        count, limit = resources.instance_count, resources.max_minutes
+        if resources.instance_type == "auto":
+            instance = choose_instance(h, max_minutes=limit, instance_count=count, pictures=draft.pictures)
+        else:
+            instance = find_instance(resources.instance_type)
+        chosen = estimate_on(h, instance, instance_count=count, pictures=draft.pictures)
+        if limit is not None and chosen.minutes is not None and chosen.minutes > limit:
+            raise UserError(
+                f"max_minutes={limit}: the job is expected to take about {chosen.minutes:.0f} minutes on "
+                f"{instance.name}; allow more, train fewer steps, or choose instance_type='auto'"
+            )
+        return chosen
+    return None
+
+
+def _complete(resources: Resources, draft: _Draft, account: Account | None) -> Resources:
+    """Resources with the role, image, bucket and name that the job will have."""
+    found: dict[str, str] = {}
+    if resources.bucket is None and resources.output is not None:
+        found["bucket"] = S3Uri.parse(resources.output).bucket
+    look: dict[str, Callable[[], str]] = {}
+    if account is not None:
+        look = {"role": account.find_role, "image_uri": account.find_image, "bucket": account.find_bucket}
+    for name, standin in _STANDINS.items():
+        if getattr(resources, name) is None and name not in found:
+            found[name] = standin
+            if name in look:
+                with draft.problems.collected():
+                    found[name] = look[name]()
+    if resources.name is None:
+        found["name"] = f"dreambooth-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return resources.model_copy(update=found)

@@ -34,6 +34,7 @@ def run_locally(
     *,
     directory: str | Path | None = None,
     log: Callable[[str], None] | None = print,
+    wait: bool = True,
 ) -> Job:
     """Runs a job on this machine and follows it.
 
@@ -42,6 +43,7 @@ def run_locally(
         channels: name to ``s3://`` prefix or local folder.
         directory: root of the ``/opt/ml`` tree; a new temporary directory if None.
         log: gets each line of the job's log.
+        wait: follow it until it has ended; otherwise it is only started.
 
     Raises:
         UserError: where the entrypoint is not here.
@@ -68,7 +70,8 @@ def run_locally(
         "ResourceConfig": {"InstanceType": "local", "InstanceCount": 1, "VolumeSizeInGB": 1},
         "StoppingCondition": {"MaxRuntimeInSeconds": 28 * 86400},
     }
-    return submit_locally(request, directory).wait(log)
+    job = submit_locally(request, directory)
+    return job.wait(log) if wait else job
 
 
 def submit_locally(request: Mapping[str, Any], directory: str | Path | None = None) -> Job:

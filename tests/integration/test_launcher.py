@@ -90,20 +90,21 @@ def test_bad_input_is_told_in_full_before_anything_starts(tmp_path: Path) -> Non
             instance_prompt="",
             base_model=tmp_path / "nothing",
             output="bucket/prefix",
-            instance_type="ml.g4dn.xlarge",
+            instance_type="ml.g4dn.xlage",
             directory=tmp_path / "job",
             resolution=510,
             instance_data_dir="/elsewhere",
             learning_rat=1e-6,
         )
     names = (
-        "instance_type='ml.g4dn.xlarge'",
+        "ml.g4dn.xlage",
+        "directory is for local jobs",
         "instance_data_dir",
         "base_model",
         "learning_rate?",
         "instance_prompt",
         "resolution=510",
-        "manual_upload_model_path",
+        "output: 'bucket/prefix'",
         "a.jpg",
     )
     for name in names:
