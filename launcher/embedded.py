@@ -37,6 +37,10 @@ class RequestError(Exception):
         super().__init__(message)
         self.code = code
 
+    def answer(self) -> dict[str, str]:
+        """As AWS's JSON protocol has it."""
+        return {"__type": self.code, "message": str(self)}
+
 
 class EmbeddedSageMaker:
     """Training jobs by name.
@@ -190,25 +194,22 @@ def _pass_on(application: Application, environ: dict[str, Any], start_response: 
     try:
         return application(environ, start_response)
     except NotImplementedError as error:
-        problem = RequestError(f"not in the embedded services: {error}", "UnknownOperationException")
-
-        def refuse(request: dict[str, Any]) -> dict[str, Any]:
-            raise problem
-
-        return _respond(start_response, refuse, {})
+        unknown = RequestError(f"not in the embedded services: {error}", "UnknownOperationException")
+        return _send(start_response, "400 Bad Request", unknown.answer())
 
 
 def _respond(
     start_response: Callable[..., Any], handler: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, Any]
 ) -> list[bytes]:
-    headers = [("Content-Type", "application/x-amz-json-1.1")]
     try:
-        status, answer = "200 OK", handler(request)
+        return _send(start_response, "200 OK", handler(request))
     except RequestError as error:
-        status, answer = "400 Bad Request", {"__type": error.code, "message": str(error)}
-        headers.append(("x-amzn-ErrorType", error.code))
+        return _send(start_response, "400 Bad Request", error.answer())
+
+
+def _send(start_response: Callable[..., Any], status: str, answer: dict[str, Any]) -> list[bytes]:
     body = json.dumps(answer).encode()
-    start_response(status, [*headers, ("Content-Length", str(len(body)))])
+    start_response(status, [("Content-Type", "application/x-amz-json-1.1"), ("Content-Length", str(len(body)))])
     return [body]
 
 

@@ -259,17 +259,24 @@ class Described(Clients):
         super().__init__()
         self.description = {"TrainingJobStatus": "Completed", "HyperParameters": {}, **description}
 
+    def is_local(self, service: str) -> bool:
+        return False
+
     def __call__(self, service: str) -> Any:
         return SimpleNamespace(describe_training_job=lambda TrainingJobName: self.description)  # noqa: N803
 
 
 def test_the_cost_so_far() -> None:
     started = datetime(2026, 1, 1, tzinfo=UTC)
-    clients = Described(
-        TrainingStartTime=started, BillableTimeInSeconds=1800, ResourceConfig={"InstanceType": "x", "InstanceCount": 2}
-    )
-    assert Job("toy", clients, price=1.5).cost == 1.5
-    assert Job("toy", clients).cost is None
+
+    def cost(instance_type: str, price: float | None = None) -> float | None:
+        resources = {"InstanceType": instance_type, "InstanceCount": 2}
+        clients = Described(TrainingStartTime=started, BillableTimeInSeconds=1800, ResourceConfig=resources)
+        return Job("toy", clients, price=price).cost
+
+    assert cost("ml.g5.xlarge") == pytest.approx(1.408)
+    assert cost("ml.g5.xlarge", price=1.5) == 1.5
+    assert cost("ml.unknown.xlarge") is None
 
 
 @pytest.mark.parametrize(
