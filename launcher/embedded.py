@@ -6,6 +6,7 @@ here, in front of it, and run ``container/train.py`` as a process, or its image 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -16,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth_sm import __version__
 from dreambooth_sm.embedded import REGION, Application, EmbeddedS3, embedded_s3
 from launcher.clients import Clients
 from launcher.local import ENTRYPOINT
 from launcher.training import GRACE, Training
 
 ACCOUNT = "123456789012"  # moto's
-ROLE = f"arn:aws:iam::{ACCOUNT}:role/dreambooth-sm"
+_REPOSITORY = _ROLE = "dreambooth-sm"  # the repository as build_and_push.sh names it
 _TARGET = "SageMaker."
+_QUOTAS = "ServiceQuotasV20190624.ListServiceQuotas"
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 
 
@@ -33,6 +36,10 @@ class RequestError(Exception):
     def __init__(self, message: str, code: str = "ValidationException") -> None:
         super().__init__(message)
         self.code = code
+
+    def answer(self) -> dict[str, str]:
+        """As AWS's JSON protocol has it."""
+        return {"__type": self.code, "message": str(self)}
 
 
 class EmbeddedSageMaker:
@@ -79,15 +86,17 @@ class EmbeddedSageMaker:
     ) -> Iterable[bytes]:
         """Answers a WSGI request that concerns training jobs, and passes every other one on."""
         target = environ.get("HTTP_X_AMZ_TARGET", "")
+        if target == _QUOTAS:
+            return _respond(start_response, lambda request: {"Quotas": []}, {})  # a laptop has none
         if not target.startswith(_TARGET):
-            return application(environ, start_response)
+            return _pass_on(application, environ, start_response)
         operation = target.removeprefix(_TARGET)
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         request = json.loads(body or b"{}")
         own_tags = request.get("ResourceArn") in self._tags
         handler = self._tag_operations.get(operation) if own_tags else self._operations.get(operation)
         if handler is None:
-            return application(environ | {"wsgi.input": io.BytesIO(body)}, start_response)
+            return _pass_on(application, environ | {"wsgi.input": io.BytesIO(body)}, start_response)
         return _respond(start_response, handler, request)
 
     def create(self, request: dict[str, Any], *, directory: Path | None = None) -> dict[str, Any]:
@@ -180,17 +189,27 @@ class EmbeddedSageMaker:
         return {}
 
 
+def _pass_on(application: Application, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """What moto does not know becomes an error that clients don't try again, without a traceback."""
+    try:
+        return application(environ, start_response)
+    except NotImplementedError as error:
+        unknown = RequestError(f"not in the embedded services: {error}", "UnknownOperationException")
+        return _send(start_response, "400 Bad Request", unknown.answer())
+
+
 def _respond(
     start_response: Callable[..., Any], handler: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, Any]
 ) -> list[bytes]:
-    headers = [("Content-Type", "application/x-amz-json-1.1")]
     try:
-        status, answer = "200 OK", handler(request)
+        return _send(start_response, "200 OK", handler(request))
     except RequestError as error:
-        status, answer = "400 Bad Request", {"__type": error.code, "message": str(error)}
-        headers.append(("x-amzn-ErrorType", error.code))
+        return _send(start_response, "400 Bad Request", error.answer())
+
+
+def _send(start_response: Callable[..., Any], status: str, answer: dict[str, Any]) -> list[bytes]:
     body = json.dumps(answer).encode()
-    start_response(status, [*headers, ("Content-Length", str(len(body)))])
+    start_response(status, [("Content-Type", "application/x-amz-json-1.1"), ("Content-Length", str(len(body)))])
     return [body]
 
 
@@ -264,9 +283,47 @@ class EmbeddedServices(EmbeddedS3):
     sagemaker: EmbeddedSageMaker
     with_s3: bool
 
+    @property
+    def role(self) -> str:
+        """ARN of the execution role that :meth:`set_up_account` makes."""
+        return f"arn:aws:iam::{ACCOUNT}:role/{_ROLE}"
+
     def clients(self) -> Clients:
         """Clients of the services that jobs use."""
         return EmbeddedClients(self, with_s3=self.with_s3)
+
+    def set_up_account(self) -> None:
+        """Makes what an account needs for jobs: an execution role, this version's image, the SDKs' bucket."""
+        clients = EmbeddedClients(self)
+        trust = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}
+        policy = json.dumps({"Version": "2012-10-17", "Statement": [trust]})
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": {"digest": f"sha256:{hashlib.sha256(b'').hexdigest()}"},
+            "layers": [],
+        }
+        image = {"repositoryName": _REPOSITORY, "imageTag": __version__, "imageManifest": json.dumps(manifest)}
+        with _unless_there():
+            clients("iam").create_role(RoleName=_ROLE, AssumeRolePolicyDocument=policy)
+        with _unless_there():
+            clients("ecr").create_repository(repositoryName=_REPOSITORY)
+        with _unless_there():
+            clients("ecr").put_image(**image)
+        with _unless_there():
+            clients("s3").create_bucket(Bucket=f"sagemaker-{REGION}-{ACCOUNT}")
+
+
+@contextmanager
+def _unless_there() -> Iterator[None]:
+    """moto keeps what it made until this process ends."""
+    from botocore.exceptions import ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        if "Already" not in error.response["Error"]["Code"]:
+            raise
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.storage import S3Uri, download_directory, list_objects
 from launcher.advice import advice_for
 from launcher.clients import Clients
+from launcher.instances import INSTANCES
 from launcher.logs import LogReader
 from launcher.progress import Progress
 from launcher.views import Standing, View, choose_view
@@ -63,7 +64,7 @@ class Job:
     Args:
         name: of the training job.
         clients: of SageMaker, CloudWatch Logs and S3; default: those of the standard AWS settings.
-        price: dollars an hour, for :attr:`cost`.
+        price: of an instance, in dollars an hour, for :attr:`cost`; default: of the launcher's table.
         directory: a local job's ``/opt/ml`` tree.
 
     Example:
@@ -121,8 +122,8 @@ class Job:
 
     @property
     def cost(self) -> float | None:
-        """Dollars so far, of the instances alone; None where the price is not known."""
-        return _cost(self.describe(), self.price)
+        """Dollars so far, of the instances alone, on demand; None on this machine, and where the price is not known."""
+        return self._cost(self.describe())
 
     # Log
 
@@ -241,8 +242,17 @@ class Job:
             doing=description["SecondaryStatus"],
             progress=self._follow_progress(description, read=False),
             seconds=_seconds(description),
-            cost=_cost(description, self.price),
+            cost=self._cost(description),
         )
+
+    def _cost(self, description: dict[str, Any]) -> float | None:
+        resources = description["ResourceConfig"]
+        instance = INSTANCES.get(resources.get("InstanceType", ""))
+        price = self.price or (instance.usd_per_hour if instance else None)
+        if price is None or self.is_local:
+            return None
+        seconds = description.get("BillableTimeInSeconds") or _seconds(description)
+        return price * resources.get("InstanceCount", 1) * seconds / 3600
 
     def _read_log(self) -> list[str]:
         """What is new in the log."""
@@ -412,10 +422,3 @@ def _seconds(description: dict[str, Any]) -> float:
     if started is None:
         return 0.0
     return ((description.get("TrainingEndTime") or datetime.now(UTC)) - started).total_seconds()
-
-
-def _cost(description: dict[str, Any], price: float | None) -> float | None:
-    if price is None:
-        return None
-    seconds = description.get("BillableTimeInSeconds") or _seconds(description)
-    return price * description["ResourceConfig"].get("InstanceCount", 1) * seconds / 3600

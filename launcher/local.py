@@ -110,7 +110,8 @@ def local_job(name: str) -> Job | None:
 @contextmanager
 def local_services() -> Iterator[EmbeddedServices]:
     """SageMaker, S3, CloudWatch Logs and more on this machine; inside the context boto3, both SageMaker SDKs and the
-    launcher use them. Training jobs really run: as processes, whatever instance type they ask for.
+    launcher use them. Training jobs really run: as processes, whatever instance type they ask for. An execution role
+    (``services.role``), the image and a bucket are there.
 
     Raises:
         UserError: moto is not installed.
@@ -118,6 +119,7 @@ def local_services() -> Iterator[EmbeddedServices]:
     from launcher.embedded import embedded_services
 
     with embedded_services() as services, patch.dict(os.environ, services.environment()):
+        services.set_up_account()
         _running.append(services)
         try:
             yield services
