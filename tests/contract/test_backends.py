@@ -18,7 +18,7 @@ import pytest
 from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
-from launcher.request import Resources, training_job
+from launcher.training_request import Resources, training_job
 from tests.helpers.api import refusals
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.plan import make_plan
-from launcher.estimate import MARGIN, Estimate, choose_instance, estimate, slowdown
+from launcher.estimates import MARGIN, Estimate, choose_instance, estimate_on, slowdown
 from launcher.instances import INSTANCES, find_instance
 from tests.helpers.api import shape_of
 
@@ -26,7 +26,7 @@ def parse(**values: object) -> Hyperparameters:
 
 
 def minutes(instance: str, **values: object) -> float:
-    found = estimate(parse(**values), find_instance(instance)).minutes
+    found = estimate_on(parse(**values), find_instance(instance)).minutes
     assert found is not None
     return found
 
@@ -39,7 +39,7 @@ def test_every_instance_type_is_one_of_sagemaker() -> None:
 
 @pytest.mark.parametrize("name", ["ml.m5.xlarge", "ml.c5.18xlarge", "ml.r5d.large", "ml.m7i-flex.2xlarge"])
 def test_types_without_a_gpu_train_on_the_cpu(name: str) -> None:
-    found = estimate(parse(), find_instance(name))
+    found = estimate_on(parse(), find_instance(name))
     assert (found.plan.device, found.minutes, found.usd) == ("cpu", None, None)
     assert find_instance(name).has_own_disk == ("5d" in name)
 
@@ -52,13 +52,13 @@ def test_types_that_can_not_run_the_job_are_refused(name: str) -> None:
 
 def test_the_plan_is_the_jobs_own() -> None:
     h = parse(train_text_encoder=False)
-    assert estimate(h, find_instance("ml.g4dn.xlarge")).plan == make_plan(h, find_instance("ml.g4dn.xlarge").card)
+    assert estimate_on(h, find_instance("ml.g4dn.xlarge")).plan == make_plan(h, find_instance("ml.g4dn.xlarge").card)
 
 
 @given(name=GPU_TYPES, steps=st.integers(1, 5000), more=st.integers(1, 5000))
 def test_more_steps_take_longer_and_cost_more(name: str, steps: int, more: int) -> None:
-    one = estimate(parse(max_train_steps=steps), find_instance(name))
-    two = estimate(parse(max_train_steps=steps + more), find_instance(name))
+    one = estimate_on(parse(max_train_steps=steps), find_instance(name))
+    two = estimate_on(parse(max_train_steps=steps + more), find_instance(name))
     assert one.minutes is not None
     assert two.minutes is not None
     assert one.minutes < two.minutes
@@ -84,7 +84,7 @@ def test_the_estimate_agrees_with_what_was_measured_on_the_h200() -> None:
     # docs/performance.md: 1,000 steps with class images under a T4's memory, from load to save, took 97.9 s; the
     # estimate adds minutes of downloads, and scales only what the card computes.
     instance = find_instance("ml.p5en.48xlarge")
-    found = estimate(parse(max_train_steps=1000, num_processes=1), instance)
+    found = estimate_on(parse(max_train_steps=1000, num_processes=1), instance)
     assert found.minutes is not None
     assert 5 < found.minutes < 5 + 98 / 60
 
@@ -92,7 +92,7 @@ def test_the_estimate_agrees_with_what_was_measured_on_the_h200() -> None:
 def test_epochs_are_counted_as_the_job_counts_them() -> None:
     h = parse(num_train_epochs=100)
     instance = find_instance("ml.g5.xlarge")
-    assert estimate(h, instance, pictures=10).minutes == estimate(parse(max_train_steps=1000), instance).minutes
+    assert estimate_on(h, instance, pictures=10).minutes == estimate_on(parse(max_train_steps=1000), instance).minutes
 
 
 @given(
@@ -105,7 +105,7 @@ def test_auto_is_the_cheapest_that_is_done_in_time(steps: int, limit: int | None
     priced: dict[str, Estimate] = {}
     for name, instance in INSTANCES.items():
         try:
-            found = estimate(h, instance)
+            found = estimate_on(h, instance)
         except UserError:
             continue
         if found.usd is not None and found.minutes is not None and found.minutes * MARGIN <= (limit or 1e9):
@@ -129,7 +129,7 @@ def test_a_limit_that_the_instance_breaks() -> None:
 
 
 def test_what_does_not_fit_names_what_would() -> None:
-    with pytest.raises(UserError, match="it fits with .*optimizer=auto"):
+    with pytest.raises(UserError, match=r"it fits with .*optimizer=auto"):
         launcher.estimate(**PROMPTS, instance_type="ml.g4dn.xlarge", optimizer="adamw", train_text_encoder=True)
 
 

@@ -16,7 +16,7 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.report import TRAINING_METRICS, Reporter
 from dreambooth_sm.storage import S3Uri
-from launcher.request import (
+from launcher.training_request import (
     CONCEPTS_FILE,
     Resources,
     find_secrets,
@@ -203,7 +203,7 @@ def test_what_is_no_option_is_told_with_what_would_be() -> None:
         "spot: this value is not valid; write true or false",
         "keep_alive: this value is not valid; write a whole number, at least 0, at most 3600",
         "vpc: this value is not valid; write a list of subnet-... and sg-...",
-        "tags: this value is not valid; write a dictionary of texts",
+        "tags: this value is not valid; write names and values, as a dictionary or NAME=VALUE",
     ]
 
 
