@@ -24,11 +24,9 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
 from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list_objects
 from launcher.clients import Clients
-from launcher.local import lay_out
+from launcher.local import CONTAINER, docker, lay_out
 from launcher.logs import LOG_GROUP
 
-# InstanceType of a job that runs in a container; any other runs as a process.
-CONTAINER = "local-container"
 HOST = "algo-1"
 # Seconds between SIGTERM and SIGKILL, as SageMaker has it.
 GRACE = 120.0
@@ -274,7 +272,7 @@ class Training:
         if not self._in_container:
             return [sys.executable, "-u", str(self._entrypoint), "train"]
         isolated = self.request.get("EnableNetworkIsolation")
-        command = [_docker(), "run", "--rm", f"--name={self._container}", "--read-only", "--cap-drop=ALL"]
+        command = [docker(), "run", "--rm", f"--name={self._container}", "--read-only", "--cap-drop=ALL"]
         command += [f"--network={'none' if isolated else 'host'}", f"--user={_owner(self.tree)}"]
         if shutil.which("nvidia-smi"):
             command.append("--gpus=all")
@@ -293,7 +291,7 @@ class Training:
             environment = {k: v for k, v in environment.items() if not _CREDENTIALS.fullmatch(k)}
             environment |= {"HF_HUB_OFFLINE": "1", "AWS_EC2_METADATA_DISABLED": "true"}
         elif self._in_container:
-            environment = {**{k: v for k, v in os.environ.items() if k.startswith("AWS_")}, **environment}
+            environment = {**_aws_settings(), **environment}
         return {**environment, "TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
 
     def _process_environment(self) -> dict[str, str]:
@@ -309,7 +307,7 @@ class Training:
 
     def _signal(self, process: subprocess.Popen[str], name: str) -> None:
         if self._in_container:
-            subprocess.run([_docker(), "kill", f"--signal={name}", self._container], capture_output=True, check=False)
+            subprocess.run([docker(), "kill", f"--signal={name}", self._container], capture_output=True, check=False)
         elif name == "TERM":
             process.terminate()
         else:
@@ -468,8 +466,20 @@ def _stats(directory: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _docker() -> str:
-    return os.environ.get("DOCKER", "docker")
+def _aws_settings() -> dict[str, str]:
+    """This process's AWS settings for a container, which has no files of a profile to read."""
+    import boto3.session
+
+    session = boto3.session.Session()
+    settings = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and not _CREDENTIALS.fullmatch(k)}
+    if session.region_name:
+        settings["AWS_DEFAULT_REGION"] = session.region_name
+    if credentials := session.get_credentials():
+        frozen = credentials.get_frozen_credentials()
+        values = (frozen.access_key, frozen.secret_key, frozen.token)
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        settings |= {name: value for name, value in zip(names, values, strict=True) if value}
+    return settings
 
 
 def _owner(tree: Path) -> str:
