@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -47,6 +48,12 @@ _MESSAGES = {
 }
 _CREDENTIALS = re.compile(r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|PROFILE|.*_FILE|CONTAINER_.*|ROLE_ARN)")
 
+_NO_CREDENTIALS = {
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_CONFIG_FILE": os.devnull,
+}
+
 
 class Training:
     """A training job: its description, and the thread that runs it.
@@ -81,7 +88,7 @@ class Training:
         self._environment = dict(environment)
         self._entrypoint = entrypoint
         self._grace = grace
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._status = "InProgress"
         self._transitions: list[dict[str, Any]] = []
         self._times: dict[str, float] = {}
@@ -142,7 +149,7 @@ class Training:
             if self.ended:
                 raise ValueError(f"the training job is in status {self._status}")
             self._status = "Stopping"
-        self._enter("Stopping")
+            self._enter("Stopping")
         self._stop.set()
 
     def interrupt(self) -> None:
@@ -225,6 +232,8 @@ class Training:
             its exit code, and why it was ended: ``""``, ``"Stopped"``, ``"MaxRuntimeExceeded"`` or ``"Interrupted"``.
         """
         deadline = self._times["TrainingStartTime"] + self.request["StoppingCondition"]["MaxRuntimeInSeconds"]
+        stream = f"{HOST}-{time.time_ns() // 1_000_000}"
+        self._container = f"{self.name}-{stream}"
         process = subprocess.Popen(
             self._command(),
             env=self._process_environment(),
@@ -236,7 +245,7 @@ class Training:
         lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
         reader.start()
-        log = _Log(self._clients("logs"), f"{self.name}/{HOST}-{time.time_ns() // 1_000_000}")
+        log = _Log(self._clients("logs"), f"{self.name}/{stream}")
         done = threading.Event()
         syncer = threading.Thread(target=self._keep_checkpoints_synced, args=(done,), daemon=True)
         syncer.start()
@@ -244,9 +253,10 @@ class Training:
         while process.poll() is None or reader.is_alive():
             if not cause and process.poll() is None:
                 cause = self._cause_to_end(deadline)
-                if cause:
-                    self._signal(process, "TERM")
+                if cause and self._signal(process, "TERM"):
                     kill_at = time.time() + self._grace
+                else:
+                    cause = ""
             if time.time() > kill_at:
                 self._signal(process, "KILL")
                 kill_at = float("inf")
@@ -278,10 +288,7 @@ class Training:
             command.append("--gpus=all")
         for name in self._job_environment():
             command.append(f"--env={name}")  # the value comes from docker's own environment, not from its arguments
-        mounts = {"input": f"{self.tree / 'input'}:/opt/ml/input:ro"}
-        mounts |= {name: f"{self.tree / name}:/opt/ml/{name}" for name in ("model", "output")}
-        mounts["checkpoints"] = f"{self._checkpoints}:{self._checkpoint_path}"
-        command += [f"--volume={mount}" for mount in mounts.values()]
+        command += [f"--volume={self.tree}:/opt/ml", f"--volume={self.tree / 'input'}:/opt/ml/input:ro"]
         return [*command, self.request["AlgorithmSpecification"]["TrainingImage"], "train"]
 
     def _job_environment(self) -> dict[str, str]:
@@ -289,7 +296,7 @@ class Training:
         environment = {**self._environment, **self.request.get("Environment", {})}
         if self.request.get("EnableNetworkIsolation"):
             environment = {k: v for k, v in environment.items() if not _CREDENTIALS.fullmatch(k)}
-            environment |= {"HF_HUB_OFFLINE": "1", "AWS_EC2_METADATA_DISABLED": "true"}
+            environment |= {"HF_HUB_OFFLINE": "1", **_NO_CREDENTIALS}
         elif self._in_container:
             environment = {**_aws_settings(), **environment}
         return {**environment, "TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
@@ -301,17 +308,13 @@ class Training:
         own = {} if self._in_container else {"SAGEMAKER_BASE_DIR": str(self.tree)}
         return {**inherited, **self._job_environment(), **own}
 
-    @property
-    def _container(self) -> str:
-        return f"{self.name}-{HOST}"
-
-    def _signal(self, process: subprocess.Popen[str], name: str) -> None:
+    def _signal(self, process: subprocess.Popen[str], name: str) -> bool:
+        """Returns whether the job got it: a container takes a moment to be there."""
         if self._in_container:
-            subprocess.run([docker(), "kill", f"--signal={name}", self._container], capture_output=True, check=False)
-        elif name == "TERM":
-            process.terminate()
-        else:
-            process.kill()
+            command = [docker(), "kill", f"--signal={name}", self._container]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        return True
 
     def _failure(self, code: int) -> str:
         path = self.tree / "output" / "failure"

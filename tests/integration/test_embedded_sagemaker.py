@@ -452,7 +452,8 @@ def test_the_image_runs_as_on_sagemaker(
 
 @needs_docker
 def test_fit_runs_the_image(image: str, pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
-    options = {name: SMALL[name] for name in ("instance_prompt", "resolution", "max_train_steps", "learning_rate")}
+    names = ("instance_prompt", "class_prompt", "num_class_images", "resolution", "max_train_steps", "learning_rate")
+    options = {name: SMALL[name] for name in names}
     job = launcher.fit(
         pictures,
         base_model=tiny_base,
