@@ -15,7 +15,7 @@ from PIL import Image
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ENGLISH, CHINESE = NOTEBOOKS / "dreambooth.ipynb", NOTEBOOKS / "dreambooth_zh.ipynb"
 STEPS = 20
-SIDE = 160
+SIDE = 128
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
