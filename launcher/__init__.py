@@ -6,7 +6,7 @@ Importing it pulls in neither torch nor a SageMaker SDK.
 from launcher.fit import check, estimate, estimator, fit, model_trainer, request
 from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
 from launcher.local import local_services
-from launcher.request import Resources
+from launcher.training_request import Resources
 
 __all__ = [
     "Job",

@@ -13,7 +13,7 @@ from dreambooth_sm import __version__
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.storage import S3Uri, TransferError, check_writable, list_objects
 from launcher.clients import Clients
-from launcher.request import Resources
+from launcher.training_request import Resources
 
 REPOSITORY = "dreambooth-sm"  # as build_and_push.sh names it
 _MISSING = {"NoSuchEntity", "RepositoryNotFoundException", "ImageNotFoundException"}

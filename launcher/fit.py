@@ -20,13 +20,13 @@ from dreambooth_sm.storage import S3Uri
 from launcher import backends
 from launcher.account import Account
 from launcher.clients import Clients
-from launcher.estimate import Estimate, choose_instance
-from launcher.estimate import estimate as estimate_on
+from launcher.estimates import Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
 from launcher.job import Job
 from launcher.local import CONTAINER, run_locally
 from launcher.options import Images, split_options, with_options
-from launcher.request import (
+from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
+from launcher.training_request import (
     CHANNELS,
     CLASS_IMAGES_CHANNEL,
     CONCEPTS_FILE,
@@ -41,7 +41,6 @@ from launcher.request import (
     training_job,
     uploads_by_itself,
 )
-from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
 
 if TYPE_CHECKING:
     from boto3.session import Session

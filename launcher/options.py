@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import Problems
 from dreambooth_sm.hyperparameters import ALIASES, Hyperparameters
-from launcher.request import Resources
+from launcher.training_request import Resources
 
 Images = str | Path | Sequence[str | Path]
 Function = TypeVar("Function", bound=Callable[..., Any])

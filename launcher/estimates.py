@@ -7,11 +7,12 @@ arithmetic and half memory bandwidth. Downloads and the start of the container a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
-from dreambooth_sm.plan import Card, Plan, make_plan
+from dreambooth_sm.plan import LADDER, Card, Plan, make_plan
 from launcher.instances import INSTANCES, PRICES, Instance
 
 # 16-bit tensor arithmetic without sparsity, in TFLOP/s, and memory bandwidth, in TB/s, as the makers state them.
@@ -27,9 +28,12 @@ _PEAKS = {
     "H200": (989, 4.8),
     "B200": (2250, 8.0),
 }
-# Steps a second on the H200: one instance and one class picture of 512 pixels each.
+# Steps a second on the H200, of what each rung of the plan trains: one instance and one class picture of 512 pixels.
 _STEPS_PER_S = {"roomy": 22.2, "large": 22.8, "medium": 25.4, "small": 20.0, "lean": 21.6, "tight": 22.0, "tiny": 21.7}
-_MEDIUM_FP16_STEPS_PER_S = 19.0
+# The T4's fp16, with loss scaling and neither flash nor cuDNN attention, against bf16.
+_FP16_COST = 25.4 / 19.0
+# What training the text encoder, and averaging the weights, add to a step.
+_TEXT_ENCODER_COST, _EMA_COST = 26.8 / 24.5, 24.5 / 22.2
 # Without a CUDA graph: what the GPU is busy for, and what the host needs to launch a step's kernels.
 _EAGER_BUSY_S, _EAGER_HOST_S = 0.0475, 1 / 5.3
 # Of a step with two pictures, this share does not grow with them: the optimizer, mostly.
@@ -78,7 +82,7 @@ class Estimate:
         return lines
 
 
-def estimate(h: Hyperparameters, instance: Instance, *, instance_count: int = 1, pictures: int = 5) -> Estimate:
+def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int = 1, pictures: int = 5) -> Estimate:
     """The plan for an instance type's card, and how long the job will take and cost with it.
 
     Args:
@@ -129,7 +133,7 @@ def choose_instance(
         if instance.usd_per_hour is None:
             continue
         try:
-            fitting.append(estimate(h, instance, instance_count=instance_count, pictures=pictures))
+            fitting.append(estimate_on(h, instance, instance_count=instance_count, pictures=pictures))
         except UserError as error:
             refusals = error.problems
     timed = [(e.usd, e.minutes, e) for e in fitting if e.usd is not None and e.minutes is not None]
@@ -152,14 +156,51 @@ def _processes(h: Hyperparameters, instance: Instance) -> int:
 
 def _step_seconds(plan: Plan, slower: float) -> float:
     """One optimizer step with one instance and one class picture of 512 pixels each."""
-    if not plan.cuda_graph:
-        return max(_EAGER_HOST_S, _EAGER_BUSY_S * slower)
-    if plan.tier == "medium" and plan.precision == "fp16":
-        return slower / _MEDIUM_FP16_STEPS_PER_S
-    return slower / _STEPS_PER_S.get(plan.tier, min(_STEPS_PER_S.values()))
+    rung = next((rung for rung in LADDER if rung.name == plan.tier), None)
+    cost = slower * (_FP16_COST if plan.precision == "fp16" else 1)
+    cost *= _TEXT_ENCODER_COST ** (plan.train_text_encoder - (rung is not None and rung.train_text_encoder))
+    cost *= _EMA_COST ** (plan.use_ema - (rung is not None and rung.use_ema))
+    if rung is None or not plan.cuda_graph:
+        return max(_EAGER_HOST_S, _EAGER_BUSY_S * cost)
+    return cost / _STEPS_PER_S[rung.name]
 
 
 def _steps(h: Hyperparameters, pictures: int, processes: int) -> int:
     """As the job counts them: ``max_train_steps`` wins over epochs."""
     epoch = -(-pictures // (h.train_batch_size * h.gradient_accumulation_steps * processes))
     return h.max_train_steps or (h.num_train_epochs or 0) * epoch or DEFAULT_TRAIN_STEPS
+
+
+def table(methods: Mapping[str, Hyperparameters]) -> str:
+    """What jobs need on each instance type of a known price, and on the smallest with an H100, as a Markdown table."""
+    lines = [f"| instance type | card | $/h | {' | '.join(methods)} |", "|" + "---|" * (3 + len(methods))]
+    for instance in INSTANCES.values():
+        if instance.usd_per_hour is None and instance.name != "ml.p5.4xlarge":
+            continue
+        cards = f"{instance.count} x {instance.card.name}" if instance.count > 1 else instance.card.name
+        price = "" if instance.usd_per_hour is None else f"{instance.usd_per_hour:.2f}"
+        cells = [_cell(h, instance) for h in methods.values()]
+        lines.append(f"| {instance.name} | {cards} | {price} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(h: Hyperparameters, instance: Instance) -> str:
+    try:
+        found = estimate_on(h, instance)
+    except UserError:
+        return "does not fit"
+    cost = "" if found.usd is None else f", ${found.usd:.2f}"
+    time = "" if found.minutes is None else f", {found.minutes:.0f} min"
+    return f"{found.plan.tier}, {found.plan.predicted_peak_gb:.1f} GB{time}{cost}"
+
+
+def documented_table() -> str:
+    """The table of docs/launcher.md, for usual jobs."""
+    prompts = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
+    methods: dict[str, dict[str, object]] = {
+        "as the plan chooses": {},
+        "UNet alone": {"train_text_encoder": False},
+        "without prior preservation": {"with_prior_preservation": False},
+        "fp32 AdamW, the reference": {"optimizer": "adamw", "train_text_encoder": False, "use_ema": False},
+    }
+    return table({title: Hyperparameters.parse({**prompts, **values}) for title, values in methods.items()})

@@ -146,8 +146,8 @@ def expectation(name: str) -> str:
     """What an option of :class:`Resources` takes, in words."""
     words = {
         "vpc": "a list of subnet-... and sg-...",
-        "tags": "a dictionary of texts",
-        "environment": "a dictionary of texts",
+        "tags": "names and values, as a dictionary or NAME=VALUE",
+        "environment": "names and values, as a dictionary or NAME=VALUE",
     }
     field = Resources.model_fields.get(name)
     return words.get(name) or (expected(field) if field else f"one of {', '.join(Resources.model_fields)}")
