@@ -23,7 +23,7 @@ from launcher.clients import Clients
 from launcher.estimates import Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
 from launcher.job import Job
-from launcher.local import run_locally
+from launcher.local import CONTAINER, run_locally
 from launcher.options import Images, split_options, with_options
 from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
 from launcher.training_request import (
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sagemaker.train import ModelTrainer
 
 LOCAL = "local"
+_ON_THIS_MACHINE = (LOCAL, CONTAINER)
 # What an estimate takes for granted where the pictures are not on this machine.
 _USUAL_PICTURES = 5
 # What a request holds where there is no account to ask, or where the account had no answer.
@@ -77,7 +78,7 @@ def fit(
             terminal or notebook can show one.
         session: boto3's, for credentials and region; default: the standard AWS settings.
         options: see below; ``instance_type="local"`` runs the job as a process of this machine, exactly as the
-            container would.
+            container would; ``"local-container"`` runs the image ``image_uri`` with Docker.
 
     Raises:
         UserError: for bad input, before anything starts.
@@ -88,7 +89,7 @@ def fit(
         ...           instance_type="ml.g5.xlarge", max_train_steps=400)  # doctest: +SKIP
     """
     options = {"images": images, "instance_type": LOCAL, **options}
-    if options["instance_type"] == LOCAL:
+    if options["instance_type"] in _ON_THIS_MACHINE:
         return _fit_locally(options, directory, wait=wait, log=log)
     account = Account(Clients(session))
     order = _describe(options, account, directory=directory)
@@ -109,7 +110,7 @@ def check(
         UserError: with everything that is in the way of the job.
     """
     options = {"images": images, **options}
-    if options.get("instance_type") == LOCAL:
+    if options.get("instance_type") in _ON_THIS_MACHINE:
         _read_local(options)
         log("pictures and hyperparameters are in order")
     else:
@@ -247,9 +248,14 @@ def _read_local(options: Mapping[str, Any]) -> _Draft:
         UserError: with everything that was found.
     """
     draft = _read(options)
+    resources, fitting = draft.resources, {"instance_type", "output"}
+    if resources.instance_type == CONTAINER:
+        fitting.add("image_uri")
+        if resources.image_uri is None:
+            draft.problems.found.append("image_uri is missing; name the image that Docker has to run")
     draft.problems.found += [
-        f"{name} is for jobs on SageMaker; leave it out with instance_type='local'"
-        for name in sorted(draft.resources.model_fields_set - {"instance_type", "output"})
+        f"{name} is for jobs on SageMaker; leave it out with instance_type={resources.instance_type!r}"
+        for name in sorted(resources.model_fields_set - fitting)
     ]
     draft.raise_any()
     return draft
@@ -268,7 +274,9 @@ def _fit_locally(
         channels[name] = str(source) if isinstance(source, S3Uri) else f"{scratch.name}/{name}"
         if not isinstance(source, S3Uri):
             lay_out_files(source, Path(channels[name]))
-    return run_locally(draft.hyperparameters.to_sagemaker(), channels, directory=directory, log=log, wait=wait)
+    image = draft.resources.image_uri
+    hyperparameters = draft.hyperparameters.to_sagemaker()
+    return run_locally(hyperparameters, channels, image=image, directory=directory, log=log, wait=wait)
 
 
 def _describe(
@@ -346,7 +354,7 @@ def _read(options: Mapping[str, Any]) -> _Draft:
             draft.problems.found += [f"output: {problem}" for problem in error.problems]
             draft.resources = draft.resources.model_copy(update={"output": None})
         else:
-            if draft.resources.instance_type == LOCAL or uploads_by_itself(draft.resources):
+            if draft.resources.instance_type in _ON_THIS_MACHINE or uploads_by_itself(draft.resources):
                 values = {"manual_upload_model_path": output, **values}
     for name, channel in (("images", IMAGES_CHANNEL), ("class_images", CLASS_IMAGES_CHANNEL)):
         if name in data:

@@ -21,7 +21,7 @@ from launcher.clients import Clients
 from launcher.instances import INSTANCES
 from launcher.logs import LogReader
 from launcher.progress import Progress
-from launcher.views import Standing, View, choose_view
+from launcher.views import Standing, choose_view
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -185,7 +185,7 @@ class Job:
                     shown = len(self._lines)
                     view.show(self._standing(description))
         except BaseException as error:
-            self._leave(error, view)
+            self._leave(error)
             raise
         return self._end(description)
 
@@ -215,7 +215,7 @@ class Job:
                 return
             time.sleep(pause)
 
-    def _leave(self, error: BaseException, view: View) -> None:
+    def _leave(self, error: BaseException) -> None:
         """What becomes of the job when following it ends early."""
         if self.is_local:  # it lives no longer than this process
             self.stop()

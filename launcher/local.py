@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from launcher.embedded import EmbeddedServices
 
+# InstanceType of a job that runs in a container; any other runs as a process.
+CONTAINER = "local-container"
 ENTRYPOINT = Path(__file__).parents[1] / "container" / "train.py"
 
 
@@ -32,6 +34,7 @@ def run_locally(
     hyperparameters: Mapping[str, str],
     channels: Mapping[str, str],
     *,
+    image: str | None = None,
     directory: str | Path | None = None,
     log: Callable[[str], None] | None = print,
     wait: bool = True,
@@ -41,17 +44,18 @@ def run_locally(
     Args:
         hyperparameters: as the request to SageMaker would hold them: every value a string.
         channels: name to ``s3://`` prefix or local folder.
+        image: that Docker runs; None runs the entrypoint as a process.
         directory: root of the ``/opt/ml`` tree; a new temporary directory if None.
         log: gets each line of the job's log.
         wait: follow it until it has ended; otherwise it is only started.
 
     Raises:
-        UserError: where the entrypoint is not here.
+        UserError: where the entrypoint, or Docker, is not here.
         JobFailed: with the job's reason.
     """
     request = {
         "TrainingJobName": f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
-        "AlgorithmSpecification": {"TrainingImage": "none", "TrainingInputMode": "File"},
+        "AlgorithmSpecification": {"TrainingImage": image or "none", "TrainingInputMode": "File"},
         "RoleArn": "arn:aws:iam::123456789012:role/local",
         "HyperParameters": dict(hyperparameters),
         "InputDataConfig": [
@@ -67,7 +71,7 @@ def run_locally(
             for name, source in channels.items()
         ],
         "OutputDataConfig": {"S3OutputPath": "file:///", "CompressionType": "NONE"},
-        "ResourceConfig": {"InstanceType": "local", "InstanceCount": 1, "VolumeSizeInGB": 1},
+        "ResourceConfig": {"InstanceType": CONTAINER if image else "local", "InstanceCount": 1, "VolumeSizeInGB": 1},
         "StoppingCondition": {"MaxRuntimeInSeconds": 28 * 86400},
     }
     job = submit_locally(request, directory)
@@ -90,6 +94,8 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
 
     if not ENTRYPOINT.is_file():
         raise UserError(f"{ENTRYPOINT} is missing: local jobs need a checkout of the project (pip install -e .)")
+    if request["ResourceConfig"].get("InstanceType") == CONTAINER and not shutil.which(docker()):
+        raise UserError(f"instance_type={CONTAINER!r} needs Docker: there is no {docker()!r} on PATH")
     base = Path(directory or tempfile.mkdtemp(prefix="dreambooth-sm-")).resolve()
     services = _services()
     try:
@@ -97,6 +103,11 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
     except RequestError as error:
         raise UserError(str(error)) from error
     return Job(request["TrainingJobName"], services.clients(), directory=base)
+
+
+def docker() -> str:
+    """The Docker client."""
+    return os.environ.get("DOCKER", "docker")
 
 
 def local_job(name: str) -> Job | None:

@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -24,11 +25,9 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
 from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list_objects
 from launcher.clients import Clients
-from launcher.local import lay_out
+from launcher.local import CONTAINER, docker, lay_out
 from launcher.logs import LOG_GROUP
 
-# InstanceType of a job that runs in a container; any other runs as a process.
-CONTAINER = "local-container"
 HOST = "algo-1"
 # Seconds between SIGTERM and SIGKILL, as SageMaker has it.
 GRACE = 120.0
@@ -48,6 +47,12 @@ _MESSAGES = {
     "MaxRuntimeExceeded": "The training job reached its maximal run time",
 }
 _CREDENTIALS = re.compile(r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|PROFILE|.*_FILE|CONTAINER_.*|ROLE_ARN)")
+
+_NO_CREDENTIALS = {
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_CONFIG_FILE": os.devnull,
+}
 
 
 class Training:
@@ -83,7 +88,7 @@ class Training:
         self._environment = dict(environment)
         self._entrypoint = entrypoint
         self._grace = grace
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._status = "InProgress"
         self._transitions: list[dict[str, Any]] = []
         self._times: dict[str, float] = {}
@@ -144,7 +149,7 @@ class Training:
             if self.ended:
                 raise ValueError(f"the training job is in status {self._status}")
             self._status = "Stopping"
-        self._enter("Stopping")
+            self._enter("Stopping")
         self._stop.set()
 
     def interrupt(self) -> None:
@@ -227,6 +232,8 @@ class Training:
             its exit code, and why it was ended: ``""``, ``"Stopped"``, ``"MaxRuntimeExceeded"`` or ``"Interrupted"``.
         """
         deadline = self._times["TrainingStartTime"] + self.request["StoppingCondition"]["MaxRuntimeInSeconds"]
+        stream = f"{HOST}-{time.time_ns() // 1_000_000}"
+        self._container = f"{self.name}-{stream}"
         process = subprocess.Popen(
             self._command(),
             env=self._process_environment(),
@@ -238,7 +245,7 @@ class Training:
         lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
         reader.start()
-        log = _Log(self._clients("logs"), f"{self.name}/{HOST}-{time.time_ns() // 1_000_000}")
+        log = _Log(self._clients("logs"), f"{self.name}/{stream}")
         done = threading.Event()
         syncer = threading.Thread(target=self._keep_checkpoints_synced, args=(done,), daemon=True)
         syncer.start()
@@ -246,9 +253,10 @@ class Training:
         while process.poll() is None or reader.is_alive():
             if not cause and process.poll() is None:
                 cause = self._cause_to_end(deadline)
-                if cause:
-                    self._signal(process, "TERM")
+                if cause and self._signal(process, "TERM"):
                     kill_at = time.time() + self._grace
+                else:
+                    cause = ""
             if time.time() > kill_at:
                 self._signal(process, "KILL")
                 kill_at = float("inf")
@@ -274,16 +282,13 @@ class Training:
         if not self._in_container:
             return [sys.executable, "-u", str(self._entrypoint), "train"]
         isolated = self.request.get("EnableNetworkIsolation")
-        command = [_docker(), "run", "--rm", f"--name={self._container}", "--read-only", "--cap-drop=ALL"]
+        command = [docker(), "run", "--rm", f"--name={self._container}", "--read-only", "--cap-drop=ALL"]
         command += [f"--network={'none' if isolated else 'host'}", f"--user={_owner(self.tree)}"]
         if shutil.which("nvidia-smi"):
             command.append("--gpus=all")
         for name in self._job_environment():
             command.append(f"--env={name}")  # the value comes from docker's own environment, not from its arguments
-        mounts = {"input": f"{self.tree / 'input'}:/opt/ml/input:ro"}
-        mounts |= {name: f"{self.tree / name}:/opt/ml/{name}" for name in ("model", "output")}
-        mounts["checkpoints"] = f"{self._checkpoints}:{self._checkpoint_path}"
-        command += [f"--volume={mount}" for mount in mounts.values()]
+        command += [f"--volume={self.tree}:/opt/ml", f"--volume={self.tree / 'input'}:/opt/ml/input:ro"]
         return [*command, self.request["AlgorithmSpecification"]["TrainingImage"], "train"]
 
     def _job_environment(self) -> dict[str, str]:
@@ -291,9 +296,9 @@ class Training:
         environment = {**self._environment, **self.request.get("Environment", {})}
         if self.request.get("EnableNetworkIsolation"):
             environment = {k: v for k, v in environment.items() if not _CREDENTIALS.fullmatch(k)}
-            environment |= {"HF_HUB_OFFLINE": "1", "AWS_EC2_METADATA_DISABLED": "true"}
+            environment |= {"HF_HUB_OFFLINE": "1", **_NO_CREDENTIALS}
         elif self._in_container:
-            environment = {**{k: v for k, v in os.environ.items() if k.startswith("AWS_")}, **environment}
+            environment = {**_aws_settings(), **environment}
         return {**environment, "TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
 
     def _process_environment(self) -> dict[str, str]:
@@ -303,17 +308,13 @@ class Training:
         own = {} if self._in_container else {"SAGEMAKER_BASE_DIR": str(self.tree)}
         return {**inherited, **self._job_environment(), **own}
 
-    @property
-    def _container(self) -> str:
-        return f"{self.name}-{HOST}"
-
-    def _signal(self, process: subprocess.Popen[str], name: str) -> None:
+    def _signal(self, process: subprocess.Popen[str], name: str) -> bool:
+        """Returns whether the job got it: a container takes a moment to be there."""
         if self._in_container:
-            subprocess.run([_docker(), "kill", f"--signal={name}", self._container], capture_output=True, check=False)
-        elif name == "TERM":
-            process.terminate()
-        else:
-            process.kill()
+            command = [docker(), "kill", f"--signal={name}", self._container]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        return True
 
     def _failure(self, code: int) -> str:
         path = self.tree / "output" / "failure"
@@ -468,8 +469,20 @@ def _stats(directory: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _docker() -> str:
-    return os.environ.get("DOCKER", "docker")
+def _aws_settings() -> dict[str, str]:
+    """This process's AWS settings for a container, which has no files of a profile to read."""
+    import boto3.session
+
+    session = boto3.session.Session()
+    settings = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and not _CREDENTIALS.fullmatch(k)}
+    if session.region_name:
+        settings["AWS_DEFAULT_REGION"] = session.region_name
+    if credentials := session.get_credentials():
+        frozen = credentials.get_frozen_credentials()
+        values = (frozen.access_key, frozen.secret_key, frozen.token)
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        settings |= {name: value for name, value in zip(names, values, strict=True) if value}
+    return settings
 
 
 def _owner(tree: Path) -> str:

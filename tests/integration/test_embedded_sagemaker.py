@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
+import launcher
+from dreambooth_sm.errors import UserError
 from launcher.embedded import embedded_services
 from launcher.job import Job, JobFailed, JobStopped
-from tests.helpers.jobs import read_weights, same_weights
+from tests.helpers.jobs import SMALL, read_weights, same_weights
 from tests.helpers.services import Workplace, eventually
 
 NO_CLASS = {"class_prompt": "None"}
@@ -410,10 +412,13 @@ def test_a_channel_without_data_fails_the_job(run_program: RunProgram) -> None:
 # --- In a container --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(
+needs_docker = pytest.mark.skipif(
     not (os.environ.get("DOCKER_HOST") and os.environ.get("SUBSTITUTE_BASE_IMAGE")),
     reason="needs a Docker engine: set DOCKER_HOST and SUBSTITUTE_BASE_IMAGE (an image with Python and torch)",
 )
+
+
+@needs_docker
 def test_the_image_runs_as_on_sagemaker(
     workplace: Workplace, image: str, pictures: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -443,6 +448,31 @@ def test_the_image_runs_as_on_sagemaker(
     with pytest.raises(JobStopped):
         job.wait(log=lambda line: None)
     assert any(key.endswith("state.json") for key in workplace.keys("container-stopped"))
+
+
+@needs_docker
+def test_fit_runs_the_image(image: str, pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
+    names = ("instance_prompt", "class_prompt", "num_class_images", "resolution", "max_train_steps", "learning_rate")
+    options = {name: SMALL[name] for name in names}
+    job = launcher.fit(
+        pictures,
+        base_model=tiny_base,
+        instance_type="local-container",
+        image_uri=image,
+        directory=tmp_path / "opt-ml",
+        log=lambda line: None,
+        **options,
+    )
+    assert job.model_uri == str(tmp_path / "opt-ml" / "model")
+    assert_trained(Path(job.model_uri), tiny_base)
+
+
+def test_a_container_needs_an_image_and_docker(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="image_uri is missing"):
+        launcher.fit(pictures, instance_prompt="photo of zwx toy", instance_type="local-container")
+    monkeypatch.setenv("DOCKER", "no-such-program")
+    with pytest.raises(UserError, match="no-such-program"):
+        launcher.fit(pictures, instance_prompt="photo of zwx toy", instance_type="local-container", image_uri="image")
 
 
 @pytest.fixture(scope="module")
