@@ -38,6 +38,7 @@ from launcher.training_request import (
     find_secrets,
     move_long_values,
     redact,
+    refused_resources,
     training_job,
     uploads_by_itself,
 )
@@ -308,6 +309,12 @@ def _describe(
         if account is not None and thorough:
             _check_account(account, resources, draft)
     if h is None or chosen is None:
+        # What is wrong with the rest of the request is worth knowing at once as well.
+        known = {"name": "unknown", **_STANDINS}
+        whole = resources.model_copy(
+            update={name: text for name, text in known.items() if not getattr(resources, name)}
+        )
+        draft.problems.found += refused_resources(whole, {IMAGES_CHANNEL: whole.workspace})
         draft.raise_any()
     assert h is not None
     assert chosen is not None

@@ -239,7 +239,7 @@ def test_everything_that_is_in_the_way_is_told_at_once(services: EmbeddedService
             keep_alive=60,
             spot=True,
         )
-    for words in ("does not trust SageMaker", "is not in ECR", "nobodys-bucket", "resolution=510"):
+    for words in ("does not trust SageMaker", "is not in ECR", "nobodys-bucket", "resolution=510", "keep_alive"):
         assert any(words in problem for problem in caught.value.problems), words
     with pytest.raises(UserError, match=r"'ml.g5.xlarge for training job usage' is 0 in us-east-1") as caught:
         launcher.check(pictures, instance_prompt=PROMPT, instance_type="ml.g5.xlarge", role=services.role)
