@@ -47,7 +47,9 @@ _TAG = re.compile(r"[\w .:/=+@-]*")
 _VPC_ID = re.compile(r"(subnet|sg)-[0-9a-zA-Z]{1,26}")
 
 # Names of variables that hold secrets, and what secrets look like.
-_SECRET_WORDS = {"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS", "KEY", "APIKEY"}
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE|SECRET)_KEY)(_|$)", re.IGNORECASE
+)
 _NO_SECRET_ENDINGS = ("_PATH", "_FILE", "_DIR", "_NAME", "_ARN", "_URL")
 _SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
@@ -457,7 +459,4 @@ def _texts(value: object, place: str = "request") -> Iterator[tuple[str, str]]:
 
 
 def _names_secret(name: str) -> bool:
-    upper = name.upper()
-    return upper == "AWS_ACCESS_KEY_ID" or (
-        not upper.endswith(_NO_SECRET_ENDINGS) and not _SECRET_WORDS.isdisjoint(upper.split("_"))
-    )
+    return bool(_SECRET_NAME.search(name)) and not name.upper().endswith(_NO_SECRET_ENDINGS)
