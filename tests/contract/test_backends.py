@@ -16,7 +16,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher.training_request import Resources, training_job
 from tests.helpers.api import refusals
-from tests.helpers.sdks import PYTHONS, run_backend
+from tests.helpers.sdks import PYTHONS, run_backend, run_script
 
 PLAIN: dict[str, Any] = {
     "instance_type": "ml.g5.xlarge",
@@ -69,3 +69,17 @@ def test_what_goes_over_the_wire_is_the_request(backend: str, s3: EmbeddedS3, tm
             assert body["TrainingJobName"].startswith(f"{request['TrainingJobName']}-")
             body["TrainingJobName"] = request["TrainingJobName"]
     assert sent == requests
+
+
+def test_the_seeds_notebook_says_what_it_means(s3: EmbeddedS3, target: S3Uri, tmp_path: Path) -> None:
+    """A raw Estimator turns values into texts: with ``str``, or as JSON before that, as the notebook does it."""
+    arguments = [PLAIN["role"], PLAIN["image_uri"], target.bucket]
+    ended = run_script("estimator", "seed_notebook.py", arguments, tmp_path, s3.environment())
+    assert ended.returncode == 0, ended.stderr
+    bodies = json.loads(ended.stdout.splitlines()[-1])
+    plain, encoded = (Hyperparameters.parse(body["HyperParameters"]) for body in bodies)
+    assert plain == encoded
+    assert (plain.instance_prompt, plain.class_prompt) == ("photo of zwx toy", "photo of a cat toy")
+    assert (plain.use_8bit_adam, plain.train_text_encoder, plain.save_use_epochs) == (False, False, False)
+    assert (plain.use_ema, plain.max_train_steps, plain.save_steps) == (True, 300, 100)
+    assert plain.manual_upload_model_path == "s3://bucket/dreambooth/trained_models"

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SENDER = ROOT / "tests" / "helpers" / "sdk_request.py"
 PYTHONS = {
     "boto3": Path(sys.executable),
     "estimator": ROOT / ".venv-sdk2" / "bin" / "python",
@@ -25,11 +24,25 @@ NO_TELEMETRY = "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n  
 def run_backend(
     backend: str, mode: str, requests: Sequence[dict[str, Any]], directory: Path, services: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``sdk_request.py`` with the Python that has the backend's SDK.
+    """Runs ``sdk_request.py`` with the Python that has the backend's SDK; for the arguments see :func:`run_script`."""
+    return run_script(backend, "sdk_request.py", [backend, mode], directory, services, standard_input=requests)
+
+
+def run_script(
+    backend: str,
+    script: str,
+    arguments: Sequence[str],
+    directory: Path,
+    services: Mapping[str, str],
+    *,
+    standard_input: object = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script of this folder with the Python that has the backend's SDK.
 
     Args:
         directory: to run in.
         services: the variables that lead to the embedded services.
+        standard_input: goes to it as JSON.
     """
     python = PYTHONS[backend]
     if not python.exists():
@@ -44,8 +57,8 @@ def run_backend(
         "SAGEMAKER_VALIDATE_ROLE": "false",
     }
     return subprocess.run(
-        [python, SENDER, backend, mode],
-        input=json.dumps(requests),
+        [python, ROOT / "tests" / "helpers" / script, *arguments],
+        input=json.dumps(standard_input),
         env=environment,
         cwd=directory,
         capture_output=True,
