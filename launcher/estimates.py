@@ -29,11 +29,11 @@ _PEAKS = {
     "B200": (2250, 8.0),
 }
 # Steps a second on the H200, of what each rung of the plan trains: one instance and one class picture of 512 pixels.
-_STEPS_PER_S = {"roomy": 22.2, "large": 22.8, "medium": 25.4, "small": 20.0, "lean": 21.6, "tight": 22.0, "tiny": 21.7}
+_STEPS_PER_S = {"roomy": 22.3, "large": 22.7, "medium": 25.3, "small": 20.0, "lean": 21.6, "tight": 22.0, "tiny": 21.7}
 # The T4's fp16, with loss scaling and neither flash nor cuDNN attention, against bf16.
-_FP16_COST = 25.4 / 19.0
+_FP16_COST = 25.3 / 18.8
 # What training the text encoder, and averaging the weights, add to a step.
-_TEXT_ENCODER_COST, _EMA_COST = 26.8 / 24.5, 24.5 / 22.2
+_TEXT_ENCODER_COST, _EMA_COST = 26.8 / 24.5, 24.5 / 22.3
 # Without a CUDA graph: what the GPU is busy for, and what the host needs to launch a step's kernels.
 _EAGER_BUSY_S, _EAGER_HOST_S = 0.0475, 1 / 5.3
 # Of a step with two pictures, this share does not grow with them: the optimizer, mostly.

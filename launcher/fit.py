@@ -38,6 +38,7 @@ from launcher.training_request import (
     find_secrets,
     move_long_values,
     redact,
+    refused_resources,
     training_job,
     uploads_by_itself,
 )
@@ -308,6 +309,12 @@ def _describe(
         if account is not None and thorough:
             _check_account(account, resources, draft)
     if h is None or chosen is None:
+        # What is wrong with the rest of the request is worth knowing at once as well.
+        known = {"name": "unknown", **_STANDINS}
+        whole = resources.model_copy(
+            update={name: text for name, text in known.items() if not getattr(resources, name)}
+        )
+        draft.problems.found += refused_resources(whole, {IMAGES_CHANNEL: whole.workspace})
         draft.raise_any()
     assert h is not None
     assert chosen is not None
@@ -359,7 +366,9 @@ def _read(options: Mapping[str, Any]) -> _Draft:
     for name, channel in (("images", IMAGES_CHANNEL), ("class_images", CLASS_IMAGES_CHANNEL)):
         if name in data:
             with draft.problems.collected():
-                draft.sources[channel] = _read_pictures(name, data[name])
+                draft.sources[channel] = _find_pictures(name, data[name])
+                if not isinstance(draft.sources[channel], S3Uri):
+                    draft.problems.found += _check_pictures(data[name])
                 directory = "instance_data_dir" if name == "images" else "class_data_dir"
                 values[directory] = f"{CHANNELS}/{channel}"
     if "base_model" in data:
@@ -372,31 +381,30 @@ def _read(options: Mapping[str, Any]) -> _Draft:
     return draft
 
 
-def _read_pictures(name: str, images: Images) -> S3Uri | Files:
-    """Where pictures lie: S3, or the files, which are opened.
+def _find_pictures(name: str, images: Images) -> S3Uri | Files:
+    """Where pictures lie: in S3, or in which files.
 
     Raises:
-        UserError: for everything that is no picture.
+        UserError: there are none.
     """
     if isinstance(images, str) and images.startswith("s3://"):
         return S3Uri.parse(images)
-    if isinstance(images, str | Path):
-        if not Path(images).is_dir():
-            raise UserError(
-                f"{name}: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix"
-            )
-        if not list_pictures(Path(images)):
-            raise UserError(f"{name}: {images} holds no pictures; put 4 to 20 JPEG or PNG pictures there")
-        files = picture_files(Path(images))
-        problems = check_pictures(list_pictures(Path(images)))
-    else:
-        files = picture_files([Path(image) for image in images])
-        problems = check_pictures(list(files.values()))
-        if not files:
+    if not isinstance(images, str | Path):
+        if not images:
             raise UserError(f"{name} is empty; name 4 to 20 pictures")
-    if problems:
-        raise UserError(problems)
-    return files
+        return picture_files([Path(image) for image in images])
+    if not Path(images).is_dir():
+        raise UserError(f"{name}: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix")
+    if not list_pictures(Path(images)):
+        raise UserError(f"{name}: {images} holds no pictures; put 4 to 20 JPEG or PNG pictures there")
+    return picture_files(Path(images))
+
+
+def _check_pictures(images: Images) -> list[str]:
+    """The container's own findings about pictures of this machine."""
+    return check_pictures(
+        list_pictures(Path(images)) if isinstance(images, str | Path) else [Path(image) for image in images]
+    )
 
 
 def _read_base_model(base_model: str | Path) -> tuple[S3Uri | Files | None, str]:

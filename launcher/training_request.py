@@ -47,7 +47,9 @@ _TAG = re.compile(r"[\w .:/=+@-]*")
 _VPC_ID = re.compile(r"(subnet|sg)-[0-9a-zA-Z]{1,26}")
 
 # Names of variables that hold secrets, and what secrets look like.
-_SECRET_WORDS = {"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "CREDENTIAL", "CREDENTIALS", "KEY", "APIKEY"}
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE|SECRET)_KEY)(_|$)", re.IGNORECASE
+)
 _NO_SECRET_ENDINGS = ("_PATH", "_FILE", "_DIR", "_NAME", "_ARN", "_URL")
 _SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
@@ -176,7 +178,11 @@ def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str
         >>> request["HyperParameters"], request["CheckpointConfig"]
         ({'instance_prompt': 'photo of zwx toy'}, {'S3Uri': 's3://models/dreambooth-sm/checkpoints/zwx'})
     """
-    problems = [*_refused_by_sagemaker(h, resources, channels), *_refused_by_the_job(h, resources)]
+    problems = [
+        *refused_resources(resources, channels),
+        *_refused_values(h.to_sagemaker()),
+        *_refused_by_the_job(h, resources),
+    ]
     request: dict[str, Any] = {
         "TrainingJobName": resources.name,
         "AlgorithmSpecification": {
@@ -209,6 +215,41 @@ def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str
     if problems:
         raise UserError(dict.fromkeys(problems))
     return request
+
+
+def refused_resources(r: Resources, channels: Mapping[str, S3Uri]) -> Iterator[str]:
+    """What of a request breaks a rule of CreateTrainingJob, whatever its hyperparameters are."""
+    if not r.name or len(r.name) > 63 or not _NAME.fullmatch(r.name):
+        yield (
+            f"name: {r.name!r} is no name of a job; write 1 to 63 letters, digits and hyphens, with a letter or digit "
+            "first and last"
+        )
+    if not r.role or not _ROLE.fullmatch(r.role) or len(r.role) > 2048:
+        yield f"role: {r.role!r} is no ARN of a role; write arn:aws:iam::123456789012:role/NAME"
+    if not r.image_uri or len(r.image_uri) > MAX_IMAGE_URI or not r.image_uri.isprintable():
+        yield f"image_uri: {r.image_uri!r} is no image; write at most {MAX_IMAGE_URI} characters, as ECR shows them"
+    yield from _problems_of(lambda: find_instance(r.instance_type))
+    yield from _refused_texts("environment", r.environment, MAX_ENVIRONMENT)
+    for name, value in r.environment.items():
+        if not _VARIABLE.fullmatch(name):
+            yield f"environment: {name!r} is no name of a variable; write letters, digits and underscores"
+        if len(value) > MAX_ENVIRONMENT_TEXT:
+            yield f"environment: {name} is longer than {MAX_ENVIRONMENT_TEXT} characters"
+    yield from _refused_tags(r.tags)
+    if not 1 <= len(channels) <= MAX_CHANNELS:
+        yield f"a job has 1 to {MAX_CHANNELS} input channels, and this one {len(channels)}"
+    for name, uri in channels.items():
+        if not _CHANNEL.fullmatch(name):
+            yield f"channel {name!r}: write 1 to 64 letters, digits, dots, underscores and hyphens"
+        yield from _refused_uri(f"channel {name}", str(uri))
+    if not r.bucket:
+        yield "bucket is missing; write the name of a bucket"
+    else:
+        yield from _problems_of(lambda: S3Uri.parse(f"s3://{r.bucket}/"), "bucket: ")
+    for place, text in (("output", r.output), ("checkpoint", r.checkpoint)):
+        if text is not None:
+            yield from _refused_uri(place, text)
+    yield from _refused_together(r)
 
 
 def metric_definitions() -> list[dict[str, str]]:
@@ -319,42 +360,6 @@ def _has_own_disk(instance_type: str) -> bool:
         return True
 
 
-def _refused_by_sagemaker(h: Hyperparameters, r: Resources, channels: Mapping[str, S3Uri]) -> Iterator[str]:
-    """What breaks a rule of CreateTrainingJob."""
-    if not r.name or len(r.name) > 63 or not _NAME.fullmatch(r.name):
-        yield (
-            f"name: {r.name!r} is no name of a job; write 1 to 63 letters, digits and hyphens, with a letter or digit "
-            "first and last"
-        )
-    if not r.role or not _ROLE.fullmatch(r.role) or len(r.role) > 2048:
-        yield f"role: {r.role!r} is no ARN of a role; write arn:aws:iam::123456789012:role/NAME"
-    if not r.image_uri or len(r.image_uri) > MAX_IMAGE_URI or not r.image_uri.isprintable():
-        yield f"image_uri: {r.image_uri!r} is no image; write at most {MAX_IMAGE_URI} characters, as ECR shows them"
-    yield from _problems_of(lambda: find_instance(r.instance_type))
-    yield from _refused_values(h.to_sagemaker())
-    yield from _refused_texts("environment", r.environment, MAX_ENVIRONMENT)
-    for name, value in r.environment.items():
-        if not _VARIABLE.fullmatch(name):
-            yield f"environment: {name!r} is no name of a variable; write letters, digits and underscores"
-        if len(value) > MAX_ENVIRONMENT_TEXT:
-            yield f"environment: {name} is longer than {MAX_ENVIRONMENT_TEXT} characters"
-    yield from _refused_tags(r.tags)
-    if not 1 <= len(channels) <= MAX_CHANNELS:
-        yield f"a job has 1 to {MAX_CHANNELS} input channels, and this one {len(channels)}"
-    for name, uri in channels.items():
-        if not _CHANNEL.fullmatch(name):
-            yield f"channel {name!r}: write 1 to 64 letters, digits, dots, underscores and hyphens"
-        yield from _refused_uri(f"channel {name}", str(uri))
-    if not r.bucket:
-        yield "bucket is missing; write the name of a bucket"
-    else:
-        yield from _problems_of(lambda: S3Uri.parse(f"s3://{r.bucket}/"), "bucket: ")
-    for place, text in (("output", r.output), ("checkpoint", r.checkpoint)):
-        if text is not None:
-            yield from _refused_uri(place, text)
-    yield from _refused_resources(r)
-
-
 def _refused_values(values: Mapping[str, str]) -> Iterator[str]:
     if len(values) > MAX_HYPERPARAMETERS:
         yield f"a job has at most {MAX_HYPERPARAMETERS} hyperparameters, and this one {len(values)}"
@@ -388,7 +393,7 @@ def _refused_uri(place: str, text: str) -> Iterator[str]:
         yield f"{place}: {text[:60]}... has to be one line of less than {MAX_S3_URI} characters"
 
 
-def _refused_resources(r: Resources) -> Iterator[str]:
+def _refused_together(r: Resources) -> Iterator[str]:
     minutes = r.max_minutes or DEFAULT_MAX_MINUTES
     if r.max_wait_minutes is not None and not r.spot:
         yield "max_wait_minutes is for spot=True; leave it out, or set max_minutes"
@@ -454,7 +459,4 @@ def _texts(value: object, place: str = "request") -> Iterator[tuple[str, str]]:
 
 
 def _names_secret(name: str) -> bool:
-    upper = name.upper()
-    return upper == "AWS_ACCESS_KEY_ID" or (
-        not upper.endswith(_NO_SECRET_ENDINGS) and not _SECRET_WORDS.isdisjoint(upper.split("_"))
-    )
+    return bool(_SECRET_NAME.search(name)) and not name.upper().endswith(_NO_SECRET_ENDINGS)

@@ -1,4 +1,4 @@
-"""The three ways to send a job: what goes over the wire is the same, and jobs run, with both SageMaker SDKs.
+"""The three ways to send a job: what goes over the wire is the same.
 
 The SDKs can't be installed together: each runs in an environment of its own, which `make test` sets up.
 """
@@ -6,10 +6,6 @@ The SDKs can't be installed together: each runs in an environment of its own, wh
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +16,8 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher.training_request import Resources, training_job
 from tests.helpers.api import refusals
+from tests.helpers.sdks import PYTHONS, run_backend
 
-ROOT = Path(__file__).parents[2]
-SENDER = ROOT / "tests" / "helpers" / "sdk_request.py"
-PYTHONS = {
-    "boto3": Path(sys.executable),
-    "estimator": ROOT / ".venv-sdk2" / "bin" / "python",
-    "model_trainer": ROOT / ".venv-sdk3" / "bin" / "python",
-}
-NO_TELEMETRY = "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n      TelemetryOptOut: true\n"
 PLAIN: dict[str, Any] = {
     "instance_type": "ml.g5.xlarge",
     "name": "zwx",
@@ -63,50 +52,20 @@ VALUES = {
     "pretrained_model_name_or_path": "/opt/ml/input/data/model",
 }
 
-Send = Callable[[str, dict[str, Any]], dict[str, Any]]
 
-
-@pytest.fixture
-def send(s3: EmbeddedS3, tmp_path: Path) -> Send:
-    """Sends a request with a backend, and returns what went over the wire."""
-
-    def send(backend: str, request: dict[str, Any]) -> dict[str, Any]:
-        python = PYTHONS[backend]
-        if not python.exists():
-            pytest.skip(f"{python.parents[1].name} is missing: `make {python.parents[1].name}/.installed` makes it")
-        (tmp_path / "config.yaml").write_text(NO_TELEMETRY)
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
-            **s3.environment(),
-            "PYTHONPATH": str(ROOT),
-            "SAGEMAKER_USER_CONFIG_OVERRIDE": str(tmp_path / "config.yaml"),
-            "SAGEMAKER_VALIDATE_ROLE": "false",
-        }
-        ended = subprocess.run(
-            [python, SENDER, backend],
-            input=json.dumps(request),
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert ended.returncode == 0, ended.stderr
-        (sent,) = json.loads(ended.stdout.splitlines()[-1])
-        return sent
-
-    return send
-
-
-@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("backend", PYTHONS)
-def test_what_goes_over_the_wire_is_the_request(backend: str, job: str, send: Send) -> None:
-    resources = Resources.parse({**PLAIN, **JOBS[job], "name": f"{job}-{backend.replace('_', '-')}"})
+def test_what_goes_over_the_wire_is_the_request(backend: str, s3: EmbeddedS3, tmp_path: Path) -> None:
     channels = {"images": S3Uri("models", "pictures"), "model": S3Uri("models", "base/model.safetensors")}
-    request = training_job(Hyperparameters.parse(VALUES), resources, channels)
-    assert refusals("CreateTrainingJob", request) == []
-    sent = send(backend, request)
+    requests = []
+    for kind, options in JOBS.items():
+        resources = Resources.parse({**PLAIN, **options, "name": f"{kind}-{backend.replace('_', '-')}"})
+        requests.append(training_job(Hyperparameters.parse(VALUES), resources, channels))
+        assert refusals("CreateTrainingJob", requests[-1]) == []
+    ended = run_backend(backend, "send", requests, tmp_path, s3.environment())
+    assert ended.returncode == 0, ended.stderr
+    sent = json.loads(ended.stdout.splitlines()[-1])
     if backend == "model_trainer":  # which adds the time to every name
-        assert sent["TrainingJobName"].startswith(f"{request['TrainingJobName']}-")
-        sent["TrainingJobName"] = request["TrainingJobName"]
-    assert sent == request
+        for body, request in zip(sent, requests, strict=True):
+            assert body["TrainingJobName"].startswith(f"{request['TrainingJobName']}-")
+            body["TrainingJobName"] = request["TrainingJobName"]
+    assert sent == requests
