@@ -100,7 +100,8 @@ class Hyperparameters(BaseModel):
     class_data_dir: str = _knob(
         DEFAULT_CLASS_DATA_DIR,
         "Data",
-        "Directory with class images; missing ones are generated (into a scratch directory if this one is read-only).",
+        "Directory with class images; missing ones are generated, and kept there as latents (or in a scratch "
+        "directory if this one is read-only).",
     )
     instance_prompt: str | None = _knob(None, "Data", 'Prompt of the subject, with a rare token: "photo of zwx toy".')
     class_prompt: str | None = _knob(None, "Data", 'Prompt of the class, without the token: "photo of a toy".')
@@ -135,7 +136,13 @@ class Hyperparameters(BaseModel):
     sample_guidance_scale: Annotated[float, Ge(1)] = _knob(
         7.5,
         "Prior preservation",
-        "Guidance of generated class images. Lower values stay closer to what the base model knows of the class.",
+        "Guidance of generated class images, at middle noise levels. Lower values stay closer to what the base model "
+        "knows of the class.",
+    )
+    class_cache: str | None = _knob(
+        None,
+        "Prior preservation",
+        "s3://bucket/prefix that keeps generated class images for later jobs of the same base model and class prompt.",
     )
 
     # How long, and how fast
@@ -589,11 +596,11 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         f"fidelity_encoders: can't understand {h.fidelity_encoders!r}; write judge, or dino=MODEL clip=MODEL or one of "
         "them, hub ids or directories without blanks",
     )
-    if h.manual_upload_model_path is not None:
+    for name in ("manual_upload_model_path", "class_cache"):
         try:
-            S3Uri.parse(h.manual_upload_model_path)
+            S3Uri.parse(getattr(h, name) or "s3://none")
         except UserError as error:
-            problems.append(f"manual_upload_model_path: {error}; write s3://bucket/prefix")
+            problems.append(f"{name}: {error}; write s3://bucket/prefix")
     check(
         h.instance_data_dir.rstrip("/") == h.class_data_dir.rstrip("/"),
         f"instance_data_dir and class_data_dir are the same directory, {h.instance_data_dir}; give each its own",

@@ -16,9 +16,9 @@ import torch
 
 from dreambooth_sm import storage
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
-from dreambooth_sm.data.prior import complete_class_images
+from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.data.prompts import tokenize
-from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, views_of
+from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, views_of
 from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.fidelity import load_encoders
@@ -121,7 +121,7 @@ def _run(
         encoders = load_encoders(h.fidelity_encoders) if h.fidelity_encoders and world.is_main else None
     _stop_if_asked(stop, world)
     with report.phase("class_images"):
-        subjects = make_class_images(base, subjects, h, plan, seed=seed, report=report, stop=stop, world=world)
+        subjects = make_class_images(base, subjects, h, plan, report=report, stop=stop, world=world)
     with report.phase("encode"):
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
     _stop_if_asked(stop, world)
@@ -194,7 +194,12 @@ def check_prompts(base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparame
 
 
 def check_target(h: Hyperparameters) -> S3Uri | None:
-    """The S3 location that the model goes to, known to be writable; None to leave the model to SageMaker."""
+    """The S3 location that the model goes to, known to be writable; None to leave the model to SageMaker.
+
+    The cache of class images has to be writable as well: later, its failures only cost time.
+    """
+    if h.class_cache is not None:
+        storage.check_writable(S3Uri.parse(h.class_cache))
     if h.manual_upload_model_path is None:
         return None
     target = S3Uri.parse(h.manual_upload_model_path)
@@ -215,35 +220,34 @@ def make_class_images(
     h: Hyperparameters,
     plan: Plan,
     *,
-    seed: int,
     report: Reporter,
     stop: threading.Event,
     world: World,
 ) -> tuple[Subject, ...]:
-    """Generates the class images that are missing, with the untrained base model."""
+    """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs."""
     if all(s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects):
         return subjects
-    pipeline = sampling_pipeline(base, plan)
-    completed = tuple(
-        complete_class_images(
-            subject,
-            pipeline,
-            wanted=h.num_class_images,
-            resolution=h.resolution,
-            batch_size=plan.sample_batch_size,
-            guidance=h.sample_guidance_scale,
-            seed=mix(seed, number) % 2**31,
-            scratch=Path(h.models_path).parent / "class_images" / str(number),
-            report=report,
-            stop=stop,
-            world=world,
-        )
-        for number, subject in enumerate(subjects)
+    images = ClassImages(
+        sampling_pipeline(base, plan),
+        batch_size=plan.sample_batch_size,
+        guidance=h.sample_guidance_scale,
+        remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
+        scratch=Path(h.models_path).parent / "class_images",
+        shown=Path(h.models_path) / "class_images",
+        report=report,
+        stop=stop,
+        world=world,
     )
+    sizes = [(h.resolution, h.resolution)] * h.num_class_images
+    completed = []
+    for number, subject in enumerate(subjects):
+        of_same_class = sum(other.class_prompt == subject.class_prompt for other in subjects[:number])
+        first_seed = of_same_class * h.num_class_images
+        completed.append(images.complete(subject, h.num_class_images, sizes, first_seed))
     base.to("cpu")
-    del pipeline
+    del images
     _free_memory()
-    return completed
+    return tuple(completed)
 
 
 def encode_training_set(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
@@ -21,10 +21,7 @@ from launcher.clients import Clients
 from launcher.instances import INSTANCES
 from launcher.logs import LogReader
 from launcher.progress import Progress
-from launcher.views import Standing, choose_view
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from launcher.views import Page, Pictures, Standing, choose_view
 
 ENDED = ("Completed", "Failed", "Stopped")
 # Seconds between two looks at a job: of AWS, and of this machine.
@@ -323,8 +320,8 @@ class Job:
         download_directory(S3Uri.parse(source), directory, client=self._clients("s3"))
         return directory
 
-    def samples(self) -> list[Image]:
-        """The pictures that the job drew while it trained, by name; a notebook shows each.
+    def samples(self) -> Pictures:
+        """The pictures that the job drew while it trained, a list of Pillow's by name; a notebook shows them.
 
         Raises:
             UserError: the model lies in a ``model.tar.gz``, which :meth:`download` unpacks.
@@ -334,17 +331,17 @@ class Job:
         from PIL import Image
 
         names = sorted(name for name in self._files() if re.fullmatch(r"samples/.+\.(png|jpg|webp)", name))
-        return [Image.open(io.BytesIO(self._read(name))) for name in names]
+        return Pictures(Image.open(io.BytesIO(self._read(name))) for name in names)
 
-    def report(self) -> str:
-        """The job's report page, HTML.
+    def report(self) -> Page:
+        """The job's report page, text in HTML; a notebook shows it.
 
         Raises:
             UserError: the job wrote none, or it lies in a ``model.tar.gz``.
         """
         if "report.html" not in self._files():
             raise UserError(f"{self.name} wrote no report.html to {self.model_uri}")
-        return self._read("report.html").decode()
+        return Page(self._read("report.html").decode())
 
     def _files(self) -> list[str]:
         source = self.model_uri

@@ -283,7 +283,7 @@ class Training:
             return [sys.executable, "-u", str(self._entrypoint), "train"]
         isolated = self.request.get("EnableNetworkIsolation")
         command = [docker(), "run", "--rm", f"--name={self._container}", "--read-only", "--cap-drop=ALL"]
-        command += [f"--network={'none' if isolated else 'host'}", f"--user={_owner(self.tree)}"]
+        command += [f"--network={'none' if isolated else 'host'}", f"--user={os.getuid()}:{os.getgid()}"]
         if shutil.which("nvidia-smi"):
             command.append("--gpus=all")
         for name in self._job_environment():
@@ -483,14 +483,3 @@ def _aws_settings() -> dict[str, str]:
         names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
         settings |= {name: value for name, value in zip(names, values, strict=True) if value}
     return settings
-
-
-def _owner(tree: Path) -> str:
-    """User and group of a container that may write to the tree: this process's own, and never root."""
-    if os.getuid() != 0:
-        return f"{os.getuid()}:{os.getgid()}"
-    user = 1000
-    for path in (tree, *tree.rglob("*")):
-        if not path.is_relative_to(tree / "input"):
-            os.chown(path, user, user, follow_symlinks=False)
-    return f"{user}:{user}"

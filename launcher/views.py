@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections import deque
@@ -10,12 +11,17 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.progress import Progress
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 # Lines of the log that a notebook shows, and seconds between two of its pictures of the job.
 _NOTEBOOK_LINES, _NOTEBOOK_PAUSE = 12, 0.5
+# Pictures in a row, and the side of each in pixels.
+_COLUMNS, _TILE = 5, 160
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,36 @@ def job_html(name: str, standing: Standing, lines: list[str]) -> str:
         f"<div>{escape(' · '.join(standing.words()))}</div>"
         f'<pre style="font-size:85%;margin:6px 0;white-space:pre-wrap">{escape(chr(10).join(lines))}</pre></div>'
     )
+
+
+class Pictures(list["Image.Image"]):
+    """Pictures; as the last value of a notebook's cell they are shown in rows."""
+
+    def _repr_png_(self) -> bytes | None:
+        from PIL import Image, ImageOps
+
+        if not self:
+            return None
+        columns = min(_COLUMNS, len(self))
+        rows = -(-len(self) // columns)
+        sheet = Image.new("RGB", (columns * _TILE, rows * _TILE), "white")
+        for place, picture in enumerate(self):
+            row, column = divmod(place, columns)
+            sheet.paste(
+                ImageOps.pad(picture.convert("RGB"), (_TILE, _TILE), color="white"), (column * _TILE, row * _TILE)
+            )
+        file = io.BytesIO()
+        sheet.save(file, "png")
+        return file.getvalue()
+
+
+class Page(str):
+    """An HTML page; as the last value of a notebook's cell it is shown in a frame of its own."""
+
+    __slots__ = ()
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{escape(self)}" sandbox="" style="width:100%;height:40em;border:0"></iframe>'
 
 
 def choose_view(name: str, write: Callable[[str], None] | None) -> View:

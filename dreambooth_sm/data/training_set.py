@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dreambooth_sm.data.class_cache import is_latents, read_latents
 from dreambooth_sm.data.pictures import View, crop, is_square, open_picture
 from dreambooth_sm.data.prompts import encode, tag_orders, tokenize
 
@@ -138,9 +139,14 @@ class PromptTable:
 
 
 def views_of(pictures: list[Path], seed: int, *, random_crop: bool, mirror: bool) -> list[list[View]]:
-    """The views of every picture, as many for each; there is nothing to crop of a square one."""
+    """The views of every picture, as many for each; there is nothing to crop of a square one.
+
+    Class images that are kept as latents have one view: more of them are as easily made as mirrored.
+    """
     views = [
-        random_views(seed, row, random_crop=random_crop and not is_square(picture), mirror=mirror)
+        [View()]
+        if is_latents(picture)
+        else random_views(seed, row, random_crop=random_crop and not is_square(picture), mirror=mirror)
         for row, picture in enumerate(pictures)
     ]
     most = max(map(len, views))
@@ -211,15 +217,20 @@ class Latents:
         places = [distinct.index(view) for view in views]
         return mean[places], deviation[places]
 
-    @torch.no_grad()
     def _encode(self, samples: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = torch.stack(
-            [
-                to_tensor(crop(open_picture(self._pictures[sample]), self._resolution, self._views[sample][view]))
-                for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
-            ]
-        )
         # One picture at a time: the VAE's activations are the largest of the whole job.
-        rows = [self._vae.encode(row[None].to(self._vae.device, self._vae.dtype)).latent_dist for row in pixels]
-        mean = torch.cat([row.mean for row in rows]).float()
-        return mean, torch.cat([row.std for row in rows]).float()
+        rows = [
+            self._encode_one(self._pictures[sample], self._views[sample][view])
+            for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
+        ]
+        return torch.cat([mean for mean, _ in rows]), torch.cat([deviation for _, deviation in rows])
+
+    @torch.no_grad()
+    def _encode_one(self, picture: Path, view: View) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation ``(1, 4, h, w)``, float32, on the VAE's device."""
+        if is_latents(picture):
+            mean = read_latents(picture)[None].to(self._vae.device) / self._scaling
+            return mean, torch.zeros_like(mean)
+        pixels = to_tensor(crop(open_picture(picture), self._resolution, view))[None]
+        found = self._vae.encode(pixels.to(self._vae.device, self._vae.dtype)).latent_dist
+        return found.mean.float(), found.std.float()

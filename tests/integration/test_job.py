@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,11 @@ def test_figures_model_report_and_pictures_of_an_ended_job(workplace: Workplace,
     assert table.loc[10, "loss"] == 0.1
     assert job.seconds == {"train": 1.5}
     assert job.report() == "<p>good"
+    assert 'srcdoc="&lt;p&gt;good"' in job.report()._repr_html_()
     assert [sample.getpixel((0, 0)) for sample in job.samples()] == [(0, 128, 128)]
+    shown = job.samples()._repr_png_()
+    assert shown is not None
+    assert Image.open(io.BytesIO(shown)).getpixel((80, 80)) == (0, 128, 128)
     assert (job.download(tmp_path / "model") / "unet.bin").read_bytes() == b"weights"
     assert job.status == "Completed"
 

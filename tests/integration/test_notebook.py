@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ENGLISH, CHINESE = NOTEBOOKS / "dreambooth.ipynb", NOTEBOOKS / "dreambooth_zh.ipynb"
 STEPS = 20
+SHORT = {"max_train_steps": STEPS, "num_class_images": 2, "fidelity_encoders": None}
 SIDE = 128
 
 
@@ -27,7 +29,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[nbformat.NotebookNod
     """The code cells with the outputs of a short run."""
     notebook = nbformat.read(ENGLISH, as_version=4)
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("STEPS", str(STEPS))
+        environment.setenv("NOTEBOOK_SETTINGS", json.dumps(SHORT))
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         client = NotebookClient(notebook, timeout=400, kernel_name="python3")
         client.execute(cwd=str(tmp_path_factory.mktemp("elsewhere")))
