@@ -40,8 +40,8 @@ _EAGER_BUSY_S, _EAGER_HOST_S = 0.0475, 1 / 5.3
 _FIXED_SHARE = 0.54
 # Two GPUs take 22.2 / 19.6 of the time of one for a step.
 _SEVERAL_CARDS = 1.13
-# Class images on the H200: GPU seconds of a picture, and the host's seconds for a batch, at 25 steps of the sampler.
-_CLASS_IMAGE_S, _CLASS_BATCH_HOST_S = 0.17, 0.83
+# Class images on the H200: GPU seconds of a picture in a large batch, and the host's seconds for a batch.
+_CLASS_IMAGE_S, _CLASS_BATCH_HOST_S = 1 / 12, 0.83
 # Assumed: pulling the image, fetching the base model and loading it; saving the model and sending it to S3.
 _START_MINUTES, _END_MINUTES = 4.0, 1.0
 # An instance type is chosen for a time limit only if the estimate leaves it this much room.

@@ -422,6 +422,8 @@ def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
             "network_isolation=True: the job can't reach S3 itself; leave manual_upload_model_path out, and SageMaker "
             "saves the model to `output`"
         )
+    if h.class_cache is not None:
+        yield "network_isolation=True: the job can't reach class_cache in S3; leave it out"
     for name in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path"):
         if _is_remote(getattr(h, name)):
             yield (

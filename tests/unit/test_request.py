@@ -174,6 +174,7 @@ def test_a_model_that_the_job_uploads_is_not_packed_as_well() -> None:
         ({"values": {"manual_upload_model_path": "s3://models/x"}, "network_isolation": True}, "can't reach S3 itself"),
         ({"network_isolation": True}, "can't fetch pretrained_model_name_or_path=stable-diffusion-v1-5"),
         ({"values": {"pretrained_vae_name_or_path": "a/b"}, "network_isolation": True}, "pretrained_vae_name_or_path"),
+        ({"values": {"class_cache": "s3://models/cache"}, "network_isolation": True}, "class_cache"),
         ({"values": {"fidelity_encoders": "dino=a/b"}, "network_isolation": True}, "fidelity_encoders=dino=a/b"),
         ({"environment": {"HF_TOKEN": "x"}}, "HF_TOKEN is the name of a secret"),
         ({"environment": {"A": HF_TOKEN}}, "request.Environment.A holds a secret"),
