@@ -83,7 +83,8 @@ def check(
     """
     options = {"images": images, **options}
     if options.get("instance_type") in ON_THIS_MACHINE:
-        read_local(options)
+        for warning in read_local(options).warnings:
+            log(redact(f"warning: {warning}", os.environ))
         log("pictures and hyperparameters are in order")
     else:
         _tell(describe(options, Account(Clients(session))), log)
@@ -166,6 +167,8 @@ def _fit_locally(
 ) -> Job:
     draft = read_local(options)
     assert draft.hyperparameters is not None
+    for warning in draft.warnings:
+        (log or print)(redact(f"warning: {warning}", os.environ))
     # A job that nobody waits for reads its channels later.
     scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
     atexit.register(scratch.cleanup)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dreambooth_sm import toybox
-from dreambooth_sm.data.pictures import SUFFIXES, check_pictures, list_pictures
+from dreambooth_sm.data.check import check_folder
+from dreambooth_sm.data.pictures import SUFFIXES, list_pictures
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
@@ -20,7 +22,7 @@ from launcher.estimates import Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
 from launcher.local import CONTAINER
 from launcher.options import Images, split_options
-from launcher.staging import Files, all_files, digest, picture_files, stage
+from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
 from launcher.training_request import (
     CHANNELS,
     CLASS_IMAGES_CHANNEL,
@@ -53,7 +55,7 @@ class Order:
     Attributes:
         request: for ``create_training_job``.
         files: what has to be in S3 before, by its place there.
-        warnings: what could not be checked.
+        warnings: what is odd about the pictures, and what could not be checked.
     """
 
     request: dict[str, Any]
@@ -80,13 +82,14 @@ class Draft:
 
     Attributes:
         sources: channels to S3 locations, or files of this machine.
-        problems: what was found so far.
+        problems, warnings: what was found so far.
     """
 
     hyperparameters: Hyperparameters | None = None
     resources: Resources = field(default_factory=Resources)
     sources: dict[str, S3Uri | Files] = field(default_factory=dict)
     problems: Problems = field(default_factory=Problems)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def pictures(self) -> int:
@@ -177,7 +180,7 @@ def describe(
         request = training_job(h, resources, channels or {IMAGES_CHANNEL: resources.workspace / "unknown"})
     draft.problems.found += find_secrets(request, os.environ)
     draft.raise_any()
-    return Order(request, chosen, files, tuple(account.warnings) if account else ())
+    return Order(request, chosen, files, (*draft.warnings, *(account.warnings if account else ())))
 
 
 def _check_account(account: Account, resources: Resources, draft: Draft) -> None:
@@ -209,8 +212,6 @@ def _read(options: Mapping[str, Any]) -> Draft:
         if name in data:
             with draft.problems.collected():
                 draft.sources[channel] = _find_pictures(name, data[name])
-                if not isinstance(draft.sources[channel], S3Uri):
-                    draft.problems.found += _check_pictures(data[name])
                 directory = "instance_data_dir" if name == "images" else "class_data_dir"
                 values[directory] = f"{CHANNELS}/{channel}"
     if "base_model" in data:
@@ -220,6 +221,9 @@ def _read(options: Mapping[str, Any]) -> Draft:
                 draft.sources[MODEL_CHANNEL] = source
     with draft.problems.collected():
         draft.hyperparameters = Hyperparameters.parse(values)
+    images = draft.sources.get(IMAGES_CHANNEL)
+    if images is not None and not isinstance(images, S3Uri):
+        _check_pictures(data["images"], images, draft)
     return draft
 
 
@@ -242,11 +246,20 @@ def _find_pictures(name: str, images: Images) -> S3Uri | Files:
     return picture_files(Path(images))
 
 
-def _check_pictures(images: Images) -> list[str]:
-    """The container's own findings about pictures of this machine."""
-    return check_pictures(
-        list_pictures(Path(images)) if isinstance(images, str | Path) else [Path(image) for image in images]
-    )
+def _check_pictures(images: Images, files: Files, draft: Draft) -> None:
+    """What the container will find in the pictures, and what is odd about them."""
+    h = draft.hyperparameters or Hyperparameters()
+    if isinstance(images, str | Path):
+        findings = check_folder(Path(images), h, name="images")
+        errors, warnings = findings.errors, findings.warnings
+    else:
+        with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as scratch:
+            lay_out_files(files, Path(scratch))
+            findings = check_folder(Path(scratch), h, name="images")
+            texts = (findings.errors, findings.warnings)
+            errors, warnings = (tuple(text.replace(f"{scratch}/", "") for text in each) for each in texts)
+    draft.problems.found += errors
+    draft.warnings += warnings
 
 
 def _read_base_model(base_model: str | Path) -> tuple[S3Uri | Files | None, str]:
