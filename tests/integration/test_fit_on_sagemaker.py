@@ -29,6 +29,8 @@ OPTIONS: dict[str, Any] = {
     name: SMALL[name] for name in ("resolution", "center_crop", "max_train_steps", "learning_rate", "seed")
 }
 PROMPT = "photo of zwx toy"
+# For pictures that are too small for more.
+SMALL_PROMPT: dict[str, Any] = {"instance_prompt": PROMPT, "resolution": 64}
 SECRETS = {"HF_TOKEN": "hf_" + "aBcDeFgHiJ" * 3, "AWS_SESSION_TOKEN": "planted-session-token-of-aws"}
 # The permission that an operation of S3 needs, where its name differs.
 PERMISSIONS = {
@@ -84,7 +86,14 @@ def _service(operation: Any) -> str:
 
 def request(images: object, services: EmbeddedServices, **options: Any) -> dict[str, Any]:
     return launcher.request(
-        images, **{"instance_prompt": PROMPT, "instance_type": "ml.g5.xlarge", "role": services.role, **options}
+        images,
+        **{
+            "instance_prompt": PROMPT,
+            "resolution": 64,
+            "instance_type": "ml.g5.xlarge",
+            "role": services.role,
+            **options,
+        },
     )
 
 
@@ -173,6 +182,7 @@ def test_the_request_is_one_for_the_hyperparameters_that_were_given(services: Em
             "instance_prompt": PROMPT,
             "instance_data_dir": "/opt/ml/input/data/images",
             "pretrained_model_name_or_path": "/opt/ml/input/data/model/model.safetensors",
+            "resolution": 64,
             "manual_upload_model_path": f"s3://{bucket}/models/zwx",
             "max_train_steps": 400,
         }
@@ -242,7 +252,7 @@ def test_everything_that_is_in_the_way_is_told_at_once(services: EmbeddedService
     for words in ("does not trust SageMaker", "is not in ECR", "nobodys-bucket", "resolution=510", "keep_alive"):
         assert any(words in problem for problem in caught.value.problems), words
     with pytest.raises(UserError, match=r"'ml.g5.xlarge for training job usage' is 0 in us-east-1") as caught:
-        launcher.check(pictures, instance_prompt=PROMPT, instance_type="ml.g5.xlarge", role=services.role)
+        launcher.check(pictures, **SMALL_PROMPT, instance_type="ml.g5.xlarge", role=services.role)
     assert len(caught.value.problems) == 1
 
 
@@ -294,7 +304,7 @@ def test_without_credentials_that_is_the_one_problem(pictures: Path, monkeypatch
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     with pytest.raises(UserError, match="no valid AWS credentials") as caught:
-        launcher.check(pictures, instance_prompt=PROMPT, instance_type="ml.g5.xlarge")
+        launcher.check(pictures, **SMALL_PROMPT, instance_type="ml.g5.xlarge")
     assert len(set(caught.value.problems)) <= 2
 
 
@@ -311,7 +321,7 @@ def test_secrets_stay_where_they_are(
     ask: Callable[..., Any] = launcher.check
     text = ""
     try:
-        ask(pictures, instance_prompt=PROMPT, instance_type="ml.g5.xlarge", role=services.role, **place)
+        ask(pictures, **SMALL_PROMPT, instance_type="ml.g5.xlarge", role=services.role, **place)
         text = json.dumps(request(pictures, services))
         assert not place
     except UserError as error:
