@@ -5,7 +5,8 @@
 
 One JSON line a run, then one a variant with means and standard deviations over subjects and seeds. Pictures are judged
 by the toybox's judge; ``real`` are the subject's own pictures, ``base`` the model before training. ``reference`` is
-AdamW in fp32 with prior preservation, ``no_prior`` the same without it, the others are plans of the ladder, and
+AdamW in fp32 with prior preservation, ``no_prior`` the same without it, ``prior_output`` the same with the base model's
+output in the place of class images (``prior=output``), the others are plans of the ladder, and
 ``diffusers`` is its own script in the reference's settings; all train the UNet alone, on the same pictures. ``--curve``
 measures one subject after these steps, with prior preservation and without. ``--out`` gets a grid for each subject of
 the first seed: real pictures, then the subject as drawn by the base, the reference and without prior preservation, then
@@ -62,6 +63,7 @@ A_PLACE, OF_CLASS = (4, 64) if DEVICE.type == "cuda" else (2, 24)
 VARIANTS: dict[str, tuple[Rung | None, str]] = {
     "reference": (None, "fp32"),
     "no_prior": (None, "fp32"),
+    "prior_output": (None, "fp32"),
     **{rung.name: (rung, "bf16") for rung in LADDER if rung.name not in ("large", "lean")},
     "medium_fp16": (next(rung for rung in LADDER if rung.name == "medium"), "fp16"),
 }
@@ -156,6 +158,8 @@ def make_trainer(variant: str, case: Case, base: BaseModel, options: argparse.Na
             "train_batch_size": options.batch,
             "learning_rate": options.learning_rate,
             "prior_loss_weight": options.prior_loss_weight,
+            "prior": "output" if variant == "prior_output" else "images",
+            "num_class_images": options.class_pictures,
             "seed": case.seed,
         }
     )
@@ -164,7 +168,7 @@ def make_trainer(variant: str, case: Case, base: BaseModel, options: argparse.Na
         prompt=str(h.instance_prompt),
         class_prompt=h.class_prompt,
         class_directory=case.class_pictures[0].parent,
-        class_pictures=case.class_pictures if has_prior else (),
+        class_pictures=case.class_pictures if has_prior and h.prior == "images" else (),
     )
     plan = plan_of_rung(h, *VARIANTS[variant])
     own = copy.deepcopy(base)

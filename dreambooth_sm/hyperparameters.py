@@ -179,6 +179,12 @@ class Hyperparameters(BaseModel):
         "Prior preservation",
         "Train on class images as well, so that the class is kept. auto: if there is a class prompt.",
     )
+    prior: Literal["images", "output"] = _knob(
+        "images",
+        "Prior preservation",
+        "What keeps the class. images: class images. output: the base model's own predictions for the class prompt, on "
+        "noised pictures of the subject; no class images are made or read.",
+    )
     prior_loss_weight: NonNegativeFloat = _knob(0.5, "Prior preservation", "Weight of the class images' loss.")
     num_class_images: PositiveInt = _knob(
         50, "Prior preservation", "Class images wanted; those that are missing are generated."

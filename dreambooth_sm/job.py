@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ from dreambooth_sm.data.buckets import class_shapes
 from dreambooth_sm.data.class_cache import is_latents
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts, shapes_of, shapes_of_class_pictures
 from dreambooth_sm.data.masks import read_mask
+from dreambooth_sm.data.pictures import View
 from dreambooth_sm.data.prior import ClassImages
-from dreambooth_sm.data.prompts import tokenize
-from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, SubjectWeights, views_of
+from dreambooth_sm.data.prior_outputs import Output, base_outputs
+from dreambooth_sm.data.prompts import encode, tokenize
+from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, SubjectWeights, mix, views_of
 from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.fidelity import load_encoders
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.models import BaseModel, check_base, load_base
-from dreambooth_sm.plan import Plan, detect_card, make_plan, smaller_plan
+from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.sampling import sampling_pipeline
@@ -58,6 +61,7 @@ _IDENTITY = (
     "background_weight",
     "train_batch_size",
     "gradient_accumulation_steps",
+    "prior",
     "prior_loss_weight",
     "lr_scheduler",
     # These are restored from the checkpoint: another value would be ignored without a word.
@@ -273,7 +277,9 @@ def make_class_images(
     world: World,
 ) -> tuple[Subject, ...]:
     """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs."""
-    if all(s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects):
+    if h.prior == "output" or all(
+        s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects
+    ):
         return subjects
     images = ClassImages(
         sampling_pipeline(base, plan),
@@ -327,13 +333,33 @@ def encode_training_set(
     own = [sample for sample in classes if not is_latents(sample.picture)]
     if classes:
         classes += [dataclasses.replace(own[0], shape=shape) for shape in sorted(missing)]
-    samples = [*instances, *classes]
-    pictures, trained_in = [sample.picture for sample in samples], [sample.shape for sample in samples]
+    pictures = [sample.picture for sample in (*instances, *classes)]
+    trained_in = [sample.shape for sample in (*instances, *classes)]
     (empty,) = table.rows("") if h.caption_dropout else (0,)
     masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
     views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
     base.vae.to(device)
     latents = Latents(pictures, trained_in, views, base.vae, cached=plan.cache_latents)
+    make_dice = partial(
+        Dice,
+        views=len(views[0]),
+        channels=base.unet.config.in_channels,
+        latent_scale=base.latent_scale,
+        timesteps=base.scheduler.config.num_train_timesteps,
+        empty_prompt=empty,
+        caption_dropout=h.caption_dropout,
+    )
+    if h.prior_preservation and h.prior == "output":
+        dice = make_dice(instances, [], seed=mix(seed, len(instances)))
+        for output in outputs_of_base(base, subjects, h, plan, dice, latents):
+            instance = instances[output.instance]
+            (subject,) = (s for s in subjects if instance.picture in s.pictures)
+            prompt_rows = table.rows(str(subject.class_prompt))
+            classes.append(Sample(instance.picture, prompt_rows, instance.shape, output.noise, output.timestep))
+            latents.append(output.latents.to(device))
+            masks.append(None)
+            trained_in.append(instance.shape)
+            views.append([View()])
     if plan.cache_latents:
         base.vae.to("cpu")
     if plan.train_text_encoder:
@@ -342,23 +368,34 @@ def encode_training_set(
         prompts = table.embeddings(base.text_encoder.to(device))
         base.text_encoder.to("cpu")
     _free_memory()
-    dice = Dice(
-        instances,
-        classes,
-        views=len(views[0]),
-        channels=base.unet.config.in_channels,
-        latent_scale=base.latent_scale,
-        timesteps=base.scheduler.config.num_train_timesteps,
-        seed=seed,
-        empty_prompt=empty,
-        caption_dropout=h.caption_dropout,
-    )
+    dice = make_dice(instances, classes, seed=seed)
     weights = None
     if h.background_weight is not None:
         weights = SubjectWeights(
             masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
         )
     return TrainingSet(dice, latents, prompts, weights)
+
+
+def outputs_of_base(
+    base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparameters, plan: Plan, dice: Dice, latents: Latents
+) -> list[Output]:
+    """What the untrained base model says of the subjects' noised pictures under their class prompts."""
+    pipeline = sampling_pipeline(base, plan)
+    prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
+    ids = tokenize(base.tokenizer, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+    with torch.no_grad():
+        conditions = encode(pipeline.text_encoder, ids.to(pipeline.device))
+    outputs = base_outputs(
+        pipeline.unet,
+        base.scheduler,
+        dice,
+        latents,
+        conditions,
+        count=OUTPUTS_PER_IMAGE * h.num_class_images,
+        batch_size=plan.sample_batch_size,
+    )
+    return list(outputs)
 
 
 def train(

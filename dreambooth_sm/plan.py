@@ -49,6 +49,8 @@ class Card:
         return (self.memory_gib * 1.0737 - CONTEXT_GB) * 0.97
 
 
+# With prior=output: a prediction says less than a picture, and many are kept for each class image that would be made.
+OUTPUTS_PER_IMAGE = 8
 # What the CUDA context of one process takes beside the allocator.
 CONTEXT_GB = 0.6
 CPU = Card("CPU", 0.0)
@@ -453,6 +455,8 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float
     samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
     vae = 0.0 if plan.cache_latents else 4e-3 * shape.vae + 1.2 * (h.resolution / 512) ** 2
+    if h.prior_preservation and h.prior == "output":  # the latents of its outputs
+        vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
     return round((weights + state + average) * millions * 1e-3 + passing + vae + _OVERHEAD_GB, 2)
 
 

@@ -139,9 +139,10 @@ def _find(
     for line in findings.warnings:
         warn(line)
     class_pictures: list[Path] = []
-    if h.prior_preservation and class_directory.is_file():
+    uses_images = h.prior_preservation and h.prior == "images"
+    if uses_images and class_directory.is_file():
         problems.append(f"class_data_dir: {class_directory} is a file; name a directory")
-    elif h.prior_preservation and class_directory.is_dir():
+    elif uses_images and class_directory.is_dir():
         class_pictures = _usable(list_pictures(class_directory), h, problems, warn)
     if not findings.pictures or h.instance_prompt is None:
         return None

@@ -30,11 +30,17 @@ VIEWS = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture, the prompts it may be shown with (rows of the prompt table), and its width and height in training."""
+    """A picture, the prompts it may be shown with (rows of the prompt table), and its width and height in training.
+
+    Attributes:
+        noise, timestep: those that the sample always has; None draws them anew each time.
+    """
 
     picture: Path
     prompts: tuple[int, ...]
     shape: Shape
+    noise: torch.Tensor | None = None
+    timestep: int | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,10 @@ class Dice:
         prompt = sample.prompts[choice % len(sample.prompts)]
         if self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout:
             prompt = self.empty_prompt
-        return row, view % self.views, prompt, latent_noise, noise, timestep % self.timesteps
+        if sample.noise is not None:
+            noise = sample.noise
+        timestep = timestep % self.timesteps if sample.timestep is None else sample.timestep
+        return row, view % self.views, prompt, latent_noise, noise, timestep
 
     def _shuffled(self, first: int, count: int, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(mix(self.seed, first, -1 - epoch))
@@ -235,7 +244,7 @@ class SubjectWeights:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """``(rows, 1, h, w)`` of a batch, whose pictures have one shape."""
         pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
-        return torch.stack([self._maps[row][view] for row, view in pairs])[:, None]
+        return torch.stack([self._maps[row][view % len(self._maps[row])] for row, view in pairs])[:, None]
 
 
 def random_views(seed: int, sample: int, *, random_crop: bool, mirror: bool) -> list[View]:
@@ -274,31 +283,34 @@ class Latents:
     def __init__(
         self, pictures: list[Path], shapes: list[Shape], views: list[list[View]], vae: Any, *, cached: bool
     ) -> None:
-        self._pictures, self._shapes, self._views = pictures, shapes, views
+        self._pictures, self._shapes, self._views = list(pictures), shapes, views
         self._scaling = float(vae.config.scaling_factor)
         self._vae = vae
-        self._rows = {shape: [row for row, its in enumerate(shapes) if its == shape] for shape in set(shapes)}
-        self._cache: dict[Shape, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Mean and deviation of every view, a row each.
+        self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if cached:
-            for shape, rows in self._rows.items():
-                moments = [self._encode_views(row) for row in rows]
-                means, deviations = zip(*moments, strict=True)
-                self._cache[shape] = torch.stack(means), torch.stack(deviations)
+            self._cache = {row: self._encode_views(row) for row in range(len(pictures))}
             self._vae = None
+
+    def append(self, latents: torch.Tensor) -> None:
+        """A further row of the picture table, which is given as scaled latents ``(4, h, w)`` and has a single view."""
+        mean = latents[None] / self._scaling
+        self._pictures.append(Path())
+        self._cache[len(self._pictures) - 1] = mean, torch.zeros((), device=mean.device).expand_as(mean)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Scaled latents ``(rows, 4, h, w)`` of a batch, whose pictures have one shape; float32, on the device."""
-        shape = self._shapes[int(batch.samples[0])]
-        if shape in self._cache:
-            means, deviations = self._cache[shape]
-            places = torch.tensor([self._rows[shape].index(row) for row in batch.samples.tolist()])
-            at = (places.to(means.device), batch.views.to(means.device))
-            mean, deviation = means[at], deviations[at]
-        else:
-            pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
-            moments = [self._encode(row, [self._views[row][view]]) for row, view in pairs]
-            mean, deviation = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
+        mean, deviation = (torch.stack(parts) for parts in zip(*(self._moments(*pair) for pair in pairs), strict=True))
         return (mean + deviation * batch.latent_noise.to(mean.device)) * self._scaling
+
+    def _moments(self, row: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and deviation ``(4, h, w)`` of one view."""
+        if row not in self._cache:
+            mean, deviation = self._encode(row, [self._views[row][view]])
+            return mean[0], deviation[0]
+        means, deviations = self._cache[row]
+        return means[view % len(means)], deviations[view % len(means)]
 
     def _encode_views(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of every view of a picture; views that are the same are encoded once."""

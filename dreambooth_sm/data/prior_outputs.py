@@ -1,0 +1,89 @@
+"""Prior preservation without class images: the base model's own output for the class prompt is what is kept.
+
+Before training, the base model predicts noise for the class prompt on noised pictures of the subject, where it is
+about to drift most. These predictions are kept and trained towards, in the place of class images: one forward pass
+each, where a class image takes some thirty, and no second model on the device ("Learning without Forgetting", Li and
+Hoiem 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreambooth_sm.data.training_set import Batch, Dice
+from dreambooth_sm.training.losses import add_noise
+
+
+@dataclass(frozen=True)
+class Output:
+    """A prediction of the base model, as the latents and the noise that make it the right answer.
+
+    Attributes:
+        instance: number of the picture that was noised.
+        latents, noise: ``(4, h, w)`` float32; noised by ``noise`` at ``timestep``, the latents are what the base model
+            saw, and its prediction is what a model should say of them.
+    """
+
+    instance: int
+    latents: Tensor
+    noise: Tensor
+    timestep: int
+
+
+@torch.no_grad()
+def base_outputs(
+    unet: Any,
+    scheduler: Any,
+    dice: Dice,
+    latents_of: Callable[[Batch], Tensor],
+    conditions: Tensor,
+    *,
+    count: int,
+    batch_size: int,
+) -> Iterator[Output]:
+    """The base model's outputs on noised instance pictures: ``count`` of them, or a few more.
+
+    Args:
+        unet: of the base model, on the device that it runs on.
+        dice: draws instances alone.
+        conditions: ``(instances, tokens, width)``, the embedded class prompt of every instance picture.
+        batch_size: pictures at a time, at most.
+    """
+    alphas = scheduler.alphas_cumprod
+    instances = len(dice.instances)
+    size = max(1, min(batch_size, count // instances))  # small enough that every shape has its turn
+    for number in range(math.ceil(max(count, instances * size) / size)):
+        batch = dice.batch(number, size)
+        signal = alphas[batch.timesteps]
+        seen = add_noise(latents_of(batch).cpu(), batch.noise, signal)
+        prediction = unet(
+            seen.to(unet.device, unet.dtype),
+            batch.timesteps.to(unet.device),
+            encoder_hidden_states=conditions[batch.samples].to(unet.device, unet.dtype),
+        ).sample
+        latents, noise = explain(scheduler.config.prediction_type, seen, prediction.float().cpu(), signal)
+        for row in zip(batch.samples.tolist(), latents, noise, batch.timesteps.tolist(), strict=True):
+            yield Output(*row)
+
+
+def explain(prediction_type: str, seen: Tensor, prediction: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and noise for which :func:`dreambooth_sm.training.losses.add_noise` gives ``seen`` and
+    :func:`dreambooth_sm.training.losses.prediction_target` gives ``prediction``.
+
+    Args:
+        seen, prediction: ``(rows, 4, h, w)``.
+        alphas_cumprod: ``(rows,)``, more than 0.
+    """
+    signal = alphas_cumprod.view(-1, 1, 1, 1)
+    if prediction_type == "v_prediction":
+        return (
+            signal.sqrt() * seen - (1 - signal).sqrt() * prediction,
+            (1 - signal).sqrt() * seen + signal.sqrt() * prediction,
+        )
+    return (seen - (1 - signal).sqrt() * prediction) / signal.sqrt(), prediction
