@@ -57,10 +57,10 @@ def run_ours(name: str, base: BaseModel, count: int, work: Path) -> dict[str, ob
     )
     torch.cuda.synchronize()
     ready = time.perf_counter() - started
-    images.complete(subject, count, sizes)
+    images.complete(subject, sizes)
     cold = time.perf_counter() - started
     started = time.perf_counter()
-    images.complete(subject, count, sizes, first_seed=count)
+    images.complete(subject, sizes, first_seed=count)
     warm = time.perf_counter() - started
     return {
         "batch": plan.sample_batch_size,

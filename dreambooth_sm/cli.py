@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_sm import __version__, storage
+from dreambooth_sm.data.captions import read_dataset_info
+from dreambooth_sm.data.check import check_folder
+from dreambooth_sm.data.sheet import contact_sheet, table
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table, split_arguments
 from dreambooth_sm.plan import find_card, make_plan, tier_table
@@ -34,6 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--gpu", help="T4, A10G, L4, V100, L40S, A100-40, H100, ... or a size such as 8GB; all if left out"
     )
     plan.add_argument("--json", action="store_true", help="as JSON")
+    check = commands.add_parser(
+        "check",
+        help="check a folder of pictures as a job would, and show what the model will see of it",
+        description="Checks a folder of pictures as a job would. Hyperparameters follow as --name value.",
+    )
+    check.add_argument("directory", type=Path, help="folder with the pictures of the subject")
+    check.add_argument("--sheet", type=Path, help="PNG to draw what the model will see into")
+    check.add_argument("--json", action="store_true", help="as JSON")
     verify = commands.add_parser(
         "verify",
         help="compare what lies in S3 with its manifest",
@@ -43,13 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("--json", action="store_true", help="as JSON")
     verify.add_argument("--requester-pays", action="store_true", help="pay for the requests yourself")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "plan":
+    if rest and options.command not in ("plan", "check"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "hyperparameters":
             print(markdown_table())
         elif options.command == "plan":
             print_plan(options.gpu, rest, as_json=options.json)
+        elif options.command == "check":
+            print_check(options.directory, rest, sheet=options.sheet, as_json=options.json)
         elif options.command == "verify":
             return verify_upload(options.uri, as_json=options.json, requester_pays=options.requester_pays)
         else:
@@ -75,6 +88,29 @@ def print_plan(gpu: str | None, arguments: Sequence[str], *, as_json: bool) -> N
         print(f"{name:24} {value}")
     for note in plan.notes:
         print(f"- {note}")
+
+
+def print_check(directory: Path, arguments: Sequence[str], *, sheet: Path | None, as_json: bool) -> None:
+    """Prints what a job would find in a folder.
+
+    Raises:
+        UserError: where a job can't use it; what was found is printed all the same.
+    """
+    given = {"instance_data_dir": str(directory), **split_arguments(arguments)}
+    h = Hyperparameters.parse({**_ANY_PROMPTS, **read_dataset_info(directory), **given})
+    found = check_folder(directory, h)
+    if as_json:
+        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:0128x}"} for p in found.pictures]
+        print(json.dumps({"errors": found.errors, "warnings": found.warnings, "pictures": rows}, indent=2))
+    else:
+        print(table(found.pictures, directory), *(f"warning: {line}" for line in found.warnings), sep="\n")
+    if sheet and found.pictures:
+        try:
+            contact_sheet(found.pictures).save(sheet, format="PNG")
+        except OSError as error:
+            raise UserError([*found.errors, f"--sheet: {sheet} can't be written: {error.strerror}"]) from None
+    if found.errors:
+        raise UserError(found.errors)
 
 
 def verify_upload(uri: str, *, as_json: bool, requester_pays: bool) -> int:

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from dreambooth_sm import __version__
 from dreambooth_sm.data.class_cache import ClassCache, Recipe, fingerprint, pack
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.data.pictures import Shape
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.report import Reporter
@@ -61,23 +62,23 @@ class ClassImages:
         software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
         self._sampler = f"DPM++ 2M, Karras sigmas, {software}, {sorted(pipeline.scheduler.config.items())}"
 
-    def complete(self, subject: Subject, wanted: int, sizes: Sequence[tuple[int, int]], first_seed: int = 0) -> Subject:
-        """The subject with ``wanted`` class pictures: its own first, generated ones for the rest.
+    def complete(self, subject: Subject, shapes: Sequence[Shape], first_seed: int = 0) -> Subject:
+        """The subject with all class pictures: its own first, generated ones for the rest.
 
         Args:
-            sizes: width and height in pixels of every class picture, the subject's own included.
+            shapes: width and height in pixels of every class picture, the subject's own included.
             first_seed: seed of the first class picture; it differs between subjects of the same class.
 
         Raises:
             StopRequested: between two batches, when the job is to stop; what was made is kept.
         """
-        numbers = range(len(subject.class_pictures), wanted)
+        numbers = range(len(subject.class_pictures), len(shapes))
         if subject.class_prompt is None or not numbers:
             return subject
         directory = _writable(subject.class_directory) or _writable(self._scratch)
         assert directory is not None, f"{self._scratch} has to be writable"
         cache = ClassCache(directory, self._remote, self._report)
-        recipes = {number: self._recipe(subject.class_prompt, sizes[number]) for number in numbers}
+        recipes = {number: self._recipe(subject.class_prompt, shapes[number]) for number in numbers}
         names = {number: recipe.name(first_seed + number) for number, recipe in recipes.items()}
         found: dict[str, bytes] = self._world.first(cache.find(names.values()) if self._world.is_main else {})
         missing = [number for number in numbers if names[number] not in found]
@@ -93,7 +94,9 @@ class ClassImages:
             if not (directory / name).is_file():  # another host has it
                 cache.write(name, content)
         return dataclasses.replace(
-            subject, class_pictures=(*subject.class_pictures, *(directory / names[number] for number in numbers))
+            subject,
+            class_pictures=(*subject.class_pictures, *(directory / names[number] for number in numbers)),
+            generated_shapes=tuple(shapes[number] for number in numbers),
         )
 
     def _make(self, names: dict[int, str], recipe: Recipe, cache: ClassCache) -> dict[str, bytes]:
@@ -127,7 +130,7 @@ class ClassImages:
         self._shown.mkdir(parents=True, exist_ok=True)
         decode(self._pipeline, latents[None])[0].save(self._shown / f"class-{seed}.png")
 
-    def _recipe(self, prompt: str, size: tuple[int, int]) -> Recipe:
+    def _recipe(self, prompt: str, size: Shape) -> Recipe:
         return Recipe(
             weights=self._weights,
             sampler=self._sampler,

@@ -60,7 +60,7 @@ def subject(toybox_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) ->
         stop=threading.Event(),
     )
     photos = Subject(tuple(sorted(folder.iterdir())), "photo of zwx toy", "photo of a toy", folder / "class", ())
-    return images.complete(photos, 24, [(128, 128)] * 24)
+    return images.complete(photos, [(128, 128)] * 24)
 
 
 def learn(base: BaseModel, subject: Subject, root: Path, **settings: object) -> tuple[Fidelity, Fidelity, str]:

@@ -75,7 +75,7 @@ class Made:
 
         self.drawn = 0
         images._make = counting  # type: ignore[method-assign, assignment]
-        self.paths = images.complete(subject, WANTED, sizes, first_seed).class_pictures  # type: ignore[arg-type]
+        self.paths = images.complete(subject, sizes, first_seed).class_pictures  # type: ignore[arg-type]
         self.log = stream.getvalue()
 
     @property
