@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from dreambooth_sm.iam import execution_role_policy
+from dreambooth_sm.storage import S3Uri
 from launcher.account import REPOSITORY
-from launcher.training_request import WORKSPACE
 
 Policy = dict[str, Any]
 
@@ -31,8 +32,10 @@ def notebook_policy(
     jobs = f"arn:{partition}:sagemaker:{region}:{account}:training-job/*"
     logs = f"arn:{partition}:logs:{region}:{account}:{_LOG_GROUP}*"
     sagemaker = ["CreateTrainingJob", "DescribeTrainingJob", "StopTrainingJob", "AddTags"]
+    pictures = f"arn:{partition}:s3:::{bucket}"
     return _policy(
-        *_bucket(bucket, partition),
+        _allow("FindObjects", ["s3:ListBucket"], pictures),
+        _allow("ReadAndWriteObjects", ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"], f"{pictures}/*"),
         _allow("StartAndStopJobs", [f"sagemaker:{action}" for action in sagemaker], jobs),
         # These can't be limited to a resource.
         _allow("ListJobs", ["sagemaker:ListTrainingJobs", "servicequotas:ListServiceQuotas"], "*"),
@@ -56,34 +59,18 @@ def execution_policy(bucket: str, *, account: str = "*", region: str = "*", part
     Args:
         bucket, account, region, partition: as for :func:`notebook_policy`.
     """
-    pull = ["ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"]
-    log = ["logs:CreateLogGroup", "logs:CreateLogStream", "logs:DescribeLogStreams", "logs:PutLogEvents"]
-    return _policy(
-        *_bucket(bucket, partition),
-        _allow("PullImage", pull, f"arn:{partition}:ecr:{region}:{account}:repository/{REPOSITORY}"),
-        _allow("LogInToRegistry", ["ecr:GetAuthorizationToken"], "*"),
-        _allow("WriteLog", log, f"arn:{partition}:logs:{region}:{account}:{_LOG_GROUP}*"),
-        {
-            **_allow("WriteMetrics", ["cloudwatch:PutMetricData"], "*"),
-            "Condition": {"StringEquals": {"cloudwatch:namespace": "/aws/sagemaker/TrainingJobs"}},
-        },
-    )
+    repository = f"arn:{partition}:ecr:{region}:{account}:repository/{REPOSITORY}"
+    policy = execution_role_policy(S3Uri(bucket), image_repository=repository, partition=partition)
+    metrics = {
+        **_allow("WriteMetrics", ["cloudwatch:PutMetricData"], "*"),
+        "Condition": {"StringEquals": {"cloudwatch:namespace": "/aws/sagemaker/TrainingJobs"}},
+    }
+    return _policy(*policy["Statement"], metrics)
 
 
 def trust_policy() -> Policy:
     """Who may take on the execution role: SageMaker, and nobody else."""
     return _policy({"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"})
-
-
-def _bucket(bucket: str, partition: str) -> list[dict[str, Any]]:
-    """Reading and writing a bucket's objects; nothing of the bucket's own settings. Only a job's own prefix may be
-    deleted from: checkpoints are."""
-    arn = f"arn:{partition}:s3:::{bucket}"
-    return [
-        _allow("FindObjects", ["s3:ListBucket", "s3:GetBucketLocation"], arn),
-        _allow("ReadAndWriteObjects", ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"], f"{arn}/*"),
-        _allow("RemoveCheckpoints", ["s3:DeleteObject"], f"{arn}/{WORKSPACE}/checkpoints/*"),
-    ]
 
 
 def _allow(sid: str, actions: list[str], resource: str) -> dict[str, Any]:

@@ -206,8 +206,12 @@ def _read(options: Mapping[str, Any]) -> Draft:
             draft.problems.found += [f"output: {problem}" for problem in error.problems]
             draft.resources = draft.resources.model_copy(update={"output": None})
         else:
-            if draft.resources.instance_type in ON_THIS_MACHINE or uploads_by_itself(draft.resources):
+            left_to_sagemaker = values.get("output_mode") in ("uncompressed", "archive")
+            if draft.resources.instance_type in ON_THIS_MACHINE:
                 values = {"manual_upload_model_path": output, **values}
+            elif uploads_by_itself(draft.resources) and not left_to_sagemaker:
+                kms = {"s3_kms_key_id": draft.resources.kms} if draft.resources.kms is not None else {}
+                values = {"manual_upload_model_path": output, **kms, **values}
     for name, channel in (("images", IMAGES_CHANNEL), ("class_images", CLASS_IMAGES_CHANNEL)):
         if name in data:
             with draft.problems.collected():

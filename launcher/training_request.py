@@ -259,9 +259,7 @@ def metric_definitions() -> list[dict[str, str]]:
 
 def uploads_by_itself(resources: Resources) -> bool:
     """Whether the job sends the model to `output` itself, file by file and verified; SageMaker does it otherwise."""
-    return resources.output is not None and not (
-        resources.network_isolation or resources.compression or resources.kms is not None
-    )
+    return resources.output is not None and not (resources.network_isolation or resources.compression)
 
 
 def move_long_values(h: Hyperparameters) -> tuple[Hyperparameters, str | None]:
@@ -414,7 +412,9 @@ def _refused_together(r: Resources) -> Iterator[str]:
 
 
 def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
-    """What SageMaker would take, and the job would fail with."""
+    """What SageMaker would take, and the job would fail with, or do otherwise than it says."""
+    if h.output_mode == ("uncompressed" if r.compression else "archive"):
+        yield f"output_mode={h.output_mode} and compression={r.compression} say two things; leave output_mode out"
     if not r.network_isolation:
         return
     if h.manual_upload_model_path is not None:

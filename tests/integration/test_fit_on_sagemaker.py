@@ -192,6 +192,27 @@ def test_the_request_is_one_for_the_hyperparameters_that_were_given(services: Em
     assert "/dreambooth-sm@sha256:" in image
 
 
+@pytest.mark.parametrize(
+    ("options", "by_the_job"),
+    [
+        ({}, True),
+        ({"kms": "1234abcd"}, True),
+        ({"compression": True}, False),
+        ({"output_mode": "uncompressed"}, False),
+        ({"network_isolation": True, "base_model": "toybox"}, False),
+    ],
+)
+def test_who_uploads_the_model(
+    options: dict[str, Any], by_the_job: bool, services: EmbeddedServices, bucket: str
+) -> None:
+    output = f"s3://{bucket}/models/zwx"
+    made = request(f"s3://{bucket}/pictures", services, output=output, **options)
+    h = Hyperparameters.parse(made["HyperParameters"])
+    assert (h.upload_target == output) == by_the_job
+    assert (made["OutputDataConfig"]["S3OutputPath"] == output) != by_the_job
+    assert h.s3_kms_key_id == options.get("kms")
+
+
 def test_with_everything_given_no_account_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     made = launcher.request(

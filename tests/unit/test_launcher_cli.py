@@ -114,11 +114,12 @@ def test_policies_give_no_more_than_they_need(capsys: pytest.CaptureFixture[str]
     for policy in (printed["notebook"], printed["execution"]):
         for statement in policy["Statement"]:
             assert not any("*" in action for action in statement["Action"])
-            if statement["Resource"] == "*":  # those that AWS can't limit
+            if statement["Resource"] == "*":  # only those that AWS can't limit
                 assert not any(action.startswith(("s3:", "iam:")) for action in statement["Action"])
     (giving,) = [each for each in printed["notebook"]["Statement"] if each["Action"] == ["iam:PassRole"]]
     assert giving["Resource"] == "arn:aws:iam::123456789012:role/dreambooth-sm"
     assert giving["Condition"]["StringEquals"] == {"iam:PassedToService": "sagemaker.amazonaws.com"}
+    assert not any("s3:DeleteObject" in each["Action"] for each in printed["notebook"]["Statement"])
     assert "arn:aws-cn:s3:::models/*" in json.dumps(execution_policy("models", partition="aws-cn"))
 
 

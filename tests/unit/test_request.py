@@ -172,6 +172,8 @@ def test_a_model_that_the_job_uploads_is_not_packed_as_well() -> None:
         ({"values": {"revision": "x" * 257}}, "revision has 257 characters"),
         ({"values": {"revision": "a\nb"}}, "holds a line break"),
         ({"values": {"manual_upload_model_path": "s3://models/x"}, "network_isolation": True}, "can't reach S3 itself"),
+        ({"values": {"output_mode": "archive"}}, "output_mode=archive and compression=False"),
+        ({"values": {"output_mode": "uncompressed"}, "compression": True}, "output_mode=uncompressed and compression"),
         ({"network_isolation": True}, "can't fetch pretrained_model_name_or_path=stable-diffusion-v1-5"),
         ({"values": {"pretrained_vae_name_or_path": "a/b"}, "network_isolation": True}, "pretrained_vae_name_or_path"),
         ({"values": {"class_cache": "s3://models/cache"}, "network_isolation": True}, "class_cache"),
