@@ -468,11 +468,12 @@ def test_fit_runs_the_image(image: str, pictures: Path, tiny_base: Path, tmp_pat
 
 
 def test_a_container_needs_an_image_and_docker(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"instance_prompt": SMALL["instance_prompt"], "resolution": 64, "instance_type": "local-container"}
     with pytest.raises(UserError, match="image_uri is missing"):
-        launcher.fit(pictures, instance_prompt="photo of zwx toy", instance_type="local-container")
+        launcher.fit(pictures, **options)
     monkeypatch.setenv("DOCKER", "no-such-program")
     with pytest.raises(UserError, match="no-such-program"):
-        launcher.fit(pictures, instance_prompt="photo of zwx toy", instance_type="local-container", image_uri="image")
+        launcher.fit(pictures, image_uri="image", **options)
 
 
 @pytest.fixture(scope="module")
