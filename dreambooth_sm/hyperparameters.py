@@ -74,12 +74,28 @@ class Hyperparameters(BaseModel):
     pretrained_model_name_or_path: str = _knob(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Model",
-        "Base model: hub id or local diffusers directory (a channel, for example).",
+        "Base model: hub id, diffusers directory (a channel, for example), `s3://` prefix or object, or a "
+        "single-file checkpoint (`.safetensors`, `.ckpt`).",
     )
     pretrained_vae_name_or_path: str | None = _knob(
-        None, "Model", "Replacement for the base model's VAE: hub id or local directory."
+        None, "Model", "Replacement for the base model's VAE: as above; a file may hold the VAE alone."
     )
     revision: str | None = _knob(None, "Model", "Revision of the base model on the hub.")
+    variant: str | None = _knob(
+        None, "Model", "Variant of the base model's files on the hub; None takes fp16 files where there are some."
+    )
+    hf_token_secret: str | None = _knob(
+        None,
+        "Model",
+        "Name of the AWS Secrets Manager secret that holds the hub's token. A token in the environment (HF_TOKEN) "
+        "needs none; never write a token here.",
+    )
+    use_ema_weights: bool = _knob(
+        False, "Model", "Start from the average (EMA) that a single-file checkpoint carries beside its weights."
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = _knob(
+        "auto", "Model", "What the base model's UNet predicts. auto: as the model says."
+    )
     model_name: str = _knob(
         "aws-trained-dreambooth-model",
         "Model",
@@ -87,6 +103,15 @@ class Hyperparameters(BaseModel):
     )
     models_path: str = _knob(
         DEFAULT_MODELS_PATH, "Model", "Directory in the container that the trained pipeline is written to."
+    )
+    export: Literal["diffusers", "single_file", "both"] = _knob(
+        "diffusers",
+        "Model",
+        "What the trained model is written as: a diffusers directory, one `.safetensors` file in the original layout "
+        "for WebUI and ComfyUI, or both.",
+    )
+    export_precision: Literal["fp16", "bf16", "fp32"] = _knob(
+        "fp16", "Model", "Precision of the trained weights' files."
     )
     manual_upload_model_path: str | None = _knob(
         None,
@@ -588,6 +613,15 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         h.fidelity_encoders is not None and not _ENCODERS.fullmatch(h.fidelity_encoders),
         f"fidelity_encoders: can't understand {h.fidelity_encoders!r}; write judge, or dino=MODEL clip=MODEL or one of "
         "them, hub ids or directories without blanks",
+    )
+    check(
+        h.export != "diffusers" and not re.fullmatch(r"[^/\0]{1,200}", h.model_name),
+        f"model_name={_short(h.model_name)} names the file that export={h.export} writes, and can't be a file's name",
+    )
+    check(
+        h.hf_token_secret is not None and h.hf_token_secret.startswith("hf_"),
+        "hf_token_secret takes the name of a secret, and this looks like a token, which job descriptions would show; "
+        "revoke it, store a new one in AWS Secrets Manager and write the secret's name",
     )
     if h.manual_upload_model_path is not None:
         try:

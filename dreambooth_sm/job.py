@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dreambooth_sm import storage
+from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
 from dreambooth_sm.data.prior import complete_class_images
 from dreambooth_sm.data.prompts import tokenize
@@ -115,6 +116,8 @@ def _run(
 
     with report.phase("load_base"):
         base = load_base(h)
+        for remark in base.remarks:
+            report.warn(remark)
         check_prompts(base, subjects, h)
         # Before class images are made: encoders that can't be had end the job here. On the CPU: the card's memory is
         # planned for training.
@@ -370,9 +373,15 @@ def measure(
 
 
 def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
-    """Writes the trained pipeline as a diffusers directory, fp16 safetensors."""
+    """Writes the trained model in the format and precision that are asked for."""
     directory = Path(h.models_path)
-    base.save(directory)
+    dtype = DTYPES[h.export_precision]
+    if h.export != "single_file":
+        base.save(directory, dtype)
+    if h.export != "diffusers":
+        base.save_single_file(
+            directory / f"{h.model_name}.safetensors", dtype, resolution=h.resolution, trigger=h.instance_prompt
+        )
     if checkpoints.is_relative_to(directory):  # the finished model stands for them
         shutil.rmtree(checkpoints, ignore_errors=True)
     return directory
