@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +65,8 @@ VARIANTS: dict[str, tuple[Rung | None, str]] = {
     **{rung.name: (rung, "bf16") for rung in LADDER if rung.name not in ("large", "lean")},
     "medium_fp16": (next(rung for rung in LADDER if rung.name == "medium"), "fp16"),
 }
+# diffusers' script runs beside ours; more at a time, or more threads, would only hold everything up.
+PEERS_AT_A_TIME, PEER_THREADS = 2, {"OMP_NUM_THREADS": "2"}
 FIGURES = tuple(field.name for field in dataclasses.fields(Fidelity))
 
 
@@ -184,8 +188,8 @@ def trained_weights(trainer: Trainer, until: int) -> list[Tensor]:
     return [trainer.make_step.read(parameter) for parameter in trainer.parameters]
 
 
-def start_peer(case: Case, script: Path, options: argparse.Namespace, work: Path) -> subprocess.Popen[bytes]:
-    """diffusers' script in the reference's settings, in a process of its own."""
+def run_peer(case: Case, script: Path, options: argparse.Namespace, work: Path) -> int:
+    """diffusers' script in the reference's settings, in a process of its own; its exit code."""
     out = peer_directory(case, work)
     values = {
         "pretrained_model_name_or_path": toybox.BASE,
@@ -206,7 +210,7 @@ def start_peer(case: Case, script: Path, options: argparse.Namespace, work: Path
     }
     command = [sys.executable, str(script), "--with_prior_preservation", *(f"--{k}={v}" for k, v in values.items())]
     with out.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | PEER_THREADS).returncode
 
 
 def peer_directory(case: Case, work: Path) -> Path:
@@ -318,7 +322,8 @@ def main() -> None:
         for seed in range(options.seeds):
             class_pictures = save_pictures(studio.class_pictures(seed, options.class_pictures), work / f"class-{seed}")
             cases += [make_case(subject, seed, class_pictures, work) for subject in list(HELD_OUT)[: options.subjects]]
-        peers = [(case, start_peer(case, options.peer, options, work)) for case in cases if options.peer]
+        peers = ThreadPoolExecutor(PEERS_AT_A_TIME)
+        runs = [(case, peers.submit(run_peer, case, options.peer, options, work)) for case in cases if options.peer]
         of_base = [studio.draw(seed) for seed in range(options.seeds)]
         for case in cases:
             record.add_real(case)
@@ -336,8 +341,8 @@ def main() -> None:
                 save_grid(case, drawn, options.out)
         if options.curve:
             run_curve(cases[0], base, studio, record, options)
-        for case, peer in peers:
-            if peer.wait():
+        for case, code in runs:
+            if code.result():
                 log = peer_directory(case, work).with_suffix(".log").read_text(errors="replace")
                 emit(variant="diffusers", toy=case.subject, seed=case.seed, error=log[-500:])
                 continue

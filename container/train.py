@@ -16,6 +16,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
 # OpenMP's threads spin while they wait: two jobs that share a machine's cores would slow each other down tenfold.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 from dreambooth_sm import distributed, sagemaker
+from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, split_arguments
 from dreambooth_sm.quiet import quiet_libraries
@@ -29,7 +30,10 @@ def main(arguments: list[str]) -> int:
     try:
         options = split_arguments(arguments[1:] if arguments[:1] == ["train"] else arguments)
         contract = sagemaker.read_contract(base, need_hyperparameters=not options)
-        hyperparameters = Hyperparameters.parse({**contract.hyperparameters, **options})
+        hyperparameters = Hyperparameters.parse(
+            {**contract.hyperparameters, **options},
+            dataset_info=lambda directory: read_dataset_info(Path(contract.localize(directory))),
+        )
         if not distributed.is_worker():
             processes = distributed.count_processes(hyperparameters.num_processes, on_cpu=hyperparameters.use_cpu)
             if processes * len(contract.hosts) > 1:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreambooth_sm import __version__
+from dreambooth_sm.data.captions import read_dataset_info
+from dreambooth_sm.data.check import check_folder
+from dreambooth_sm.data.sheet import contact_sheet, table
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table, split_arguments
 from dreambooth_sm.plan import find_card, make_plan, tier_table
@@ -47,8 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument(
         "--prediction-type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; found out if left out"
     )
+    check = commands.add_parser(
+        "check",
+        help="check a folder of pictures as a job would, and show what the model will see of it",
+        description="Checks a folder of pictures as a job would. Hyperparameters follow as --name value.",
+    )
+    check.add_argument("directory", type=Path, help="folder with the pictures of the subject")
+    check.add_argument("--sheet", type=Path, help="PNG to draw what the model will see into")
+    check.add_argument("--json", action="store_true", help="as JSON")
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "plan":
+    if rest and options.command not in ("plan", "check"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "hyperparameters":
@@ -57,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_plan(options.gpu, rest, as_json=options.json)
         elif options.command == "convert":
             return run_convert(options)
+        elif options.command == "check":
+            print_check(options.directory, rest, sheet=options.sheet, as_json=options.json)
         else:
             return run_demo(options.output)
     except UserError as error:
@@ -105,6 +118,29 @@ def run_convert(options: argparse.Namespace) -> int:
         print(f"warning: {remark}", file=sys.stderr)
     print(options.target)
     return EXIT_OK
+
+
+def print_check(directory: Path, arguments: Sequence[str], *, sheet: Path | None, as_json: bool) -> None:
+    """Prints what a job would find in a folder.
+
+    Raises:
+        UserError: where a job can't use it; what was found is printed all the same.
+    """
+    given = {"instance_data_dir": str(directory), **split_arguments(arguments)}
+    h = Hyperparameters.parse({**_ANY_PROMPTS, **read_dataset_info(directory), **given})
+    found = check_folder(directory, h)
+    if as_json:
+        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:016x}"} for p in found.pictures]
+        print(json.dumps({"errors": found.errors, "warnings": found.warnings, "pictures": rows}, indent=2))
+    else:
+        print(table(found.pictures, directory), *(f"warning: {line}" for line in found.warnings), sep="\n")
+    if sheet and found.pictures:
+        try:
+            contact_sheet(found.pictures).save(sheet, format="PNG")
+        except OSError as error:
+            raise UserError([*found.errors, f"--sheet: {sheet} can't be written: {error.strerror}"]) from None
+    if found.errors:
+        raise UserError(found.errors)
 
 
 def run_demo(output: Path) -> int:

@@ -14,7 +14,7 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -37,6 +37,8 @@ DEFAULT_TRAIN_STEPS = 800
 DEFAULT_INSTANCE_DATA_DIR = "/opt/ml/input/data/images"
 DEFAULT_CLASS_DATA_DIR = "/opt/ml/input/data/class_images"
 DEFAULT_MODELS_PATH = "/opt/ml/model"
+# Stands for a picture's caption in `instance_prompt`.
+FILEWORDS = "[filewords]"
 
 # Other spellings that users of the seed have in their notebooks.
 ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
@@ -125,9 +127,15 @@ class Hyperparameters(BaseModel):
     class_data_dir: str = _knob(
         DEFAULT_CLASS_DATA_DIR,
         "Data",
-        "Directory with class images; missing ones are generated (into a scratch directory if this one is read-only).",
+        "Directory with class images; missing ones are generated, and kept there as latents (or in a scratch "
+        "directory if this one is read-only).",
     )
-    instance_prompt: str | None = _knob(None, "Data", 'Prompt of the subject, with a rare token: "photo of zwx toy".')
+    instance_prompt: str | None = _knob(
+        None,
+        "Data",
+        f'Prompt of the subject, with a rare token: "photo of zwx toy". `{FILEWORDS}` in it stands for the caption of '
+        "each picture, or for the words of its name where it has none.",
+    )
     class_prompt: str | None = _knob(None, "Data", 'Prompt of the class, without the token: "photo of a toy".')
     concepts_list: str | tuple[Concept, ...] | None = _knob(
         None,
@@ -139,12 +147,36 @@ class Hyperparameters(BaseModel):
         512, "Data", "Side of the training pictures, in pixels; a multiple of 8."
     )
     center_crop: bool = _knob(False, "Data", "Crop at the centre instead of at random.")
+    aspect_ratio_buckets: bool | Auto = _knob(
+        "auto",
+        "Data",
+        "Train each picture in the shape that shows most of it, of at most resolution squared pixels; false: in "
+        "squares. auto: unless center_crop is true.",
+    )
+    bucket_step: Literal[8, 64] = _knob(
+        64, "Data", "Sides of these shapes are multiples of this; 8 cuts off less and makes more shapes."
+    )
+    on_bad_image: Literal["error", "skip"] = _knob(
+        "error", "Data", "A picture that can't be used ends the job before anything is downloaded, or is left out."
+    )
     hflip: bool = _knob(False, "Data", "Mirror pictures at random.")
     max_token_length: Literal[75, 150, 225] = _knob(
         75, "Data", "Longest prompt, in tokens; prompts over 75 are encoded in chunks of 75."
     )
     pad_tokens: bool = _knob(True, "Data", "Pad prompts to the text encoder's full length.")
     shuffle_tags: bool = _knob(False, "Data", "Shuffle the comma-separated parts of a prompt.")
+    caption_dropout: Fraction = _knob(
+        0.0,
+        "Data",
+        "Probability of showing a picture with the empty prompt instead of its own; class pictures as well.",
+    )
+
+    background_weight: Annotated[float, Ge(0), Le(1)] | None = _knob(
+        None,
+        "Data",
+        "Weight in the loss of what lies outside of a picture's mask (`NAME-mask.png`, or its alpha channel); the "
+        "subject has 1. None: masks have no part in the loss.",
+    )
 
     # Prior preservation
     with_prior_preservation: bool | Auto = _knob(
@@ -160,7 +192,13 @@ class Hyperparameters(BaseModel):
     sample_guidance_scale: Annotated[float, Ge(1)] = _knob(
         7.5,
         "Prior preservation",
-        "Guidance of generated class images. Lower values stay closer to what the base model knows of the class.",
+        "Guidance of generated class images, at middle noise levels. Lower values stay closer to what the base model "
+        "knows of the class.",
+    )
+    class_cache: str | None = _knob(
+        None,
+        "Prior preservation",
+        "s3://bucket/prefix that keeps generated class images for later jobs of the same base model and class prompt.",
     )
 
     # How long, and how fast
@@ -276,17 +314,29 @@ class Hyperparameters(BaseModel):
         return self.with_prior_preservation
 
     @property
+    def buckets(self) -> bool:
+        """Whether pictures are trained in shapes of their own, with ``auto`` resolved."""
+        return not self.center_crop if self.aspect_ratio_buckets == "auto" else self.aspect_ratio_buckets
+
+    @property
     def inline_concepts(self) -> tuple[Concept, ...]:
         """The concepts given as JSON; empty where ``concepts_list`` is a path or is left out."""
         return self.concepts_list if isinstance(self.concepts_list, tuple) else ()
 
     @classmethod
-    def parse(cls, raw: Mapping[str, object]) -> Hyperparameters:
+    def parse(
+        cls,
+        raw: Mapping[str, object],
+        *,
+        dataset_info: Callable[[str], Mapping[str, str]] = lambda instance_data_dir: {},
+    ) -> Hyperparameters:
         """Reads hyperparameters as SageMaker, an SDK, a command line or Python code give them.
 
         Args:
             raw: names to values. Strings are decoded (``"False"``, ``"\\"512\\""``, ``photo\\\\ of\\\\ zwx``);
                 keys of the platform (see :func:`platform_keys`) are left out.
+            dataset_info: gives the prompts that lie beside the pictures of ``instance_data_dir``; they serve where
+                ``raw`` names none.
 
         Raises:
             UserError: with every problem of the input: unknown names (and the nearest known ones), wrong types,
@@ -313,6 +363,11 @@ class Hyperparameters(BaseModel):
                 continue
             values[name] = decoded
             origins[name] = key
+        try:
+            beside = dataset_info(str(values.get("instance_data_dir", DEFAULT_INSTANCE_DATA_DIR)))
+            values |= {name: text for name, text in beside.items() if values.get(name) is None}
+        except UserError as error:
+            problems += error.problems
         try:
             parsed = cls.model_validate(values)
         except ValidationError as error:
@@ -547,6 +602,10 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         'instance_prompt is missing; write the prompt of your subject with a rare token, such as "photo of zwx toy"',
     )
     check(
+        any(FILEWORDS in prompt for prompt in (h.class_prompt, *(c.class_prompt for c in concepts)) if prompt),
+        f"class_prompt: {FILEWORDS} stands for the caption of a picture of the subject; leave it out",
+    )
+    check(
         h.with_prior_preservation is True and h.concepts_list is None and not h.class_prompt,
         "with_prior_preservation=true needs class_prompt; write the prompt of the class, such as "
         '"photo of a toy", or set with_prior_preservation=false',
@@ -623,11 +682,11 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         "hf_token_secret takes the name of a secret, and this looks like a token, which job descriptions would show; "
         "revoke it, store a new one in AWS Secrets Manager and write the secret's name",
     )
-    if h.manual_upload_model_path is not None:
+    for name in ("manual_upload_model_path", "class_cache"):
         try:
-            S3Uri.parse(h.manual_upload_model_path)
+            S3Uri.parse(getattr(h, name) or "s3://none")
         except UserError as error:
-            problems.append(f"manual_upload_model_path: {error}; write s3://bucket/prefix")
+            problems.append(f"{name}: {error}; write s3://bucket/prefix")
     check(
         h.instance_data_dir.rstrip("/") == h.class_data_dir.rstrip("/"),
         f"instance_data_dir and class_data_dir are the same directory, {h.instance_data_dir}; give each its own",

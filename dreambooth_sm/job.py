@@ -16,10 +16,13 @@ import torch
 
 from dreambooth_sm import storage
 from dreambooth_sm.convert import DTYPES
-from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
-from dreambooth_sm.data.prior import complete_class_images
+from dreambooth_sm.data.buckets import class_shapes
+from dreambooth_sm.data.class_cache import is_latents
+from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts, shapes_of, shapes_of_class_pictures
+from dreambooth_sm.data.masks import read_mask
+from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.data.prompts import tokenize
-from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, mix, views_of
+from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, SubjectWeights, views_of
 from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.fidelity import load_encoders
@@ -48,6 +51,9 @@ _IDENTITY = (
     "instance_prompt",
     "class_prompt",
     "resolution",
+    "bucket_step",
+    "caption_dropout",
+    "background_weight",
     "train_batch_size",
     "gradient_accumulation_steps",
     "prior_loss_weight",
@@ -93,7 +99,7 @@ def _run(
         with problems.collected():
             plan = check(h, contract, world)
         with problems.collected():
-            subjects = find_subjects(h)
+            subjects = find_subjects(h, report.warn)
         with problems.collected():
             check_base(h)
         with problems.collected():
@@ -124,7 +130,7 @@ def _run(
         encoders = load_encoders(h.fidelity_encoders) if h.fidelity_encoders and world.is_main else None
     _stop_if_asked(stop, world)
     with report.phase("class_images"):
-        subjects = make_class_images(base, subjects, h, plan, seed=seed, report=report, stop=stop, world=world)
+        subjects = make_class_images(base, subjects, h, plan, report=report, stop=stop, world=world)
     with report.phase("encode"):
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
     _stop_if_asked(stop, world)
@@ -192,12 +198,17 @@ def check_output(h: Hyperparameters) -> None:
 
 def check_prompts(base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparameters) -> None:
     """Raises UserError for prompts that are too long, before class images are made for them."""
-    prompts = [prompt for subject in subjects for prompt in (subject.prompt, subject.class_prompt) if prompt]
+    prompts = [prompt for s in subjects for prompt in (s.prompt, s.class_prompt, *s.prompts) if prompt]
     tokenize(base.tokenizer, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
 
 
 def check_target(h: Hyperparameters) -> S3Uri | None:
-    """The S3 location that the model goes to, known to be writable; None to leave the model to SageMaker."""
+    """The S3 location that the model goes to, known to be writable; None to leave the model to SageMaker.
+
+    The cache of class images has to be writable as well: later, its failures only cost time.
+    """
+    if h.class_cache is not None:
+        storage.check_writable(S3Uri.parse(h.class_cache))
     if h.manual_upload_model_path is None:
         return None
     target = S3Uri.parse(h.manual_upload_model_path)
@@ -218,35 +229,33 @@ def make_class_images(
     h: Hyperparameters,
     plan: Plan,
     *,
-    seed: int,
     report: Reporter,
     stop: threading.Event,
     world: World,
 ) -> tuple[Subject, ...]:
-    """Generates the class images that are missing, with the untrained base model."""
+    """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs."""
     if all(s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects):
         return subjects
-    pipeline = sampling_pipeline(base, plan)
-    completed = tuple(
-        complete_class_images(
-            subject,
-            pipeline,
-            wanted=h.num_class_images,
-            resolution=h.resolution,
-            batch_size=plan.sample_batch_size,
-            guidance=h.sample_guidance_scale,
-            seed=mix(seed, number) % 2**31,
-            scratch=Path(h.models_path).parent / "class_images" / str(number),
-            report=report,
-            stop=stop,
-            world=world,
-        )
-        for number, subject in enumerate(subjects)
+    images = ClassImages(
+        sampling_pipeline(base, plan),
+        batch_size=plan.sample_batch_size,
+        guidance=h.sample_guidance_scale,
+        remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
+        scratch=Path(h.models_path).parent / "class_images",
+        shown=Path(h.models_path) / "class_images",
+        report=report,
+        stop=stop,
+        world=world,
     )
+    completed: list[Subject] = []
+    for subject, instances in zip(subjects, shapes_of(subjects, h), strict=True):
+        wanted = max(h.num_class_images, len(set(instances)))  # each shape has batches, and needs one
+        of_same_class = sum(len(s.class_pictures) for s in completed if s.class_prompt == subject.class_prompt)
+        completed.append(images.complete(subject, class_shapes(instances, wanted), of_same_class))
     base.to("cpu")
-    del pipeline
+    del images
     _free_memory()
-    return completed
+    return tuple(completed)
 
 
 def encode_training_set(
@@ -262,15 +271,30 @@ def encode_training_set(
     table = PromptTable(
         base.tokenizer, max_tokens=h.max_token_length, pad=h.pad_tokens, shuffle=h.shuffle_tags, seed=seed
     )
-    instances = [Sample(path, table.rows(s.prompt)) for s in subjects for path in s.pictures]
-    classes = [
-        Sample(path, table.rows(s.class_prompt)) for s in subjects if s.class_prompt for path in s.class_pictures
+    shapes = shapes_of(subjects, h)
+    instances = [
+        Sample(path, table.rows(prompt), shape)
+        for s, its in zip(subjects, shapes, strict=True)
+        for path, prompt, shape in zip(s.pictures, s.prompts or [s.prompt] * len(s.pictures), its, strict=True)
     ]
+    classes = [
+        Sample(path, table.rows(s.class_prompt), shape)
+        for s, its in zip(subjects, shapes, strict=True)
+        if s.class_prompt
+        for path, shape in zip(s.class_pictures, shapes_of_class_pictures(s, its), strict=True)
+    ]
+    # With fewer class pictures of the user's than shapes, some serve in more than one.
+    missing = {sample.shape for sample in instances} - {sample.shape for sample in classes}
+    own = [sample for sample in classes if not is_latents(sample.picture)]
+    if classes:
+        classes += [dataclasses.replace(own[0], shape=shape) for shape in sorted(missing)]
     samples = [*instances, *classes]
-    pictures = [sample.picture for sample in samples]
-    views = views_of(pictures, seed, random_crop=not h.center_crop, mirror=h.hflip)
+    pictures, trained_in = [sample.picture for sample in samples], [sample.shape for sample in samples]
+    (empty,) = table.rows("") if h.caption_dropout else (0,)
+    masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
+    views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
     base.vae.to(device)
-    latents = Latents(pictures, views, base.vae, resolution=h.resolution, cached=plan.cache_latents)
+    latents = Latents(pictures, trained_in, views, base.vae, cached=plan.cache_latents)
     if plan.cache_latents:
         base.vae.to("cpu")
     if plan.train_text_encoder:
@@ -279,16 +303,23 @@ def encode_training_set(
         prompts = table.embeddings(base.text_encoder.to(device))
         base.text_encoder.to("cpu")
     _free_memory()
-    side = h.resolution // base.latent_scale
     dice = Dice(
         instances,
         classes,
         views=len(views[0]),
-        latent_shape=(base.unet.config.in_channels, side, side),
+        channels=base.unet.config.in_channels,
+        latent_scale=base.latent_scale,
         timesteps=base.scheduler.config.num_train_timesteps,
         seed=seed,
+        empty_prompt=empty,
+        caption_dropout=h.caption_dropout,
     )
-    return TrainingSet(dice, latents, prompts)
+    weights = None
+    if h.background_weight is not None:
+        weights = SubjectWeights(
+            masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
+        )
+    return TrainingSet(dice, latents, prompts, weights)
 
 
 def train(
@@ -351,6 +382,7 @@ def make_identity(
         **h.model_dump(include=set(_IDENTITY), mode="json"),
         "seed": seed,
         "processes": world.size,
+        "aspect_ratio_buckets": h.buckets,
         "pictures": sorted(path.name for subject in subjects for path in subject.pictures),
         "train_text_encoder": plan.train_text_encoder,
         "use_ema": plan.use_ema,

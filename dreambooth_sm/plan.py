@@ -335,7 +335,9 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: 
     plan = dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h, shape))
     if h.sample_batch_size != "auto":
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
-    batches = [n for n in (16, 8, 4, 2, 1) if sampling_peak_gb(n, h, shape) <= card.budget_gb]
+    # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
+    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= LADDER[0].from_gib else (16, 8, 4, 2, 1)
+    batches = [n for n in sizes if sampling_peak_gb(n, h, shape) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
 
 
@@ -457,4 +459,4 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float
 def sampling_peak_gb(batch_size: int, h: Hyperparameters, shape: Shape = SD1) -> float:
     """Highest allocation while class images are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
     models = 2e-3 * (shape.unet + shape.text_encoder + shape.vae)
-    return models + (0.25 * batch_size + 1.2) * (h.resolution / 512) ** 2
+    return models + (0.15 * batch_size + 0.7) * (h.resolution / 512) ** 2

@@ -206,6 +206,33 @@ def list_objects(source: S3Uri, *, client: S3Client | None = None) -> dict[str, 
     return {key: size for key, size in objects.items() if key and not key.endswith("/")}
 
 
+def get_object(uri: S3Uri, *, client: S3Client | None = None) -> bytes | None:
+    """The content of one object, checked by the server's checksum where it keeps one; None where there is none.
+
+    Raises:
+        UserError: no such bucket, no permission, no credentials.
+        DownloadError: the server can't be reached or fails.
+    """
+    client = client or s3_client()
+    with _explained(uri, DownloadError):
+        try:
+            return client.get_object(Bucket=uri.bucket, Key=uri.prefix)["Body"].read()
+        except client.exceptions.NoSuchKey:
+            return None
+
+
+def put_object(uri: S3Uri, body: bytes, *, client: S3Client | None = None) -> None:
+    """Writes one object; the server refuses content that differs from its SHA-256.
+
+    Raises:
+        UserError: no such bucket, no permission, no credentials.
+        UploadError: the server can't be reached or fails.
+    """
+    client = client or s3_client()
+    with _explained(uri, UploadError):
+        _put(client, uri, body)
+
+
 def upload_directory(
     directory: Path,
     target: S3Uri,

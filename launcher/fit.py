@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dreambooth_sm.data.pictures import check_pictures, list_pictures
+from dreambooth_sm.data.check import check_folder
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from launcher.local import TrainingJob, run_locally
@@ -74,23 +74,21 @@ def fit(
             values["pretrained_model_name_or_path"] = f"{_CHANNELS}/{MODEL_CHANNEL}"
         elif isinstance(base_model, Path) or base_model.startswith(("/", ".", "~")):
             problems.append(f"base_model: {base_model} is no directory; name a hub id or a diffusers directory")
+    parsed = Hyperparameters()
     try:
         parsed = Hyperparameters.parse({name: value for name, value in values.items() if value is not None})
     except UserError as error:
         problems += error.problems
-    problems += _check_images(str(images))
+    problems += _check_images(str(images), parsed)
     if problems:
         raise UserError(problems)
     return run_locally(parsed.to_sagemaker(), channels, directory=directory, log=log)
 
 
-def _check_images(images: str) -> list[str]:
+def _check_images(images: str, h: Hyperparameters) -> list[str]:
     """The findings of the container's own check, where the pictures are on this machine."""
     if images.startswith("s3://"):
         return []
     if not Path(images).is_dir():
         return [f"images: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix"]
-    pictures = list_pictures(Path(images))
-    if not pictures:
-        return [f"images: {images} holds no pictures; put 4 to 20 JPEG or PNG pictures there"]
-    return check_pictures(pictures)
+    return list(check_folder(Path(images), h, name="images").errors)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_sm.data.pictures import check_pictures, list_pictures
+from dreambooth_sm.data.buckets import assign, class_shapes
+from dreambooth_sm.data.captions import fill
+from dreambooth_sm.data.check import check_folder, picture_shapes
+from dreambooth_sm.data.pictures import Shape, list_pictures, problems_of, read_size
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, clean_concepts
 
@@ -18,10 +22,12 @@ class Subject:
 
     Attributes:
         pictures: pictures of the subject; at least one, each readable.
-        prompt: the instance prompt.
+        prompt: the instance prompt, without ``[filewords]``; the first picture's where nothing else is in it.
         class_prompt: None without prior preservation.
         class_directory: where class images are, and missing ones go.
         class_pictures: class images that are there already, readable, at most as many as are wanted.
+        prompts: what each picture is shown with, captions included; empty where it is ``prompt`` for all.
+        generated_shapes: width and height of the last class pictures, which were generated and are kept as latents.
     """
 
     pictures: tuple[Path, ...]
@@ -29,19 +35,45 @@ class Subject:
     class_prompt: str | None
     class_directory: Path
     class_pictures: tuple[Path, ...]
+    prompts: tuple[str, ...] = ()
+    generated_shapes: tuple[Shape, ...] = ()
 
 
-def find_subjects(h: Hyperparameters) -> tuple[Subject, ...]:
+def find_subjects(h: Hyperparameters, warn: Callable[[str], None] = lambda line: None) -> tuple[Subject, ...]:
     """Finds the pictures of every concept and reads each one to the end, before anything costs money.
+
+    Args:
+        warn: gets a line for each finding that does not stop the job.
 
     Raises:
         UserError: with every folder and picture that is missing or can't be used.
     """
     problems: list[str] = []
-    subjects = [_find(concept, problems) for concept in _concepts(h)]
+    concepts = _concepts(h)
+    directories = _class_directories(concepts, problems)
+    subjects = [
+        _find(concept, directory, problems, warn) for concept, directory in zip(concepts, directories, strict=True)
+    ]
     if problems:
         raise UserError(dict.fromkeys(problems))
     return tuple(subject for subject in subjects if subject)
+
+
+def shapes_of(subjects: Sequence[Subject], h: Hyperparameters) -> list[list[Shape]]:
+    """The shape that each instance picture is trained in; one list a subject."""
+    shapes = iter(picture_shapes([read_size(path) for subject in subjects for path in subject.pictures], h))
+    return [[next(shapes) for _ in subject.pictures] for subject in subjects]
+
+
+def shapes_of_class_pictures(subject: Subject, instances: Sequence[Shape]) -> list[Shape]:
+    """The shape that each class picture of a subject is trained in.
+
+    Args:
+        instances: the subject's own of :func:`shapes_of`.
+    """
+    own = subject.class_pictures[: len(subject.class_pictures) - len(subject.generated_shapes)]
+    shapes = assign([read_size(path) for path in own], class_shapes(instances, len(own)))
+    return [*shapes, *subject.generated_shapes]
 
 
 def read_concepts(h: Hyperparameters) -> Hyperparameters:
@@ -72,43 +104,69 @@ def _concepts(h: Hyperparameters) -> tuple[Hyperparameters, ...]:
     return tuple(h.model_copy(update=concept.model_dump(exclude_none=True)) for concept in concepts)
 
 
-def _find(h: Hyperparameters, problems: list[str]) -> Subject | None:
-    pictures = _pictures_in(Path(h.instance_data_dir), "instance_data_dir", problems)
+def _class_directories(concepts: Sequence[Hyperparameters], problems: list[str]) -> list[Path]:
+    """Where each concept's class pictures are. Concepts of different classes that name one directory get a
+    subdirectory each, by their class prompt, or they would take each other's pictures for their own."""
+    prompts: dict[str, list[str]] = {}
+    for h in concepts:
+        if h.prior_preservation and h.class_prompt:
+            prompts.setdefault(h.class_data_dir, []).append(h.class_prompt)
+    shared = {directory: list(dict.fromkeys(its)) for directory, its in prompts.items() if len(set(its)) > 1}
+    for directory, its in shared.items():
+        if any(path.parent == Path(directory) for path in list_pictures(Path(directory))):
+            places = ", ".join(f"those of {prompt!r} to {_folder_of(prompt, its)}" for prompt in its)
+            problems.append(f"class_data_dir: {directory} holds pictures of several classes; move {places} in it")
+    return [
+        Path(h.class_data_dir, _folder_of(h.class_prompt, shared[h.class_data_dir]))
+        if h.class_prompt and h.class_data_dir in shared
+        else Path(h.class_data_dir)
+        for h in concepts
+    ]
+
+
+def _folder_of(prompt: str, prompts: Sequence[str]) -> str:
+    """``photo-of-a-toy``; with a number where another of ``prompts`` would have the same name."""
+    names = [re.sub(r"\W+", "-", text).strip("-").lower()[:60] or "class" for text in prompts]
+    number = prompts.index(prompt)
+    return names[number] if names.count(names[number]) == 1 else f"{names[number]}-{number}"
+
+
+def _find(
+    h: Hyperparameters, class_directory: Path, problems: list[str], warn: Callable[[str], None]
+) -> Subject | None:
+    findings = check_folder(Path(h.instance_data_dir), h)
+    problems += findings.errors
+    for line in findings.warnings:
+        warn(line)
     class_pictures: list[Path] = []
-    if h.prior_preservation and Path(h.class_data_dir).is_file():
-        problems.append(f"class_data_dir: {h.class_data_dir} is a file; name a directory")
-    elif h.prior_preservation and Path(h.class_data_dir).is_dir():
-        class_pictures = list_pictures(Path(h.class_data_dir))[: h.num_class_images]
-        problems += check_pictures(class_pictures)
-    if not pictures or h.instance_prompt is None:
+    if h.prior_preservation and class_directory.is_file():
+        problems.append(f"class_data_dir: {class_directory} is a file; name a directory")
+    elif h.prior_preservation and class_directory.is_dir():
+        class_pictures = _usable(list_pictures(class_directory), h, problems, warn)
+    if not findings.pictures or h.instance_prompt is None:
         return None
     return Subject(
-        pictures=tuple(pictures),
-        prompt=h.instance_prompt,
+        pictures=tuple(picture.path for picture in findings.pictures),
+        prompt=fill(h.instance_prompt, "") or findings.pictures[0].prompt,
         class_prompt=h.class_prompt if h.prior_preservation else None,
-        class_directory=Path(h.class_data_dir),
+        class_directory=class_directory,
         class_pictures=tuple(class_pictures),
+        prompts=tuple(picture.prompt for picture in findings.pictures),
     )
 
 
-def _pictures_in(directory: Path, name: str, problems: list[str]) -> list[Path]:
-    if directory.is_file():
-        problems.append(f"{name}: {directory} is a file; name the directory with the pictures of the subject")
-        return []
-    if not directory.is_dir():
-        channel = directory.name
-        hint = (
-            f"the job has no channel {channel!r}; pass it as an input, such as inputs={{{channel!r}: 's3://...'}}"
-            if directory.parent.name == "data"
-            else "name the directory with the pictures of the subject"
-        )
-        problems.append(f"{name}: {directory} does not exist; {hint}")
-        return []
-    pictures = list_pictures(directory)
-    if not pictures:
-        others = sum(1 for _, _, names in os.walk(directory) for _ in names)
-        problems.append(
-            f"{name}: {directory} holds no pictures ({others} other files); put 4 to 20 JPEG or PNG pictures there"
-        )
-    problems += check_pictures(pictures)
-    return pictures
+def _usable(pictures: list[Path], h: Hyperparameters, problems: list[str], warn: Callable[[str], None]) -> list[Path]:
+    """The first ``num_class_images`` of them that can be read."""
+    usable: list[Path] = []
+    for path in pictures:
+        if len(usable) == h.num_class_images:
+            break
+        unreadable = problems_of(path)
+        if h.on_bad_image == "error":
+            problems += unreadable
+        else:
+            for line in unreadable:
+                warn(f"left out: {line}")
+        if not unreadable:
+            usable.append(path)
+    return usable

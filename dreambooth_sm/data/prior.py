@@ -3,81 +3,143 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
+import torch
 from diffusers import StableDiffusionPipeline
 
+from dreambooth_sm import __version__
+from dreambooth_sm.data.class_cache import ClassCache, Recipe, fingerprint, pack
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.data.pictures import Shape
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.sampling import draw
+from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents
+from dreambooth_sm.storage import S3Uri
+
+STEPS = 20
+# Pictures of those made that are decoded, for people to look at; training needs the latents alone.
+SHOWN = 4
 
 
-def complete_class_images(
-    subject: Subject,
-    pipeline: StableDiffusionPipeline,
-    *,
-    wanted: int,
-    resolution: int,
-    batch_size: int,
-    guidance: float,
-    seed: int,
-    scratch: Path,
-    report: Reporter,
-    stop: threading.Event,
-    world: World = World(),  # noqa: B008 - frozen
-) -> Subject:
-    """Generates the class images that are missing.
+class ClassImages:
+    """Makes class images with one base model, or finds those that earlier jobs made.
 
-    They go beside the existing ones, or into ``scratch`` where that directory is read-only (a channel in FastFile
-    mode, for example). Picture k is drawn from ``seed + k``, whatever the batch size. Several processes draw a share
-    each and exchange their pictures.
+    A generated picture is kept as the sampler's latents: what the VAE would make of them and back again is never
+    needed to train on. Each picture is drawn from a seed of its own, which is its number, whatever the job's seed, the
+    batch size and the number of processes: jobs with the same base model and class prompt share their pictures.
 
-    Returns:
-        the subject with ``wanted`` class pictures.
-
-    Raises:
-        StopRequested: between two batches, when ``stop`` is set.
+    Args:
+        pipeline: the untrained base model, on the device that draws.
+        remote: where pictures are kept for later jobs, beside the subject's class directory.
+        scratch: takes their place where the class directory is read-only (a channel in FastFile mode, for example).
+        shown: directory for the pictures that people look at.
     """
-    missing = range(len(subject.class_pictures), wanted)
-    if subject.class_prompt is None or not missing:
-        return subject
-    directory = _writable(subject.class_directory) or _writable(scratch)
-    assert directory is not None, f"{scratch} has to be writable"
-    share = missing[world.rank :: world.size]
-    made: list[Path] = []
-    batches = draw(
-        pipeline,
-        subject.class_prompt,
-        [seed + number for number in share],
-        resolution=resolution,
-        batch_size=batch_size,
-        guidance=guidance,
-    )
-    total = -(-len(share) // batch_size)
-    for pictures in report.progress(batches, total, "class images"):
-        for picture in pictures:
-            content = io.BytesIO()
-            picture.save(content, format="PNG")
-            made.append(_write(directory / f"class-{seed + share[len(made)]:010d}.png", content.getvalue()))
-        if stop.is_set() and world.size == 1:
-            raise StopRequested(f"while class images were made; {len(made)} of {len(share)} are in {directory}")
-    if world.size > 1:
-        shares = world.gather([(path.name, path.read_bytes()) for path in made])
-        made = sorted(_write(directory / name, content) for part in shares for name, content in part)
-    return dataclasses.replace(subject, class_pictures=(*subject.class_pictures, *made))
 
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        *,
+        batch_size: int,
+        guidance: float,
+        remote: S3Uri | None,
+        scratch: Path,
+        shown: Path,
+        report: Reporter,
+        stop: threading.Event,
+        world: World = World(),  # noqa: B008 - frozen
+    ) -> None:
+        self._pipeline, self._batch_size, self._guidance = pipeline, batch_size, guidance
+        self._remote, self._scratch, self._shown = remote, scratch, shown
+        self._report, self._stop, self._world = report, stop, world
+        modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        self._weights = fingerprint(modules)
+        software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
+        self._sampler = f"DPM++ 2M, Karras sigmas, {software}, {sorted(pipeline.scheduler.config.items())}"
 
-def _write(path: Path, content: bytes) -> Path:
-    """Writes a file so that a job that is killed meanwhile leaves no damaged one."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_bytes(content)
-    partial.rename(path)
-    return path
+    def complete(self, subject: Subject, shapes: Sequence[Shape], first_seed: int = 0) -> Subject:
+        """The subject with all class pictures: its own first, generated ones for the rest.
+
+        Args:
+            shapes: width and height in pixels of every class picture, the subject's own included.
+            first_seed: seed of the first class picture; it differs between subjects of the same class.
+
+        Raises:
+            StopRequested: between two batches, when the job is to stop; what was made is kept.
+        """
+        numbers = range(len(subject.class_pictures), len(shapes))
+        if subject.class_prompt is None or not numbers:
+            return subject
+        directory = _writable(subject.class_directory) or _writable(self._scratch)
+        assert directory is not None, f"{self._scratch} has to be writable"
+        cache = ClassCache(directory, self._remote, self._report)
+        recipes = {number: self._recipe(subject.class_prompt, shapes[number]) for number in numbers}
+        names = {number: recipe.name(first_seed + number) for number, recipe in recipes.items()}
+        found: dict[str, bytes] = self._world.first(cache.find(names.values()) if self._world.is_main else {})
+        missing = [number for number in numbers if names[number] not in found]
+        if found:
+            self._report.say(f"class_images found={len(found)} missing={len(missing)}")
+        made: dict[str, bytes] = {}
+        for size in sorted({recipes[number].size for number in missing}):
+            of_size = [number for number in missing if recipes[number].size == size]
+            made |= self._make({first_seed + n: names[n] for n in of_size}, recipes[of_size[0]], cache)
+        if self._world.is_main:
+            cache.share(made)
+        for name, content in (found | made).items():
+            if not (directory / name).is_file():  # another host has it
+                cache.write(name, content)
+        return dataclasses.replace(
+            subject,
+            class_pictures=(*subject.class_pictures, *(directory / names[number] for number in numbers)),
+            generated_shapes=tuple(shapes[number] for number in numbers),
+        )
+
+    def _make(self, names: dict[int, str], recipe: Recipe, cache: ClassCache) -> dict[str, bytes]:
+        """Draws the pictures of these seeds, and gives what all processes drew, by name."""
+        share = list(names)[self._world.rank :: self._world.size]
+        batches = draw_latents(
+            self._pipeline,
+            recipe.prompt,
+            share,
+            size=recipe.size,
+            batch_size=self._batch_size,
+            steps=recipe.steps,
+            guidance=recipe.guidance,
+            guided=recipe.guided,
+        )
+        made: dict[str, bytes] = {}
+        for latents in self._report.progress(batches, -(-len(share) // self._batch_size), "class images"):
+            for row in latents:
+                seed = share[len(made)]
+                made[names[seed]] = pack(row)
+                cache.write(names[seed], made[names[seed]])
+                if seed < SHOWN:
+                    self._show(row, seed)
+            if self._stop.is_set() and self._world.size == 1:
+                raise StopRequested(
+                    f"while class images were made; {len(made)} of {len(share)} are in {cache.directory}"
+                )
+        return {name: content for part in self._world.gather(made) for name, content in part.items()}
+
+    def _show(self, latents: torch.Tensor, seed: int) -> None:
+        self._shown.mkdir(parents=True, exist_ok=True)
+        decode(self._pipeline, latents[None])[0].save(self._shown / f"class-{seed}.png")
+
+    def _recipe(self, prompt: str, size: Shape) -> Recipe:
+        return Recipe(
+            weights=self._weights,
+            sampler=self._sampler,
+            prompt=prompt,
+            steps=STEPS,
+            guidance=self._guidance,
+            guided=GUIDED_SIGMAS,
+            size=size,
+        )
 
 
 def _writable(directory: Path) -> Path | None:

@@ -1,5 +1,8 @@
 """What the training step reads: latents and prompt embeddings, and which of them a step uses.
 
+All pictures of an optimizer step have one shape, whatever batches and processes it is spread over: each shape costs
+one captured graph, and steps of equally many pictures are alike.
+
 Every random choice is a function of (seed, position in the global batch sequence): a resumed job, or one spread
 over other batch sizes and processes, draws what an uninterrupted one would have drawn, and no generator's state has
 to be saved.
@@ -16,7 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dreambooth_sm.data.pictures import View, crop, is_square, open_picture
+from dreambooth_sm.data.class_cache import is_latents, read_latents
+from dreambooth_sm.data.masks import keep_subject, subject_box
+from dreambooth_sm.data.pictures import Shape, View, crop, open_picture, read_size
 from dreambooth_sm.data.prompts import encode, tag_orders, tokenize
 
 # Views of a picture that are encoded ahead where its crop or mirroring is random.
@@ -25,10 +30,11 @@ VIEWS = 8
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture with the prompts it may be shown with (rows of the prompt table)."""
+    """A picture, the prompts it may be shown with (rows of the prompt table), and its width and height in training."""
 
     picture: Path
     prompts: tuple[int, ...]
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,13 @@ class Dice:
     """Draws batches.
 
     Args:
-        instances, classes: samples of the two halves of a batch; no classes without prior preservation.
-        first_class: row of the first class sample in the picture table.
+        instances, classes: samples of the two halves of a batch; no classes without prior preservation, else at least
+            one of each shape that instances have.
+        channels, latent_scale: channels of the latents, and pixels a side of each of their elements.
+        caption_dropout: probability of the row ``empty_prompt`` of the prompt table instead of a sample's own.
+
+    Attributes:
+        shapes: those that batches have, the one of most pixels first.
     """
 
     def __init__(
@@ -64,20 +75,36 @@ class Dice:
         classes: list[Sample],
         *,
         views: int,
-        latent_shape: tuple[int, int, int],
+        channels: int,
+        latent_scale: int,
         timesteps: int,
         seed: int,
+        empty_prompt: int = 0,
+        caption_dropout: float = 0.0,
     ) -> None:
-        self.instances, self.classes = instances, classes
-        self.views, self.latent_shape, self.timesteps, self.seed = views, latent_shape, timesteps, seed
-        self._order = lru_cache(maxsize=4)(self._shuffled)
+        self.instances, self.classes, self._samples = instances, classes, [*instances, *classes]
+        self.views, self.channels, self.latent_scale = views, channels, latent_scale
+        self.timesteps, self.seed = timesteps, seed
+        self.empty_prompt, self.caption_dropout = empty_prompt, caption_dropout
+        pixels = {sample.shape: sample.shape[0] * sample.shape[1] for sample in instances}
+        self.shapes = sorted(pixels, key=lambda shape: (-pixels[shape], shape))
+        halves = [range(len(instances)), range(len(instances), len(self._samples))]
+        self._pools = {
+            shape: [[row for row in half if self._samples[row].shape == shape] for half in halves if half]
+            for shape in self.shapes
+        }
+        self._order = lru_cache(maxsize=64)(self._shuffled)
 
-    def batch(self, number: int, size: int) -> Batch:
-        """Batch ``number`` (counted from 0) of ``size`` instance samples and as many class samples."""
-        positions = range(number * size, (number + 1) * size)
-        rows = [self._row(self.instances, 0, position) for position in positions]
-        if self.classes:
-            rows += [self._row(self.classes, len(self.instances), position) for position in positions]
+    def batch(self, number: int, size: int, together: int = 1) -> Batch:
+        """Batch ``number`` (counted from 0) of ``size`` instance samples and as many class samples, all of one shape.
+
+        Args:
+            together: batches that an optimizer step is made of, on all processes; they share a shape.
+        """
+        step, part = divmod(number, together)
+        shape, turn = self._shape_of(step)
+        first = (turn * together + part) * size
+        rows = [self._row(pool, position) for pool in self._pools[shape] for position in range(first, first + size)]
         samples, views, prompts, latent_noise, noise, timesteps = zip(*rows, strict=True)
         return Batch(
             torch.tensor(samples),
@@ -88,20 +115,30 @@ class Dice:
             torch.tensor(timesteps),
         )
 
-    def _row(self, pool: list[Sample], first: int, position: int) -> tuple[Any, ...]:
+    def _shape_of(self, step: int) -> tuple[Shape, int]:
+        """The shape of an optimizer step, and how many steps before it had the same.
+
+        In as many steps as there are instances, a shape has as many turns as it has instances: all are shown equally
+        often.
+        """
+        epoch, place = divmod(step, len(self.instances))
+        turns = [self.instances[index].shape for index in self._order(-1, len(self.instances), epoch)]
+        shape = turns[place]
+        return shape, epoch * turns.count(shape) + turns[:place].count(shape)
+
+    def _row(self, pool: list[int], position: int) -> tuple[Any, ...]:
         epoch, place = divmod(position, len(pool))
-        index = self._order(first, len(pool), epoch)[place]
-        generator = torch.Generator().manual_seed(mix(self.seed, first, position))
-        view, prompt, timestep = torch.randint(2**31, (3,), generator=generator).tolist()
-        sample = pool[index]
-        return (
-            first + index,
-            view % self.views,
-            sample.prompts[prompt % len(sample.prompts)],
-            torch.randn(self.latent_shape, generator=generator),
-            torch.randn(self.latent_shape, generator=generator),
-            timestep % self.timesteps,
-        )
+        row = pool[self._order(pool[0], len(pool), epoch)[place]]
+        generator = torch.Generator().manual_seed(mix(self.seed, pool[0], position))
+        view, choice, timestep = torch.randint(2**31, (3,), generator=generator).tolist()
+        sample = self._samples[row]
+        width, height = sample.shape
+        latent_shape = (self.channels, height // self.latent_scale, width // self.latent_scale)
+        latent_noise, noise = (torch.randn(latent_shape, generator=generator) for _ in range(2))
+        prompt = sample.prompts[choice % len(sample.prompts)]
+        if self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout:
+            prompt = self.empty_prompt
+        return row, view % self.views, prompt, latent_noise, noise, timestep % self.timesteps
 
     def _shuffled(self, first: int, count: int, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(mix(self.seed, first, -1 - epoch))
@@ -137,14 +174,68 @@ class PromptTable:
         return encode(text_encoder, self.ids().to(text_encoder.device))
 
 
-def views_of(pictures: list[Path], seed: int, *, random_crop: bool, mirror: bool) -> list[list[View]]:
-    """The views of every picture, as many for each; there is nothing to crop of a square one."""
-    views = [
-        random_views(seed, row, random_crop=random_crop and not is_square(picture), mirror=mirror)
-        for row, picture in enumerate(pictures)
-    ]
+def views_of(
+    pictures: list[Path],
+    shapes: list[Shape],
+    masks: list[Image.Image | None],
+    seed: int,
+    *,
+    random_crop: bool,
+    mirror: bool,
+) -> list[list[View]]:
+    """The views of every picture, as many for each: there is nothing to crop of one that has its shape's ratio, and
+    what a mask shows is kept. Class images that are kept as latents have one: more of them are as easily made."""
+    views: list[list[View]] = []
+    for row, (picture, shape, mask) in enumerate(zip(pictures, shapes, masks, strict=True)):
+        if is_latents(picture):
+            views.append([View()])
+            continue
+        size = read_size(picture)
+        free = random_crop and size[0] * shape[1] != size[1] * shape[0]
+        views.append(random_views(seed, row, random_crop=free, mirror=mirror))
+        if mask and (box := subject_box(mask)):
+            views[-1] = [keep_subject(view, box, size, shape) for view in views[-1]]
     most = max(map(len, views))
     return [row if len(row) == most else row * most for row in views]
+
+
+def subject_weights(mask: Image.Image | None, grid: Shape, view: View, background: float) -> torch.Tensor:
+    """What each latent element of a view weighs in the loss: ``(height, width)``, mean 1.
+
+    The subject weighs 1 and the rest ``background``, by the share that each has of an element's area; all is then
+    scaled to a mean of 1, so that a small subject counts no less than a large one. Without a mask, and where the view
+    shows nothing that has any weight, all weigh the same.
+    """
+    if mask is None:
+        return torch.ones(grid[1], grid[0])
+    share = torch.from_numpy(np.asarray(crop(mask, grid, view, Image.Resampling.BOX)).copy()).float() / 255
+    weights = background + (1 - background) * share
+    return weights / weights.mean() if weights.mean() > 0 else torch.ones_like(weights)
+
+
+class SubjectWeights:
+    """The weights of all pictures and views on the device, float32; see :func:`subject_weights`."""
+
+    def __init__(
+        self,
+        masks: list[Image.Image | None],
+        shapes: list[Shape],
+        views: list[list[View]],
+        *,
+        latent_scale: int,
+        background: float,
+        device: torch.device,
+    ) -> None:
+        self._maps = []
+        for mask, (width, height), its in zip(masks, shapes, views, strict=True):
+            grid = (width // latent_scale, height // latent_scale)
+            maps = [subject_weights(mask, grid, view, background) for view in its]
+            self._maps.append(torch.stack(maps).to(device))
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """``(rows, 1, h, w)`` of a batch, whose pictures have one shape."""
+        pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
+        return torch.stack([self._maps[row][view] for row, view in pairs])[:, None]
 
 
 def random_views(seed: int, sample: int, *, random_crop: bool, mirror: bool) -> list[View]:
@@ -174,52 +265,58 @@ class Latents:
 
     Args:
         pictures: one entry a row of the picture table.
+        shapes: width and height of each picture's views.
         views: the views of each picture; all of the same number.
         vae: in fp32 or the precision it should run in, on the device.
         cached: encode ahead. The VAE is not needed any more afterwards.
     """
 
     def __init__(
-        self, pictures: list[Path], views: list[list[View]], vae: Any, *, resolution: int, cached: bool
+        self, pictures: list[Path], shapes: list[Shape], views: list[list[View]], vae: Any, *, cached: bool
     ) -> None:
-        self._pictures, self._views, self._resolution = pictures, views, resolution
+        self._pictures, self._shapes, self._views = pictures, shapes, views
         self._scaling = float(vae.config.scaling_factor)
         self._vae = vae
-        self._mean = self._deviation = None
+        self._rows = {shape: [row for row, its in enumerate(shapes) if its == shape] for shape in set(shapes)}
+        self._cache: dict[Shape, tuple[torch.Tensor, torch.Tensor]] = {}
         if cached:
-            moments = [self._encode_views(row) for row in range(len(views))]
-            self._mean = torch.stack([mean for mean, _ in moments])
-            self._deviation = torch.stack([deviation for _, deviation in moments])
+            for shape, rows in self._rows.items():
+                moments = [self._encode_views(row) for row in rows]
+                means, deviations = zip(*moments, strict=True)
+                self._cache[shape] = torch.stack(means), torch.stack(deviations)
             self._vae = None
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        """Scaled latents ``(rows, 4, h, w)`` of a batch, float32, on the device."""
-        if self._mean is not None and self._deviation is not None:
-            at = (batch.samples.to(self._mean.device), batch.views.to(self._mean.device))
-            mean, deviation = self._mean[at], self._deviation[at]
+        """Scaled latents ``(rows, 4, h, w)`` of a batch, whose pictures have one shape; float32, on the device."""
+        shape = self._shapes[int(batch.samples[0])]
+        if shape in self._cache:
+            means, deviations = self._cache[shape]
+            places = torch.tensor([self._rows[shape].index(row) for row in batch.samples.tolist()])
+            at = (places.to(means.device), batch.views.to(means.device))
+            mean, deviation = means[at], deviations[at]
         else:
-            mean, deviation = self._encode(batch.samples, batch.views)
+            pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
+            moments = [self._encode(row, [self._views[row][view]]) for row, view in pairs]
+            mean, deviation = (torch.cat(parts) for parts in zip(*moments, strict=True))
         return (mean + deviation * batch.latent_noise.to(mean.device)) * self._scaling
 
     def _encode_views(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation of every view of a picture; views that are the same are encoded once."""
         views = self._views[row]
         distinct = list(dict.fromkeys(views))
-        mean, deviation = self._encode(
-            torch.tensor([row] * len(distinct)), torch.tensor([views.index(view) for view in distinct])
-        )
+        mean, deviation = self._encode(row, distinct)
         places = [distinct.index(view) for view in views]
         return mean[places], deviation[places]
 
     @torch.no_grad()
-    def _encode(self, samples: torch.Tensor, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = torch.stack(
-            [
-                to_tensor(crop(open_picture(self._pictures[sample]), self._resolution, self._views[sample][view]))
-                for sample, view in zip(samples.tolist(), views.tolist(), strict=True)
-            ]
-        )
-        # One picture at a time: the VAE's activations are the largest of the whole job.
-        rows = [self._vae.encode(row[None].to(self._vae.device, self._vae.dtype)).latent_dist for row in pixels]
-        mean = torch.cat([row.mean for row in rows]).float()
-        return mean, torch.cat([row.std for row in rows]).float()
+    def _encode(self, row: int, views: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
+        if is_latents(self._pictures[row]):
+            mean = read_latents(self._pictures[row])[None].to(self._vae.device) / self._scaling
+            return mean, torch.zeros_like(mean)
+        shape = self._shapes[row]
+        picture = open_picture(self._pictures[row], shape)
+        # One view at a time: the VAE's activations are the largest of the whole job.
+        pixels = [to_tensor(crop(picture, shape, view))[None] for view in views]
+        found = [self._vae.encode(view.to(self._vae.device, self._vae.dtype)).latent_dist for view in pixels]
+        mean = torch.cat([view.mean for view in found]).float()
+        return mean, torch.cat([view.std for view in found]).float()

@@ -658,6 +658,11 @@ class BlockwiseAdamW(Optimizer):
         self._prepared = True
         self._updated.clear()
 
+    def prepare_capture(self) -> None:
+        """Begin to capture a graph: what is recorded is no step, and the numbers on the device stay as they are."""
+        self._prepared = True
+        self._updated.clear()
+
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` times the loss scale, in float32; `loss` itself without loss scaling."""
         return loss * self.loss_scale if self._dynamic else loss

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 
 from dreambooth_sm.data.prompts import encode
-from dreambooth_sm.data.training_set import Batch, Dice, Latents
+from dreambooth_sm.data.training_set import Batch, Dice, Latents, SubjectWeights
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -47,11 +47,13 @@ class TrainingSet:
         latents: the pictures' latents.
         prompts: embeddings ``(prompts, length, width)``; token ids ``(prompts, chunks, length)`` where the text
             encoder is trained.
+        weights: what parts of the pictures weigh in the loss; None where all weigh the same.
     """
 
     dice: Dice
     latents: Latents
     prompts: torch.Tensor
+    weights: SubjectWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Trainer:
                 parameter.data = original
             raise
         del originals
+        self.make_step.shapes = len(data.dice.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
         self.scheduler = get_scheduler(
@@ -301,7 +304,8 @@ class Trainer:
         return self._loss(self._to_device(batch))
 
     def _inputs(self, number: int) -> Inputs:
-        return self._to_device(self.data.dice.batch(number, self.h.train_batch_size))
+        together = self.h.gradient_accumulation_steps * self.world.size
+        return self._to_device(self.data.dice.batch(number, self.h.train_batch_size, together))
 
     def _to_device(self, batch: Batch) -> Inputs:
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -314,6 +318,7 @@ class Trainer:
             noise=move(batch.noise),
             timesteps=move(batch.timesteps),
             prompts=move(batch.prompts),
+            weights=self.data.weights(batch) if self.data.weights else None,
         )
 
     def _loss(self, inputs: Inputs) -> Loss:
@@ -332,6 +337,7 @@ class Trainer:
             prediction,
             prediction_target(self.prediction_type, inputs.latents, inputs.noise, alphas),
             prior_loss_weight=self.h.prior_loss_weight if self.data.dice.classes else None,
+            element_weights=inputs.weights,
             row_weights=min_snr_weights(self.prediction_type, alphas, gamma) if gamma else None,
         )
 

@@ -68,6 +68,7 @@ def dreambooth_loss(
     target: torch.Tensor,
     *,
     prior_loss_weight: float | None,
+    element_weights: torch.Tensor | None = None,
     row_weights: torch.Tensor | None = None,
 ) -> Loss:
     """The instance loss plus the weighted prior-preservation loss (Ruiz et al. 2023, equation 2).
@@ -76,9 +77,13 @@ def dreambooth_loss(
         prediction, target: ``(rows, channels, height, width)``; with prior preservation the first half of the rows
             shows the subject and the second half the class.
         prior_loss_weight: None without prior preservation.
+        element_weights: ``(rows, 1, height, width)``, of mean 1 in each row; None weighs all elements alike.
         row_weights: ``(rows,)``, one weight a row (min-SNR); None weighs all rows alike.
     """
-    rows = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+    errors = (prediction.float() - target.float()).square()
+    if element_weights is not None:
+        errors = errors * element_weights
+    rows = errors.mean(dim=(1, 2, 3))
     if row_weights is not None:
         rows = rows * row_weights
     if prior_loss_weight is None:

@@ -21,7 +21,8 @@ from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss
 
-# Steps before the capture: they let libraries choose kernels and allocate workspaces. They train like any other.
+# Steps before the captures: they let libraries choose kernels and allocate workspaces. They train like any other. Each
+# shape has at least one of them.
 WARM_UP_STEPS = 3
 
 
@@ -33,19 +34,24 @@ class Inputs:
         latents, noise: ``(rows, 4, h, w)`` float32.
         timesteps: int64 ``(rows,)``.
         prompts: int64 ``(rows,)``, rows of the prompt table.
+        weights: ``(rows, 1, h, w)`` float32, of the elements in the loss; None in all batches of a job or in none.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     prompts: Tensor
+    weights: Tensor | None = None
 
     def copy_(self, other: Inputs) -> None:
-        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+        for mine, theirs in zip(self._tensors().values(), other._tensors().values(), strict=True):
             mine.copy_(theirs)
 
     def clone(self) -> Inputs:
-        return Inputs(**{name: value.clone() for name, value in vars(self).items()})
+        return Inputs(**{name: value.clone() for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 LossFunction = Callable[[Inputs], Loss]
@@ -100,12 +106,14 @@ class Step(ABC):
         optimizer: learning-rate schedulers act on it.
         ema: an average that each step updates; to be set before the first one.
         average: averages the gradients where several processes train together; likewise.
+        shapes: how many shapes the latents of steps have; likewise.
     """
 
     _loss: LossFunction
     optimizer: torch.optim.Optimizer
     ema: Ema | None = None
     average: GradientAverage | None = None
+    shapes: int = 1
 
     @abstractmethod
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
@@ -185,10 +193,10 @@ class FastStep(Step):
             seed=seed,
         )
         self._eager_steps = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
         self._stream = torch.cuda.Stream() if plan.cuda_graph else None
-        self._inputs: list[Inputs] = []
-        self._result: Loss | None = None
+        # By the shape of the latents: what its graph reads; the graph and what it writes.
+        self._inputs: dict[torch.Size, list[Inputs]] = {}
+        self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Loss]] = {}
 
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
         self.optimizer.prepare_step()
@@ -198,19 +206,20 @@ class FastStep(Step):
             return self._run(parts)
         # Warm-up, capture and replay share one stream: autograd's accumulation nodes remember theirs.
         self._stream.wait_stream(torch.cuda.current_stream())
+        shape = parts[0].latents.shape
         with torch.cuda.stream(self._stream):
-            if self._eager_steps < WARM_UP_STEPS:
+            if self._eager_steps < WARM_UP_STEPS or len(self._inputs) < self.shapes:
                 self._eager_steps += 1
+                if shape not in self._inputs:
+                    self._inputs[shape] = [inputs.clone() for inputs in parts]
                 result = self._run(parts)
             else:
-                if self._graph is None:
-                    self._capture(parts)
-                for mine, new in zip(self._inputs, parts, strict=True):
+                if not self._graphs:
+                    self._capture()
+                for mine, new in zip(self._inputs[shape], parts, strict=True):
                     mine.copy_(new)
-                assert self._graph is not None
-                assert self._result is not None
-                self._graph.replay()
-                result = self._result
+                graph, result = self._graphs[shape]
+                graph.replay()
         torch.cuda.current_stream().wait_stream(self._stream)
         if self.ema and self.ema.on_cpu:
             self.ema.update()
@@ -224,14 +233,18 @@ class FastStep(Step):
             self.ema.update()
         return Loss.mean(losses)
 
-    def _capture(self, parts: Sequence[Inputs]) -> None:
-        assert self._stream is not None
-        self._inputs = [inputs.clone() for inputs in parts]
+    def _capture(self) -> None:
+        """Captures a graph for each shape, all in one memory pool: only one of them runs at a time. The largest comes
+        first, so that the others fit into its memory."""
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the warm-up left; the graph has a pool of its own
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._stream, capture_error_mode="thread_local"):
-            self._result = self._run(self._inputs)
+        torch.cuda.empty_cache()  # what the warm-up left; the graphs have a pool of their own
+        pool = torch.cuda.graph_pool_handle()
+        for shape in sorted(self._inputs, key=torch.Size.numel, reverse=True):
+            graph = torch.cuda.CUDAGraph()
+            self.optimizer.prepare_capture()
+            with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = self._run(self._inputs[shape])
+            self._graphs[shape] = graph, result
 
     def skipped(self) -> bool:
         return bool(self.optimizer.found_nonfinite.item())
@@ -275,7 +288,7 @@ class FastStep(Step):
     def close(self) -> None:
         super().close()
         self.optimizer.close()
-        self._graph, self._result, self._inputs = None, None, []
+        self._graphs, self._inputs = {}, {}
 
 
 class ReferenceStep(Step):

@@ -110,6 +110,7 @@ class Run:
     """A trainer of its own copy of a base model.
 
     Args:
+        subject: one with ``pictures`` pictures of one size, and 4 class pictures if they are trained on, if left out.
         plan: what differs from the plan for the CPU, such as a rung's weights and optimizer.
         values: hyperparameters that differ from ``SMALL``.
     """
@@ -120,6 +121,7 @@ class Run:
         root: Path,
         *,
         pictures: int = 3,
+        subject: Subject | None = None,
         plan: Mapping[str, Any] = MappingProxyType({}),
         **values: object,
     ) -> None:
@@ -130,7 +132,7 @@ class Run:
         self.h = hyperparameters(**values)
         self.plan = dataclasses.replace(cpu_plan(self.h), **plan)
         self.base = copy.deepcopy(base)
-        self.subject = make_subject(root, pictures=pictures, class_pictures=4 if prior else 0)
+        self.subject = subject or make_subject(root, pictures=pictures, class_pictures=4 if prior else 0)
         self.data = make_set(self.base, [self.subject], self.h, self.plan)
         self.schedule = make_schedule(self.h, len(self.subject.pictures), 4)
         self.recorder = Recorder()

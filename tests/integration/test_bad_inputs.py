@@ -31,6 +31,7 @@ from dreambooth_sm.storage import S3Uri, list_objects
 from launcher.local import ENTRYPOINT
 from tests.helpers.jobs import WEIGHTS, Ended, JobTree
 
+EXAMPLES = Path(__file__).parents[1] / "data" / "duck_toy"
 IMAGES = "input/data/images"
 MODEL = "input/data/model"
 CONFIG = "input/config"
@@ -120,6 +121,16 @@ EARLY = [
         "prior preservation without class prompt",
         ("with_prior_preservation=true needs class_prompt",),
         {"with_prior_preservation": "True", "class_prompt": "None"},
+    ),
+    Bad("caption of a class", ("class_prompt: [filewords]", "leave it out"), {"class_prompt": "a toy, [filewords]"}),
+    Bad("caption dropout of 1", ("caption_dropout: '1'", "less than 1"), {"caption_dropout": "1"}),
+    Bad("weight below 0", ("background_weight: '-0.1'", "at least 0"), {"background_weight": "-0.1"}),
+    Bad("bucket step of 32", ("bucket_step: '32'", "8, 64"), {"bucket_step": "32"}),
+    Bad(
+        "prompts beside the pictures broken",
+        ("{base}/input/data/images/dataset_info.json can't be read as JSON",),
+        {"instance_prompt": "None"},
+        writes(f"{IMAGES}/dataset_info.json", "{"),
     ),
     Bad("prompts the same", ("instance_prompt and class_prompt are the same",), {"class_prompt": "photo of zwx toy"}),
     Bad("token for a secret's name", ("hf_token_secret", "revoke it"), {"hf_token_secret": "hf_abcdef"}),
@@ -313,6 +324,8 @@ def closed_port() -> int:
         return int(sock.getsockname()[1])
 
 
+# The beginning of a photo.
+JPEG = (EXAMPLES / "00.jpg").read_bytes()[:2000]
 CONCEPTS = {"concepts_list": "/opt/ml/concepts.json"}
 IN_MODEL = ("{base}/input/data/model",)
 
@@ -355,6 +368,47 @@ LATE = [
         "two damaged pictures, both told",
         ("images/a.png is no picture", "images/b.png is no picture"),
         arrange=lambda tree: [tree.write(f"{IMAGES}/{name}.png", "x") for name in "ab"],
+    ),
+    Bad(
+        "nothing left after skipping",
+        ("images/00.jpg is damaged", "images/02.jpg is no picture"),
+        {"on_bad_image": "skip"},
+        lambda tree: (
+            without_pictures(tree),
+            tree.write(f"{IMAGES}/02.jpg", "x"),
+            tree.write(f"{IMAGES}/00.jpg", JPEG),
+        ),
+    ),
+    Bad(
+        "picture far too small",
+        ("images/icon.png has 12 x 9 pixels", "enlarged 7.1 times", "smaller resolution"),
+        arrange=lambda tree: Image.new("RGB", (12, 9)).save(tree.images / "icon.png"),
+    ),
+    Bad("caption no UTF-8", ("images/00.txt can't be read as UTF-8",), arrange=writes(f"{IMAGES}/00.txt", b"K\xe4the")),
+    Bad(
+        "caption of a missing picture, and of none",
+        ("metadata.jsonl: gone.jpg does not exist", '"file_name" and "text"'),
+        arrange=writes(f"{IMAGES}/metadata.jsonl", '{"file_name": "gone.jpg", "text": "x"}\n{"caption": "x"}'),
+    ),
+    Bad(
+        "caption too long",
+        ("'photo of zwx toy qqq", "max_token_length"),
+        {"instance_prompt": "photo of zwx toy [filewords]"},
+        writes(f"{IMAGES}/00.txt", "q" * 300),
+    ),
+    Bad(
+        "mask of another shape, and one that shows nothing",
+        ("00-mask.png has 80 x 96 pixels and its picture 96 x 80", "01-mask.png shows no subject"),
+        arrange=lambda tree: (
+            Image.new("L", (80, 96), 255).save(tree.images / "00-mask.png"),
+            Image.new("L", (96, 80)).save(tree.images / "01-mask.png"),
+        ),
+    ),
+    Bad(
+        "pictures of two classes in one folder",
+        ("class_data_dir: {base}/input/data/class_images holds pictures of several", "'a cup' to a-cup"),
+        {"concepts_list": '[{}, {"class_prompt": "a cup"}]'},
+        lambda tree: tree.write("input/data/class_images/c.png", (tree.images / "00.jpg").read_bytes()),
     ),
     Bad("class picture damaged", ("class_images/c.jpg is no",), arrange=writes("input/data/class_images/c.jpg", "x")),
     Bad(

@@ -13,7 +13,7 @@ import torch
 
 from dreambooth_sm import selection, toybox
 from dreambooth_sm.data.concepts import Subject
-from dreambooth_sm.data.prior import complete_class_images
+from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure_real, verdict
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.job import encode_training_set
@@ -49,18 +49,18 @@ def subject(toybox_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("subject")
     for number, scene in enumerate(toys.scenes_of(toys.HELD_OUT["teal_hatter"], 5, seed=0)):
         paint.paint(scene).save(folder / f"{number}.png")
-    return complete_class_images(
-        Subject(tuple(sorted(folder.iterdir())), "photo of zwx toy", "photo of a toy", folder / "class", ()),
+    images = ClassImages(
         toybox_base.pipeline(),
-        wanted=24,
-        resolution=128,
         batch_size=8,
         guidance=1.5,
-        seed=0,
+        remote=None,
         scratch=folder / "scratch",
+        shown=folder / "shown",
         report=Reporter(io.StringIO()),
         stop=threading.Event(),
     )
+    photos = Subject(tuple(sorted(folder.iterdir())), "photo of zwx toy", "photo of a toy", folder / "class", ())
+    return images.complete(photos, [(128, 128)] * 24)
 
 
 def learn(base: BaseModel, subject: Subject, root: Path, **settings: object) -> tuple[Fidelity, Fidelity, str]:

@@ -269,14 +269,18 @@ def test_sigterm_while_class_images_are_made(lay_out_job: Callable[..., JobTree]
     assert "stopped: while class images were made" in ended.log
     assert job.failure is None
     assert not job.checkpoints
-    # What was made is whole, and the next job need not make it again.
-    from PIL import Image
+    # What was made is whole, and the next job does not make it again.
+    from dreambooth_sm.data.class_cache import read_latents
 
-    made = files_below(job.base / "input" / "data" / "class_images")
+    directory = job.base / "input" / "data" / "class_images"
+    made = files_below(directory)
     assert 1 <= len(made) < 400
     for name in made:
-        with Image.open(job.base / "input" / "data" / "class_images" / name) as picture:
-            picture.load()
+        assert read_latents(directory / name).isfinite().all()
+    job.set(num_class_images=str(len(made) + 1))
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    assert f"class_images found={len(made)} missing=1" in ended.log
 
 
 def test_after_sigkill_the_job_goes_on_from_the_last_whole_checkpoint(

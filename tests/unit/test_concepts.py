@@ -111,3 +111,79 @@ def test_everything_that_is_wrong_is_told_at_once_and_only_once(folders: dict[st
         True
     ] * 3
     assert len(told) == 3
+
+
+# Class folders that concepts share
+
+
+def two_classes(tmp_path: Path, *prompts: str) -> dict[str, object]:
+    paint_pictures(tmp_path / "duck", 2)
+    paint_pictures(tmp_path / "cup", 2, seed=3)
+    concepts = [
+        {"instance_data_dir": str(tmp_path / name), "class_prompt": prompt}
+        for name, prompt in zip(("duck", "cup"), prompts, strict=True)
+    ]
+    return {
+        "concepts_list": concepts,
+        "class_data_dir": str(tmp_path / "class_images"),
+        "with_prior_preservation": True,
+    }
+
+
+def test_concepts_of_different_classes_have_folders_of_their_own(tmp_path: Path) -> None:
+    h = hyperparameters(**two_classes(tmp_path, "photo of a toy", "фото чашки!"))
+    folders = [tmp_path / "class_images" / name for name in ("photo-of-a-toy", "фото-чашки")]
+    assert [subject.class_directory for subject in find_subjects(h)] == folders
+    for folder, count in zip(folders, (1, 2), strict=True):
+        paint_pictures(folder, count, seed=7)
+    found = find_subjects(h)
+    assert [len(subject.class_pictures) for subject in found] == [1, 2]
+    assert all(path.parent == s.class_directory for s in found for path in s.class_pictures)
+    paint_pictures(tmp_path / "class_images", 1)
+    with pytest.raises(UserError, match="'photo of a toy' to photo-of-a-toy, those of 'фото чашки!' to фото-чашки"):
+        find_subjects(h)
+
+
+def test_prompts_that_would_have_one_folder_have_two(tmp_path: Path) -> None:
+    first, second = find_subjects(hyperparameters(**two_classes(tmp_path, "a toy", "a toy!")))
+    assert first.class_directory != second.class_directory
+
+
+def test_concepts_of_one_class_share_their_folder(tmp_path: Path) -> None:
+    paint_pictures(tmp_path / "class_images", 2)
+    found = find_subjects(hyperparameters(**two_classes(tmp_path, "a toy", "a toy")))
+    assert [subject.class_directory for subject in found] == [tmp_path / "class_images"] * 2
+    assert [len(subject.class_pictures) for subject in found] == [2, 2]
+
+
+# Findings on the way
+
+
+def test_captions_and_findings(folders: dict[str, str]) -> None:
+    directory = Path(folders["instance_data_dir"])
+    (directory / "00.txt").write_text("on a table, at night")
+    (directory / "bad.png").write_text("text")
+    Path(folders["class_data_dir"], "00.png").write_text("text")
+    told: list[str] = []
+    h = hyperparameters(
+        **folders,
+        instance_prompt="photo of zwx toy, [filewords]",
+        class_prompt="photo of a toy",
+        with_prior_preservation=True,
+        on_bad_image="skip",
+    )
+    (subject,) = find_subjects(h, told.append)
+    assert subject.prompt == "photo of zwx toy"
+    assert subject.prompts == ("photo of zwx toy, on a table, at night", "photo of zwx toy", "photo of zwx toy")
+    assert [path.name for path in subject.pictures] == ["00.png", "01.png", "02.png"]
+    assert [path.name for path in subject.class_pictures] == ["01.png"]
+    said = ["images/bad.png is no picture", "class_images/00.png is no picture", "3 pictures in"]
+    assert [sum(words in line for line in told) for words in said] == [1, 1, 1]
+
+
+def test_a_prompt_of_captions_alone(folders: dict[str, str]) -> None:
+    for number in range(3):
+        Path(folders["instance_data_dir"], f"0{number}.txt").write_text(f"zwx toy, view {number}")
+    (subject,) = find_subjects(hyperparameters(**folders, instance_prompt="[filewords]"))
+    assert subject.prompts == ("zwx toy, view 0", "zwx toy, view 1", "zwx toy, view 2")
+    assert subject.prompt == "zwx toy, view 0"

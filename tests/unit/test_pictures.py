@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
-from dreambooth_sm.data.pictures import View, check_pictures, crop, list_pictures, open_picture
+from dreambooth_sm.data.pictures import View, check_pictures, crop, list_pictures, open_picture, read_size
 from dreambooth_sm.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -132,6 +132,46 @@ def test_16_bits_a_pixel_keep_their_tones(tmp_path: Path, suffix: str) -> None:
     assert np.array_equal(seen[..., 0], seen[..., 2])
 
 
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_phones_newer_formats(tmp_path: Path, kind: str) -> None:
+    picture = Image.new("RGBA", (64, 32), (*BLUE, 0))
+    picture.paste((*RED, 255), (0, 0, 32, 32))
+    path = tmp_path / {"HEIF": "a.heic", "AVIF": "a.AVIF"}[kind]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(path, kind, exif=exif.tobytes(), quality=95)
+    assert list_pictures(tmp_path) == [path]
+    upright = np.asarray(open_picture(path)).astype(int)
+    assert upright.shape == (64, 32, 3)
+    assert read_size(path) == (32, 64)
+    assert np.abs(upright[:24] - RED).max() < 20
+    assert np.abs(upright[40:] - WHITE).max() < 20
+
+
+def swapped_profile() -> bytes:
+    """sRGB but for the names of its primaries: red is called green and the other way round."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"xXYZ").replace(b"gXYZ", b"rXYZ").replace(b"xXYZ", b"gXYZ")
+    return profile.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("RGB", "PNG"), ("RGBA", "PNG")])
+def test_colours_are_those_of_the_profile(tmp_path: Path, mode: str, kind: str) -> None:
+    path = tmp_path / f"a.{kind.lower()}"
+    Image.new("RGB", (16, 16), RED).convert(mode).save(path, kind, icc_profile=swapped_profile())
+    assert np.abs(np.asarray(open_picture(path)).astype(int) - GREEN).max() < 10
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"no profile", ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()):
+        Image.new("RGB", (16, 16), RED).convert(mode).save(path, "PNG", icc_profile=profile)
+        assert open_picture(path).getcolors() == [(256, RED)]
+
+
+def test_a_mask_beside_its_picture_is_no_picture(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a-mask.png", "b.mask.png", "c-mask.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.jpg", "b.mask.png", "c-mask.png"]
+
+
 def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
@@ -215,15 +255,29 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_a_crop_is_square_and_never_padded(width: int, height: int, resolution: int, view: View) -> None:
     if max(width, height) > 20 * min(width, height):
         width = height
-    view_of_it = crop(gradient(width, height), resolution, view)
+    view_of_it = crop(gradient(width, height), (resolution, resolution), view)
     assert view_of_it.size == (resolution, resolution)
     assert np.asarray(view_of_it)[..., 2].min() == 255
+
+
+@given(sides, sides, st.tuples(st.integers(1, 64), st.integers(1, 64)), st.builds(View, shares, shares))
+def test_a_crop_of_any_shape_is_never_padded_nor_distorted(
+    width: int, height: int, shape: tuple[int, int], view: View
+) -> None:
+    seen = np.asarray(crop(gradient(width, height), shape, view)).astype(int)
+    assert seen.shape == (shape[1], shape[0], 3)
+    assert seen[..., 2].min() == 255
+    # On one axis all is seen; on the other as much as the shape's ratio leaves.
+    scale = min(width / shape[0], height / shape[1])
+    for axis, (side, length) in enumerate(((shape[0], width), (shape[1], height))):
+        span = seen[..., axis].max() - seen[..., axis].min()
+        assert span <= 255 * min(1, (side * scale + 2) / length)
 
 
 @given(st.integers(10, 200), st.integers(10, 200))
 def test_the_centre_crop_is_symmetrical(width: int, height: int) -> None:
     resolution = 64
-    seen = np.asarray(crop(gradient(width, height), resolution, View())).astype(int)
+    seen = np.asarray(crop(gradient(width, height), (resolution, resolution), View())).astype(int)
     pixel = 255 / (resolution - 1) * 2  # one pixel of the scaled picture, and one of the original
     slack = pixel + 255 / min(width, height)
     for channel in (0, 1):
@@ -232,11 +286,11 @@ def test_the_centre_crop_is_symmetrical(width: int, height: int) -> None:
 
 
 def test_the_shorter_side_is_seen_whole() -> None:
-    wide = np.asarray(crop(gradient(200, 100), 64, View()))
+    wide = np.asarray(crop(gradient(200, 100), (64, 64), View()))
     assert wide[..., 1].min() <= 4
     assert wide[..., 1].max() >= 251
     assert 60 <= wide[..., 0].min() <= 68
-    tall = np.asarray(crop(gradient(100, 200), 64, View()))
+    tall = np.asarray(crop(gradient(100, 200), (64, 64), View()))
     assert tall[..., 0].min() <= 4
     assert tall[..., 0].max() >= 251
     assert 60 <= tall[..., 1].min() <= 68
@@ -244,16 +298,18 @@ def test_the_shorter_side_is_seen_whole() -> None:
 
 def test_the_crop_slides_along_the_longer_side() -> None:
     picture = gradient(200, 100)
-    left, right = (np.asarray(crop(picture, 64, View(left=at)))[..., 0] for at in (0.0, 1.0))
+    left, right = (np.asarray(crop(picture, (64, 64), View(left=at)))[..., 0] for at in (0.0, 1.0))
     assert left.min() <= 4
     assert 120 <= left.max() <= 132
     assert 123 <= right.min() <= 135
     assert right.max() >= 251
-    assert np.array_equal(np.asarray(crop(picture, 64, View(top=0.0))), np.asarray(crop(picture, 64, View(top=1.0))))
+    assert np.array_equal(
+        np.asarray(crop(picture, (64, 64), View(top=0.0))), np.asarray(crop(picture, (64, 64), View(top=1.0)))
+    )
 
 
 def test_mirrored_is_from_left_to_right() -> None:
     picture = gradient(90, 70)
-    plain, mirrored = (np.asarray(crop(picture, 32, View(0.3, 0.6, mirrored))) for mirrored in (False, True))
+    plain, mirrored = (np.asarray(crop(picture, (32, 32), View(0.3, 0.6, mirrored))) for mirrored in (False, True))
     assert np.array_equal(mirrored, plain[:, ::-1])
     assert not np.array_equal(mirrored, plain)

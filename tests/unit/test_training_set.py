@@ -22,10 +22,11 @@ TENSORS = ("samples", "views", "prompts", "latent_noise", "noise", "timesteps")
 def make_dice(*, instances: int = 5, classes: int = 0, seed: int = 3, views: int = 8, timesteps: int = 1000) -> Dice:
     """Instance k may be shown with prompts 10k and 10k + 1, class picture k with 1000 + k."""
     return Dice(
-        [Sample(Path(f"i{k}"), (10 * k, 10 * k + 1)) for k in range(instances)],
-        [Sample(Path(f"c{k}"), (1000 + k,)) for k in range(classes)],
+        [Sample(Path(f"i{k}"), (10 * k, 10 * k + 1), (2, 2)) for k in range(instances)],
+        [Sample(Path(f"c{k}"), (1000 + k,), (2, 2)) for k in range(classes)],
         views=views,
-        latent_shape=(4, 2, 2),
+        channels=4,
+        latent_scale=1,
         timesteps=timesteps,
         seed=seed,
     )
@@ -138,6 +139,95 @@ def test_mixed_seeds_are_seeds_and_tell_their_numbers_apart(numbers: list[int]) 
     assert len({mix(*numbers), mix(*numbers[:-1], numbers[-1] + 1), mix(numbers[0] + 1, *numbers[1:])}) == 3
 
 
+# Shapes
+
+
+def make_bucketed(counts: dict[tuple[int, int], int], *, classes: bool = True, seed: int = 3, **values: float) -> Dice:
+    """So many instances of each shape, and one class picture less (but one at least)."""
+    shapes = [shape for shape, count in counts.items() for _ in range(count)]
+    others = [shape for shape, count in counts.items() for _ in range(max(1, count - 1))]
+    return Dice(
+        [Sample(Path(f"i{k}"), (k,), shape) for k, shape in enumerate(shapes)],
+        [Sample(Path(f"c{k}"), (1000 + k,), shape) for k, shape in enumerate(others)] if classes else [],
+        views=8,
+        channels=4,
+        latent_scale=2,
+        timesteps=1000,
+        seed=seed,
+        **values,
+    )
+
+
+def shape_of(dice: Dice, batch: Batch) -> tuple[int, int]:
+    (shape,) = {[*dice.instances, *dice.classes][row].shape for row in batch.samples.tolist()}
+    width, height = shape
+    assert batch.noise.shape[1:] == batch.latent_noise.shape[1:] == (4, height // 2, width // 2)
+    return shape
+
+
+counts = st.dictionaries(st.sampled_from([(8, 8), (16, 4), (4, 16), (6, 10)]), st.integers(1, 6), min_size=1)
+
+
+@given(counts, st.integers(0, 2**31), st.integers(0, 30), st.sampled_from([(1, 8), (2, 4), (4, 2), (8, 1)]))
+def test_a_step_has_one_shape_and_the_same_samples_however_it_is_spread(
+    counts: dict[tuple[int, int], int], seed: int, step: int, spread: tuple[int, int]
+) -> None:
+    """Over gradient accumulation and processes: 8 samples as `together` batches of `size`."""
+    size, together = spread
+    dice = make_bucketed(counts, seed=seed)
+    assert set(dice.shapes) == counts.keys()
+    assert [w * h for w, h in dice.shapes] == sorted((w * h for w, h in counts), reverse=True)
+    batches = [dice.batch(step * together + part, size, together) for part in range(together)]
+    whole = make_bucketed(counts, seed=seed).batch(step, 8, 1)
+    assert {shape_of(dice, batch) for batch in batches} == {shape_of(dice, whole)}
+    for half, start in ((slice(0, size), 0), (slice(size, None), 8)):
+        for name in TENSORS:
+            joined = torch.cat([getattr(rows(batch, half), name) for batch in batches])
+            assert torch.equal(joined, getattr(whole, name)[start : start + 8])
+
+
+@given(counts, st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 2))
+def test_pictures_of_all_shapes_are_shown_equally_often(
+    counts: dict[tuple[int, int], int], seed: int, size: int, together: int
+) -> None:
+    dice = make_bucketed(counts, seed=seed)
+    instances = len(dice.instances)
+    for epoch in range(2):
+        steps = range(epoch * instances, (epoch + 1) * instances)
+        batches = [dice.batch(step * together + part, size, together) for step in steps for part in range(together)]
+        shown = Counter(row for batch in batches for row in batch.samples[:size].tolist())
+        assert shown == dict.fromkeys(range(instances), size * together)
+        assert all((batch.samples[size:] >= instances).all() for batch in batches)
+
+
+def test_the_order_of_shapes_is_random() -> None:
+    orders = {
+        tuple(shape_of(dice, dice.batch(step, 1)) for step in range(8))
+        for dice in (make_bucketed({(8, 8): 4, (4, 16): 4}, seed=seed) for seed in range(5))
+    }
+    assert len(orders) > 1
+
+
+# Caption dropout
+
+
+def test_prompts_are_dropped_as_often_as_asked_and_nothing_else_changes() -> None:
+    shapes = {(8, 8): 3, (4, 16): 2}
+    whole, dropping = (make_bucketed(shapes, empty_prompt=77, caption_dropout=share) for share in (0.0, 0.3))
+    pairs = [(whole.batch(number, 8), dropping.batch(number, 8)) for number in range(60)]
+    for name in TENSORS:
+        if name != "prompts":
+            assert all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs)
+    prompts = torch.cat([b.prompts for _, b in pairs])
+    dropped = prompts == 77
+    assert 0.25 < dropped.float().mean() < 0.35  # 960 draws, deviation 0.015
+    assert torch.equal(prompts[~dropped], torch.cat([a.prompts for a, _ in pairs])[~dropped])
+    instance, prior = (torch.cat([(b.prompts == 77)[half] for _, b in pairs]) for half in (slice(8), slice(8, None)))
+    assert instance.any()
+    assert prior.any()
+    assert not torch.equal(instance, prior)
+
+
 # Views and latents
 
 
@@ -186,7 +276,7 @@ def test_cached_or_not_the_latents_are_the_same(base: BaseModel, tmp_path: Path,
 def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
     views = [[View(), View(left=1.0, mirrored=True)], [View(left=0.0), View(left=0.3)]]
-    latents = Latents(pictures, views, base.vae, resolution=64, cached=True)
+    latents = Latents(pictures, [(64, 64)] * 2, views, base.vae, cached=True)
     batch = Batch(
         samples=torch.tensor([0, 1, 0]),
         views=torch.tensor([1, 0, 0]),
@@ -198,7 +288,7 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel,
     ours = latents(batch)
     assert ours.dtype == torch.float32
     for row, (sample, view) in enumerate(((0, 1), (1, 0), (0, 0))):
-        pixels = to_tensor(crop(open_picture(pictures[sample]), 64, views[sample][view]))[None]
+        pixels = to_tensor(crop(open_picture(pictures[sample]), (64, 64), views[sample][view]))[None]
         posterior = base.vae.encode(pixels).latent_dist
         expected = (posterior.mean + posterior.std * batch.latent_noise[row]) * base.vae.config.scaling_factor
         torch.testing.assert_close(ours[row], expected[0].detach(), rtol=1e-5, atol=1e-6)
@@ -207,10 +297,11 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel,
 
 def test_cached_latents_need_neither_the_files_nor_the_vae(base: BaseModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
-    latents = Latents(pictures, [[View()]] * 2, base.vae, resolution=64, cached=True)
+    latents = Latents(pictures, [(64, 64)] * 2, [[View()]] * 2, base.vae, cached=True)
     for path in pictures:
         path.unlink()
-    dice = Dice([Sample(path, (0,)) for path in pictures], [], views=1, latent_shape=(4, 32, 32), timesteps=9, seed=0)
+    samples = [Sample(path, (0,), (64, 64)) for path in pictures]
+    dice = Dice(samples, [], views=1, channels=4, latent_scale=2, timesteps=9, seed=0)
     assert latents(dice.batch(0, 2)).shape == (2, 4, 32, 32)
     assert latents._vae is None
 
@@ -226,12 +317,12 @@ def test_embeddings_or_token_ids(base: BaseModel, tmp_path: Path) -> None:
 def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path, loaded_base: BaseModel) -> None:
     wide, square = paint_pictures(tmp_path / "a", 1), paint_pictures(tmp_path / "b", 1, size=(64, 64))
     pictures = [*wide, *square]
-    views = views_of(pictures, 0, random_crop=True, mirror=False)
+    views = views_of(pictures, [(64, 64)] * 2, [None] * 2, 0, random_crop=True, mirror=False)
     assert [len(row) for row in views] == [VIEWS, VIEWS]
     assert len(set(views[0])) == VIEWS
     assert set(views[1]) == {View()}
-    assert views_of(square, 0, random_crop=True, mirror=False) == [[View()]]
-    assert len(set(views_of(square, 0, random_crop=True, mirror=True)[0])) == 2
+    assert views_of(square, [(64, 64)], [None], 0, random_crop=True, mirror=False) == [[View()]]
+    assert len(set(views_of(square, [(64, 64)], [None], 0, random_crop=True, mirror=True)[0])) == 2
 
     encoded: list[int] = []
 
@@ -242,5 +333,5 @@ def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path
             encoded.append(len(pixels))
             return loaded_base.vae.encode(pixels)
 
-    Latents(pictures, views, Counting(), resolution=64, cached=True)
+    Latents(pictures, [(64, 64)] * 2, views, Counting(), cached=True)
     assert sum(encoded) == VIEWS + 1

@@ -1,0 +1,235 @@
+"""What can be said of a folder of pictures before a job starts: on the client or in the container. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from pathlib import Path
+
+from PIL import Image, ImageFilter, ImageStat
+
+from dreambooth_sm.data.buckets import enlargement, plan_buckets
+from dreambooth_sm.data.captions import DATASET_INFO, fill, read_captions, read_dataset_info, words_of
+from dreambooth_sm.data.masks import Box, read_mask, subject_box
+from dreambooth_sm.data.pictures import Shape, list_pictures, open_picture, read_size
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import FILEWORDS, Hyperparameters
+
+FEWEST, MOST = 4, 100
+# Times that a picture may be enlarged, a side; more is no picture of the subject any more, but blocks.
+MOST_ENLARGED = 4.0
+# Bits of 64 in which the difference hashes of two pictures differ at most when they are called near duplicates.
+# Copies that were scaled or saved anew differ by 0 to 2; of real photos of one subject the closest two differ by 9.
+NEAR = 5
+# Variance of the Laplacian (8 bits a pixel) in the sharpest sixteenth of a picture. Real photos have 250 to 6,000;
+# blurred by 2 pixels, none has more than 40.
+BLURRED = 40.0
+# Side at which sharpness is measured.
+_SIDE = 512
+_LAPLACIAN = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture that can be used.
+
+    Attributes:
+        size: width and height, upright.
+        shape: width and height that it is trained in.
+        prompt: what it is shown with.
+        digest: of the file.
+        look: difference hash, 64 bits: each says whether a pixel of 9 x 8 is brighter than its right neighbour.
+        sharpness: see ``BLURRED``.
+        subject: the box of its mask, which crops keep; None without a mask.
+    """
+
+    path: Path
+    size: Shape
+    shape: Shape
+    prompt: str
+    digest: str
+    look: int
+    sharpness: float
+    subject: Box | None
+
+    @property
+    def enlarged(self) -> float:
+        """How many times it is enlarged, a side; at most 1 where it is large enough."""
+        return enlargement(self.size, self.shape)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found in a folder.
+
+    Attributes:
+        errors: why a job can't use the folder; none where it can.
+        warnings: what is worth knowing before the job starts.
+        pictures: those that can be used.
+    """
+
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+
+
+def check_folder(directory: Path, h: Hyperparameters, *, name: str = "instance_data_dir") -> Findings:
+    """Reads every picture of the subject, its caption and its prompt, and says what is wrong and what is odd.
+
+    Args:
+        name: the hyperparameter that errors about the directory speak of.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    paths = list_pictures(directory)
+    if not directory.is_dir() or not paths:
+        return Findings((f"{name}: {_nothing_in(directory)}",), (), ())
+    captions: dict[Path, str] = {}
+    try:
+        captions = read_captions(directory, paths)
+        warnings += _other_prompts(directory, h)
+    except UserError as error:
+        errors += error.problems
+    pictures: list[Picture] = []
+    unusable: list[str] = []
+    for path in paths:
+        try:
+            pictures.append(_examine(path, h, captions.get(path)))
+        except UserError as error:
+            unusable += error.problems
+    if h.on_bad_image == "error" or not pictures:
+        errors += unusable
+    else:
+        warnings += [f"left out: {line}" for line in unusable]
+    pictures = _in_shapes(pictures, h)
+    if captions and FILEWORDS not in (h.instance_prompt or ""):
+        warnings.append(
+            f"{len(captions)} pictures have captions, which are not used: write {FILEWORDS} in instance_prompt where a "
+            f'caption is to stand, such as "photo of zwx toy, {FILEWORDS}"'
+        )
+    without = sum(picture.subject is None for picture in pictures)
+    if h.background_weight is not None and without:
+        warnings.append(f"{without} of {len(pictures)} pictures have no mask: background_weight has no part in them")
+    warnings += _odd(pictures, directory, h)
+    return Findings(tuple(errors), tuple(map(printable, warnings)), tuple(pictures))
+
+
+def printable(text: str) -> str:
+    """A text with file names in it that may be no UTF-8, as one that any stream takes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _nothing_in(directory: Path) -> str:
+    if directory.is_file():
+        return f"{directory} is a file; name the directory with the pictures of the subject"
+    if directory.is_dir():
+        others = sum(1 for path in directory.rglob("*") if not path.is_dir())
+        return f"{directory} holds no pictures ({others} other files); put {FEWEST} to 20 JPEG or PNG pictures there"
+    channel = directory.name
+    if directory.parent.name == "data":
+        return (
+            f"{directory} does not exist; the job has no channel {channel!r}; pass it as an input, such as "
+            f"inputs={{{channel!r}: 's3://...'}}"
+        )
+    return f"{directory} does not exist; name the directory with the pictures of the subject"
+
+
+def _other_prompts(directory: Path, h: Hyperparameters) -> list[str]:
+    given = {"instance_prompt": h.instance_prompt, "class_prompt": h.class_prompt}
+    return [
+        f"{directory / DATASET_INFO} says {name}={text!r}; the hyperparameters win: {name}={given[name]!r}"
+        for name, text in read_dataset_info(directory).items()
+        if given[name] not in (None, text)
+    ]
+
+
+def _examine(path: Path, h: Hyperparameters, caption: str | None) -> Picture:
+    """Raises UserError where the picture can't be used."""
+    picture = open_picture(path, (_SIDE // 2, _SIDE // 2))
+    size, square = read_size(path), (h.resolution, h.resolution)
+    if enlargement(size, square) > MOST_ENLARGED:
+        raise UserError(
+            f"{path} has {size[0]} x {size[1]} pixels and would be enlarged {enlargement(size, square):.1f} times for "
+            f"resolution={h.resolution}; use a larger picture or a smaller resolution"
+        )
+    prompt = fill(h.instance_prompt or "", words_of(path) if caption is None else caption)
+    if h.instance_prompt and not prompt:
+        raise UserError(
+            f"{path} has no caption and no words in its name, which leaves nothing for {FILEWORDS}; add one"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    mask = read_mask(path)
+    subject = subject_box(mask) if mask else None
+    return Picture(path, size, square, prompt, digest, difference_hash(picture), sharpness(picture), subject)
+
+
+def _in_shapes(pictures: list[Picture], h: Hyperparameters) -> list[Picture]:
+    shapes = picture_shapes([picture.size for picture in pictures], h)
+    return [Picture(**{**vars(picture), "shape": shape}) for picture, shape in zip(pictures, shapes, strict=True)]
+
+
+def picture_shapes(sizes: Sequence[Shape], h: Hyperparameters) -> list[Shape]:
+    """The shape that each instance picture of a job is trained in."""
+    if h.buckets:
+        return plan_buckets(sizes, h.resolution, h.bucket_step)
+    return [(h.resolution, h.resolution)] * len(sizes)
+
+
+def difference_hash(picture: Image.Image) -> int:
+    """dHash (Krawetz 2013, "Kind of Like That"): 64 bits that stay when a picture is scaled or saved anew."""
+    pixels = picture.convert("L").resize((9, 8), Image.Resampling.LANCZOS).tobytes()
+    rows = [pixels[start : start + 9] for start in range(0, 72, 9)]
+    bits = [left > right for row in rows for left, right in pairwise(row)]
+    return sum(bit << place for place, bit in enumerate(bits))
+
+
+def sharpness(picture: Image.Image) -> float:
+    """Variance of the Laplacian in the sharpest of 4 x 4 tiles: a sharp subject before a soft background is sharp."""
+    grey = picture.convert("L")
+    grey.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    edges = grey.filter(_LAPLACIAN)
+    width, height = edges.size[0] - 2, edges.size[1] - 2  # without the border, which the filter leaves as it is
+    tiles = [
+        (1 + width * column // 4, 1 + height * row // 4, 1 + width * (column + 1) // 4, 1 + height * (row + 1) // 4)
+        for row in range(4)
+        for column in range(4)
+    ]
+    whole = [tile for tile in tiles if tile[0] < tile[2] and tile[1] < tile[3]]
+    return max((ImageStat.Stat(edges.crop(tile)).var[0] for tile in whole), default=0.0)
+
+
+def _odd(pictures: list[Picture], directory: Path, h: Hyperparameters) -> list[str]:
+    """What does not stop a job and may spoil its result."""
+
+    def name(picture: Picture) -> str:
+        return picture.path.relative_to(directory).as_posix()
+
+    found: list[str] = []
+    if 0 < len(pictures) < FEWEST:
+        found.append(f"{len(pictures)} pictures in {directory} are few; {FEWEST} to 20 show a subject better")
+    if len(pictures) > MOST:
+        found.append(
+            f"{len(pictures)} pictures in {directory} are many for one subject; 4 to 20 good ones serve better"
+        )
+    same = [f"{name(b)} = {name(a)}" for a, b in combinations(pictures, 2) if a.digest == b.digest]
+    near = [
+        f"{name(b)} ~ {name(a)}"
+        for a, b in combinations(pictures, 2)
+        if a.digest != b.digest and (a.look ^ b.look).bit_count() <= NEAR
+    ]
+    small = [f"{name(picture)} {picture.enlarged:.1f} times" for picture in pictures if picture.enlarged > 1]
+    blurred = [name(picture) for picture in pictures if picture.sharpness < BLURRED]
+    found += _listed(same, "the same file twice; the subject is shown so more often than others")
+    found += _listed(near, "nearly the same picture twice; remove one of each pair unless that is meant")
+    found += _listed(small, f"smaller than resolution={h.resolution} and enlarged")
+    found += _listed(blurred, "blurred, or nearly of one colour; the model will learn that as well")
+    return found
+
+
+def _listed(items: list[str], what: str) -> list[str]:
+    if not items:
+        return []
+    rest = f" and {len(items) - 5} more" if len(items) > 5 else ""
+    return [f"{what}: {', '.join(items[:5])}{rest}"]

@@ -1,0 +1,178 @@
+"""Generated class images, kept as latents for the next steps and for the next jobs.
+
+One file a picture: the sampler's scaled latents in half precision, 33 KB at 512 pixels. Its name holds the digest of
+everything that determines the picture, so that a picture is either the right one or not there; a damaged file counts as
+missing. Writers of the same file write the same content, each in one piece: jobs may share a cache at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import safetensors
+import safetensors.torch
+import torch
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.storage import S3Uri, TransferError, get_object, put_object, s3_client
+
+SUFFIX = ".safetensors"
+# Requests to S3 at a time.
+_WORKERS = 16
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines generated pictures, but for each one's seed.
+
+    Attributes:
+        weights: digest of the base model's weights, see :func:`fingerprint`.
+        sampler: the noise scheduler's settings, the solver, and the software that runs them.
+        size: width and height in pixels.
+        guided: noise levels between which guidance acts.
+    """
+
+    weights: str
+    sampler: str
+    prompt: str
+    steps: int
+    guidance: float
+    guided: tuple[float, float]
+    size: tuple[int, int]
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def name(self, seed: int) -> str:
+        """File name of the picture of a seed."""
+        return f"class-{self.digest[:20]}-{seed:06d}{SUFFIX}"
+
+
+def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
+    """Digest of all weights of several modules; computed where they are, exact on any device.
+
+    Each tensor counts with its name, shape, type and two sums of its words, weighted by pseudo-random odd numbers,
+    modulo 2**64: no two models that anybody has will share them, but it is no defence against forgery.
+    """
+    sums = [
+        (part, name, list(tensor.shape), str(tensor.dtype), *_weighted_sums(tensor))
+        for part, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    ]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def _weighted_sums(tensor: torch.Tensor, piece: int = 1 << 24) -> list[int]:
+    words = tensor.detach().contiguous().flatten().view(torch.uint8)
+    if words.numel() % 2 == 0:
+        words = words.view(torch.int16)
+    totals = [0, 0]
+    for number, part in enumerate(words.split(piece)):
+        places = torch.arange(part.numel(), device=part.device) + number * piece
+        for row, factor in enumerate((-7046029254386353131, 3935559000370003845)):
+            mixed = (places + 1) * factor
+            weights = (mixed ^ (mixed >> 31)) * factor | 1
+            totals[row] += int((part.long() * weights).sum())
+    return [total % 2**64 for total in totals]
+
+
+class ClassCache:
+    """Pictures of earlier jobs: in a directory, and in S3 behind it.
+
+    Failures of S3 cost time, never the job: they are warned of, and the pictures made anew.
+    """
+
+    def __init__(self, directory: Path, remote: S3Uri | None, report: Reporter) -> None:
+        self.directory, self._remote, self._report = directory, remote, report
+
+    def find(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The content of those files that are there and whole; what S3 alone has is put into the directory."""
+        wanted = list(names)
+        found = _whole({name: _read(self.directory / name) for name in wanted})
+        fetched = _whole(self._fetch([name for name in wanted if name not in found]))
+        for name, content in fetched.items():
+            self.write(name, content)
+        return found | fetched
+
+    def write(self, name: str, content: bytes) -> Path:
+        """Puts a file into the directory; it appears there whole or not at all."""
+        path = self.directory / name
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_bytes(content)
+        return partial.rename(path)
+
+    def share(self, files: Mapping[str, bytes]) -> None:
+        """Puts files into S3 as well."""
+        if self._remote is not None and files:
+            remote, client = self._remote, s3_client()
+            self._in_parallel(lambda name: put_object(remote / name, files[name], client=client), files)
+
+    def _fetch(self, names: list[str]) -> dict[str, bytes | None]:
+        if self._remote is None or not names:
+            return {}
+        remote, client = self._remote, s3_client()
+        return self._in_parallel(lambda name: get_object(remote / name, client=client), names)
+
+    def _in_parallel(self, act: Callable[[str], T], names: Iterable[str]) -> dict[str, T]:
+        with ThreadPoolExecutor(_WORKERS) as pool:
+            try:
+                return dict(zip(names, pool.map(act, names), strict=True))
+            except (TransferError, UserError) as error:
+                pool.shutdown(cancel_futures=True)
+                self._report.warn(f"class_cache: {error}; going on without it")
+                return {}
+
+
+def pack(latents: torch.Tensor) -> bytes:
+    """Scaled latents ``(4, h, w)`` as the content of a file."""
+    tensor = latents.detach().to("cpu", torch.float16).contiguous()
+    return safetensors.torch.save({"latents": tensor}, {"sha256": _digest(tensor)})
+
+
+def unpack(content: bytes) -> torch.Tensor | None:
+    """Scaled latents ``(4, h, w)``, float32; None where the content is damaged."""
+    try:
+        tensor = safetensors.torch.load(content)["latents"]
+        length = int.from_bytes(content[:8], "little")
+        expected = json.loads(content[8 : 8 + length])["__metadata__"]["sha256"]
+    except (safetensors.SafetensorError, ValueError, KeyError):
+        return None
+    return tensor.float() if _digest(tensor) == expected else None
+
+
+def read_latents(path: Path) -> torch.Tensor:
+    """Scaled latents ``(4, h, w)``, float32, of a file that is known to be whole."""
+    latents = unpack(path.read_bytes())
+    assert latents is not None, f"{path} was whole when the job began"
+    return latents
+
+
+def is_latents(path: Path) -> bool:
+    """Whether a class image is kept as latents, not as a picture."""
+    return path.suffix == SUFFIX
+
+
+def _whole(files: Mapping[str, bytes | None]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if content and unpack(content) is not None}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
