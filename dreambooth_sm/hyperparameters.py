@@ -45,7 +45,7 @@ ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
 # Keys that SageMaker and its SDKs add by themselves.
 _ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s*")
 _PLATFORM_KEY = re.compile(r"sagemaker_\w+|_tuning_\w+")
-_TEXT_FIELDS = {"instance_prompt", "class_prompt"}
+_TEXT_FIELDS = {"instance_prompt", "class_prompt", "validation_prompt"}
 
 
 def _knob(default: Any, group: str, help: str) -> Any:
@@ -294,6 +294,20 @@ class Hyperparameters(BaseModel):
         "latest", "Checkpoints and logs", "Go on from the newest whole checkpoint, if there is one."
     )
     logging_steps: PositiveInt = _knob(10, "Checkpoints and logs", "Steps between two metric lines.")
+    validation_prompt: str | None = _knob(
+        None,
+        "Checkpoints and logs",
+        "Draw this prompt before and after training, and the class prompt beside it; several are separated by `|`.",
+    )
+    validation_steps: NonNegativeInt = _knob(
+        0, "Checkpoints and logs", "Draw validation_prompt every so many steps as well; 0: before and after training."
+    )
+    num_validation_images: PositiveInt = _knob(
+        1, "Checkpoints and logs", "Pictures of each validation prompt, always with the same seeds."
+    )
+    validation_guidance_scale: Annotated[float, Ge(1)] = _knob(
+        7.5, "Checkpoints and logs", "Guidance of the validation pictures."
+    )
     fidelity_encoders: str | None = _knob(
         None,
         "Checkpoints and logs",
@@ -659,6 +673,11 @@ def _conflicts(h: Hyperparameters) -> list[str]:
     check(
         h.lr_scheduler == "constant" and h.lr_warmup_steps > 0,
         "lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0",
+    )
+    check(
+        h.validation_steps > 0 and h.validation_prompt is None,
+        f"validation_steps={h.validation_steps} draws nothing without validation_prompt; write a prompt, such as "
+        '"photo of zwx toy on the beach"',
     )
     check(
         h.select_best and h.fidelity_encoders is None,

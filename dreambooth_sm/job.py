@@ -30,12 +30,14 @@ from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.plan import Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.results import gather_facts, write_results
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.sampling import sampling_pipeline
 from dreambooth_sm.selection import Examiner
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
+from dreambooth_sm.validation import SAMPLES, Validator, validation_prompts
 
 # Hyperparameters that name a place in the container.
 _PATHS = (
@@ -131,6 +133,12 @@ def _run(
     _stop_if_asked(stop, world)
     with report.phase("class_images"):
         subjects = make_class_images(base, subjects, h, plan, report=report, stop=stop, world=world)
+    validator = None
+    if world.is_main and (prompts := validation_prompts(h, subjects)):
+        with report.phase("validate_base"):
+            validator = Validator(base, prompts, h, plan, Path(h.models_path) / SAMPLES, report)
+            validator.draw(0)
+        _free_memory()
     with report.phase("encode"):
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
     _stop_if_asked(stop, world)
@@ -140,7 +148,20 @@ def _run(
             examiner = Examiner(base, subjects, encoders, h, plan, report)
     schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
     with report.phase("train"):
-        train(base, data, plan, h, schedule, identity, previous, checkpoints, report=report, stop=stop, world=world)
+        train(
+            base,
+            data,
+            plan,
+            h,
+            schedule,
+            identity,
+            previous,
+            checkpoints,
+            validator=validator,
+            report=report,
+            stop=stop,
+            world=world,
+        )
     del data
     _free_memory()
     if not world.is_main:
@@ -148,8 +169,13 @@ def _run(
     if examiner:
         with report.phase("measure"):
             measure(examiner, h, schedule, identity, checkpoints)
+    if validator:
+        with report.phase("validate"):
+            validator.draw(schedule.steps)
     with report.phase("save"):
         directory = save(base, h, checkpoints)
+        facts = gather_facts(base.name, subjects, h, plan, report, validator.samples if validator else [], directory)
+        write_results(facts, directory)
     if target is None:
         return directory
     with report.phase("upload"):
@@ -332,6 +358,7 @@ def train(
     previous: Checkpoint | None,
     checkpoints: Path,
     *,
+    validator: Validator | None = None,
     report: Reporter,
     stop: threading.Event,
     world: World,
@@ -356,7 +383,7 @@ def train(
             elif previous is not None:
                 trainer.resume(previous)
                 report.say(f"going on after step {previous.step}, from {previous.directory}")
-            return trainer.train(checkpoints, stop)
+            return trainer.train(checkpoints, stop, validator)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         # Not inside the except clause: the exception's frames hold what has to be freed.

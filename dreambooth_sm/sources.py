@@ -153,27 +153,23 @@ def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
     """Those of a repository's files that a job needs: one format and one variant of each part's weights.
 
     Args:
-        variant: such as ``fp16``, which is also preferred if this is None.
+        variant: such as ``fp16``, which is preferred as well; parts that do not have it come without.
 
     Raises:
-        UserError: where a part's weights are not there in the variant that was asked for.
+        UserError: where no file is of the variant that was asked for.
     """
     chosen = [name for name in names if _OTHER_FILES.fullmatch(name)]
+    tags = [*([rf"\.{re.escape(variant)}"] if variant else []), rf"\.{_PREFERRED_VARIANT}", ""]
+    if variant and not any(f".{variant}" in name for name in names):
+        raise UserError(f"variant={variant}: the repository has no files of it; leave variant out")
     for folder in _WEIGHTS_FOLDERS:
-        prefix = f"{folder}/" if folder else ""
-        stem = "(diffusion_pytorch_model|model|pytorch_model)"
-        inside = [name for name in names if re.fullmatch(rf"{prefix}{stem}\.[\w.-]+|{prefix}{stem}-[\w.-]+", name)]
-        if not inside:
-            continue
+        stem = (f"{folder}/" if folder else "") + "(diffusion_pytorch_model|model|pytorch_model)"
         found = [
-            [name for name in inside if re.fullmatch(rf"{prefix}{stem}{tag}(-\d+-of-\d+)?\.{suffix}", name)]
+            [name for name in names if re.fullmatch(rf"{stem}{tag}(-\d+-of-\d+)?\.{suffix}", name)]
             for suffix in ("safetensors", "bin")
-            for tag in ([rf"\.{variant}"] if variant else [rf"\.{_PREFERRED_VARIANT}", ""])
+            for tag in tags
         ]
-        weights = next((files for files in found if files), None)
-        if weights is None and variant:
-            raise UserError(f"variant={variant}: {folder or 'the repository'} has no weights of it; leave variant out")
-        chosen += weights or []
+        chosen += next((files for files in found if files), [])
     return chosen
 
 
@@ -193,7 +189,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None, token: str |
             raise UserError(f"{name}: the repository holds no diffusers model; name one that does")
         return Path(
             snapshot_download(
-                name, revision=info.sha, allow_patterns=files, token=token, cache_dir=cache, max_workers=8
+                name, revision=revision, allow_patterns=files, token=token, cache_dir=cache, max_workers=8
             )
         )
     except UserError:

@@ -78,18 +78,14 @@ def find_weights(directory: Path, part: str) -> dict[str, Stored]:
         part: one of ``PARTS``.
     """
     stem = _WEIGHTS[part]
-    pickled = "pytorch_model" if part == "text_encoder" else stem
-    for pattern in (
-        rf"{stem}(-\d+-of-\d+)?\.safetensors",
-        rf"{stem}\.\w+(-\d+-of-\d+)?\.safetensors",
-        rf"{pickled}(-\d+-of-\d+)?\.bin",
-        rf"{pickled}\.\w+(-\d+-of-\d+)?\.bin",
-    ):
-        files = sorted(path for path in directory.iterdir() if re.fullmatch(pattern, path.name))
-        if "(-" in pattern and r"\.\w+" in pattern and files:
-            variant = "fp16" if any(".fp16" in path.name for path in files) else files[0].name.split(".")[1]
-            files = [path for path in files if path.name.split(".")[1].startswith(variant)]
-        if files:
+    for suffix, name in (("safetensors", stem), ("bin", "pytorch_model" if part == "text_encoder" else stem)):
+        variants: dict[str, list[Path]] = {}
+        for path in sorted(directory.iterdir()):
+            if match := re.fullmatch(rf"{name}(?:\.(\w+))?(-\d+-of-\d+)?\.{suffix}", path.name):
+                variants.setdefault(match[1] or "", []).append(path)
+        if variants:
+            # Full precision first, where there is a choice.
+            files = variants.get("") or variants.get("fp16") or next(iter(variants.values()))
             return {_today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
     raise UserError(f"{directory} holds no weights such as {stem}.safetensors; {_ADVICE}")
 

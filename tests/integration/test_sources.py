@@ -200,4 +200,7 @@ def test_a_format_and_a_variant_are_chosen() -> None:
         "config.json",
         "diffusion_pytorch_model.safetensors",
     ]
+    averaged = "unet/diffusion_pytorch_model.non_ema.safetensors"  # a variant that not every part has
+    encoder = "text_encoder/model.safetensors"
+    assert needed_files([*names, half, averaged, encoder], "non_ema")[3:] == [averaged, encoder]
     assert needed_files(["README.md"], None) == []
