@@ -174,15 +174,17 @@ def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
 
 
 def _from_hub(name: str, revision: str | None, variant: str | None, token: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     cache = cache_directory() / "hub" if os.environ.get(_WARM_POOL) else None
     try:
         try:
             info = HfApi(token=token).model_info(name, revision=revision)
         except Exception:  # no network, or none wanted: what an earlier job fetched will do
-            with contextlib.suppress(Exception):
-                return Path(snapshot_download(name, revision=revision, cache_dir=cache, local_files_only=True))
+            for marker in ("model_index.json", "config.json"):
+                with contextlib.suppress(Exception):
+                    kept = hf_hub_download(name, marker, revision=revision, cache_dir=cache, local_files_only=True)
+                    return Path(kept).parent
             raise
         files = needed_files([file.rfilename for file in info.siblings or []], variant)
         if not files:
