@@ -51,7 +51,7 @@ def main() -> None:
         log=lambda line: print(line, file=sys.stderr),
         **{**PROMPTS, **wishes},  # type: ignore[arg-type]
     )
-    last = job.metrics[-1]
+    last = job.history()[-1]
     emit(
         card=card,
         hyperparameters={name: str(value) for name, value in wishes.items()},

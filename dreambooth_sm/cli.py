@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreambooth_sm import __version__
+from dreambooth_sm import __version__, storage
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.data.check import check_folder
 from dreambooth_sm.data.sheet import contact_sheet, table
@@ -58,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("directory", type=Path, help="folder with the pictures of the subject")
     check.add_argument("--sheet", type=Path, help="PNG to draw what the model will see into")
     check.add_argument("--json", action="store_true", help="as JSON")
+    verify = commands.add_parser(
+        "verify",
+        help="compare what lies in S3 with its manifest",
+        description="Compares the objects below a prefix with their manifest: sizes and checksums.",
+    )
+    verify.add_argument("uri", help="s3://bucket/prefix that a model was uploaded to")
+    verify.add_argument("--json", action="store_true", help="as JSON")
+    verify.add_argument("--requester-pays", action="store_true", help="pay for the requests yourself")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("plan", "check"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -70,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_convert(options)
         elif options.command == "check":
             print_check(options.directory, rest, sheet=options.sheet, as_json=options.json)
+        elif options.command == "verify":
+            return verify_upload(options.uri, as_json=options.json, requester_pays=options.requester_pays)
         else:
             return run_demo(options.output)
     except UserError as error:
@@ -130,7 +140,7 @@ def print_check(directory: Path, arguments: Sequence[str], *, sheet: Path | None
     h = Hyperparameters.parse({**_ANY_PROMPTS, **read_dataset_info(directory), **given})
     found = check_folder(directory, h)
     if as_json:
-        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:016x}"} for p in found.pictures]
+        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:0128x}"} for p in found.pictures]
         print(json.dumps({"errors": found.errors, "warnings": found.warnings, "pictures": rows}, indent=2))
     else:
         print(table(found.pictures, directory), *(f"warning: {line}" for line in found.warnings), sep="\n")
@@ -141,6 +151,29 @@ def print_check(directory: Path, arguments: Sequence[str], *, sheet: Path | None
             raise UserError([*found.errors, f"--sheet: {sheet} can't be written: {error.strerror}"]) from None
     if found.errors:
         raise UserError(found.errors)
+
+
+def verify_upload(uri: str, *, as_json: bool, requester_pays: bool) -> int:
+    """Prints how the objects differ from their manifest; 1 where they do."""
+    source, options = storage.S3Uri.parse(uri), storage.S3Options(requester_pays=requester_pays)
+    try:
+        found = storage.verify(source, options)
+    except storage.TransferError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    findings = {"missing": found.missing, "different": found.different, "unknown": found.unknown}
+    manifest = found.manifest
+    if as_json:
+        about = {"job": manifest.job, "step": manifest.step, "created": manifest.created}
+        sizes = {"files": len(manifest.files), "bytes": manifest.size}
+        print(json.dumps({"uri": str(source), "whole": found.whole, **about, **sizes, **findings}, indent=2))
+    else:
+        for kind, names in findings.items():
+            for name in names:
+                print(f"{kind:10} {name}")
+        verdict = "whole" if found.whole else "NOT whole"
+        print(f"{source}: {verdict}: {len(manifest.files)} files, {manifest.size:,} bytes, of {manifest.created}")
+    return EXIT_OK if found.whole else EXIT_FAILURE
 
 
 def run_demo(output: Path) -> int:

@@ -63,8 +63,8 @@ def main(output: Path) -> None:
     work = output / time.strftime("job-%Y%m%d-%H%M%S")
     pictures = paint_subject(work / "pictures")
     said: list[str] = []
-    with launcher.local_s3() as s3:
-        s3.client().create_bucket(Bucket=BUCKET)
+    with launcher.local_services() as services:
+        services.client().create_bucket(Bucket=BUCKET)
         storage.upload_directory(pictures, PICTURES)
         with tqdm(total=STEPS, desc="starting", unit="step", leave=False) as bar:
 
@@ -87,12 +87,13 @@ def main(output: Path) -> None:
         trained = work / "trained"
         storage.download_directory(MODEL, trained)
     grid = draw_grid(pictures, trained, output / "before-after.png")
+    history = job.history()
     before, after = [pairs for line in said if "candidate" in (pairs := parse_metrics(line))]
 
     print(f"\nmodel     {MODEL}")
     for key, size in files.items():
         print(f"          {size:>10,} bytes  {key}")
-    print(f"loss      {job.metrics[0]['loss']:.4f} at step 1, {job.metrics[-1]['loss']:.4f} at step {STEPS}")
+    print(f"loss      {history[0]['loss']:.4f} at step 1, {history[-1]['loss']:.4f} at step {STEPS}")
     for name, meaning in (
         ("subject", "similarity to the subject"),
         ("prompt", "of what the prompts name is in the pictures"),

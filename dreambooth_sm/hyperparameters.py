@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.storage import S3Options, S3Uri
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Ge(1)]
@@ -120,6 +120,26 @@ class Hyperparameters(BaseModel):
         "Model",
         "`s3://bucket/prefix`: upload the pipeline directory there, recursively, and leave nothing for "
         "SageMaker to pack. Also accepted as `manul_upload_model_path`.",
+    )
+    output_mode: Literal["auto", "direct", "uncompressed", "archive"] = _knob(
+        "auto",
+        "Model",
+        "How the model leaves the instance. direct: the job uploads it to manual_upload_model_path; uncompressed, "
+        "archive: the job leaves it in models_path, and SageMaker uploads it as files or as model.tar.gz, whichever "
+        "the job's output configuration says. auto: direct if there is a manual_upload_model_path.",
+    )
+    s3_kms_key_id: str | None = _knob(None, "Model", "Id or ARN of the KMS key that encrypts what the job uploads.")
+    s3_acl: (
+        Literal["private", "bucket-owner-full-control", "bucket-owner-read", "authenticated-read", "public-read"] | None
+    ) = _knob(None, "Model", "Canned ACL of what the job uploads.")
+    s3_tags: str | None = _knob(None, "Model", "Tags of what the job uploads, at most 10: `team=toys,stage=test`.")
+    s3_storage_class: (
+        Literal["STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY"]
+        | None
+    ) = _knob(None, "Model", "Storage class of what the job uploads; None: the bucket's.")
+    s3_requester_pays: bool = _knob(False, "Model", "Pay for requests to buckets whose requesters pay.")
+    s3_endpoint_url: str | None = _knob(
+        None, "Model", "S3-compatible server that the job uploads to: `https://minio.example:9000`; None: AWS."
     )
 
     # Pictures and prompts
@@ -319,6 +339,22 @@ class Hyperparameters(BaseModel):
         "Checkpoints and logs",
         "Export the best of the kept checkpoints and the last state, as measured with fidelity_encoders.",
     )
+
+    @property
+    def s3_options(self) -> S3Options:
+        """How the job writes to S3."""
+        return S3Options(
+            kms_key=self.s3_kms_key_id,
+            acl=self.s3_acl,
+            tags=dict(_tags(self.s3_tags)) if self.s3_tags else {},
+            storage_class=self.s3_storage_class,
+            requester_pays=self.s3_requester_pays,
+        )
+
+    @property
+    def upload_target(self) -> str | None:
+        """Where the job itself uploads the model to; None where that is left to SageMaker."""
+        return self.manual_upload_model_path if self.output_mode in ("auto", "direct") else None
 
     @property
     def prior_preservation(self) -> bool:
@@ -602,6 +638,24 @@ def _readable(error: ValidationError, model: type[BaseModel], values: Mapping[st
     return list(lines.values())
 
 
+def _tags(text: str) -> list[tuple[str, str]]:
+    """``a=1,b=2`` as pairs.
+
+    Raises:
+        ValueError: for anything that S3 would refuse.
+    """
+    items = [item.partition("=") for item in text.split(",")]
+    pairs = [(name.strip(), value.strip()) for name, _, value in items]
+    names = [name for name, _ in pairs]
+    allowed = all(
+        re.fullmatch(r"[\w\s+\-=._:/@]{1,128}", name) and re.fullmatch(r"[\w\s+\-=._:/@]{0,256}", value)
+        for name, value in pairs
+    )
+    if not allowed or len(set(names)) < len(names) or len(pairs) > 10 or any(n.startswith("aws:") for n in names):
+        raise ValueError(text)
+    return pairs
+
+
 def _conflicts(h: Hyperparameters) -> list[str]:
     """Values that are each fine and can't work together."""
     problems: list[str] = []
@@ -645,6 +699,26 @@ def _conflicts(h: Hyperparameters) -> list[str]:
     check(
         h.instance_prompt is not None and h.instance_prompt == h.class_prompt,
         "instance_prompt and class_prompt are the same; the instance prompt needs a rare token, such as zwx",
+    )
+    check(
+        h.output_mode == "direct" and h.manual_upload_model_path is None,
+        "output_mode=direct needs manual_upload_model_path; write s3://bucket/prefix there, or leave output_mode out",
+    )
+    check(
+        h.output_mode in ("uncompressed", "archive") and h.manual_upload_model_path is not None,
+        f"output_mode={h.output_mode} leaves the upload to SageMaker; leave manual_upload_model_path out, or set "
+        "output_mode=direct",
+    )
+    if h.s3_tags is not None:
+        try:
+            _tags(h.s3_tags)
+        except ValueError:
+            problems.append(
+                f"s3_tags: {_short(h.s3_tags)} is not valid; write at most 10 different tags as team=toys,stage=test"
+            )
+    check(
+        h.s3_endpoint_url is not None and not re.match(r"https?://[^/\s]+", h.s3_endpoint_url),
+        f"s3_endpoint_url: {_short(h.s3_endpoint_url)} is no address; write https://host:port",
     )
     nearest = max(64, round(h.resolution / 8) * 8)
     check(h.resolution % 8 != 0, f"resolution={h.resolution} is no multiple of 8; write {nearest}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -9,6 +10,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from dreambooth_sm.selection import Examiner
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
+from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 from dreambooth_sm.validation import SAMPLES, Validator, validation_prompts
 
 # Hyperparameters that name a place in the container.
@@ -112,7 +115,8 @@ def _run(
     for line in plan.lines():
         report.say(f"plan: {line}")
     checkpoints = checkpoint_directory(h, contract)
-    previous = latest_checkpoint(checkpoints) if h.resume_from_checkpoint == "latest" else None
+    remote = remote_checkpoints(h, contract, target, world, report)
+    previous = find_checkpoint(h, checkpoints, remote, world, report)
     seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
     seed = world.first(seed)
     report.say(f"model_name={h.model_name}")
@@ -147,7 +151,8 @@ def _run(
         with report.phase("measure_base"):
             examiner = Examiner(base, subjects, encoders, h, plan, report)
     schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
-    with report.phase("train"):
+    with report.phase("train"), remote or contextlib.nullcontext():
+        on_save = remote.send if remote else None
         train(
             base,
             data,
@@ -157,6 +162,7 @@ def _run(
             identity,
             previous,
             checkpoints,
+            on_save,
             validator=validator,
             report=report,
             stop=stop,
@@ -179,7 +185,9 @@ def _run(
     if target is None:
         return directory
     with report.phase("upload"):
-        upload(directory, target, contract, report)
+        upload(directory, target, h, schedule.steps, contract, report)
+        if remote:
+            remote.clear()
     return target
 
 
@@ -235,10 +243,11 @@ def check_target(h: Hyperparameters) -> S3Uri | None:
     """
     if h.class_cache is not None:
         storage.check_writable(S3Uri.parse(h.class_cache))
-    if h.manual_upload_model_path is None:
+    if h.upload_target is None:
         return None
-    target = S3Uri.parse(h.manual_upload_model_path)
-    storage.check_writable(target)
+    target = S3Uri.parse(h.upload_target)
+    client = storage.s3_client(endpoint_url=h.s3_endpoint_url, attempts=2, timeout=5)
+    storage.check_writable(target, h.s3_options, client=client)
     return target
 
 
@@ -247,6 +256,27 @@ def checkpoint_directory(h: Hyperparameters, contract: Contract) -> Path:
     which SageMaker saves when a job is stopped."""
     synced = contract.checkpoint_directory
     return synced if synced.is_dir() else Path(h.models_path) / "checkpoints"
+
+
+def remote_checkpoints(
+    h: Hyperparameters, contract: Contract, target: S3Uri | None, world: World, report: Reporter
+) -> RemoteCheckpoints | None:
+    """Checkpoints beside the model in S3, unless SageMaker syncs them, or other hosts would need them as well."""
+    if target is None or contract.checkpoint_directory.is_dir() or len(contract.hosts) > 1 or not world.is_main:
+        return None
+    return RemoteCheckpoints(target, h.s3_options, storage.s3_client(endpoint_url=h.s3_endpoint_url), report)
+
+
+def find_checkpoint(
+    h: Hyperparameters, checkpoints: Path, remote: RemoteCheckpoints | None, world: World, report: Reporter
+) -> Checkpoint | None:
+    """The checkpoint that the job goes on from, if it is to and there is one."""
+    if h.resume_from_checkpoint == "no":
+        return None
+    if remote:
+        remote.fetch(checkpoints)
+    world.first(None)  # the others wait for what was fetched
+    return latest_checkpoint(checkpoints, report.warn)
 
 
 def make_class_images(
@@ -267,8 +297,8 @@ def make_class_images(
         batch_size=plan.sample_batch_size,
         guidance=h.sample_guidance_scale,
         remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
-        scratch=Path(h.models_path).parent / "class_images",
-        shown=Path(h.models_path) / "class_images",
+        scratch=scratch_directory(h),
+        shown=scratch_directory(h) / "shown",
         report=report,
         stop=stop,
         world=world,
@@ -357,6 +387,7 @@ def train(
     identity: dict[str, Any],
     previous: Checkpoint | None,
     checkpoints: Path,
+    on_save: Callable[[Path], object] | None = None,
     *,
     validator: Validator | None = None,
     report: Reporter,
@@ -377,6 +408,7 @@ def train(
             trainer = Trainer(
                 base, data, plan, h, schedule, device=device, identity=identity, report=report, world=world
             )
+            trainer.on_save = on_save
             if rescued is not None:
                 trainer.load_state(*rescued)
                 rescued = None  # host memory is short where cards are small
@@ -425,14 +457,20 @@ def measure(
     """Says how well the model was trained; with ``select_best``, goes back to the best checkpoint before."""
     if h.select_best:
         own = [c for c in all_checkpoints(checkpoints) if c.identity == identity and c.step < schedule.steps]
+        own = [c for c in own if c.is_undamaged()]
         candidate = examiner.choose(own, schedule.steps)
     else:
         candidate = examiner.examine(schedule.steps)
     examiner.say_verdict(candidate)
 
 
+def scratch_directory(h: Hyperparameters) -> Path:
+    """Where class images go that can't go elsewhere; beside the model, which has nothing in it before it is trained."""
+    return Path(h.models_path).parent / "class_images"
+
+
 def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
-    """Writes the trained model in the format and precision that are asked for."""
+    """Writes the trained model in the format and precision that are asked for, and some class images to look at."""
     directory = Path(h.models_path)
     dtype = DTYPES[h.export_precision]
     if h.export != "single_file":
@@ -441,16 +479,22 @@ def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
         base.save_single_file(
             directory / f"{h.model_name}.safetensors", dtype, resolution=h.resolution, trigger=h.instance_prompt
         )
+    for picture in sorted((scratch_directory(h) / "shown").glob("*.png")):
+        (directory / SAMPLES).mkdir(exist_ok=True)
+        shutil.copy2(picture, directory / SAMPLES)
     if checkpoints.is_relative_to(directory):  # the finished model stands for them
         shutil.rmtree(checkpoints, ignore_errors=True)
     return directory
 
 
-def upload(directory: Path, target: S3Uri, contract: Contract, report: Reporter) -> None:
+def upload(directory: Path, target: S3Uri, h: Hyperparameters, step: int, contract: Contract, report: Reporter) -> None:
     """Sends the model to S3 and, once every object is verified, leaves SageMaker only a pointer to pack."""
     pointer = directory / "model_location.txt"
     pointer.unlink(missing_ok=True)  # of an earlier job in this directory
-    manifest = storage.upload_directory(directory, target, job=contract.job_name)
+    client = storage.s3_client(endpoint_url=h.s3_endpoint_url)
+    manifest = storage.upload_directory(
+        directory, target, h.s3_options, job=contract.job_name, step=step, client=client
+    )
     report.metrics(uploaded=str(target), files=len(manifest.files), bytes=manifest.size)
     for entry in manifest.files:
         (directory / entry.path).unlink()

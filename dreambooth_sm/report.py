@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 _PAIR = re.compile(r"(\w+)=(\S+)")
+# What a metrics line of training can hold; the client makes CloudWatch metrics of them.
+TRAINING_METRICS = ("step", "loss", "instance_loss", "prior_loss", "lr", "steps_per_s", "vram_gb")
 # Off a terminal a progress line is due when this share of the work is done.
 _PROGRESS_SHARE = 0.25
 
@@ -30,6 +32,11 @@ def format_metrics(**values: object) -> str:
 def parse_metrics(line: str) -> dict[str, str]:
     """The ``key=value`` pairs of a line."""
     return dict(_PAIR.findall(line))
+
+
+def metric_pattern(name: str) -> str:
+    """A regular expression whose group is the number of ``name`` in a line of :func:`format_metrics`."""
+    return rf"(?:^|\s){name}=([-+]?[0-9]\S*)"
 
 
 class Reporter:

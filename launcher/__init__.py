@@ -3,7 +3,24 @@
 Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
-from launcher.fit import fit
-from launcher.local import JobFailed, TrainingJob, local_s3
+from launcher.fit import check, estimate, estimator, fit, model_trainer, request
+from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
+from launcher.local import local_services
+from launcher.training_request import Resources
 
-__all__ = ["JobFailed", "TrainingJob", "fit", "local_s3"]
+__all__ = [
+    "Job",
+    "JobFailed",
+    "JobStopped",
+    "JobSummary",
+    "Resources",
+    "attach",
+    "check",
+    "estimate",
+    "estimator",
+    "fit",
+    "list_jobs",
+    "local_services",
+    "model_trainer",
+    "request",
+]

@@ -1,49 +1,56 @@
-"""``launcher.fit``: one call from pictures to a trained pipeline."""
+"""``launcher.fit``: one call from pictures to a training job, checked before a cent is spent; and its relatives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import atexit
+import os
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dreambooth_sm.data.check import check_folder
-from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import Hyperparameters
-from launcher.local import TrainingJob, run_locally
+from dreambooth_sm.storage import S3Uri
+from launcher import backends
+from launcher.account import Account
+from launcher.clients import Clients
+from launcher.estimates import Estimate
+from launcher.job import Job
+from launcher.local import run_locally
+from launcher.options import Images, with_options
+from launcher.order import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
+from launcher.staging import lay_out_files
+from launcher.training_request import redact
 
-# Input channels, as the seed's notebook names them.
-IMAGES_CHANNEL = "images"
-MODEL_CHANNEL = "model"
-_CHANNELS = "/opt/ml/input/data"
+if TYPE_CHECKING:
+    from boto3.session import Session
+    from sagemaker.estimator import Estimator
+    from sagemaker.train import ModelTrainer
 
 
+@with_options(instance_type=LOCAL)
 def fit(
-    images: str | Path,
+    images: Images,
     *,
-    instance_prompt: str,
-    class_prompt: str | None = None,
-    base_model: str | Path | None = None,
-    output: str | None = None,
-    instance_type: str = "local",
     directory: str | Path | None = None,
-    log: Callable[[str], None] = print,
-    **hyperparameters: Any,
-) -> TrainingJob:
-    """Trains a Stable Diffusion model on a few pictures of a subject, and waits for the result.
+    wait: bool = True,
+    log: Callable[[str], None] | None = None,
+    session: Session | None = None,
+    **options: Any,
+) -> Job:
+    """Trains a Stable Diffusion model on a few pictures of a subject, on this machine or on SageMaker.
+
+    Pictures, hyperparameters, the plan for the card, access to role, image and buckets, and the quota are checked
+    first, and every problem is reported at once. Then the pictures go to S3, unless they are there, and the job starts.
 
     Args:
-        images: folder with 4 to 20 pictures: a local path or ``s3://bucket/prefix``.
-        instance_prompt: prompt of the subject with a rare token, such as "photo of zwx toy".
-        class_prompt: prompt of the class, such as "photo of a toy"; turns prior preservation on.
-        base_model: hub id, or a local diffusers directory; the schema's default if left out.
-        output: ``s3://bucket/prefix`` for the trained pipeline; left out, it stays in the job's directory.
-        instance_type: ``"local"`` runs the job as a process of this machine, exactly as the container would.
-        directory: where the local job's ``/opt/ml`` tree is laid out; a temporary directory if left out.
-        log: gets each line of the job's log.
-        hyperparameters: any name of :class:`dreambooth_sm.hyperparameters.Hyperparameters`.
-
-    Returns:
-        the finished job: where the model lies, metrics, seconds per phase.
+        images: 4 to 20 pictures: a folder, ``s3://bucket/prefix``, or a list of files.
+        directory: where a local job's ``/opt/ml`` tree is laid out; a temporary directory if left out.
+        wait: follow the job until it has ended.
+        log: gets each line of the checks and of the job's log; default: printed, with a progress display where a
+            terminal or notebook can show one.
+        session: boto3's, for credentials and region; default: the standard AWS settings.
+        options: see below; ``instance_type="local"`` runs the job as a process of this machine, exactly as the
+            container would; ``"local-container"`` runs the image ``image_uri`` with Docker.
 
     Raises:
         UserError: for bad input, before anything starts.
@@ -51,44 +58,125 @@ def fit(
 
     Example:
         >>> job = fit("duck/", instance_prompt="photo of zwx toy", class_prompt="photo of a toy",
-        ...           base_model="my-model/", max_train_steps=400)  # doctest: +SKIP
-        >>> job.model  # doctest: +SKIP
-        '/tmp/dreambooth-sm-.../model'
+        ...           instance_type="ml.g5.xlarge", max_train_steps=400)  # doctest: +SKIP
     """
-    problems: list[str] = []
-    if instance_type != "local":
-        problems.append(
-            f"instance_type={instance_type!r}: this version starts jobs on this machine only; write 'local', or pass "
-            "the image to sagemaker.estimator.Estimator as the README shows"
-        )
-    if "instance_data_dir" in hyperparameters:
-        problems.append("instance_data_dir: the pictures are `images`; leave instance_data_dir out")
-    values = {"instance_prompt": instance_prompt, "class_prompt": class_prompt, "manual_upload_model_path": output}
-    values |= hyperparameters
-    channels: dict[str, str] = {IMAGES_CHANNEL: str(images)}
-    values["instance_data_dir"] = f"{_CHANNELS}/{IMAGES_CHANNEL}"
-    if base_model is not None:
-        values["pretrained_model_name_or_path"] = str(base_model)
-        if Path(base_model).is_dir():
-            channels[MODEL_CHANNEL] = str(base_model)
-            values["pretrained_model_name_or_path"] = f"{_CHANNELS}/{MODEL_CHANNEL}"
-        elif isinstance(base_model, Path) or base_model.startswith(("/", ".", "~")):
-            problems.append(f"base_model: {base_model} is no directory; name a hub id or a diffusers directory")
-    parsed = Hyperparameters()
-    try:
-        parsed = Hyperparameters.parse({name: value for name, value in values.items() if value is not None})
-    except UserError as error:
-        problems += error.problems
-    problems += _check_images(str(images), parsed)
-    if problems:
-        raise UserError(problems)
-    return run_locally(parsed.to_sagemaker(), channels, directory=directory, log=log)
+    options = {"images": images, "instance_type": LOCAL, **options}
+    if options["instance_type"] in ON_THIS_MACHINE:
+        return _fit_locally(options, directory, wait=wait, log=log)
+    account = Account(Clients(session))
+    order = describe(options, account, directory=directory)
+    say = log or print
+    _tell(order, say)
+    order.stage(account, say)
+    job = backends.submit(order.request, account.clients, price=order.estimate.instance.usd_per_hour)
+    return job.wait(log) if wait else job
 
 
-def _check_images(images: str, h: Hyperparameters) -> list[str]:
-    """The findings of the container's own check, where the pictures are on this machine."""
-    if images.startswith("s3://"):
-        return []
-    if not Path(images).is_dir():
-        return [f"images: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix"]
-    return list(check_folder(Path(images), h, name="images").errors)
+@with_options(instance_type="auto")
+def check(
+    images: Images, *, log: Callable[[str], None] = print, session: Session | None = None, **options: Any
+) -> None:
+    """Checks and prints all that :func:`fit` does before a job starts, and starts none.
+
+    Raises:
+        UserError: with everything that is in the way of the job.
+    """
+    options = {"images": images, **options}
+    if options.get("instance_type") in ON_THIS_MACHINE:
+        for warning in read_local(options).warnings:
+            log(redact(f"warning: {warning}", os.environ))
+        log("pictures and hyperparameters are in order")
+    else:
+        _tell(describe(options, Account(Clients(session))), log)
+
+
+@with_options(instance_type="auto")
+def estimate(images: Images | None = None, **options: Any) -> Estimate:
+    """The plan, its peak memory, and the expected minutes and dollars of a job. No account is asked.
+
+    Args:
+        images: checked if given; a length in epochs depends on their number.
+
+    Raises:
+        UserError: where the job could not run like this.
+
+    Example:
+        >>> estimate(instance_prompt="photo of zwx toy", instance_type="ml.g4dn.xlarge").lines()[0]
+        'instance: ml.g4dn.xlarge (T4)'
+    """
+    return describe({"images": images, **options}, None).estimate
+
+
+@with_options(instance_type="auto")
+def request(images: Images, *, session: Session | None = None, **options: Any) -> dict[str, Any]:
+    """The request that :func:`fit` would send: for boto3, Step Functions, Terraform or AWS Batch.
+
+    What it needs of this machine (pictures, a local base model, prompts too long for a hyperparameter) is put into S3,
+    unless it is there, so that the request can be sent as it is. With everything in S3, and role, image and bucket
+    given, no account is asked.
+
+    Raises:
+        UserError: for bad input.
+
+    Example:
+        >>> job = request("s3://bucket/duck", instance_prompt="photo of zwx toy",
+        ...               instance_type="ml.g5.xlarge")  # doctest: +SKIP
+        >>> boto3.client("sagemaker").create_training_job(**job)  # doctest: +SKIP
+    """
+    return _staged({"images": images, **options}, session).request
+
+
+@with_options(instance_type="auto")
+def estimator(images: Images, *, session: Session | None = None, **options: Any) -> Estimator:
+    """A ready Estimator of the SageMaker SDK 2 (extra ``[estimator]``): ``launcher.estimator(...).fit()``.
+
+    Its ``fit()`` knows the job's inputs and name, and sends the request that :func:`fit` would send.
+
+    Raises:
+        UserError: for bad input, or where the SDK is not installed.
+    """
+    return backends.estimator(_staged({"images": images, **options}, session).request, session)
+
+
+@with_options(instance_type="auto")
+def model_trainer(images: Images, *, session: Session | None = None, **options: Any) -> ModelTrainer:
+    """A ready ModelTrainer of the SageMaker SDK 3 (extra ``[model-trainer]``): ``launcher.model_trainer(...).train()``.
+
+    It sends the request that :func:`fit` would send, but for the name of the job, to which the SDK adds the time.
+
+    Raises:
+        UserError: for bad input, or where the SDK is not installed.
+    """
+    return backends.model_trainer(_staged({"images": images, **options}, session).request, session)
+
+
+def _staged(options: Mapping[str, Any], session: Session | None) -> Order:
+    account = Account(Clients(session))
+    order = describe(options, account, thorough=False)
+    order.stage(account, lambda line: None)
+    return order
+
+
+def _tell(order: Order, say: Callable[[str], None]) -> None:
+    for line in order.lines():
+        say(redact(line, os.environ))
+
+
+def _fit_locally(
+    options: Mapping[str, Any], directory: str | Path | None, *, wait: bool, log: Callable[[str], None] | None
+) -> Job:
+    draft = read_local(options)
+    assert draft.hyperparameters is not None
+    for warning in draft.warnings:
+        (log or print)(redact(f"warning: {warning}", os.environ))
+    # A job that nobody waits for reads its channels later.
+    scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
+    atexit.register(scratch.cleanup)
+    channels: dict[str, str] = {}
+    for name, source in draft.sources.items():
+        channels[name] = str(source) if isinstance(source, S3Uri) else f"{scratch.name}/{name}"
+        if not isinstance(source, S3Uri):
+            lay_out_files(source, Path(channels[name]))
+    image = draft.resources.image_uri
+    hyperparameters = draft.hyperparameters.to_sagemaker()
+    return run_locally(hyperparameters, channels, image=image, directory=directory, log=log, wait=wait)

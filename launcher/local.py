@@ -1,118 +1,180 @@
-"""Jobs as a process of this machine: the container's entrypoint on an ``/opt/ml`` tree of its own."""
+"""Jobs on this machine: the ``/opt/ml`` tree that SageMaker mounts, and the embedded services that run them."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import secrets
 import shutil
-import subprocess
-import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from contextlib import ExitStack, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+from urllib.parse import unquote
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.report import parse_metrics
+from dreambooth_sm.storage import S3Uri, download_directory, list_objects, s3_client
+from launcher.job import Job
 
 if TYPE_CHECKING:
-    from dreambooth_sm.embedded import EmbeddedS3
+    from mypy_boto3_s3 import S3Client
 
+    from launcher.embedded import EmbeddedServices
+
+# InstanceType of a job that runs in a container; any other runs as a process.
+CONTAINER = "local-container"
 ENTRYPOINT = Path(__file__).parents[1] / "container" / "train.py"
-
-
-class JobFailed(RuntimeError):  # noqa: N818 - what the caller wants to catch reads like this
-    """A job that ended without a model; the message is the reason that the job gave."""
-
-
-@dataclass(frozen=True)
-class TrainingJob:
-    """A finished job.
-
-    Attributes:
-        model: where the trained pipeline lies: ``s3://...`` or a local directory.
-        directory: the job's ``/opt/ml`` tree.
-        metrics: one entry for each metric line of training, names to numbers.
-        seconds: wall-clock seconds of each phase, in order.
-    """
-
-    model: str
-    directory: Path
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def run_locally(
     hyperparameters: Mapping[str, str],
     channels: Mapping[str, str],
     *,
+    image: str | None = None,
     directory: str | Path | None = None,
-    log: Callable[[str], None] = print,
-) -> TrainingJob:
-    """Lays out the tree that SageMaker mounts, runs the entrypoint on it and follows its log.
+    log: Callable[[str], None] | None = print,
+    wait: bool = True,
+) -> Job:
+    """Runs a job on this machine and follows it.
 
     Args:
         hyperparameters: as the request to SageMaker would hold them: every value a string.
         channels: name to ``s3://`` prefix or local folder.
-        directory: root of the tree; a new temporary directory if None.
+        image: that Docker runs; None runs the entrypoint as a process.
+        directory: root of the ``/opt/ml`` tree; a new temporary directory if None.
+        log: gets each line of the job's log.
+        wait: follow it until it has ended; otherwise it is only started.
 
     Raises:
-        UserError: where the entrypoint is not here, or a channel can't be read.
+        UserError: where the entrypoint, or Docker, is not here.
         JobFailed: with the job's reason.
     """
+    request = {
+        "TrainingJobName": f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
+        "AlgorithmSpecification": {"TrainingImage": image or "none", "TrainingInputMode": "File"},
+        "RoleArn": "arn:aws:iam::123456789012:role/local",
+        "HyperParameters": dict(hyperparameters),
+        "InputDataConfig": [
+            {
+                "ChannelName": name,
+                "DataSource": {
+                    "S3DataSource": {
+                        "S3DataType": "S3Prefix",
+                        "S3Uri": source if source.startswith("s3://") else Path(source).resolve().as_uri(),
+                    }
+                },
+            }
+            for name, source in channels.items()
+        ],
+        "OutputDataConfig": {"S3OutputPath": "file:///", "CompressionType": "NONE"},
+        "ResourceConfig": {"InstanceType": CONTAINER if image else "local", "InstanceCount": 1, "VolumeSizeInGB": 1},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 28 * 86400},
+    }
+    job = submit_locally(request, directory)
+    return job.wait(log) if wait else job
+
+
+def submit_locally(request: Mapping[str, Any], directory: str | Path | None = None) -> Job:
+    """Starts a job on this machine, on the services of :func:`local_services` or, without, on some of its own, which
+    use the S3 of the standard AWS settings. The job ends with this process.
+
+    Args:
+        request: of CreateTrainingJob; ``file://`` locations serve as well, and InstanceType ``local-container`` runs
+            the image.
+        directory: root of the ``/opt/ml`` tree, which is kept; a new temporary directory if None.
+
+    Raises:
+        UserError: for a request that SageMaker would refuse, or where the entrypoint is not here.
+    """
+    from launcher.embedded import RequestError
+
     if not ENTRYPOINT.is_file():
         raise UserError(f"{ENTRYPOINT} is missing: local jobs need a checkout of the project (pip install -e .)")
-    base = Path(directory) if directory else Path(tempfile.mkdtemp(prefix="dreambooth-sm-"))
-    base = base.resolve()
-    lay_out(base, hyperparameters, channels)
-    metrics: list[dict[str, float]] = []
-    seconds: dict[str, float] = {}
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(ENTRYPOINT), "train"],
-        env={**os.environ, "SAGEMAKER_BASE_DIR": str(base), "TRAINING_JOB_NAME": base.name},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert process.stdout is not None
+    if request["ResourceConfig"].get("InstanceType") == CONTAINER and not shutil.which(docker()):
+        raise UserError(f"instance_type={CONTAINER!r} needs Docker: there is no {docker()!r} on PATH")
+    base = Path(directory or tempfile.mkdtemp(prefix="dreambooth-sm-")).resolve()
+    services = _services()
     try:
-        for line in process.stdout:
-            log(line.rstrip("\n"))
-            pairs = parse_metrics(line)
-            if "step" in pairs and "loss" in pairs:
-                metrics.append({name: float(value) for name, value in pairs.items()})
-            elif pairs.get("state") == "ended":
-                seconds[pairs["phase"]] = float(pairs["seconds"])
-        code = process.wait()
-    finally:
-        if process.poll() is None:  # interrupted here: the job saves a checkpoint and ends
-            process.terminate()
-            process.communicate()  # reads what it still says: a full pipe would keep it from ending
-    if code != 0:
-        failure = base / "output" / "failure"
-        raise JobFailed(failure.read_text() if failure.is_file() else f"the job ended with exit code {code}")
-    model = hyperparameters.get("manual_upload_model_path") or str(base / "model")
-    return TrainingJob(model=model, directory=base, metrics=metrics, seconds=seconds)
+        services.sagemaker.create(dict(request), directory=base)
+    except RequestError as error:
+        raise UserError(str(error)) from error
+    return Job(request["TrainingJobName"], services.clients(), directory=base)
 
 
-def lay_out(base: Path, hyperparameters: Mapping[str, str], channels: Mapping[str, str]) -> None:
-    """Writes the ``/opt/ml`` tree of one job below ``base``, as SageMaker does before it starts a container."""
+def docker() -> str:
+    """The Docker client."""
+    return os.environ.get("DOCKER", "docker")
+
+
+def local_job(name: str) -> Job | None:
+    """A job that this process runs, by its name."""
+    for services in _running:
+        if job := services.sagemaker.jobs.get(name):
+            return Job(name, services.clients(), directory=job.tree)
+    return None
+
+
+@contextmanager
+def local_services() -> Iterator[EmbeddedServices]:
+    """SageMaker, S3, CloudWatch Logs and more on this machine; inside the context boto3, both SageMaker SDKs and the
+    launcher use them. Training jobs really run: as processes, whatever instance type they ask for. An execution role
+    (``services.role``), the image and a bucket are there.
+
+    Raises:
+        UserError: moto is not installed.
+    """
+    from launcher.embedded import embedded_services
+
+    with embedded_services() as services, patch.dict(os.environ, services.environment()):
+        services.set_up_account()
+        _running.append(services)
+        try:
+            yield services
+        finally:
+            _running.remove(services)
+
+
+# The embedded services of this process; jobs go to the last.
+_running: list[EmbeddedServices] = []
+
+
+def _services() -> EmbeddedServices:
+    if not _running:
+        from launcher.embedded import embedded_services
+
+        stack = ExitStack()
+        atexit.register(stack.close)
+        _running.append(stack.enter_context(embedded_services(with_s3=False)))
+    return _running[-1]
+
+
+def lay_out(
+    base: Path, hyperparameters: Mapping[str, str], channels: Mapping[str, str], *, s3: S3Client | None = None
+) -> None:
+    """Writes the ``/opt/ml`` tree of one job below ``base``, as SageMaker does before it starts a container.
+
+    Args:
+        channels: name to ``s3://`` or ``file://`` location, or local folder.
+        s3: where ``s3://`` locations lie; default: the standard AWS settings.
+
+    Raises:
+        UserError, TransferError: a channel can't be read.
+    """
     config = base / "input" / "config"
     (base / "output" / "failure").unlink(missing_ok=True)
     for folder in (config, base / "model", base / "output", base / "checkpoints", base / "input" / "data"):
         folder.mkdir(parents=True, exist_ok=True)
     for name, source in channels.items():
         target = base / "input" / "data" / name
+        shutil.rmtree(target, ignore_errors=True)  # of an earlier job in this tree
         if source.startswith("s3://"):
-            from dreambooth_sm.storage import S3Uri, download_directory
-
-            download_directory(S3Uri.parse(source), target)
+            _download(S3Uri.parse(source), target, s3 or s3_client())
         else:
-            shutil.rmtree(target, ignore_errors=True)  # of an earlier job in this tree
-            shutil.copytree(source, target, copy_function=_link_or_copy)
+            shutil.copytree(unquote(source.removeprefix("file://")), target, copy_function=_link_or_copy)
     files: dict[str, object] = {
         "hyperparameters.json": dict(hyperparameters),
         "inputdataconfig.json": {
@@ -125,18 +187,21 @@ def lay_out(base: Path, hyperparameters: Mapping[str, str], channels: Mapping[st
         (config / name).write_text(json.dumps(content, indent=1))
 
 
+def _download(source: S3Uri, target: Path, s3: S3Client) -> None:
+    """A prefix, or a single object under its own name."""
+    if list_objects(source, client=s3) or not source.prefix:
+        download_directory(source, target, client=s3)
+        return
+    target.mkdir(parents=True)
+    try:
+        s3.download_file(source.bucket, source.prefix, str(target / PurePosixPath(source.prefix).name))
+    except s3.exceptions.ClientError as error:
+        raise UserError(f"{source}: there is nothing below this prefix: check the bucket and the prefix") from error
+
+
 def _link_or_copy(source: str, target: str) -> None:
     """A base model is gigabytes: link its files where the file system can."""
     try:
         os.link(os.path.realpath(source), target)
     except OSError:
         shutil.copy2(source, target)
-
-
-@contextmanager
-def local_s3() -> Iterator[EmbeddedS3]:
-    """An S3 server of this process on loopback; inside the context, boto3 and local jobs use it."""
-    from dreambooth_sm.embedded import embedded_s3
-
-    with embedded_s3() as server, patch.dict(os.environ, server.environment()):
-        yield server

@@ -108,6 +108,9 @@ class Trainer:
         device: where to.
         identity: what a checkpoint of this job is recognised by.
         world: the processes that train together.
+
+    Attributes:
+        on_save: is told the directory of each checkpoint that was written.
     """
 
     def __init__(
@@ -176,6 +179,7 @@ class Trainer:
         self.prediction_type = noise_scheduler.config.prediction_type
         self.alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
         self.step = 0
+        self.on_save: Callable[[Path], object] | None = None
         self._checked = False
         self._skipped = 0
 
@@ -229,7 +233,10 @@ class Trainer:
         if not self.world.is_main:
             return None
         keep = self.h.checkpoints_total_limit
-        return save_checkpoint(root, self.step, self.identity, self.state(), keep=keep).directory
+        saved = save_checkpoint(root, self.step, self.identity, self.state(), keep=keep).directory
+        if self.on_save:
+            self.on_save(saved)
+        return saved
 
     def weights_now(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """What :meth:`finish` would put into the modules, one parameter at a time: module, name, full-precision value,

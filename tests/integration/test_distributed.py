@@ -37,7 +37,7 @@ def test_two_processes_train_like_one_with_the_whole_batch(
     assert losses(ended) == pytest.approx(expected, rel=2e-3)
     assert ended.log.count("phase=train state=started") == 1, "only one process reports"
     assert "processes=2" in ended.log
-    drawn = sorted(path.name for path in tree.base.rglob("class-*.png"))
+    drawn = sorted(path.name for path in tree.base.rglob("class-*.safetensors"))
     assert len(drawn) == len(set(drawn)) == 3, "class images are shared out without repeats"
     assert (tree.model / "model_index.json").is_file()
     assert tree.checkpoints == ["step-00000003"]

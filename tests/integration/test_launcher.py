@@ -48,13 +48,13 @@ def test_from_a_folder_to_a_folder(pictures: Path, tiny_base: Path, tmp_path: Pa
         pictures, instance_prompt=PROMPT, base_model=tiny_base, directory=tmp_path, log=lines.append, **options
     )
     assert job.directory == tmp_path
-    assert job.model == str(tmp_path / "model")
+    assert job.model_uri == str(tmp_path / "model")
     assert not same_weights(
         read_weights(tmp_path / "model", "unet"),
         {name: tensor.half() for name, tensor in read_weights(tiny_base, "unet").items()},
     )
-    assert [entry["step"] for entry in job.metrics] == [1, 2, 3]
-    assert all(entry["loss"] > 0 for entry in job.metrics)
+    assert [entry["step"] for entry in job.history()] == [1, 2, 3]
+    assert all(entry["loss"] > 0 for entry in job.history())
     assert list(job.seconds) == PHASES
     assert any(line.startswith("plan: ") for line in lines)
 
@@ -73,7 +73,7 @@ def test_from_s3_to_s3(pictures: Path, tiny_base: Path, target: S3Uri, tmp_path:
         log=lambda line: None,
         **OPTIONS,
     )
-    assert job.model == str(target)
+    assert job.model_uri == str(target)
     assert list(job.seconds) == [*PHASES, "upload"]
     assert {"manifest.json", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= set(
         list_objects(target)
@@ -90,20 +90,21 @@ def test_bad_input_is_told_in_full_before_anything_starts(tmp_path: Path) -> Non
             instance_prompt="",
             base_model=tmp_path / "nothing",
             output="bucket/prefix",
-            instance_type="ml.g4dn.xlarge",
+            instance_type="ml.g4dn.xlage",
             directory=tmp_path / "job",
             resolution=510,
             instance_data_dir="/elsewhere",
             learning_rat=1e-6,
         )
     names = (
-        "instance_type='ml.g4dn.xlarge'",
+        "ml.g4dn.xlage",
+        "directory is for local jobs",
         "instance_data_dir",
         "base_model",
         "learning_rate?",
         "instance_prompt",
         "resolution=510",
-        "manual_upload_model_path",
+        "output: 'bucket/prefix'",
         "a.jpg",
     )
     for name in names:
@@ -123,7 +124,7 @@ def test_a_folder_without_pictures(files: list[str] | None, words: str, tmp_path
 
 
 def test_a_prefix_without_pictures(target: S3Uri, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=re.escape(str(target))):
+    with pytest.raises(launcher.JobFailed, match=re.escape(str(target))):
         launcher.fit(str(target), instance_prompt=PROMPT, directory=tmp_path / "job")
 
 

@@ -1,13 +1,11 @@
-"""The notebook, run as a user runs it."""
+"""The notebooks, run as a user runs them, and as they are stored."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import os
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -15,24 +13,27 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "dreambooth.ipynb"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ENGLISH, CHINESE = NOTEBOOKS / "dreambooth.ipynb", NOTEBOOKS / "dreambooth_zh.ipynb"
 STEPS = 20
-SETTINGS = ("SAGEMAKER_ROLE", "TRAINING_IMAGE", "TRAINING_BUCKET")
+SHORT = {"max_train_steps": STEPS, "num_class_images": 2, "fidelity_encoders": None}
+SIDE = 128
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> list[nbformat.NotebookNode]:
     """The code cells with the outputs of a short run."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(ENGLISH, as_version=4)
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("NOTEBOOK_STEPS", str(STEPS))
-        environment.setenv("NOTEBOOK_CLASS_IMAGES", "2")
+        environment.setenv("NOTEBOOK_SETTINGS", json.dumps(SHORT))
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        for name in SETTINGS:
-            environment.delenv(name, raising=False)
-        client = NotebookClient(notebook, timeout=300, kernel_name="python3")
+        client = NotebookClient(notebook, timeout=400, kernel_name="python3")
         client.execute(cwd=str(tmp_path_factory.mktemp("elsewhere")))
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return code_cells(notebook)
 
 
 def cell_with(cells: list[nbformat.NotebookNode], source: str) -> nbformat.NotebookNode:
@@ -43,45 +44,42 @@ def text_of(cell: nbformat.NotebookNode) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
+def html_of(cell: nbformat.NotebookNode) -> list[str]:
+    return [output.data["text/html"] for output in cell.outputs if "text/html" in output.get("data", {})]
+
+
 def picture_of(cell: nbformat.NotebookNode) -> Image.Image:
-    shown = [output.data["image/png"] for output in cell.outputs if output.output_type == "display_data"]
+    shown = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
     assert len(shown) == 1
     return Image.open(io.BytesIO(base64.b64decode(shown[0]))).convert("RGB")
 
 
-def test_it_is_stored_without_outputs() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    for cell in notebook.cells:
-        assert not cell.get("outputs")
-        assert not cell.get("execution_count")
+def test_the_job_is_watched_in_one_output(cells: list[nbformat.NotebookNode]) -> None:
+    [html] = html_of(cell_with(cells, "job.wait()"))
+    assert "Completed" in html
+    assert f"step {STEPS}/{STEPS}" in html
+    assert "phase=save state=ended" in html
 
 
-def test_the_job_ran_and_the_loss_fell(cells: list[nbformat.NotebookNode]) -> None:
-    log = text_of(cell_with(cells, "job = launcher.fit("))
-    assert re.search(rf"^step={STEPS} loss=", log, re.MULTILINE)
-    assert "phase=upload state=ended" in log
+def test_the_loss_fell(cells: list[nbformat.NotebookNode]) -> None:
     shown = text_of(cell_with(cells, "losses ="))
     first, last = re.search(r"loss [▁-█]+  ([\d.]+) → ([\d.]+)", shown).groups()  # type: ignore[union-attr]
     assert float(last) < float(first)
     assert re.search(r"train [\d.]+ s", shown)
 
 
-def test_the_model_is_in_s3(cells: list[nbformat.NotebookNode]) -> None:
-    assert "5 pictures in s3://dreambooth/images/creature" in text_of(cell_with(cells, "upload_directory"))
-    shown = text_of(cell_with(cells, "list_objects"))
-    sizes = dict(re.findall(r"([\d,]+) bytes  s3://dreambooth/models/creature/(\S+)", shown))
-    sizes = {name: int(size.replace(",", "")) for size, name in sizes.items()}
-    assert {"model_index.json", "manifest.json", "unet/diffusion_pytorch_model.safetensors"} <= sizes.keys()
+def test_the_pictures_went_to_s3_and_the_model_came_from_there(cells: list[nbformat.NotebookNode]) -> None:
+    assert "files: 5 sent to s3://sagemaker-us-east-1-123456789012/" in text_of(cell_with(cells, "wait=False"))
+    shown = text_of(cell_with(cells, "job.download"))
+    assert shown.startswith("s3://")
+    sizes = {name: int(size.replace(",", "")) for size, name in re.findall(r"([\d,]+) bytes  (\S+)", shown)}
+    assert {"model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= sizes.keys()
     assert all(size > 0 for size in sizes.values())
 
 
-def test_the_pictures_are_shown(cells: list[nbformat.NotebookNode]) -> None:
-    assert picture_of(cell_with(cells, "paint_subject(")).size == (640, 128)
-    grid = picture_of(cell_with(cells, "draw_grid("))
-    row = grid.height // 4
-    before, after = (grid.crop((0, row * number, grid.width, row * (number + 1))) for number in (1, 2))
-    assert before.tobytes() != after.tobytes()
+def test_the_estimate_names_plan_minutes_and_dollars(cells: list[nbformat.NotebookNode]) -> None:
+    shown = text_of(cell_with(cells, "launcher.estimate"))
+    assert re.search(r"ml\.g5\.xlarge.*\n.*plan: .*\n.*about \d+ minutes, about \$\d", shown)
 
 
 def test_bad_input_is_explained(cells: list[nbformat.NotebookNode]) -> None:
@@ -90,40 +88,36 @@ def test_bad_input_is_explained(cells: list[nbformat.NotebookNode]) -> None:
     assert "resolution=500 is no multiple of 8" in shown
 
 
+def test_the_pictures_are_shown(cells: list[nbformat.NotebookNode]) -> None:
+    assert picture_of(cell_with(cells, "paint_subject(")).size == (5 * SIDE, SIDE)
+    grid = picture_of(cell_with(cells, "before = pipeline_of"))
+    assert grid.size == (5 * SIDE, 4 * SIDE)
+    before, after = (grid.crop((0, SIDE * row, grid.width, SIDE * (row + 1))) for row in (1, 2))
+    assert before.tobytes() != after.tobytes()
+    assert picture_of(cell_with(cells, "in a meadow")).size == (3 * SIDE, SIDE)
+
+
 def test_nothing_is_noise(cells: list[nbformat.NotebookNode]) -> None:
     """No warnings and no progress bars, which would be the first thing that a reader sees."""
     assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
 
 
-def test_no_job_is_started_without_an_account(cells: list[nbformat.NotebookNode]) -> None:
-    assert "no job started" in text_of(cells[-1])
+def test_the_chinese_notebook_is_the_same_but_for_its_words() -> None:
+    english, chinese = (nbformat.read(path, as_version=4) for path in (ENGLISH, CHINESE))
+    assert [cell.source for cell in code_cells(english)] == [cell.source for cell in code_cells(chinese)]
+    assert [cell.cell_type for cell in english.cells] == [cell.cell_type for cell in chinese.cells]
+    for cell in chinese.cells:
+        assert cell.cell_type == "code" or re.search("[\u4e00-\u9fff]", cell.source)
 
 
-def test_with_an_account_the_estimator_gets_what_it_takes(
-    cells: list[nbformat.NotebookNode], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The last cell, with an estimator in the SDK's place that notes what it is given."""
-    (tmp_path / "sagemaker").mkdir()
-    (tmp_path / "sagemaker" / "__init__.py").touch()
-    (tmp_path / "sagemaker" / "estimator.py").write_text(
-        "class Estimator:\n"
-        "    def __init__(self, **options): calls.append(options)\n"
-        "    def fit(self, inputs): calls.append(inputs)\n"
-        "calls = []\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "sagemaker"]:
-        monkeypatch.delitem(sys.modules, name)
-    for name, value in zip(SETTINGS, ("arn:aws:iam::1:role/train", "image@sha256:0", "pictures"), strict=True):
-        monkeypatch.setenv(name, value)
-    exec(cells[-1].source, {"os": os, "INSTANCE_PROMPT": "photo of zwx toy", "CLASS_PROMPT": "photo of a toy"})
-    options, inputs = sys.modules["sagemaker.estimator"].calls
-    for name in ("sagemaker", "sagemaker.estimator"):
-        monkeypatch.delitem(sys.modules, name)
-    assert options["image_uri"] == "image@sha256:0"
-    assert options["instance_count"] == 1
-    assert options["hyperparameters"]["manual_upload_model_path"] == "s3://pictures/dreambooth/models/duck"
-    assert options["hyperparameters"]["max_train_steps"] == "800"
-    assert all(isinstance(value, str) for value in options["hyperparameters"].values())
-    assert inputs == {"images": "s3://pictures/dreambooth/images/"}
-    json.dumps(options)
+@pytest.mark.parametrize("path", [ENGLISH, CHINESE], ids=["English", "Chinese"])
+def test_it_is_stored_with_the_outputs_of_a_whole_run(path: Path) -> None:
+    assert path.stat().st_size < 1.5e6
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert cells[0].source.startswith("ON_AWS = False")
+    assert "step 200/200" in html_of(cell_with(cells, "job.wait()"))[0]
+    for source in ("paint_subject(", "before = pipeline_of", "in a meadow"):
+        picture_of(cell_with(cells, source))

@@ -122,7 +122,7 @@ def test_uploads_the_model_and_leaves_a_pointer(
     download_directory(target, here, client=client)
     for entry in manifest.files:
         content = (here / entry.path).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry.size, entry.sha256)
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (entry.size, entry.sha256)  # smaller than a part
     assert_trained(here, tiny_base)
 
     assert files_below(job.model) == ["model_location.txt"]
@@ -425,7 +425,8 @@ def test_without_a_place_to_upload_to_the_model_stays(uninterrupted: tuple[JobTr
     job, ended = uninterrupted
     assert job.failure is None
     assert_trained(job.model, tiny_base)
-    assert files_below(job.model) == sorted([*files_below(tiny_base), *REPORT_FILES])
+    samples = ["samples/class-0.png", "samples/class-1.png"]
+    assert files_below(job.model) == sorted([*files_below(tiny_base), *REPORT_FILES, *samples])
     assert ended.checkpoints == [SAVE_STEPS, 2 * SAVE_STEPS]
 
 
@@ -439,6 +440,49 @@ def test_without_a_checkpoint_channel_a_stopped_job_leaves_its_checkpoint_where_
     process.send_signal(signal.SIGTERM)
     assert end(process).code == EXIT_STOPPED
     assert len(list((job.model / "checkpoints").glob("step-*/state.json"))) == 1
+
+
+@pytest.mark.parametrize("end_by", [signal.SIGTERM, signal.SIGKILL])
+def test_without_a_checkpoint_channel_a_job_goes_on_from_what_lies_beside_its_model(
+    end_by: signal.Signals,
+    lay_out_job: Callable[..., JobTree],
+    uninterrupted: tuple[JobTree, Ended],
+    target: S3Uri,
+    s3: EmbeddedS3,
+    tmp_path: Path,
+) -> None:
+    job = lay_out_job(**LONG, manual_upload_model_path=str(target))
+    (job.base / "checkpoints").rmdir()
+    process = job.start("train")
+    log = read_until(process, rf"^step={SAVE_STEPS + 2} ")
+    if end_by == signal.SIGKILL:
+        # It is on its way while the next steps run; kill only once it has arrived.
+        wait_for(
+            lambda: f"checkpoints/step-{SAVE_STEPS:08d}/{MANIFEST_NAME}" in list_objects(target, client=s3.client())
+        )
+    process.send_signal(end_by)
+    ended = end(process, log)
+    assert ended.code == (EXIT_STOPPED if end_by == signal.SIGTERM else -signal.SIGKILL), ended.log
+
+    # The next instance has nothing of this one's disk.
+    shutil.rmtree(job.model)
+    job.model.mkdir()
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    assert int(ended.steps[0]["step"]) > SAVE_STEPS
+    download_directory(target, tmp_path / "copy", client=s3.client())
+    reference, whole = uninterrupted
+    assert same_weights(read_weights(tmp_path / "copy", "unet"), read_weights(reference.model, "unet"))
+    first = int(ended.steps[0]["step"])
+    assert [step["loss"] for step in ended.steps] == [step["loss"] for step in whole.steps[first - 1 :]]
+    assert not [key for key in list_objects(target, client=s3.client()) if key.startswith("checkpoints/")]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds
+        time.sleep(0.05)
 
 
 # --- The best checkpoint ---------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_a_changed_copy_looks_the_same_and_another_photo_does_not(change: str) -
     for number, photo in enumerate(photos):
         distances = [(difference_hash(changes[change](photo)) ^ difference_hash(other)).bit_count() for other in photos]
         assert distances[number] <= NEAR
-        assert min(distances[:number] + distances[number + 1 :]) > 2 * NEAR
+        assert min(distances[:number] + distances[number + 1 :]) > 1.5 * NEAR
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.jpg")), ids=lambda path: path.name)

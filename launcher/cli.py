@@ -1,0 +1,189 @@
+"""``dreambooth-launcher``: the client's functions, in the same words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+import launcher
+from dreambooth_sm import __version__
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Problems, UserError
+from dreambooth_sm.hyperparameters import ALIASES, Hyperparameters
+from dreambooth_sm.storage import TransferError
+from launcher.estimates import documented_table, table
+from launcher.iam import execution_policy, notebook_policy, trust_policy
+from launcher.options import Data, all_options, split_options
+from launcher.training_request import Resources, redact
+
+# 128 + SIGINT, as a shell reports it.
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = vars(_parser().parse_args(arguments))
+    command: Callable[..., None] = options.pop("run")
+    try:
+        command(**options)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {redact(problem, os.environ)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except (launcher.JobFailed, TransferError) as error:
+        print(f"error: {redact(str(error), os.environ)}", file=sys.stderr)
+        return EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def fit(no_wait: bool, **options: Any) -> None:
+    job = launcher.fit(**_read(options), wait=not no_wait)
+    print(f"model: {job.model_uri}" if not no_wait else f"started: dreambooth-launcher attach {job.name}")
+
+
+def check(**options: Any) -> None:
+    launcher.check(**_read(options))
+
+
+def estimate(**options: Any) -> None:
+    read = _read(options)
+    for line in launcher.estimate(**read).lines():
+        print(line)
+    if "instance_type" not in read:
+        _, _, values = split_options(read, Problems())
+        print(f"\n{table({'this job': Hyperparameters.parse(values)})}")
+
+
+def instances() -> None:
+    print(documented_table())
+
+
+def request(**options: Any) -> None:
+    print(json.dumps(launcher.request(**_read(options)), indent=2))
+
+
+def iam(bucket: str, account: str, region: str, role: str, partition: str) -> None:
+    policies = {
+        "notebook": notebook_policy(bucket, account=account, region=region, role=role, partition=partition),
+        "execution": execution_policy(bucket, account=account, region=region, partition=partition),
+        "execution role's trust": trust_policy(),
+    }
+    print(json.dumps(policies, indent=2))
+
+
+def attach(name: str) -> None:
+    print(f"model: {launcher.attach(name).wait().model_uri}")
+
+
+def logs(name: str, follow: bool) -> None:
+    for line in launcher.attach(name).logs(follow=follow):
+        print(line, flush=True)
+
+
+def stop(name: str) -> None:
+    launcher.attach(name).stop()
+    print(f"{name} is asked to stop; it saves a checkpoint first")
+
+
+def list_jobs(name_contains: str, limit: int) -> None:
+    for job in launcher.list_jobs(name_contains=name_contains, limit=limit):
+        print(f"{job.created:%Y-%m-%d %H:%M}  {job.status:10}  {job.name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dreambooth-launcher", description="Starts and follows DreamBooth jobs.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(run: Callable[..., None], name: str, help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, description=f"{help}.", allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    for run, help in (
+        (fit, "Check everything, start a job and follow it"),
+        (check, "Check everything, and start nothing"),
+        (estimate, "Print plan, memory, minutes and dollars for one instance type, or for all"),
+        (request, "Print the job's request as JSON"),
+    ):
+        command = add(run, run.__name__, help)
+        command.usage = f"dreambooth-launcher {run.__name__} [IMAGES ...] [--NAME VALUE] ..."
+        _add_options(command)
+        if run is fit:
+            command.add_argument("--no_wait", action="store_true", help="only start the job")
+
+    add(instances, "instances", "Print what usual jobs need on each instance type, as a Markdown table")
+    policies = add(iam, "iam", "Print the least policies of the notebook's role and of the execution role")
+    policies.add_argument("bucket", help="that pictures, checkpoints and models lie in")
+    policies.add_argument("--account", default="*", help="number of the account")
+    policies.add_argument("--region", default="*", help="that jobs run in")
+    policies.add_argument("--role", default="dreambooth-sm", help="name of the execution role")
+    policies.add_argument("--partition", default="aws", help="aws, aws-cn or aws-us-gov")
+
+    add(attach, "attach", "Follow a job until it has ended").add_argument("name", help="of the job")
+    log = add(logs, "logs", "Print the log of a job")
+    log.add_argument("name", help="of the job")
+    log.add_argument("--follow", action="store_true", help="go on until the job has ended")
+    add(stop, "stop", "Stop a job, which saves a checkpoint first").add_argument("name", help="of the job")
+    jobs = add(list_jobs, "list", "List the latest jobs")
+    jobs.add_argument("--name_contains", default="", help="only jobs with this in their name")
+    jobs.add_argument("--limit", type=int, default=20, help="how many at most")
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    """A flag for each option; words up to the next flag belong to one value."""
+    command.add_argument("images", nargs="*", default=None, help=Data.model_fields["images"].description)
+    groups: dict[str, Any] = {}
+    for name, field in all_options().items():
+        if name == "images":
+            continue
+        title = _group(name, field)
+        group = groups.setdefault(title, command.add_argument_group(title))
+        text = f"{field.description} Default: {field.default}.".replace("%", "%%")
+        spellings = [f"--{each}" for each in (name, *(alias for alias, own in ALIASES.items() if own == name))]
+        group.add_argument(*spellings, dest=name, nargs="*", help=text, metavar=_metavar(name, field))
+
+
+def _group(name: str, field: FieldInfo) -> str:
+    extra = field.json_schema_extra
+    if isinstance(extra, dict):
+        return str(extra["group"])
+    return "Data" if name in Data.model_fields else "Job"
+
+
+def _metavar(name: str, field: FieldInfo) -> str:
+    return "NAME=VALUE" if name in ("tags", "environment") else "TRUE|FALSE" if field.annotation is bool else "VALUE"
+
+
+def _read(options: dict[str, Any]) -> dict[str, Any]:
+    """The flags that were given, as the values that Python code would give."""
+    given = {name: words for name, words in options.items() if words is not None and (words or name != "images")}
+    return {name: _value(name, words) for name, words in given.items()}
+
+
+def _value(name: str, words: list[str]) -> Any:
+    if name in ("images", "class_images"):
+        return words[0] if len(words) == 1 else words
+    if name == "vpc":
+        return [each for word in words for each in word.split(",")]
+    if name in ("tags", "environment"):
+        return dict(word.split("=", 1) for word in words) if all("=" in word for word in words) else words
+    text = " ".join(words) if words else "true"
+    if name not in Resources.model_fields:
+        return text  # the schema reads text as SageMaker hands it over
+    kinds = {Resources.model_fields[name].annotation, *get_args(Resources.model_fields[name].annotation)}
+    if bool in kinds:
+        return {"true": True, "false": False}.get(text.lower(), text)
+    return int(text) if text.isdecimal() and str not in kinds else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""How long a job will take on an instance type, and what it will cost: an estimate, made without a GPU or an account.
+
+The steps of each plan were measured on an H200 (docs/performance.md), on its own memory or under the cap of the card
+that the plan is for. Other cards are scaled from it by their data sheets: half of a step is taken to follow 16-bit
+arithmetic and half memory bandwidth. Downloads and the start of the container are assumed, not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
+from dreambooth_sm.plan import LADDER, Card, Plan, make_plan
+from launcher.instances import INSTANCES, PRICES, Instance
+
+# 16-bit tensor arithmetic without sparsity, in TFLOP/s, and memory bandwidth, in TB/s, as the makers state them.
+_PEAKS = {
+    "T4": (65, 0.32),
+    "V100": (125, 0.90),
+    "A10G": (70, 0.60),
+    "L4": (121, 0.30),
+    "L40S": (362, 0.864),
+    "A100-40": (312, 1.555),
+    "A100-80": (312, 2.039),
+    "H100": (989, 3.35),
+    "H200": (989, 4.8),
+    "B200": (2250, 8.0),
+}
+# Steps a second on the H200, of what each rung of the plan trains: one instance and one class picture of 512 pixels.
+_STEPS_PER_S = {"roomy": 22.3, "large": 22.7, "medium": 25.3, "small": 20.0, "lean": 21.6, "tight": 22.0, "tiny": 21.7}
+# The T4's fp16, with loss scaling and neither flash nor cuDNN attention, against bf16.
+_FP16_COST = 25.3 / 18.8
+# What training the text encoder, and averaging the weights, add to a step.
+_TEXT_ENCODER_COST, _EMA_COST = 26.8 / 24.5, 24.5 / 22.3
+# Without a CUDA graph: what the GPU is busy for, and what the host needs to launch a step's kernels.
+_EAGER_BUSY_S, _EAGER_HOST_S = 0.0475, 1 / 5.3
+# Of a step with two pictures, this share does not grow with them: the optimizer, mostly.
+_FIXED_SHARE = 0.54
+# Two GPUs take 22.2 / 19.6 of the time of one for a step.
+_SEVERAL_CARDS = 1.13
+# Class images on the H200: GPU seconds of a picture in a large batch, and the host's seconds for a batch.
+_CLASS_IMAGE_S, _CLASS_BATCH_HOST_S = 1 / 12, 0.83
+# Assumed: pulling the image, fetching the base model and loading it; saving the model and sending it to S3.
+_START_MINUTES, _END_MINUTES = 4.0, 1.0
+# An instance type is chosen for a time limit only if the estimate leaves it this much room.
+MARGIN = 1.5
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job needs on an instance type.
+
+    Attributes:
+        minutes: billed minutes that are expected, the start of the container included; None on CPUs.
+        usd: the same in dollars on demand, for all instances; None where the price is not known.
+    """
+
+    instance: Instance
+    instance_count: int
+    plan: Plan
+    minutes: float | None
+    usd: float | None
+
+    def lines(self) -> list[str]:
+        """For people: instance, plan, memory, time and cost."""
+        plan, card = self.plan, self.instance.card
+        count = self.instance.count * self.instance_count
+        trained = "UNet and text encoder" if plan.train_text_encoder else "UNet"
+        cards = f"{count} x {card.name}" if count > 1 else card.name
+        memory = f", {plan.predicted_peak_gb:.1f} of {card.budget_gb:.1f} GB" if plan.device == "cuda" else ""
+        lines = [
+            f"instance: {f'{self.instance_count} x ' if self.instance_count > 1 else ''}{self.instance.name} ({cards})",
+            f"plan: {plan.tier}: {trained}{' with EMA' if plan.use_ema else ''}, {plan.precision}{memory}",
+        ]
+        if self.minutes is None:
+            lines.append("time: no estimate for CPUs; choose an instance type with a GPU for more than a trial")
+        else:
+            cost = "at an unknown price" if self.usd is None else f"about ${self.usd:.2f} on demand ({PRICES})"
+            lines.append(f"estimate: about {self.minutes:.0f} minutes, {cost}")
+        return lines
+
+
+def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int = 1, pictures: int = 5) -> Estimate:
+    """The plan for an instance type's card, and how long the job will take and cost with it.
+
+    Args:
+        pictures: of the subject, for a length that is given in epochs.
+
+    Raises:
+        UserError: where the job can't run on this card; the message says what would.
+    """
+    processes = _processes(h, instance) * instance_count
+    card = Card(instance.card.name, instance.card.memory_gib, instance.card.capability, processes)
+    plan = make_plan(h, card)
+    if plan.device == "cpu":
+        return Estimate(instance, instance_count, plan, None, None)
+    slower = slowdown(instance.card)
+    size = (h.resolution / 512) ** 2
+    step = _step_seconds(plan, slower)
+    samples = h.train_batch_size * (2 if h.prior_preservation else 1)
+    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size
+    step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
+    seconds = step * _steps(h, pictures, processes)
+    if h.prior_preservation:
+        batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
+        seconds += batches * max(_CLASS_BATCH_HOST_S, plan.sample_batch_size * _CLASS_IMAGE_S * slower * size)
+    minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
+    price = instance.usd_per_hour
+    usd = None if price is None else minutes / 60 * price * instance_count
+    return Estimate(instance, instance_count, plan, minutes, usd)
+
+
+def slowdown(card: Card) -> float:
+    """How many times longer than an H200 a card takes."""
+    tflops, bandwidth = _PEAKS["H200"]
+    own_tflops, own_bandwidth = _PEAKS[card.name]
+    return (tflops / own_tflops + bandwidth / own_bandwidth) / 2
+
+
+def choose_instance(
+    h: Hyperparameters, *, max_minutes: float | None = None, instance_count: int = 1, pictures: int = 5
+) -> Instance:
+    """The cheapest instance type whose plan fits, and that will be done in ``max_minutes`` with room to spare.
+
+    Raises:
+        UserError: where there is none; the message names the fastest one.
+    """
+    fitting: list[Estimate] = []
+    refusals: list[str] = []
+    for instance in INSTANCES.values():
+        if instance.usd_per_hour is None:
+            continue
+        try:
+            fitting.append(estimate_on(h, instance, instance_count=instance_count, pictures=pictures))
+        except UserError as error:
+            refusals = error.problems
+    timed = [(e.usd, e.minutes, e) for e in fitting if e.usd is not None and e.minutes is not None]
+    if not timed:
+        raise UserError(refusals or "instance_type='auto' chooses between cards, and use_cpu=true uses none")
+    in_time = [entry for entry in timed if max_minutes is None or entry[1] * MARGIN <= max_minutes]
+    if not in_time:
+        _, minutes, fastest = min(timed, key=lambda entry: entry[1])
+        raise UserError(
+            f"max_minutes={max_minutes:g}: no instance type is expected to be done in time; the fastest, "
+            f"{fastest.instance.name}, takes about {minutes:.0f} minutes: allow {minutes * MARGIN:.0f}, or train fewer "
+            "steps"
+        )
+    return min(in_time, key=lambda entry: entry[:2])[2].instance
+
+
+def _processes(h: Hyperparameters, instance: Instance) -> int:
+    return instance.count if h.num_processes == "auto" else h.num_processes
+
+
+def _step_seconds(plan: Plan, slower: float) -> float:
+    """One optimizer step with one instance and one class picture of 512 pixels each."""
+    rung = next((rung for rung in LADDER if rung.name == plan.tier), None)
+    cost = slower * (_FP16_COST if plan.precision == "fp16" else 1)
+    cost *= _TEXT_ENCODER_COST ** (plan.train_text_encoder - (rung is not None and rung.train_text_encoder))
+    cost *= _EMA_COST ** (plan.use_ema - (rung is not None and rung.use_ema))
+    if rung is None or not plan.cuda_graph:
+        return max(_EAGER_HOST_S, _EAGER_BUSY_S * cost)
+    return cost / _STEPS_PER_S[rung.name]
+
+
+def _steps(h: Hyperparameters, pictures: int, processes: int) -> int:
+    """As the job counts them: ``max_train_steps`` wins over epochs."""
+    epoch = -(-pictures // (h.train_batch_size * h.gradient_accumulation_steps * processes))
+    return h.max_train_steps or (h.num_train_epochs or 0) * epoch or DEFAULT_TRAIN_STEPS
+
+
+def table(methods: Mapping[str, Hyperparameters]) -> str:
+    """What jobs need on each instance type of a known price, and on the smallest with an H100, as a Markdown table."""
+    lines = [f"| instance type | card | $/h | {' | '.join(methods)} |", "|" + "---|" * (3 + len(methods))]
+    for instance in INSTANCES.values():
+        if instance.usd_per_hour is None and instance.name != "ml.p5.4xlarge":
+            continue
+        cards = f"{instance.count} x {instance.card.name}" if instance.count > 1 else instance.card.name
+        price = "" if instance.usd_per_hour is None else f"{instance.usd_per_hour:.2f}"
+        cells = [_cell(h, instance) for h in methods.values()]
+        lines.append(f"| {instance.name} | {cards} | {price} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(h: Hyperparameters, instance: Instance) -> str:
+    try:
+        found = estimate_on(h, instance)
+    except UserError:
+        return "does not fit"
+    cost = "" if found.usd is None else f", ${found.usd:.2f}"
+    time = "" if found.minutes is None else f", {found.minutes:.0f} min"
+    return f"{found.plan.tier}, {found.plan.predicted_peak_gb:.1f} GB{time}{cost}"
+
+
+def documented_table() -> str:
+    """The table of docs/launcher.md, for usual jobs."""
+    prompts = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
+    methods: dict[str, dict[str, object]] = {
+        "as the plan chooses": {},
+        "UNet alone": {"train_text_encoder": False},
+        "without prior preservation": {"with_prior_preservation": False},
+        "fp32 AdamW, the reference": {"optimizer": "adamw", "train_text_encoder": False, "use_ema": False},
+    }
+    return table({title: Hyperparameters.parse({**prompts, **values}) for title, values in methods.items()})

@@ -1,0 +1,421 @@
+"""A training job after its start, on AWS or on the embedded services: its state, log, figures, pictures and model."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS
+from dreambooth_sm.storage import S3Uri, download_directory, list_objects
+from launcher.advice import advice_for
+from launcher.clients import Clients
+from launcher.instances import INSTANCES
+from launcher.logs import LogReader
+from launcher.progress import Progress
+from launcher.views import Page, Pictures, Standing, choose_view
+
+ENDED = ("Completed", "Failed", "Stopped")
+# Seconds between two looks at a job: of AWS, and of this machine.
+_POLL, _POLL_LOCAL = 2.0, 0.25
+# CloudWatch shows a line some seconds after it was written: how long an ended job's log has to stay silent.
+_SETTLE = 8.0
+_LAST_LINES = 12
+
+
+class JobFailed(RuntimeError):  # noqa: N818 - what the caller wants to catch reads like this
+    """A job that ended without a model; the message is the reason, the last lines of its log, and what to do.
+
+    Attributes:
+        name: of the job.
+        reason: as the job or SageMaker gave it.
+        lines: the last lines of the log.
+        advice: what to do about it; None where nothing is known.
+    """
+
+    def __init__(self, name: str, reason: str, lines: list[str] | None = None, advice: str | None = None) -> None:
+        self.name, self.reason, self.lines, self.advice = name, reason, lines or [], advice
+        parts = [f"{name}: {reason}"]
+        if self.lines:
+            parts.append("the last lines of its log:\n" + "\n".join(f"  {line}" for line in self.lines))
+        if advice:
+            parts.append(f"what to do: {advice}")
+        super().__init__("\n".join(parts))
+
+
+class JobStopped(JobFailed):
+    """A job that was stopped, by a person or by its time limit."""
+
+
+class Job:
+    """A training job that was started, by whatever SDK.
+
+    Args:
+        name: of the training job.
+        clients: of SageMaker, CloudWatch Logs and S3; default: those of the standard AWS settings.
+        price: of an instance, in dollars an hour, for :attr:`cost`; default: of the launcher's table.
+        directory: a local job's ``/opt/ml`` tree.
+
+    Example:
+        >>> job = Job("toy-20261122")
+        >>> job.wait().download("my-model")  # doctest: +SKIP
+        PosixPath('my-model')
+    """
+
+    def __init__(
+        self,
+        name: str,
+        clients: Clients | None = None,
+        *,
+        price: float | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.price = price
+        self.directory = directory
+        self._clients = clients or Clients()
+        self._reader: LogReader | None = None
+        self._lines: list[str] = []
+        self._progress: Progress | None = None
+        self._ended: dict[str, Any] | None = None
+        self._log_is_whole = False
+
+    def __repr__(self) -> str:
+        return f"Job({self.name!r})"
+
+    # State
+
+    def describe(self) -> dict[str, Any]:
+        """SageMaker's own description of the job; that of an ended job is asked for once.
+
+        Raises:
+            UserError: there is no such job in this account and region.
+        """
+        if self._ended:
+            return self._ended
+        sagemaker = self._clients("sagemaker")
+        try:
+            description: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=self.name)
+        except sagemaker.exceptions.ClientError as error:
+            if "not found" in error.response["Error"].get("Message", "").lower():
+                raise UserError(f"there is no training job {self.name!r} in {sagemaker.meta.region_name}") from None
+            raise
+        if description["TrainingJobStatus"] in ENDED:
+            self._ended = description
+        return description
+
+    @property
+    def status(self) -> str:
+        """``InProgress``, ``Stopping``, ``Completed``, ``Failed`` or ``Stopped``, now."""
+        return self.describe()["TrainingJobStatus"]
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars so far, of the instances alone, on demand; None on this machine, and where the price is not known."""
+        return self._cost(self.describe())
+
+    # Log
+
+    def lines(self) -> list[str]:
+        """All lines of the log so far."""
+        self._read_log()
+        return list(self._lines)
+
+    def logs(self, *, follow: bool = False) -> Iterator[str]:
+        """The lines of the log; with ``follow``, also those that come until the job has ended."""
+        shown = 0
+        for _ in self._polls() if follow else [self._read_log()]:
+            yield from self._lines[shown:]
+            shown = len(self._lines)
+
+    def history(self) -> list[dict[str, float]]:
+        """One entry for each metrics line of training, names to numbers: step, loss, lr, steps_per_s ..."""
+        return list(self._follow_progress().history)
+
+    def metrics(self) -> Any:
+        """The same as a pandas DataFrame with the step as its index; :meth:`history` where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError:
+            return self.history()
+        history = self.history()
+        return pandas.DataFrame(history).set_index("step") if history else pandas.DataFrame()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock seconds of each phase that has ended, in order."""
+        return dict(self._follow_progress().seconds)
+
+    # Following
+
+    def wait(self, log: Callable[[str], None] | None = None) -> Job:
+        """Follows the job until it has ended.
+
+        Ctrl-C leaves a job on AWS running and says how to go on; a job of this machine is stopped by it, with a
+        checkpoint.
+
+        Args:
+            log: gets each line of the log. Default: lines with a progress display, as terminal and notebook can.
+
+        Returns:
+            this job.
+
+        Raises:
+            JobFailed: with the job's own reason, the last lines of its log and what to do.
+            JobStopped: somebody stopped it, or its time was up.
+        """
+        shown = 0
+        view = choose_view(self.name, log)
+        try:
+            with view:
+                for description in self._polls():
+                    for line in self._lines[shown:]:
+                        view.say(line)
+                    shown = len(self._lines)
+                    view.show(self._standing(description))
+        except BaseException as error:
+            self._leave(error)
+            raise
+        return self._end(description)
+
+    def stop(self) -> None:
+        """Asks SageMaker to stop the job, which saves a checkpoint first; :meth:`wait` waits until it has ended."""
+        sagemaker = self._clients("sagemaker")
+        try:
+            sagemaker.stop_training_job(TrainingJobName=self.name)
+        except sagemaker.exceptions.ClientError as error:
+            if self.status not in ENDED:
+                raise UserError(f"{self.name} can't be stopped: {error.response['Error']['Message']}") from error
+
+    def _polls(self) -> Iterator[dict[str, Any]]:
+        """The job's description, each time with all the log that there is, until the job has ended."""
+        pause = _POLL_LOCAL if self.is_local else _POLL
+        while (description := self.describe())["TrainingJobStatus"] not in ENDED:
+            self._read_log()
+            yield description
+            time.sleep(pause)
+        silent_since = time.monotonic()
+        while True:
+            if self._read_log():
+                silent_since = time.monotonic()
+            yield description
+            if self.is_local or _ended_long_ago(description) or time.monotonic() - silent_since >= _SETTLE:
+                self._log_is_whole = True
+                return
+            time.sleep(pause)
+
+    def _leave(self, error: BaseException) -> None:
+        """What becomes of the job when following it ends early."""
+        if self.is_local:  # it lives no longer than this process
+            self.stop()
+            for _ in self._polls():
+                pass
+        elif isinstance(error, KeyboardInterrupt):
+            print(
+                f"{self.name} goes on: launcher.attach({self.name!r}).wait() follows it again, .stop() ends it.",
+                flush=True,
+            )
+
+    def _end(self, description: dict[str, Any]) -> Job:
+        status, last = description["TrainingJobStatus"], self._lines[-_LAST_LINES:]
+        if status == "Completed":
+            return self
+        reason = description.get("FailureReason") or description["SecondaryStatus"]
+        if status == "Stopped":
+            raise JobStopped(self.name, f"the job was stopped ({reason})", last, advice_for(reason))
+        raise JobFailed(self.name, reason, last, advice_for("\n".join([reason, *last])))
+
+    def _standing(self, description: dict[str, Any]) -> Standing:
+        return Standing(
+            status=description["TrainingJobStatus"],
+            doing=description["SecondaryStatus"],
+            progress=self._follow_progress(description, read=False),
+            seconds=_seconds(description),
+            cost=self._cost(description),
+        )
+
+    def _cost(self, description: dict[str, Any]) -> float | None:
+        resources = description["ResourceConfig"]
+        instance = INSTANCES.get(resources.get("InstanceType", ""))
+        price = self.price or (instance.usd_per_hour if instance else None)
+        if price is None or self.is_local:
+            return None
+        seconds = description.get("BillableTimeInSeconds") or _seconds(description)
+        return price * resources.get("InstanceCount", 1) * seconds / 3600
+
+    def _read_log(self) -> list[str]:
+        """What is new in the log."""
+        if self._log_is_whole:
+            return []
+        if self._reader is None:
+            self._reader = LogReader(self._clients("logs"), self.name)
+        new = self._reader.read()
+        self._lines += new
+        if self._progress:
+            for line in new:
+                self._progress.read(line)
+        return new
+
+    def _follow_progress(self, description: dict[str, Any] | None = None, *, read: bool = True) -> Progress:
+        if self._progress is None:
+            description = description or self.describe()
+            self._progress = Progress(_steps(description.get("HyperParameters", {})))
+            for line in self._lines:
+                self._progress.read(line)
+        if read:
+            self._read_log()
+        return self._progress
+
+    # Results
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the job runs on this machine."""
+        return self._clients.is_local("sagemaker")
+
+    @property
+    def model_uri(self) -> str:
+        """Where the trained pipeline lies: an ``s3://`` prefix, a ``model.tar.gz`` there, or a local directory."""
+        description = self.describe()
+        hyperparameters = description.get("HyperParameters", {})
+        for name in ("manual_upload_model_path", "manul_upload_model_path"):
+            if uploaded := hyperparameters.get(name, "").strip('"'):
+                return uploaded
+        uri = description.get("ModelArtifacts", {}).get("S3ModelArtifacts", "")
+        if not uri:
+            raise UserError(f"{self.name} has no model: it is {description['TrainingJobStatus']}")
+        return unquote(urlsplit(uri).path).rstrip("/") if uri.startswith("file://") else uri.rstrip("/")
+
+    def download(self, directory: str | Path) -> Path:
+        """Fetches the trained pipeline, each file checked against the upload's manifest where there is one.
+
+        Args:
+            directory: where the diffusers directory is to lie; made if missing.
+
+        Returns:
+            the directory; ``StableDiffusionPipeline.from_pretrained`` takes it.
+
+        Raises:
+            UserError: there is no model, or it can't be read.
+            TransferError: what came is not what was sent.
+        """
+        directory, source = Path(directory), self.model_uri
+        if not source.startswith("s3://"):
+            return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
+        if source.endswith(".tar.gz"):
+            directory.mkdir(parents=True, exist_ok=True)
+            archive = S3Uri.parse(source)
+            body = self._clients("s3").get_object(Bucket=archive.bucket, Key=archive.prefix)["Body"]
+            with tarfile.open(fileobj=body, mode="r|gz") as tar:
+                tar.extractall(directory, filter="data")
+            return directory
+        download_directory(S3Uri.parse(source), directory, client=self._clients("s3"))
+        return directory
+
+    def samples(self) -> Pictures:
+        """The pictures that the job drew while it trained, a list of Pillow's by name; a notebook shows them.
+
+        Raises:
+            UserError: the model lies in a ``model.tar.gz``, which :meth:`download` unpacks.
+        """
+        import io
+
+        from PIL import Image
+
+        names = sorted(name for name in self._files() if re.fullmatch(r"samples/.+\.(png|jpg|webp)", name))
+        return Pictures(Image.open(io.BytesIO(self._read(name))) for name in names)
+
+    def report(self) -> Page:
+        """The job's report page, text in HTML; a notebook shows it.
+
+        Raises:
+            UserError: the job wrote none, or it lies in a ``model.tar.gz``.
+        """
+        if "report.html" not in self._files():
+            raise UserError(f"{self.name} wrote no report.html to {self.model_uri}")
+        return Page(self._read("report.html").decode())
+
+    def _files(self) -> list[str]:
+        source = self.model_uri
+        if source.endswith(".tar.gz"):
+            raise UserError(f"{source} is an archive: download() unpacks it")
+        if source.startswith("s3://"):
+            return list(list_objects(S3Uri.parse(source), client=self._clients("s3")))
+        return [path.relative_to(source).as_posix() for path in Path(source).rglob("*") if path.is_file()]
+
+    def _read(self, name: str) -> bytes:
+        source = self.model_uri
+        if not source.startswith("s3://"):
+            return (Path(source) / name).read_bytes()
+        uri = S3Uri.parse(source) / name
+        return self._clients("s3").get_object(Bucket=uri.bucket, Key=uri.prefix)["Body"].read()
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """One line of :func:`list_jobs`."""
+
+    name: str
+    status: str
+    created: datetime
+    ended: datetime | None
+
+
+def attach(name: str, clients: Clients | None = None) -> Job:
+    """A job that is running or has ended, such as one that an earlier notebook started.
+
+    Raises:
+        UserError: there is no such job in this account and region.
+    """
+    from launcher.local import local_job
+
+    job = (local_job(name) if clients is None else None) or Job(name, clients)
+    job.describe()
+    return job
+
+
+def list_jobs(*, name_contains: str = "", limit: int = 20, clients: Clients | None = None) -> list[JobSummary]:
+    """The latest training jobs of this account and region, the newest first.
+
+    Args:
+        name_contains: only jobs with this in their name.
+        limit: how many at most.
+    """
+    clients = clients or Clients()
+    options = {"NameContains": name_contains} if name_contains else {}
+    pages = clients("sagemaker").get_paginator("list_training_jobs")
+    found = pages.paginate(
+        SortBy="CreationTime", SortOrder="Descending", PaginationConfig={"MaxItems": limit}, **options
+    )
+    return [
+        JobSummary(job["TrainingJobName"], job["TrainingJobStatus"], job["CreationTime"], job.get("TrainingEndTime"))
+        for page in found
+        for job in page["TrainingJobSummaries"]
+    ]
+
+
+def _ended_long_ago(description: dict[str, Any]) -> bool:
+    return datetime.now(UTC) - description["LastModifiedTime"] > timedelta(minutes=1)
+
+
+def _steps(hyperparameters: dict[str, str]) -> int | None:
+    steps = hyperparameters.get("max_train_steps", "").strip('"')
+    if steps.isdecimal():
+        return int(steps)
+    return None if "num_train_epochs" in hyperparameters else DEFAULT_TRAIN_STEPS
+
+
+def _seconds(description: dict[str, Any]) -> float:
+    """That the job has run, without the wait for its instance."""
+    started = description.get("TrainingStartTime")
+    if started is None:
+        return 0.0
+    return ((description.get("TrainingEndTime") or datetime.now(UTC)) - started).total_seconds()

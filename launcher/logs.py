@@ -1,0 +1,65 @@
+"""The lines that a training job writes, from CloudWatch Logs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+LOG_GROUP = "/aws/sagemaker/TrainingJobs"
+
+
+class LogReader:
+    """Reads a job's lines: each one once and in order, however CloudWatch cuts its pages.
+
+    A job has one stream for each host and each start, ``NAME/algo-1-...``: a spot job that was interrupted goes on in
+    a new one.
+
+    Args:
+        client: boto3's CloudWatch Logs client.
+        job: name of the training job.
+    """
+
+    def __init__(self, client: Any, job: str) -> None:
+        self._client = client
+        self._prefix = f"{job}/"
+        self._tokens: dict[str, str] = {}
+        # What was read of a poll that an error ended; its tokens have moved on, so it must not be lost.
+        self._unsaid: list[tuple[int, str]] = []
+
+    def read(self) -> list[str]:
+        """The lines that came since the last call; none while the job has not started.
+
+        Raises:
+            botocore.exceptions.ClientError: what is left after botocore's retries. The next call goes on from here.
+        """
+        for stream in self._streams():
+            for page in self._pages(stream):
+                self._unsaid += [(event["timestamp"], event["message"].rstrip("\n")) for event in page]
+        lines = [text for _, text in sorted(self._unsaid, key=lambda line: line[0])]
+        self._unsaid = []
+        return lines
+
+    def _streams(self) -> list[str]:
+        streams: list[str] = []
+        try:
+            pages = self._client.get_paginator("describe_log_streams").paginate(
+                logGroupName=LOG_GROUP, logStreamNamePrefix=self._prefix
+            )
+            for page in pages:
+                streams += [stream["logStreamName"] for stream in page["logStreams"]]
+        except self._client.exceptions.ResourceNotFoundException:
+            pass  # no job of this account has written a line yet
+        return streams
+
+    def _pages(self, stream: str) -> Iterator[list[dict[str, Any]]]:
+        """A page may be empty before the end; the end is where the token stays the same."""
+        while True:
+            token = self._tokens.get(stream)
+            options = {"nextToken": token} if token else {}
+            answer = self._client.get_log_events(
+                logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **options
+            )
+            self._tokens[stream] = answer["nextForwardToken"]
+            yield answer["events"]
+            if answer["nextForwardToken"] == token:
+                return

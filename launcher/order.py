@@ -1,0 +1,327 @@
+"""From options to an order: a job that has been described, and checked as far as it can be before it starts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dreambooth_sm import toybox
+from dreambooth_sm.data.check import check_folder
+from dreambooth_sm.data.pictures import SUFFIXES, list_pictures
+from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.storage import S3Uri
+from launcher.account import Account
+from launcher.estimates import Estimate, choose_instance, estimate_on
+from launcher.instances import INSTANCES, find_instance
+from launcher.local import CONTAINER
+from launcher.options import Images, split_options
+from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
+from launcher.training_request import (
+    CHANNELS,
+    CLASS_IMAGES_CHANNEL,
+    CONCEPTS_FILE,
+    CONFIG_CHANNEL,
+    IMAGES_CHANNEL,
+    MODEL_CHANNEL,
+    SINGLE_FILES,
+    Resources,
+    find_secrets,
+    move_long_values,
+    redact,
+    refused_resources,
+    training_job,
+    uploads_by_itself,
+)
+
+LOCAL = "local"
+ON_THIS_MACHINE = (LOCAL, CONTAINER)
+# What an estimate takes for granted where the pictures are not on this machine.
+_USUAL_PICTURES = 5
+# What a request holds where there is no account to ask, or where the account had no answer.
+_STANDINS = {"role": "arn:aws:iam::000000000000:role/unknown", "image_uri": "unknown", "bucket": "unknown"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job that has been checked and has only to be sent.
+
+    Attributes:
+        request: for ``create_training_job``.
+        files: what has to be in S3 before, by its place there.
+        warnings: what is odd about the pictures, and what could not be checked.
+    """
+
+    request: dict[str, Any]
+    estimate: Estimate
+    files: Mapping[S3Uri, Files]
+    warnings: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """What will be done, for people."""
+        lines = [f"job: {self.request['TrainingJobName']}", *self.estimate.lines()]
+        lines += [f"files: {len(files)} for {place}" for place, files in self.files.items()]
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+
+    def stage(self, account: Account, say: Callable[[str], None]) -> None:
+        """Sends the files that are not in S3 yet."""
+        for place, files in self.files.items():
+            sent = stage(files, place, account.clients("s3"))
+            say(f"files: {len(files)} {'sent to' if sent else 'already in'} {place}")
+
+
+@dataclass
+class Draft:
+    """What is known of a job while it is being described: as much as could be read of its options.
+
+    Attributes:
+        sources: channels to S3 locations, or files of this machine.
+        problems, warnings: what was found so far.
+    """
+
+    hyperparameters: Hyperparameters | None = None
+    resources: Resources = field(default_factory=Resources)
+    sources: dict[str, S3Uri | Files] = field(default_factory=dict)
+    problems: Problems = field(default_factory=Problems)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def pictures(self) -> int:
+        """How many there are of the subject."""
+        images = self.sources.get(IMAGES_CHANNEL)
+        if images is None or isinstance(images, S3Uri):
+            return _USUAL_PICTURES
+        return sum(PurePosixPath(name).suffix.lower() in SUFFIXES for name in images)
+
+    def raise_any(self) -> None:
+        """Raises UserError with everything that was found, without secrets."""
+        self.problems.found = [redact(problem, os.environ) for problem in self.problems.found]
+        self.problems.raise_any()
+
+
+def read_local(options: Mapping[str, Any]) -> Draft:
+    """What a job of this machine needs, checked.
+
+    Raises:
+        UserError: with everything that was found.
+    """
+    draft = _read(options)
+    resources, fitting = draft.resources, {"instance_type", "output"}
+    if resources.instance_type == CONTAINER:
+        fitting.add("image_uri")
+        if resources.image_uri is None:
+            draft.problems.found.append("image_uri is missing; name the image that Docker has to run")
+    draft.problems.found += [
+        f"{name} is for jobs on SageMaker; leave it out with instance_type={resources.instance_type!r}"
+        for name in sorted(resources.model_fields_set - fitting)
+    ]
+    draft.raise_any()
+    return draft
+
+
+def describe(
+    options: Mapping[str, Any],
+    account: Account | None,
+    *,
+    thorough: bool = True,
+    directory: str | Path | None = None,
+) -> Order:
+    """Checks everything that can be checked, and describes the job.
+
+    Args:
+        account: where to look for what was not given; None: nowhere.
+        thorough: ask the account as well whether the job could start.
+        directory: of a local job, which this is not.
+
+    Raises:
+        UserError: with everything that was found.
+    """
+    draft = _read(options)
+    if directory is not None:
+        draft.problems.found.append("directory is for local jobs; leave it out, or set instance_type='local'")
+    chosen = _choose_instance(draft)
+    h, resources = draft.hyperparameters, draft.resources
+    if chosen is not None:
+        resources = resources.model_copy(update={"instance_type": chosen.instance.name})
+    if resources.instance_type in INSTANCES or chosen is not None:
+        resources = _complete(resources, draft, account)
+        if account is not None and thorough:
+            _check_account(account, resources, draft)
+    if h is None or chosen is None:
+        # What is wrong with the rest of the request is worth knowing at once as well.
+        known = {"name": "unknown", **_STANDINS}
+        whole = resources.model_copy(
+            update={name: text for name, text in known.items() if not getattr(resources, name)}
+        )
+        draft.problems.found += refused_resources(whole, {IMAGES_CHANNEL: whole.workspace})
+        draft.raise_any()
+    assert h is not None
+    assert chosen is not None
+    h, concepts = move_long_values(h)
+    if concepts is not None:
+        draft.sources[CONFIG_CHANNEL] = {CONCEPTS_FILE: concepts.encode()}
+    channels: dict[str, S3Uri] = {}
+    files: dict[S3Uri, Files] = {}
+    for name, source in draft.sources.items():
+        if isinstance(source, S3Uri):
+            channels[name] = source
+        else:
+            # A digest reads everything, gigabytes of a base model perhaps: not for an estimate.
+            channels[name] = resources.workspace / name / (digest(source) if account else "unsent")
+            files[channels[name]] = source
+    request: dict[str, Any] = {}
+    with draft.problems.collected():
+        request = training_job(h, resources, channels or {IMAGES_CHANNEL: resources.workspace / "unknown"})
+    draft.problems.found += find_secrets(request, os.environ)
+    draft.raise_any()
+    return Order(request, chosen, files, (*draft.warnings, *(account.warnings if account else ())))
+
+
+def _check_account(account: Account, resources: Resources, draft: Draft) -> None:
+    """Whether the job could start, where everything that it needs was found."""
+    if any(getattr(resources, name) == standin for name, standin in _STANDINS.items()):
+        return
+    images = draft.sources.get(IMAGES_CHANNEL)
+    with draft.problems.collected():
+        account.check(resources, pictures=images if isinstance(images, S3Uri) else None)
+
+
+def _read(options: Mapping[str, Any]) -> Draft:
+    """Reads options as far as they can be read."""
+    draft = Draft()
+    data, given, values = split_options(options, draft.problems)
+    if "instance_data_dir" in values:
+        draft.problems.found.append("instance_data_dir: the pictures are `images`; leave instance_data_dir out")
+    draft.resources = Resources.read(given, draft.problems)
+    if (output := draft.resources.output) is not None:
+        try:
+            S3Uri.parse(output)
+        except UserError as error:
+            draft.problems.found += [f"output: {problem}" for problem in error.problems]
+            draft.resources = draft.resources.model_copy(update={"output": None})
+        else:
+            if draft.resources.instance_type in ON_THIS_MACHINE or uploads_by_itself(draft.resources):
+                values = {"manual_upload_model_path": output, **values}
+    for name, channel in (("images", IMAGES_CHANNEL), ("class_images", CLASS_IMAGES_CHANNEL)):
+        if name in data:
+            with draft.problems.collected():
+                draft.sources[channel] = _find_pictures(name, data[name])
+                directory = "instance_data_dir" if name == "images" else "class_data_dir"
+                values[directory] = f"{CHANNELS}/{channel}"
+    if "base_model" in data:
+        with draft.problems.collected():
+            source, values["pretrained_model_name_or_path"] = _read_base_model(data["base_model"])
+            if source is not None:
+                draft.sources[MODEL_CHANNEL] = source
+    with draft.problems.collected():
+        draft.hyperparameters = Hyperparameters.parse(values)
+    images = draft.sources.get(IMAGES_CHANNEL)
+    if images is not None and not isinstance(images, S3Uri):
+        _check_pictures(data["images"], images, draft)
+    return draft
+
+
+def _find_pictures(name: str, images: Images) -> S3Uri | Files:
+    """Where pictures lie: in S3, or in which files.
+
+    Raises:
+        UserError: there are none.
+    """
+    if isinstance(images, str) and images.startswith("s3://"):
+        return S3Uri.parse(images)
+    if not isinstance(images, str | Path):
+        if not images:
+            raise UserError(f"{name} is empty; name 4 to 20 pictures")
+        return picture_files([Path(image) for image in images])
+    if not Path(images).is_dir():
+        raise UserError(f"{name}: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix")
+    if not list_pictures(Path(images)):
+        raise UserError(f"{name}: {images} holds no pictures; put 4 to 20 JPEG or PNG pictures there")
+    return picture_files(Path(images))
+
+
+def _check_pictures(images: Images, files: Files, draft: Draft) -> None:
+    """What the container will find in the pictures, and what is odd about them."""
+    h = draft.hyperparameters or Hyperparameters()
+    if isinstance(images, str | Path):
+        findings = check_folder(Path(images), h, name="images")
+        errors, warnings = findings.errors, findings.warnings
+    else:
+        with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as scratch:
+            lay_out_files(files, Path(scratch))
+            findings = check_folder(Path(scratch), h, name="images")
+            texts = (findings.errors, findings.warnings)
+            errors, warnings = (tuple(text.replace(f"{scratch}/", "") for text in each) for each in texts)
+    draft.problems.found += errors
+    draft.warnings += warnings
+
+
+def _read_base_model(base_model: str | Path) -> tuple[S3Uri | Files | None, str]:
+    """The channel that a base model needs, if any, and how the job calls it.
+
+    Raises:
+        UserError: it is a path, and there is nothing.
+    """
+    text, path = str(base_model), Path(base_model).expanduser()
+    inside = f"{CHANNELS}/{MODEL_CHANNEL}"
+    if text.startswith("s3://"):
+        uri = S3Uri.parse(text)
+        name = PurePosixPath(uri.prefix).name
+        return uri, f"{inside}/{name}" if name.endswith(SINGLE_FILES) else inside
+    if text == toybox.NAME:
+        return None, text
+    if path.is_dir():
+        return all_files(path), inside
+    if path.is_file() and path.name.endswith(SINGLE_FILES):
+        return {path.name: path}, f"{inside}/{path.name}"
+    if isinstance(base_model, Path) or text.startswith(("/", ".", "~")):
+        raise UserError(f"base_model: {base_model} is no directory; name a hub id or a diffusers directory")
+    return None, text
+
+
+def _choose_instance(draft: Draft) -> Estimate | None:
+    """What the job needs on its instance type; None where there is a problem."""
+    h, resources = draft.hyperparameters, draft.resources
+    with draft.problems.collected():
+        if h is None:
+            if resources.instance_type != "auto":
+                find_instance(resources.instance_type)
+            return None
+        count, limit = resources.instance_count, resources.max_minutes
+        if resources.instance_type == "auto":
+            instance = choose_instance(h, max_minutes=limit, instance_count=count, pictures=draft.pictures)
+        else:
+            instance = find_instance(resources.instance_type)
+        chosen = estimate_on(h, instance, instance_count=count, pictures=draft.pictures)
+        if limit is not None and chosen.minutes is not None and chosen.minutes > limit:
+            raise UserError(
+                f"max_minutes={limit}: the job is expected to take about {chosen.minutes:.0f} minutes on "
+                f"{instance.name}; allow more, train fewer steps, or choose instance_type='auto'"
+            )
+        return chosen
+    return None
+
+
+def _complete(resources: Resources, draft: Draft, account: Account | None) -> Resources:
+    """Resources with the role, image, bucket and name that the job will have."""
+    found: dict[str, str] = {}
+    if resources.bucket is None and resources.output is not None:
+        found["bucket"] = S3Uri.parse(resources.output).bucket
+    look: dict[str, Callable[[], str]] = {}
+    if account is not None:
+        look = {"role": account.find_role, "image_uri": account.find_image, "bucket": account.find_bucket}
+    for name, standin in _STANDINS.items():
+        if getattr(resources, name) is None and name not in found:
+            found[name] = standin
+            if name in look:
+                with draft.problems.collected():
+                    found[name] = look[name]()
+    if resources.name is None:
+        found["name"] = f"dreambooth-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    return resources.model_copy(update=found)

@@ -1,0 +1,91 @@
+"""Files on their way to S3, below a name made of their content: what is there already is not sent again."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dreambooth_sm.data.pictures import SUFFIXES
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, upload_directory
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+# What belongs to pictures beside the pictures: captions and their tables.
+_BESIDE_PICTURES = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv"})
+
+# Names in S3 to files here, or to what they hold.
+Files = Mapping[str, Path | bytes]
+
+
+def picture_files(images: Path | Sequence[Path]) -> dict[str, Path]:
+    """The pictures of a folder, with the captions beside them, or those of a list, by the names they get in S3.
+
+    Raises:
+        UserError: two files of a list have the same name; a file is missing.
+    """
+    if isinstance(images, Path):
+        wanted = SUFFIXES | _BESIDE_PICTURES
+        return {name: path for name, path in all_files(images).items() if path.suffix.lower() in wanted}
+    problems = [f"images: there is no file {path}" for path in images if not path.is_file()]
+    named = {path.name: path for path in images}
+    if len(named) < len(images):
+        problems.append("images: two files have the same name; put them into a folder, and name the folder")
+    if problems:
+        raise UserError(problems)
+    return named
+
+
+def all_files(directory: Path) -> dict[str, Path]:
+    """Every file below a directory but hidden ones, by its relative POSIX path, sorted."""
+    found = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        relative.as_posix(): path
+        for relative, path in found.items()
+        if not any(part.startswith(".") for part in relative.parts) and relative.as_posix() != MANIFEST_NAME
+    }
+
+
+def digest(files: Files) -> str:
+    """Sixteen hexadecimal digits that names and contents of files determine."""
+    whole = hashlib.sha256()
+    for name, source in sorted(files.items()):
+        if isinstance(source, bytes):
+            content = hashlib.sha256(source).hexdigest()
+        else:
+            with source.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").hexdigest()
+        whole.update(f"{content} {name}\n".encode("utf-8", "surrogateescape"))
+    return whole.hexdigest()[:16]
+
+
+def stage(files: Files, target: S3Uri, client: S3Client) -> bool:
+    """Sends files to a prefix that is named after their :func:`digest`; whether there was anything to send.
+
+    The manifest is written last: where it is, everything is.
+
+    Raises:
+        UserError: no such bucket, no permission.
+        TransferError: the transfer failed in spite of retries.
+    """
+    if MANIFEST_NAME in list_objects(target, client=client):
+        return False
+    with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as scratch:
+        lay_out_files(files, Path(scratch))
+        upload_directory(Path(scratch), target, client=client)
+    return True
+
+
+def lay_out_files(files: Files, directory: Path) -> None:
+    """Makes a directory of links to files, and of files with what the others hold."""
+    for name, source in files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, bytes):
+            target.write_bytes(source)
+        else:
+            target.symlink_to(source.resolve())

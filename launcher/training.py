@@ -1,0 +1,485 @@
+"""One training job of the embedded SageMaker: what the platform does around a container, done on this machine.
+
+https://docs.aws.amazon.com/sagemaker/latest/dg/your-algorithms-training-algo.html
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
+from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list_objects
+from launcher.clients import Clients
+from launcher.local import CONTAINER, docker, lay_out
+from launcher.logs import LOG_GROUP
+
+HOST = "algo-1"
+# Seconds between SIGTERM and SIGKILL, as SageMaker has it.
+GRACE = 120.0
+# Seconds between two looks at the checkpoint directory.
+_SYNC_PAUSE = 1.0
+_MESSAGES = {
+    "Starting": "Preparing the instances for training",
+    "Downloading": "Downloading input data",
+    "Training": "Training image download completed. Training in progress.",
+    "Uploading": "Uploading generated training model",
+    "Stopping": "Stopping the training job",
+    "Interrupted": "The spot instance was taken back",
+    "Restarting": "Waiting for another spot instance",
+    "Completed": "Training job completed",
+    "Failed": "Training job failed",
+    "Stopped": "Training job stopped",
+    "MaxRuntimeExceeded": "The training job reached its maximal run time",
+}
+_CREDENTIALS = re.compile(r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|PROFILE|.*_FILE|CONTAINER_.*|ROLE_ARN)")
+
+_NO_CREDENTIALS = {
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    "AWS_CONFIG_FILE": os.devnull,
+}
+
+
+class Training:
+    """A training job: its description, and the thread that runs it.
+
+    Args:
+        request: of CreateTrainingJob.
+        arn: of the job.
+        directory: where the ``/opt/ml`` tree is laid out.
+        clients: of S3 and CloudWatch Logs.
+        environment: of the job, over this process's own.
+        entrypoint: program that runs as a process, where the image's would run in a container.
+        grace: seconds between SIGTERM and SIGKILL.
+    """
+
+    def __init__(
+        self,
+        request: Mapping[str, Any],
+        arn: str,
+        directory: Path,
+        *,
+        clients: Clients,
+        environment: Mapping[str, str],
+        entrypoint: Path,
+        grace: float,
+    ) -> None:
+        self.request = request
+        self.name: str = request["TrainingJobName"]
+        self.arn = arn
+        self.tree = directory
+        self.created = time.time()
+        self._clients = clients
+        self._environment = dict(environment)
+        self._entrypoint = entrypoint
+        self._grace = grace
+        self._lock = threading.RLock()
+        self._status = "InProgress"
+        self._transitions: list[dict[str, Any]] = []
+        self._times: dict[str, float] = {}
+        self._reason = ""
+        self._artifacts = ""
+        self._final_metrics: dict[str, dict[str, Any]] = {}
+        self._stop = threading.Event()
+        self._interruption = threading.Event()
+        self._enter("Starting")
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    # What the API shows and takes
+
+    @property
+    def ended(self) -> bool:
+        return self._status in ("Completed", "Failed", "Stopped")
+
+    @property
+    def status(self) -> str:
+        return self._status
+
+    def describe(self) -> dict[str, Any]:
+        """The answer of DescribeTrainingJob, times in seconds since 1970."""
+        with self._lock:
+            description = {name: value for name, value in self.request.items() if name != "Tags"}
+            description |= {
+                "TrainingJobArn": self.arn,
+                "TrainingJobStatus": self._status,
+                "SecondaryStatus": self._transitions[-1]["Status"],
+                "SecondaryStatusTransitions": [dict(transition) for transition in self._transitions],
+                "CreationTime": self.created,
+                "LastModifiedTime": self._transitions[-1]["StartTime"],
+                "FinalMetricDataList": list(self._final_metrics.values()),
+                **self._times,
+            }
+            if self._artifacts:
+                description["ModelArtifacts"] = {"S3ModelArtifacts": self._artifacts}
+            if self._reason:
+                description["FailureReason"] = self._reason
+            if "TrainingEndTime" in self._times:
+                seconds = max(1, round(self._times["TrainingEndTime"] - self._times["TrainingStartTime"]))
+                description |= {"TrainingTimeInSeconds": seconds, "BillableTimeInSeconds": seconds}
+            return description
+
+    def summary(self) -> dict[str, Any]:
+        """One entry of ListTrainingJobs."""
+        description = self.describe()
+        names = ("TrainingJobName", "TrainingJobArn", "CreationTime", "LastModifiedTime", "TrainingJobStatus")
+        optional = ("TrainingEndTime", "SecondaryStatus")
+        return {name: description[name] for name in (*names, *(n for n in optional if n in description))}
+
+    def stop(self) -> None:
+        """SIGTERM now and SIGKILL after the grace."""
+        with self._lock:
+            if self.ended:
+                raise ValueError(f"the training job is in status {self._status}")
+            self._status = "Stopping"
+            self._enter("Stopping")
+        self._stop.set()
+
+    def interrupt(self) -> None:
+        """Takes the spot instance away; the job starts again on a fresh one, with its checkpoints.
+
+        Raises:
+            ValueError: it is no spot job, or does not run.
+        """
+        if not self.request.get("EnableManagedSpotTraining"):
+            raise ValueError(f"{self.name} is no spot job: EnableManagedSpotTraining is not set")
+        if self.ended:
+            raise ValueError(f"{self.name} has ended: {self._status}")
+        self._interruption.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        self._thread.join(timeout)
+
+    # What the platform does
+
+    def _run(self) -> None:
+        try:
+            while self._attempt() == "Interrupted":
+                self._interruption.clear()
+                self._enter("Interrupted")
+                self._enter("Restarting")
+                self._clean()
+        except Exception as error:  # the platform's own fault: a job has to end in some state
+            self._end("Failed", reason=f"InternalServerError: {type(error).__name__}: {error}")
+
+    def _attempt(self) -> str:
+        """One start of the job, up to its end or to an interruption."""
+        self._enter("Downloading")
+        try:
+            self._lay_out()
+        except (UserError, TransferError, OSError) as error:
+            self._end("Failed", reason=f"ClientError: Data download failed: {error}")
+            return "Failed"
+        if self._stop.is_set():
+            self._end("Stopped")
+            return "Stopped"
+        self._enter("Training")
+        with self._lock:
+            self._times.setdefault("TrainingStartTime", time.time())
+        code, cause = self._execute()
+        self._sync_checkpoints()
+        if cause == "Interrupted" and code != 0:
+            return cause
+        if cause not in ("Stopped", "MaxRuntimeExceeded") and code != 0:
+            self._end("Failed", reason=self._failure(code))
+            return "Failed"
+        self._enter("Uploading")
+        try:
+            self._upload()
+        except (UserError, TransferError, OSError, self._clients("s3").exceptions.ClientError) as error:
+            self._end("Failed", reason=f"ClientError: Artifact upload failed: {error}")
+            return "Failed"
+        if cause == "MaxRuntimeExceeded":
+            self._end("Stopped", "MaxRuntimeExceeded")
+        else:
+            self._end("Stopped" if cause == "Stopped" else "Completed")
+        return "Ended"
+
+    def _lay_out(self) -> None:
+        channels = {
+            channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
+            for channel in self.request.get("InputDataConfig", [])
+        }
+        lay_out(self.tree, self.request.get("HyperParameters", {}), channels, s3=self._clients("s3"))
+        for path in (self._checkpoints, self.tree / "output" / "data"):
+            path.mkdir(parents=True, exist_ok=True)
+        uri = self._checkpoint_uri
+        if uri.startswith("s3://") and list_objects(S3Uri.parse(uri), client=self._clients("s3")):
+            download_directory(S3Uri.parse(uri), self._checkpoints, client=self._clients("s3"))
+        self._synced = _stats(self._checkpoints)
+
+    def _execute(self) -> tuple[int, str]:
+        """Runs the entrypoint to its end.
+
+        Returns:
+            its exit code, and why it was ended: ``""``, ``"Stopped"``, ``"MaxRuntimeExceeded"`` or ``"Interrupted"``.
+        """
+        deadline = self._times["TrainingStartTime"] + self.request["StoppingCondition"]["MaxRuntimeInSeconds"]
+        stream = f"{HOST}-{time.time_ns() // 1_000_000}"
+        self._container = f"{self.name}-{stream}"
+        process = subprocess.Popen(
+            self._command(),
+            env=self._process_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        reader = threading.Thread(target=_read, args=(process, lines), daemon=True)
+        reader.start()
+        log = _Log(self._clients("logs"), f"{self.name}/{stream}")
+        done = threading.Event()
+        syncer = threading.Thread(target=self._keep_checkpoints_synced, args=(done,), daemon=True)
+        syncer.start()
+        cause, kill_at = "", float("inf")
+        while process.poll() is None or reader.is_alive():
+            if not cause and process.poll() is None:
+                cause = self._cause_to_end(deadline)
+                if cause and self._signal(process, "TERM"):
+                    kill_at = time.time() + self._grace
+                else:
+                    cause = ""
+            if time.time() > kill_at:
+                self._signal(process, "KILL")
+                kill_at = float("inf")
+            self._note_metrics(log.write(lines))
+            reader.join(0.05)
+        self._note_metrics(log.write(lines))
+        done.set()
+        syncer.join()
+        return process.returncode, cause
+
+    def _cause_to_end(self, deadline: float) -> str:
+        if self._stop.is_set():
+            return "Stopped"
+        if self._interruption.is_set():
+            return "Interrupted"
+        return "MaxRuntimeExceeded" if time.time() > deadline else ""
+
+    @property
+    def _in_container(self) -> bool:
+        return self.request["ResourceConfig"].get("InstanceType") == CONTAINER
+
+    def _command(self) -> list[str]:
+        if not self._in_container:
+            return [sys.executable, "-u", str(self._entrypoint), "train"]
+        isolated = self.request.get("EnableNetworkIsolation")
+        command = [docker(), "run", "--rm", f"--name={self._container}", "--read-only", "--cap-drop=ALL"]
+        command += [f"--network={'none' if isolated else 'host'}", f"--user={os.getuid()}:{os.getgid()}"]
+        if shutil.which("nvidia-smi"):
+            command.append("--gpus=all")
+        for name in self._job_environment():
+            command.append(f"--env={name}")  # the value comes from docker's own environment, not from its arguments
+        command += [f"--volume={self.tree}:/opt/ml", f"--volume={self.tree / 'input'}:/opt/ml/input:ro"]
+        return [*command, self.request["AlgorithmSpecification"]["TrainingImage"], "train"]
+
+    def _job_environment(self) -> dict[str, str]:
+        """What the platform gives to a container."""
+        environment = {**self._environment, **self.request.get("Environment", {})}
+        if self.request.get("EnableNetworkIsolation"):
+            environment = {k: v for k, v in environment.items() if not _CREDENTIALS.fullmatch(k)}
+            environment |= {"HF_HUB_OFFLINE": "1", **_NO_CREDENTIALS}
+        elif self._in_container:
+            environment = {**_aws_settings(), **environment}
+        return {**environment, "TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
+
+    def _process_environment(self) -> dict[str, str]:
+        inherited = dict(os.environ)
+        if self.request.get("EnableNetworkIsolation"):
+            inherited = {k: v for k, v in inherited.items() if not _CREDENTIALS.fullmatch(k)}
+        own = {} if self._in_container else {"SAGEMAKER_BASE_DIR": str(self.tree)}
+        return {**inherited, **self._job_environment(), **own}
+
+    def _signal(self, process: subprocess.Popen[str], name: str) -> bool:
+        """Returns whether the job got it: a container takes a moment to be there."""
+        if self._in_container:
+            command = [docker(), "kill", f"--signal={name}", self._container]
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        process.send_signal(signal.Signals[f"SIG{name}"])
+        return True
+
+    def _failure(self, code: int) -> str:
+        path = self.tree / "output" / "failure"
+        if path.is_file() and (reason := path.read_text(encoding="utf-8", errors="replace")[:FAILURE_LENGTH]):
+            return reason
+        if code in (137, -9):
+            return "ClientError: Please use an instance type with more memory, exit code: 137"
+        return f"AlgorithmError: , exit code: {code if code >= 0 else 128 - code}"
+
+    # Checkpoints
+
+    @property
+    def _checkpoint_path(self) -> PurePosixPath:
+        local = self.request.get("CheckpointConfig", {}).get("LocalPath")
+        return PurePosixPath(local or STANDARD_BASE / "checkpoints")
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.tree / self._checkpoint_path.relative_to(STANDARD_BASE)
+
+    @property
+    def _checkpoint_uri(self) -> str:
+        return self.request.get("CheckpointConfig", {}).get("S3Uri", "").rstrip("/")
+
+    def _keep_checkpoints_synced(self, done: threading.Event) -> None:
+        while not done.wait(_SYNC_PAUSE):
+            self._sync_checkpoints()
+
+    def _sync_checkpoints(self) -> None:
+        """Uploads what is new, and deletes in S3 what was deleted here."""
+        if not self._checkpoint_uri.startswith("s3://"):
+            return
+        s3, target, now = self._clients("s3"), S3Uri.parse(self._checkpoint_uri), _stats(self._checkpoints)
+        for name in [name for name in now if now[name] != self._synced.get(name)]:
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                s3.upload_file(str(self._checkpoints / name), target.bucket, (target / name).prefix)
+        for name in self._synced.keys() - now.keys():
+            s3.delete_object(Bucket=target.bucket, Key=(target / name).prefix)
+        self._synced = now
+
+    # Results
+
+    def _upload(self) -> None:
+        """Model and output data to S3; with a ``file://`` location the model stays in the tree."""
+        config = self.request["OutputDataConfig"]
+        location = config["S3OutputPath"].rstrip("/")
+        packed = config.get("CompressionType", "GZIP") == "GZIP"
+        if not location.startswith("s3://"):
+            self._artifacts = f"file://{self.tree / 'model'}"
+            return
+        target = S3Uri.parse(location) / self.name / "output"
+        for name, folder, always in (("model", self.tree / "model", True), ("output", self._data, False)):
+            if always or any(folder.iterdir()):
+                self._upload_folder(folder, target, f"{name}.tar.gz" if packed else name)
+        self._artifacts = f"{target}/{'model.tar.gz' if packed else 'model/'}"
+
+    @property
+    def _data(self) -> Path:
+        return self.tree / "output" / "data"
+
+    def _upload_folder(self, folder: Path, target: S3Uri, name: str) -> None:
+        s3 = self._clients("s3")
+        if name.endswith(".tar.gz"):
+            with tempfile.TemporaryDirectory() as scratch:
+                archive = Path(scratch) / name
+                with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+                    for path in sorted(folder.iterdir()):
+                        tar.add(path, path.name)
+                s3.upload_file(str(archive), target.bucket, (target / name).prefix)
+            return
+        for relative in sorted(_stats(folder)):
+            s3.upload_file(str(folder / relative), target.bucket, (target / name / relative).prefix)
+
+    def _clean(self) -> None:
+        """A fresh instance has nothing of the one before."""
+        for name in ("model", "output"):
+            shutil.rmtree(self.tree / name, ignore_errors=True)
+        if not self._checkpoint_uri.startswith("file://"):
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+    # State
+
+    def _enter(self, secondary: str) -> None:
+        now = time.time()
+        with self._lock:
+            if self._transitions and "EndTime" not in self._transitions[-1]:
+                self._transitions[-1]["EndTime"] = now
+            message = _MESSAGES[secondary]
+            self._transitions.append({"Status": secondary, "StartTime": now, "StatusMessage": message})
+
+    def _end(self, status: str, secondary: str = "", *, reason: str = "") -> None:
+        self._enter(secondary or status)
+        with self._lock:
+            now = time.time()
+            self._transitions[-1]["EndTime"] = now
+            self._times.setdefault("TrainingStartTime", now)
+            self._times["TrainingEndTime"] = now
+            self._reason, self._status = reason, status
+
+    def _note_metrics(self, lines: list[tuple[int, str]]) -> None:
+        definitions = self.request["AlgorithmSpecification"].get("MetricDefinitions", [])
+        for definition in definitions:
+            for timestamp, line in lines:
+                if found := re.search(definition["Regex"], line):
+                    with suppress(ValueError), self._lock:
+                        self._final_metrics[definition["Name"]] = {
+                            "MetricName": definition["Name"],
+                            "Value": float(found.group(1)),
+                            "Timestamp": timestamp / 1000,
+                        }
+
+
+class _Log:
+    """A stream of CloudWatch Logs."""
+
+    def __init__(self, client: Any, stream: str) -> None:
+        self._client, self._stream = client, stream
+        with suppress(client.exceptions.ResourceAlreadyExistsException):
+            client.create_log_group(logGroupName=LOG_GROUP)
+        client.create_log_stream(logGroupName=LOG_GROUP, logStreamName=stream)
+
+    def write(self, lines: queue.SimpleQueue[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Sends what is in the queue; returns it."""
+        taken = list(_drain(lines))
+        # CloudWatch takes no empty event.
+        events = [{"timestamp": timestamp, "message": text} for timestamp, text in taken if text]
+        if events:
+            self._client.put_log_events(logGroupName=LOG_GROUP, logStreamName=self._stream, logEvents=events)
+        return taken
+
+
+def _read(process: subprocess.Popen[str], lines: queue.SimpleQueue[tuple[int, str]]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put((time.time_ns() // 1_000_000, line.rstrip("\n")))
+
+
+def _drain(lines: queue.SimpleQueue[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    with suppress(queue.Empty):
+        while True:
+            yield lines.get_nowait()
+
+
+def _stats(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of each file below a directory by its relative path; SageMaker's own marks left out."""
+    found = {}
+    for path in directory.rglob("*"):
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            if path.is_file() and not path.name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")):
+                stat = path.stat()
+                found[path.relative_to(directory).as_posix()] = (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _aws_settings() -> dict[str, str]:
+    """This process's AWS settings for a container, which has no files of a profile to read."""
+    import boto3.session
+
+    session = boto3.session.Session()
+    settings = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and not _CREDENTIALS.fullmatch(k)}
+    if session.region_name:
+        settings["AWS_DEFAULT_REGION"] = session.region_name
+    if credentials := session.get_credentials():
+        frozen = credentials.get_frozen_credentials()
+        values = (frozen.access_key, frozen.secret_key, frozen.token)
+        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        settings |= {name: value for name, value in zip(names, values, strict=True) if value}
+    return settings

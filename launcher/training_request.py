@@ -1,0 +1,464 @@
+"""The description of a training job: from hyperparameters, resources and channels to SageMaker's own request.
+
+:func:`training_job` is pure: it reads no file, no environment and no account. The dictionary that it returns is what
+boto3's ``create_training_job`` takes; Step Functions, Terraform and AWS Batch take the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.hyperparameters import Hyperparameters, PositiveInt, expected
+from dreambooth_sm.report import TRAINING_METRICS, metric_pattern
+from dreambooth_sm.storage import S3Uri
+from launcher.instances import find_instance
+
+# Input channels, and where SageMaker mounts them.
+CHANNELS = "/opt/ml/input/data"
+IMAGES_CHANNEL, CLASS_IMAGES_CHANNEL, MODEL_CHANNEL, CONFIG_CHANNEL = "images", "class_images", "model", "config"
+CONCEPTS_FILE = "concepts_list.json"
+# Base models in one file, as WebUI and Civitai have them.
+SINGLE_FILES = (".safetensors", ".ckpt")
+# Everything that the launcher itself puts into a bucket lies below this prefix.
+WORKSPACE = "dreambooth-sm"
+
+DEFAULT_MAX_MINUTES = 24 * 60
+# Ignored on instances with disks of their own, which are larger.
+DEFAULT_VOLUME_GB = 50
+
+# The limits of CreateTrainingJob. Longer values pass botocore's model, and are refused by the service's own text.
+MAX_VALUE, MAX_HYPERPARAMETERS = 256, 100
+MAX_ENVIRONMENT, MAX_ENVIRONMENT_TEXT = 100, 512
+MAX_CHANNELS, MAX_TAGS, MAX_IMAGE_URI, MAX_S3_URI = 20, 50, 255, 1024
+MAX_RUN_MINUTES = 28 * 24 * 60
+_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+_ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", re.ASCII)
+_CHANNEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_VARIABLE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,511}")
+_KMS = re.compile(r"[a-zA-Z0-9:/_-]{1,2048}")
+_TAG = re.compile(r"[\w .:/=+@-]*")
+_VPC_ID = re.compile(r"(subnet|sg)-[0-9a-zA-Z]{1,26}")
+
+# Names of variables that hold secrets, and what secrets look like.
+_SECRET_NAME = re.compile(
+    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE|SECRET)_KEY)(_|$)", re.IGNORECASE
+)
+_NO_SECRET_ENDINGS = ("_PATH", "_FILE", "_DIR", "_NAME", "_ARN", "_URL")
+_SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+
+
+class Resources(BaseModel):
+    """What a job runs on, and where its results go: everything of a request that is no hyperparameter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    instance_type: str = Field(
+        default="auto",
+        description="ml.g4dn.xlarge, ml.g5.xlarge, ...; auto: the cheapest that does it in max_minutes; local: this "
+        "machine.",
+    )
+    instance_count: PositiveInt = Field(default=1, description="Instances that train together.")
+    max_minutes: Annotated[int, Ge(1), Le(MAX_RUN_MINUTES)] | None = Field(
+        default=None,
+        description=f"The job is stopped after so many minutes, with a checkpoint; {DEFAULT_MAX_MINUTES} if None.",
+    )
+    spot: bool = Field(
+        default=False, description="Train on spare capacity, for less; interruptions go on from a checkpoint."
+    )
+    max_wait_minutes: Annotated[int, Ge(1), Le(MAX_RUN_MINUTES)] | None = Field(
+        default=None,
+        description="spot: minutes that waiting and training may take together; twice max_minutes if None.",
+    )
+    keep_alive: Annotated[int, Ge(0), Le(3600)] = Field(
+        default=0,
+        description="Seconds that the instance is kept (and paid for) after the job, for the next one to start fast.",
+    )
+    output: str | None = Field(
+        default=None, description="s3://bucket/prefix for the trained pipeline; None: below the job's name in `bucket`."
+    )
+    compression: bool = Field(default=False, description="Leave a model.tar.gz instead of plain files.")
+    checkpoint: str | None = Field(
+        default=None,
+        description="s3://bucket/prefix for checkpoints; one of an earlier job is gone on from. None: one for this "
+        "job alone.",
+    )
+    bucket: str | None = Field(
+        default=None,
+        description="Bucket for pictures, checkpoints and models; None: that of `output`, or SageMaker's default one.",
+    )
+    role: str | None = Field(
+        default=None, description="ARN of the execution role; None: the notebook's, or the role that you have assumed."
+    )
+    image_uri: str | None = Field(
+        default=None,
+        description="Training image; None: the one of this version that build_and_push.sh put into your account.",
+    )
+    name: str | None = Field(default=None, description="Name of the job; None: one with the time in it.")
+    vpc: tuple[str, ...] = Field(
+        default=(), description="Ids of the subnets and security groups to run in: subnet-... and sg-...."
+    )
+    kms: str | None = Field(default=None, description="Id or ARN of the KMS key for the model and the volume.")
+    network_isolation: bool = Field(
+        default=False, description="No network and no credentials in the container; the base model has to come from S3."
+    )
+    environment: dict[str, str] = Field(default={}, description="Environment variables of the container; no secrets.")
+    tags: dict[str, str] = Field(default={}, description="Tags of the job.")
+    volume_gb: Annotated[int, Ge(1), Le(16384)] | None = Field(
+        default=None,
+        description=f"Size of the volume; {DEFAULT_VOLUME_GB} if None. Types with disks of their own take none.",
+    )
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object]) -> Resources:
+        """Reads options as Python code gives them.
+
+        Raises:
+            UserError: with every value that is not valid.
+        """
+        problems = Problems()
+        resources = cls.read(values, problems)
+        problems.raise_any()
+        return resources
+
+    @classmethod
+    def read(cls, values: Mapping[str, object], problems: Problems) -> Resources:
+        """Reads the values that are valid; each of the others becomes a problem."""
+        given = {name: tuple(value) if isinstance(value, list | set) else value for name, value in values.items()}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            refused = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors())
+        problems.found += [f"{name}: this value is not valid; write {expectation(name)}" for name in refused]
+        return cls.model_validate({name: value for name, value in given.items() if name not in refused})
+
+    @property
+    def workspace(self) -> S3Uri:
+        """Where everything lies that has no place of its own."""
+        return S3Uri(self.bucket or "", WORKSPACE)
+
+
+def expectation(name: str) -> str:
+    """What an option of :class:`Resources` takes, in words."""
+    words = {
+        "vpc": "a list of subnet-... and sg-...",
+        "tags": "names and values, as a dictionary or NAME=VALUE",
+        "environment": "names and values, as a dictionary or NAME=VALUE",
+    }
+    field = Resources.model_fields.get(name)
+    return words.get(name) or (expected(field) if field else f"one of {', '.join(Resources.model_fields)}")
+
+
+def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str, S3Uri]) -> dict[str, Any]:
+    """The request of one training job, as ``boto3.client("sagemaker").create_training_job(**request)`` takes it.
+
+    Args:
+        h: the hyperparameters; those that were set explicitly are sent, encoded as strings.
+        resources: with role, image, bucket and name filled in.
+        channels: names of input channels to where their files lie.
+
+    Raises:
+        UserError: with everything that SageMaker, or the job on it, would refuse.
+
+    Example:
+        >>> request = training_job(
+        ...     Hyperparameters.parse({"instance_prompt": "photo of zwx toy"}),
+        ...     Resources(
+        ...         instance_type="ml.g5.xlarge", name="zwx", bucket="models", image_uri="image:1",
+        ...         role="arn:aws:iam::123456789012:role/train",
+        ...     ),
+        ...     {"images": S3Uri("models", "pictures")},
+        ... )
+        >>> request["HyperParameters"], request["CheckpointConfig"]
+        ({'instance_prompt': 'photo of zwx toy'}, {'S3Uri': 's3://models/dreambooth-sm/checkpoints/zwx'})
+    """
+    problems = [
+        *refused_resources(resources, channels),
+        *_refused_values(h.to_sagemaker()),
+        *_refused_by_the_job(h, resources),
+    ]
+    request: dict[str, Any] = {
+        "TrainingJobName": resources.name,
+        "AlgorithmSpecification": {
+            "TrainingImage": resources.image_uri,
+            "TrainingInputMode": "File",
+            "MetricDefinitions": metric_definitions(),
+        },
+        "RoleArn": resources.role,
+        "HyperParameters": h.to_sagemaker(),
+        "InputDataConfig": [_channel(name, uri) for name, uri in channels.items()],
+        "OutputDataConfig": _output_config(h, resources),
+        "ResourceConfig": _resource_config(resources),
+        "StoppingCondition": _stopping_condition(resources),
+        "CheckpointConfig": {"S3Uri": resources.checkpoint or f"{resources.workspace}/checkpoints/{resources.name}"},
+    }
+    if resources.spot:
+        request["EnableManagedSpotTraining"] = True
+    if resources.network_isolation:
+        request["EnableNetworkIsolation"] = True
+    if resources.vpc:
+        request["VpcConfig"] = {
+            "SecurityGroupIds": [each for each in resources.vpc if each.startswith("sg-")],
+            "Subnets": [each for each in resources.vpc if each.startswith("subnet-")],
+        }
+    if resources.environment:
+        request["Environment"] = dict(resources.environment)
+    if resources.tags:
+        request["Tags"] = [{"Key": key, "Value": value} for key, value in resources.tags.items()]
+    problems += find_secrets(request)
+    if problems:
+        raise UserError(dict.fromkeys(problems))
+    return request
+
+
+def refused_resources(r: Resources, channels: Mapping[str, S3Uri]) -> Iterator[str]:
+    """What of a request breaks a rule of CreateTrainingJob, whatever its hyperparameters are."""
+    if not r.name or len(r.name) > 63 or not _NAME.fullmatch(r.name):
+        yield (
+            f"name: {r.name!r} is no name of a job; write 1 to 63 letters, digits and hyphens, with a letter or digit "
+            "first and last"
+        )
+    if not r.role or not _ROLE.fullmatch(r.role) or len(r.role) > 2048:
+        yield f"role: {r.role!r} is no ARN of a role; write arn:aws:iam::123456789012:role/NAME"
+    if not r.image_uri or len(r.image_uri) > MAX_IMAGE_URI or not r.image_uri.isprintable():
+        yield f"image_uri: {r.image_uri!r} is no image; write at most {MAX_IMAGE_URI} characters, as ECR shows them"
+    yield from _problems_of(lambda: find_instance(r.instance_type))
+    yield from _refused_texts("environment", r.environment, MAX_ENVIRONMENT)
+    for name, value in r.environment.items():
+        if not _VARIABLE.fullmatch(name):
+            yield f"environment: {name!r} is no name of a variable; write letters, digits and underscores"
+        if len(value) > MAX_ENVIRONMENT_TEXT:
+            yield f"environment: {name} is longer than {MAX_ENVIRONMENT_TEXT} characters"
+    yield from _refused_tags(r.tags)
+    if not 1 <= len(channels) <= MAX_CHANNELS:
+        yield f"a job has 1 to {MAX_CHANNELS} input channels, and this one {len(channels)}"
+    for name, uri in channels.items():
+        if not _CHANNEL.fullmatch(name):
+            yield f"channel {name!r}: write 1 to 64 letters, digits, dots, underscores and hyphens"
+        yield from _refused_uri(f"channel {name}", str(uri))
+    if not r.bucket:
+        yield "bucket is missing; write the name of a bucket"
+    else:
+        yield from _problems_of(lambda: S3Uri.parse(f"s3://{r.bucket}/"), "bucket: ")
+    for place, text in (("output", r.output), ("checkpoint", r.checkpoint)):
+        if text is not None:
+            yield from _refused_uri(place, text)
+    yield from _refused_together(r)
+
+
+def metric_definitions() -> list[dict[str, str]]:
+    """What CloudWatch reads from the job's log."""
+    return [{"Name": name, "Regex": metric_pattern(name)} for name in TRAINING_METRICS]
+
+
+def uploads_by_itself(resources: Resources) -> bool:
+    """Whether the job sends the model to `output` itself, file by file and verified; SageMaker does it otherwise."""
+    return resources.output is not None and not (
+        resources.network_isolation or resources.compression or resources.kms is not None
+    )
+
+
+def move_long_values(h: Hyperparameters) -> tuple[Hyperparameters, str | None]:
+    """Prompts and concepts that are too long for a hyperparameter, as the content of a concepts file.
+
+    Returns:
+        the hyperparameters without them, naming the file in the config channel; and the file's content, or None
+        where everything fits.
+    """
+    movable = ("instance_prompt", "class_prompt", "concepts_list")
+    if isinstance(h.concepts_list, str) or not any(len(h.to_sagemaker().get(name, "")) > MAX_VALUE for name in movable):
+        return h, None
+    prompts = {name: getattr(h, name) for name in ("instance_prompt", "class_prompt") if getattr(h, name)}
+    own = [concept.model_dump(exclude_none=True) for concept in h.inline_concepts] or [{}]
+    content = json.dumps([{**prompts, **concept} for concept in own], ensure_ascii=False, indent=1)
+    kept = {name: getattr(h, name) for name in h.model_fields_set if name not in movable}
+    moved = Hyperparameters.parse({**kept, "concepts_list": f"{CHANNELS}/{CONFIG_CHANNEL}/{CONCEPTS_FILE}"})
+    return moved, content
+
+
+def find_secrets(request: object, environment: Mapping[str, str] | None = None) -> list[str]:
+    """Places of a request that hold a secret, which everyone who may describe the job would see; never its value.
+
+    Args:
+        environment: variables of this process, whose secrets are looked for as well.
+    """
+    known = _secrets_of(environment or {})
+    found = [
+        f"{place} holds a secret, which whoever may describe the job could read; leave it out, and give a gated base "
+        "model as an s3:// prefix or a local directory"
+        for place, text in _texts(request)
+        if _SECRET_VALUE.search(text) or any(value in text for value in known)
+    ]
+    if isinstance(request, Mapping):
+        found += [
+            f"environment: {name} is the name of a secret, and whoever may describe the job could read it; leave it out"
+            for name in request.get("Environment", {})
+            if _names_secret(name)
+        ]
+    return found
+
+
+def redact(text: str, environment: Mapping[str, str]) -> str:
+    """A text without secrets of this process or what looks like one."""
+    for value in _secrets_of(environment):
+        text = text.replace(value, "***")
+    return _SECRET_VALUE.sub("***", text)
+
+
+def _secrets_of(environment: Mapping[str, str]) -> list[str]:
+    return [value for name, value in environment.items() if _names_secret(name) and len(value) >= 12]
+
+
+def _channel(name: str, uri: S3Uri) -> dict[str, Any]:
+    # A prefix without its slash would take in `pictures-2` beside `pictures`.
+    location = str(uri) if uri.prefix.endswith(SINGLE_FILES) else f"{uri}/"
+    source = {"S3DataType": "S3Prefix", "S3Uri": location, "S3DataDistributionType": "FullyReplicated"}
+    return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
+
+
+def _output_config(h: Hyperparameters, resources: Resources) -> dict[str, str]:
+    """Where SageMaker puts what the job leaves in ``/opt/ml/model``: plain files, unless compression is asked for."""
+    default = f"{resources.workspace}/jobs"
+    config = {"S3OutputPath": default if h.manual_upload_model_path else resources.output or default}
+    if resources.kms is not None:
+        config["KmsKeyId"] = resources.kms
+    return config if resources.compression else {**config, "CompressionType": "NONE"}
+
+
+def _resource_config(resources: Resources) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "InstanceType": resources.instance_type,
+        "InstanceCount": resources.instance_count,
+        "VolumeSizeInGB": resources.volume_gb or DEFAULT_VOLUME_GB,
+    }
+    if resources.kms is not None and not _has_own_disk(resources.instance_type):
+        config["VolumeKmsKeyId"] = resources.kms
+    if resources.keep_alive:
+        config["KeepAlivePeriodInSeconds"] = resources.keep_alive
+    return config
+
+
+def _stopping_condition(resources: Resources) -> dict[str, int]:
+    minutes = resources.max_minutes or DEFAULT_MAX_MINUTES
+    condition = {"MaxRuntimeInSeconds": 60 * minutes}
+    if resources.spot:
+        wait = resources.max_wait_minutes or min(2 * minutes, MAX_RUN_MINUTES)
+        condition["MaxWaitTimeInSeconds"] = 60 * wait
+    return condition
+
+
+def _has_own_disk(instance_type: str) -> bool:
+    try:
+        return find_instance(instance_type).has_own_disk
+    except UserError:
+        return True
+
+
+def _refused_values(values: Mapping[str, str]) -> Iterator[str]:
+    if len(values) > MAX_HYPERPARAMETERS:
+        yield f"a job has at most {MAX_HYPERPARAMETERS} hyperparameters, and this one {len(values)}"
+    for name, value in values.items():
+        if len(value) > MAX_VALUE:
+            yield f"{name} has {len(value):,} characters; SageMaker takes {MAX_VALUE}: put it into a concepts_list file"
+        if len(value.splitlines()) > 1:
+            yield f"{name} holds a line break, which a hyperparameter can't; write it in one line"
+
+
+def _refused_texts(place: str, texts: Mapping[str, str], most: int) -> Iterator[str]:
+    if len(texts) > most:
+        yield f"{place}: a job takes at most {most}, and this one has {len(texts)}"
+
+
+def _refused_tags(tags: Mapping[str, str]) -> Iterator[str]:
+    yield from _refused_texts("tags", tags, MAX_TAGS)
+    for key, value in tags.items():
+        if not 1 <= len(key) <= 128 or len(value) > 256 or not _TAG.fullmatch(key) or not _TAG.fullmatch(value):
+            yield (
+                f"tags: {key!r} is not valid; keys have 1 to 128 characters and values up to 256: letters, digits, "
+                "blanks and . : / = + - @ _"
+            )
+        if key.lower().startswith("aws:"):
+            yield f"tags: {key!r}: names that start with aws: are AWS's own; write another"
+
+
+def _refused_uri(place: str, text: str) -> Iterator[str]:
+    yield from _problems_of(lambda: S3Uri.parse(text), f"{place}: ")
+    if len(text) >= MAX_S3_URI or len(text.splitlines()) > 1:
+        yield f"{place}: {text[:60]}... has to be one line of less than {MAX_S3_URI} characters"
+
+
+def _refused_together(r: Resources) -> Iterator[str]:
+    minutes = r.max_minutes or DEFAULT_MAX_MINUTES
+    if r.max_wait_minutes is not None and not r.spot:
+        yield "max_wait_minutes is for spot=True; leave it out, or set max_minutes"
+    elif r.max_wait_minutes is not None and r.max_wait_minutes < minutes:
+        yield f"max_wait_minutes={r.max_wait_minutes} is less than max_minutes={minutes}; write {minutes} or more"
+    if r.spot and r.keep_alive:
+        yield "spot=True can't keep its instance; leave keep_alive out, or set spot=False"
+    if r.volume_gb is not None and _has_own_disk(r.instance_type):
+        yield f"volume_gb: {r.instance_type} has disks of its own, of a fixed size; leave volume_gb out"
+    if r.kms is not None and not _KMS.fullmatch(r.kms):
+        yield f"kms: {r.kms!r} is no id or ARN of a KMS key"
+    odd = [each for each in r.vpc if not _VPC_ID.fullmatch(each)]
+    groups = sum(each.startswith("sg-") for each in r.vpc)
+    if odd:
+        yield f"vpc: {', '.join(map(repr, odd))}: write ids of subnets and security groups, subnet-... and sg-..."
+    elif r.vpc and not (1 <= groups <= 5 and 1 <= len(r.vpc) - groups <= 16):
+        yield f"vpc: {len(r.vpc) - groups} subnets and {groups} security groups; name 1 to 16 and 1 to 5 of them"
+
+
+def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
+    """What SageMaker would take, and the job would fail with."""
+    if not r.network_isolation:
+        return
+    if h.manual_upload_model_path is not None:
+        yield (
+            "network_isolation=True: the job can't reach S3 itself; leave manual_upload_model_path out, and SageMaker "
+            "saves the model to `output`"
+        )
+    if h.class_cache is not None:
+        yield "network_isolation=True: the job can't reach class_cache in S3; leave it out"
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path"):
+        if _is_remote(getattr(h, name)):
+            yield (
+                f"network_isolation=True: the job can't fetch {name}={getattr(h, name)}; give it as an s3:// prefix or "
+                "a local directory, which becomes a channel"
+            )
+    remote = [word for word in (h.fidelity_encoders or "").split() if _is_remote(word.partition("=")[2] or None)]
+    if remote:
+        yield f"network_isolation=True: the job can't fetch fidelity_encoders={' '.join(remote)}; leave them out"
+
+
+def _is_remote(model: str | None) -> bool:
+    """Whether a model has to come over the network: a hub id or S3, no directory and no model of the image's own."""
+    return model is not None and not model.startswith(("/", ".")) and model != "toybox"
+
+
+def _problems_of(check: Any, prefix: str = "") -> Iterable[str]:
+    problems = Problems()
+    with problems.collected():
+        check()
+    return [f"{prefix}{problem}" for problem in problems.found]
+
+
+def _texts(value: object, place: str = "request") -> Iterator[tuple[str, str]]:
+    """Every text of a request, and where it stands."""
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield f"{place}: a key", str(key)
+            yield from _texts(each, f"{place}.{key}" if len(str(key)) <= 64 else place)
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            yield from _texts(each, f"{place}[{number}]")
+
+
+def _names_secret(name: str) -> bool:
+    return bool(_SECRET_NAME.search(name)) and not name.upper().endswith(_NO_SECRET_ENDINGS)

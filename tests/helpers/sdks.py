@@ -1,0 +1,67 @@
+"""Python environments with one SageMaker SDK each, which `make test` sets up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHONS = {
+    "boto3": Path(sys.executable),
+    "estimator": ROOT / ".venv-sdk2" / "bin" / "python",
+    "model_trainer": ROOT / ".venv-sdk3" / "bin" / "python",
+}
+NO_TELEMETRY = "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n      TelemetryOptOut: true\n"
+
+
+def run_backend(
+    backend: str, mode: str, requests: Sequence[dict[str, Any]], directory: Path, services: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``sdk_request.py`` with the Python that has the backend's SDK; for the arguments see :func:`run_script`."""
+    return run_script(backend, "sdk_request.py", [backend, mode], directory, services, standard_input=requests)
+
+
+def run_script(
+    backend: str,
+    script: str,
+    arguments: Sequence[str],
+    directory: Path,
+    services: Mapping[str, str],
+    *,
+    standard_input: object = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script of this folder with the Python that has the backend's SDK.
+
+    Args:
+        directory: to run in.
+        services: the variables that lead to the embedded services.
+        standard_input: goes to it as JSON.
+    """
+    python = PYTHONS[backend]
+    if not python.exists():
+        pytest.skip(f"{python.parents[1].name} is missing: `make {python.parents[1].name}/.installed` makes it")
+    config = directory / "config.yaml"
+    config.write_text(NO_TELEMETRY)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+        **services,
+        "PYTHONPATH": str(ROOT),
+        "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config),
+        "SAGEMAKER_VALIDATE_ROLE": "false",
+    }
+    return subprocess.run(
+        [python, ROOT / "tests" / "helpers" / script, *arguments],
+        input=json.dumps(standard_input),
+        env=environment,
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )

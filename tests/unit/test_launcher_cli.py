@@ -1,0 +1,130 @@
+"""``dreambooth-launcher``, its policies and its documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launcher.cli import main
+from launcher.estimates import documented_table
+from launcher.iam import execution_policy, notebook_policy, trust_policy
+from tests.helpers.api import refusals
+
+DOCS = Path(__file__).parents[2] / "docs"
+# Everything that a request needs, so that no account is asked.
+GIVEN = [
+    "--role",
+    "arn:aws:iam::123456789012:role/train",
+    "--image_uri",
+    "image:1",
+    "--bucket",
+    "models",
+    "--name",
+    "zwx",
+]
+PROMPT = ["--instance_prompt", "photo", "of", "zwx", "toy"]
+
+
+def test_the_request_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--instance_type",
+        "ml.g5.xlarge",
+        "--max_train_steps",
+        "400",
+        "--spot",
+        "--max_minutes",
+        "60",
+        "--tags",
+        "team=toys",
+        "a=b=c",
+    ]
+    vpc = ["--vpc", "subnet-0a,subnet-0b", "sg-0c"]
+    assert main(["request", "s3://models/pictures", *PROMPT, *GIVEN, *flags, *vpc]) == 0
+    request = json.loads(capsys.readouterr().out)
+    assert refusals("CreateTrainingJob", request) == []
+    assert request["HyperParameters"]["instance_prompt"] == "photo of zwx toy"
+    assert request["HyperParameters"]["max_train_steps"] == "400"
+    assert request["EnableManagedSpotTraining"] is True
+    assert request["StoppingCondition"]["MaxRuntimeInSeconds"] == 3600
+    assert request["Tags"] == [{"Key": "team", "Value": "toys"}, {"Key": "a", "Value": "b=c"}]
+    assert request["VpcConfig"] == {"SecurityGroupIds": ["sg-0c"], "Subnets": ["subnet-0a", "subnet-0b"]}
+
+
+def test_the_seeds_spelling(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ["--manul_upload_model_path", "s3://models/zwx"]
+    assert main(["request", "s3://models/pictures", *PROMPT, *GIVEN, *path]) == 0
+    assert json.loads(capsys.readouterr().out)["HyperParameters"]["manual_upload_model_path"] == "s3://models/zwx"
+
+
+def test_an_estimate_for_one_and_for_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *PROMPT, "--instance_type", "ml.g4dn.xlarge"]) == 0
+    one = capsys.readouterr().out
+    assert one.startswith("instance: ml.g4dn.xlarge (T4)\nplan: ")
+    assert main(["estimate", *PROMPT]) == 0
+    every = capsys.readouterr().out
+    assert every.startswith(one)  # the cheapest
+    assert "| ml.p5.48xlarge | 8 x H100 | 63.30 | " in every
+
+
+def test_bad_input_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "--instance_type",
+        "ml.g5.xlarg",
+        "--spot",
+        "maybe",
+        "--tags",
+        "a",
+        "--resolution",
+        "510",
+        "--keep_alive",
+        "ten",
+    ]
+    assert main(["request", "/nowhere", *flags]) == 2
+    shown = capsys.readouterr()
+    words = ("ml.g5.xlarge", "spot: ", "tags: ", "resolution=510", "keep_alive: ", "/nowhere is no folder")
+    for each in (*words, "instance_prompt is missing"):
+        assert each in shown.err, each
+    assert all(line.startswith("error: ") for line in shown.err.splitlines())
+    assert shown.out == ""
+
+
+def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["estimate", *PROMPT, "--learning_rat", "1"])
+    assert caught.value.code == 2
+    assert "--learning_rat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "check", "estimate", "request", "iam", "attach", "logs", "stop", "list"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"usage: dreambooth-launcher {command}" in capsys.readouterr().out
+
+
+def test_policies_give_no_more_than_they_need(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["iam", "models", "--account", "123456789012", "--region", "us-west-2"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["notebook"] == notebook_policy("models", account="123456789012", region="us-west-2")
+    assert printed["execution"] == execution_policy("models", account="123456789012", region="us-west-2")
+    assert printed["execution role's trust"] == trust_policy()
+    for policy in (printed["notebook"], printed["execution"]):
+        for statement in policy["Statement"]:
+            assert not any("*" in action for action in statement["Action"])
+            if statement["Resource"] == "*":  # those that AWS can't limit
+                assert not any(action.startswith(("s3:", "iam:")) for action in statement["Action"])
+    (giving,) = [each for each in printed["notebook"]["Statement"] if each["Action"] == ["iam:PassRole"]]
+    assert giving["Resource"] == "arn:aws:iam::123456789012:role/dreambooth-sm"
+    assert giving["Condition"]["StringEquals"] == {"iam:PassedToService": "sagemaker.amazonaws.com"}
+    assert "arn:aws-cn:s3:::models/*" in json.dumps(execution_policy("models", partition="aws-cn"))
+
+
+def test_the_documented_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["instances"]) == 0
+    assert capsys.readouterr().out.strip() == documented_table()
+    page = (DOCS / "launcher.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("<!-- estimates -->\n")
+    assert rest.partition("\n<!-- end of estimates -->")[0] == documented_table()
