@@ -1,4 +1,4 @@
-"""Model files from one format to the other: no GPU, and no more memory than the largest tensor takes."""
+"""Model files from one format to the other: no GPU, and one tensor in memory at a time."""
 
 from __future__ import annotations
 
