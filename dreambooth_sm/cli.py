@@ -37,6 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--gpu", help="T4, A10G, L4, V100, L40S, A100-40, H100, ... or a size such as 8GB; all if left out"
     )
     plan.add_argument("--json", action="store_true", help="as JSON")
+    convert = commands.add_parser(
+        "convert",
+        help="convert a model between a diffusers directory and a single file",
+        description="Converts a Stable Diffusion 1 or 2 model, without a GPU. A target that ends in .safetensors is "
+        "one file in the original layout (WebUI, ComfyUI); any other is a diffusers directory.",
+    )
+    convert.add_argument("source", help=".safetensors or .ckpt file, diffusers directory, s3:// location or hub id")
+    convert.add_argument("target", type=Path, help="must not exist")
+    convert.add_argument("--precision", choices=["keep", "fp16", "bf16", "fp32"], default="keep", help="of the weights")
+    convert.add_argument("--use-ema", action="store_true", help="take the EMA weights that the file carries")
+    convert.add_argument(
+        "--prediction-type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; found out if left out"
+    )
     check = commands.add_parser(
         "check",
         help="check a folder of pictures as a job would, and show what the model will see of it",
@@ -61,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(markdown_table())
         elif options.command == "plan":
             print_plan(options.gpu, rest, as_json=options.json)
+        elif options.command == "convert":
+            return run_convert(options)
         elif options.command == "check":
             print_check(options.directory, rest, sheet=options.sheet, as_json=options.json)
         elif options.command == "verify":
@@ -88,6 +103,31 @@ def print_plan(gpu: str | None, arguments: Sequence[str], *, as_json: bool) -> N
         print(f"{name:24} {value}")
     for note in plan.notes:
         print(f"- {note}")
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Converts a model; 1 where a download failed."""
+    from dreambooth_sm.quiet import quiet_libraries
+    from dreambooth_sm.storage import TransferError
+
+    quiet_libraries()
+    from dreambooth_sm.convert import convert  # imports torch
+
+    try:
+        remarks = convert(
+            options.source,
+            options.target,
+            precision=options.precision,
+            use_ema=options.use_ema,
+            prediction_type=options.prediction_type,
+        )
+    except TransferError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    for remark in remarks:
+        print(f"warning: {remark}", file=sys.stderr)
+    print(options.target)
+    return EXIT_OK
 
 
 def print_check(directory: Path, arguments: Sequence[str], *, sheet: Path | None, as_json: bool) -> None:

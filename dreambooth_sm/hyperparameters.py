@@ -45,7 +45,7 @@ ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
 # Keys that SageMaker and its SDKs add by themselves.
 _ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s*")
 _PLATFORM_KEY = re.compile(r"sagemaker_\w+|_tuning_\w+")
-_TEXT_FIELDS = {"instance_prompt", "class_prompt"}
+_TEXT_FIELDS = {"instance_prompt", "class_prompt", "validation_prompt"}
 
 
 def _knob(default: Any, group: str, help: str) -> Any:
@@ -76,12 +76,28 @@ class Hyperparameters(BaseModel):
     pretrained_model_name_or_path: str = _knob(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Model",
-        "Base model: hub id or local diffusers directory (a channel, for example).",
+        "Base model: hub id, diffusers directory (a channel, for example), `s3://` prefix or object, or a "
+        "single-file checkpoint (`.safetensors`, `.ckpt`).",
     )
     pretrained_vae_name_or_path: str | None = _knob(
-        None, "Model", "Replacement for the base model's VAE: hub id or local directory."
+        None, "Model", "Replacement for the base model's VAE: as above; a file may hold the VAE alone."
     )
     revision: str | None = _knob(None, "Model", "Revision of the base model on the hub.")
+    variant: str | None = _knob(
+        None, "Model", "Variant of the base model's files on the hub; None takes fp16 files where there are some."
+    )
+    hf_token_secret: str | None = _knob(
+        None,
+        "Model",
+        "Name of the AWS Secrets Manager secret that holds the hub's token. A token in the environment (HF_TOKEN) "
+        "needs none; never write a token here.",
+    )
+    use_ema_weights: bool = _knob(
+        False, "Model", "Start from the average (EMA) that a single-file checkpoint carries beside its weights."
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = _knob(
+        "auto", "Model", "What the base model's UNet predicts. auto: as the model says."
+    )
     model_name: str = _knob(
         "aws-trained-dreambooth-model",
         "Model",
@@ -89,6 +105,15 @@ class Hyperparameters(BaseModel):
     )
     models_path: str = _knob(
         DEFAULT_MODELS_PATH, "Model", "Directory in the container that the trained pipeline is written to."
+    )
+    export: Literal["diffusers", "single_file", "both"] = _knob(
+        "diffusers",
+        "Model",
+        "What the trained model is written as: a diffusers directory, one `.safetensors` file in the original layout "
+        "for WebUI and ComfyUI, or both.",
+    )
+    export_precision: Literal["fp16", "bf16", "fp32"] = _knob(
+        "fp16", "Model", "Precision of the trained weights' files."
     )
     manual_upload_model_path: str | None = _knob(
         None,
@@ -295,6 +320,20 @@ class Hyperparameters(BaseModel):
         "latest", "Checkpoints and logs", "Go on from the newest whole checkpoint, if there is one."
     )
     logging_steps: PositiveInt = _knob(10, "Checkpoints and logs", "Steps between two metric lines.")
+    validation_prompt: str | None = _knob(
+        None,
+        "Checkpoints and logs",
+        "Draw this prompt before and after training, and the class prompt beside it; several are separated by `|`.",
+    )
+    validation_steps: NonNegativeInt = _knob(
+        0, "Checkpoints and logs", "Draw validation_prompt every so many steps as well; 0: before and after training."
+    )
+    num_validation_images: PositiveInt = _knob(
+        1, "Checkpoints and logs", "Pictures of each validation prompt, always with the same seeds."
+    )
+    validation_guidance_scale: Annotated[float, Ge(1)] = _knob(
+        7.5, "Checkpoints and logs", "Guidance of the validation pictures."
+    )
     fidelity_encoders: str | None = _knob(
         None,
         "Checkpoints and logs",
@@ -716,6 +755,11 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         "lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0",
     )
     check(
+        h.validation_steps > 0 and h.validation_prompt is None,
+        f"validation_steps={h.validation_steps} draws nothing without validation_prompt; write a prompt, such as "
+        '"photo of zwx toy on the beach"',
+    )
+    check(
         h.select_best and h.fidelity_encoders is None,
         "select_best=true needs fidelity_encoders to measure with; write fidelity_encoders=dino=facebook/dinov2-base",
     )
@@ -727,6 +771,15 @@ def _conflicts(h: Hyperparameters) -> list[str]:
         h.fidelity_encoders is not None and not _ENCODERS.fullmatch(h.fidelity_encoders),
         f"fidelity_encoders: can't understand {h.fidelity_encoders!r}; write judge, or dino=MODEL clip=MODEL or one of "
         "them, hub ids or directories without blanks",
+    )
+    check(
+        h.export != "diffusers" and not re.fullmatch(r"[^/\0]{1,200}", h.model_name),
+        f"model_name={_short(h.model_name)} names the file that export={h.export} writes, and can't be a file's name",
+    )
+    check(
+        h.hf_token_secret is not None and h.hf_token_secret.startswith("hf_"),
+        "hf_token_secret takes the name of a secret, and this looks like a token, which job descriptions would show; "
+        "revoke it, store a new one in AWS Secrets Manager and write the secret's name",
     )
     for name in ("manual_upload_model_path", "class_cache"):
         try:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dreambooth_sm import storage
+from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.data.buckets import class_shapes
 from dreambooth_sm.data.class_cache import is_latents
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts, shapes_of, shapes_of_class_pictures
@@ -34,6 +35,7 @@ from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.results import gather_facts, write_results
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.sampling import sampling_pipeline
 from dreambooth_sm.selection import Examiner
@@ -41,6 +43,7 @@ from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
+from dreambooth_sm.validation import SAMPLES, Validator, validation_prompts
 
 # Hyperparameters that name a place in the container.
 _PATHS = (
@@ -129,6 +132,8 @@ def _run(
 
     with report.phase("load_base"):
         base = load_base(h)
+        for remark in base.remarks:
+            report.warn(remark)
         check_prompts(base, subjects, h)
         # Before class images are made: encoders that can't be had end the job here. On the CPU: the card's memory is
         # planned for training.
@@ -136,6 +141,12 @@ def _run(
     _stop_if_asked(stop, world)
     with report.phase("class_images"):
         subjects = make_class_images(base, subjects, h, plan, report=report, stop=stop, world=world)
+    validator = None
+    if world.is_main and (prompts := validation_prompts(h, subjects)):
+        with report.phase("validate_base"):
+            validator = Validator(base, prompts, h, plan, Path(h.models_path) / SAMPLES, report)
+            validator.draw(0)
+        _free_memory()
     with report.phase("encode"):
         data = encode_training_set(base, subjects, h, plan, device=device, seed=seed)
     _stop_if_asked(stop, world)
@@ -156,6 +167,7 @@ def _run(
             previous,
             checkpoints,
             on_save,
+            validator=validator,
             report=report,
             stop=stop,
             world=world,
@@ -167,8 +179,13 @@ def _run(
     if examiner:
         with report.phase("measure"):
             measure(examiner, h, schedule, identity, checkpoints)
+    if validator:
+        with report.phase("validate"):
+            validator.draw(schedule.steps)
     with report.phase("save"):
         directory = save(base, h, checkpoints)
+        facts = gather_facts(base.name, subjects, h, plan, report, validator.samples if validator else [], directory)
+        write_results(facts, directory)
     if target is None:
         return directory
     with report.phase("upload"):
@@ -409,6 +426,7 @@ def train(
     checkpoints: Path,
     on_save: Callable[[Path], object] | None = None,
     *,
+    validator: Validator | None = None,
     report: Reporter,
     stop: threading.Event,
     world: World,
@@ -434,7 +452,7 @@ def train(
             elif previous is not None:
                 trainer.resume(previous)
                 report.say(f"going on after step {previous.step}, from {previous.directory}")
-            return trainer.train(checkpoints, stop)
+            return trainer.train(checkpoints, stop, validator)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         # Not inside the except clause: the exception's frames hold what has to be freed.
@@ -489,12 +507,18 @@ def scratch_directory(h: Hyperparameters) -> Path:
 
 
 def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
-    """Writes the trained pipeline as a diffusers directory, fp16 safetensors, and some class images to look at."""
+    """Writes the trained model in the format and precision that are asked for, and some class images to look at."""
     directory = Path(h.models_path)
-    base.save(directory)
+    dtype = DTYPES[h.export_precision]
+    if h.export != "single_file":
+        base.save(directory, dtype)
+    if h.export != "diffusers":
+        base.save_single_file(
+            directory / f"{h.model_name}.safetensors", dtype, resolution=h.resolution, trigger=h.instance_prompt
+        )
     for picture in sorted((scratch_directory(h) / "shown").glob("*.png")):
-        (directory / "samples").mkdir(exist_ok=True)
-        shutil.copy2(picture, directory / "samples")
+        (directory / SAMPLES).mkdir(exist_ok=True)
+        shutil.copy2(picture, directory / SAMPLES)
     if checkpoints.is_relative_to(directory):  # the finished model stands for them
         shutil.rmtree(checkpoints, ignore_errors=True)
     return directory

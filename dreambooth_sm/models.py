@@ -11,17 +11,20 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from dreambooth_sm import toybox
+from dreambooth_sm import sources, toybox
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.sources import is_local, is_s3
+from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.stored.checkpoint import SUFFIXES, read_checkpoint, read_vae, write_checkpoint
+from dreambooth_sm.stored.directory import find_weights, read_config, read_directory, write_directory
+from dreambooth_sm.stored.model import StoredModel, check_complete, empty_module, fill, make_pipeline
 
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
 RENAMED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     toybox.NAME: str(toybox.BASE),
 }
-# Weight files of a diffusers directory, by preference.
-_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @dataclass
@@ -29,6 +32,9 @@ class BaseModel:
     """A Stable Diffusion 1 or 2 pipeline, taken apart.
 
     All modules are in fp32, on the CPU, in eval mode and without gradients, as loaded.
+
+    Attributes:
+        remarks: what was guessed of a single file; for the user to read.
     """
 
     name: str
@@ -38,6 +44,7 @@ class BaseModel:
     tokenizer: CLIPTokenizer
     scheduler: Any
     feature_extractor: Any = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def latent_scale(self) -> int:
@@ -46,15 +53,15 @@ class BaseModel:
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The parts as a pipeline; it shares their weights."""
-        return StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=self.feature_extractor,
-            requires_safety_checker=False,
+        return make_pipeline(
+            {
+                "vae": self.vae,
+                "text_encoder": self.text_encoder,
+                "tokenizer": self.tokenizer,
+                "unet": self.unet,
+                "scheduler": self.scheduler,
+                "feature_extractor": self.feature_extractor,
+            }
         )
 
     def to(self, device: str | torch.device) -> None:
@@ -63,61 +70,105 @@ class BaseModel:
             module.to(device)
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Writes a diffusers directory with safetensors. The modules are converted to ``dtype`` in place."""
-        pipeline = self.pipeline()
-        pipeline.to(device="cpu", dtype=dtype)
-        pipeline.save_pretrained(directory, safe_serialization=True)
+        """Writes a diffusers directory with safetensors of ``dtype``; the modules stay as they are."""
+        write_directory(StoredModel.of(self.name, self.pipeline()), directory, dtype=dtype)
+
+    def save_single_file(self, path: Path, dtype: torch.dtype = torch.float16, **facts: Any) -> None:
+        """Writes one ``.safetensors`` file in the original layout.
+
+        Args:
+            facts: for its metadata, see :func:`dreambooth_sm.stored.checkpoint.write_checkpoint`.
+        """
+        write_checkpoint(StoredModel.of(self.name, self.pipeline()), path, dtype=dtype, **facts)
 
 
 def check_base(h: Hyperparameters) -> None:
     """What can be said of a base model without loading it.
 
     Raises:
-        UserError: for a local path that is no Stable Diffusion 1 or 2 pipeline directory.
+        UserError: for a local path that is no Stable Diffusion 1 or 2 model, and an S3 location with nothing in it.
     """
     problems: list[str] = []
     name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
-    if "://" in name:
+    for field, value in (("pretrained_model_name_or_path", name), ("pretrained_vae_name_or_path", _vae_name(h))):
+        if is_s3(value):
+            try:
+                sources.check_s3(S3Uri.parse(value))
+            except UserError as error:
+                problems += [f"{field}: {problem}" for problem in error.problems]
+        elif "://" in value:
+            problems.append(
+                f"{field}: {value} is a URL; name a hub id, s3://bucket/prefix, or pass the model as a channel, such "
+                "as inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
+            )
+    if is_local(name):
+        problems += _check_path(Path(name))
+    vae = Path(_vae_name(h))
+    if _vae_name(h) and is_local(str(vae)) and not (_is_checkpoint(vae) or (vae / "config.json").is_file()):
         problems.append(
-            f"pretrained_model_name_or_path: {name} is a URL; name a hub id, or pass the model as a channel, such as "
-            "inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
-        )
-    elif _is_local(name):
-        problems += _check_directory(Path(name))
-    vae = h.pretrained_vae_name_or_path
-    if vae is not None and _is_local(vae) and not (Path(vae) / "config.json").is_file():
-        problems.append(
-            f"pretrained_vae_name_or_path: {vae} holds no config.json; name a directory of an AutoencoderKL"
+            f"pretrained_vae_name_or_path: {vae} holds no config.json; name a directory of an AutoencoderKL, or a "
+            ".safetensors file"
         )
     if problems:
         raise UserError(problems)
 
 
-def _is_local(name: str) -> bool:
-    """Paths are told from hub ids (``owner/name``) by their look, so that a missing channel is never looked up."""
-    return name.startswith(("/", ".", "~")) or Path(name).exists()
+def _vae_name(h: Hyperparameters) -> str:
+    return h.pretrained_vae_name_or_path or ""
 
 
-def _check_directory(directory: Path) -> list[str]:
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_file() and path.suffix in SUFFIXES
+
+
+def _check_path(path: Path) -> list[str]:
     field = "pretrained_model_name_or_path"
-    if directory.is_file():
-        return [f"{field}: {directory} is a file; name a diffusers directory (one with model_index.json)"]
-    if not directory.is_dir():
-        return [f"{field}: {directory} does not exist; name a hub id or a diffusers directory, such as a channel"]
-    index = directory / "model_index.json"
+    if path.is_file():
+        if _is_checkpoint(path):
+            return []  # what it holds is told when it is read, which takes no longer
+        return [f"{field}: {path} is a file; name a .safetensors or .ckpt file, or a diffusers directory"]
+    if not path.is_dir():
+        return [f"{field}: {path} does not exist; name a hub id or a diffusers directory, such as a channel"]
+    index = path / "model_index.json"
     try:
         pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except FileNotFoundError:
-        return [f"{field}: {directory} holds no model_index.json; name a diffusers pipeline directory"]
+        if len(_checkpoints(path)) == 1:  # a channel that holds nothing else
+            return []
+        return [f"{field}: {path} holds no model_index.json; name a diffusers pipeline directory, or a checkpoint file"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{field}: {index} can't be read: {error}"]
     if pipeline != "StableDiffusionPipeline":
-        return [f"{field}: {directory} holds a {pipeline}; this job trains Stable Diffusion 1 and 2"]
+        return [f"{field}: {path} holds a {pipeline}; this job trains Stable Diffusion 1 and 2"]
     return [
-        f"{field}: {directory / part} is missing; copy the whole pipeline directory"
+        f"{field}: {path / part} is missing; copy the whole pipeline directory"
         for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-        if not (directory / part).is_dir()
+        if not (path / part).is_dir()
     ]
+
+
+def _checkpoints(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if _is_checkpoint(path))
+
+
+def read_stored(path: Path, *, use_ema: bool = False, prediction_type: str | None = None) -> StoredModel:
+    """Understands a pipeline directory, a single-file checkpoint, or a directory that holds nothing but one.
+
+    Raises:
+        UserError: for what is none of these, and damaged files.
+    """
+    if problems := _check_path(path):
+        raise UserError(problems)
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        (path,) = _checkpoints(path)
+    if path.is_file():
+        return read_checkpoint(path, use_ema=use_ema, prediction_type=prediction_type)
+    if use_ema:
+        raise UserError(f"use_ema_weights=true: {path} is a directory, which holds one set of weights; leave it out")
+    model = read_directory(path)
+    if prediction_type:
+        model.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
+    return model
 
 
 def load_base(h: Hyperparameters) -> BaseModel:
@@ -128,42 +179,44 @@ def load_base(h: Hyperparameters) -> BaseModel:
     """
     check_base(h)
     name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
-    # By itself, because only so does transformers tell of weights that are not there and drawn at random.
-    text_encoder, found = _load(CLIPTextModel, name, h, subfolder="text_encoder", output_loading_info=True)
-    if found["missing_keys"]:
-        raise UserError(f"{name}: text_encoder lacks {sorted(found['missing_keys'])[0]}; copy the directory again")
-    pipeline = _load(
-        StableDiffusionPipeline,
-        name,
-        h,
-        text_encoder=text_encoder,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
-    vae = pipeline.vae
-    if h.pretrained_vae_name_or_path is not None:
-        vae = _load(AutoencoderKL, h.pretrained_vae_name_or_path, h)
-    _check_parts(name, pipeline.unet, vae, text_encoder, pipeline.tokenizer)
-    for module in (pipeline.unet, vae, text_encoder):
-        module.requires_grad_(False).eval()
+    path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
+    prediction = None if h.prediction_type == "auto" else h.prediction_type
+    stored = read_stored(path, use_ema=h.use_ema_weights, prediction_type=prediction)
+    parts = stored.pipeline
+    vae = _load_vae(h) if h.pretrained_vae_name_or_path else None
+    _check_parts(name, parts.unet, vae or parts.vae, parts.text_encoder, parts.tokenizer)
+    stored.load()
     return BaseModel(
         name=name,
-        unet=pipeline.unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=pipeline.tokenizer,
-        scheduler=pipeline.scheduler,
-        feature_extractor=pipeline.feature_extractor,
+        unet=parts.unet,
+        vae=vae or parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        scheduler=parts.scheduler,
+        feature_extractor=parts.feature_extractor,
+        remarks=stored.remarks,
     )
+
+
+def _load_vae(h: Hyperparameters) -> AutoencoderKL:
+    name = _vae_name(h)
+    path = sources.fetch(name, token_secret=h.hf_token_secret)
+    if path.is_file():
+        return read_vae(path)
+    config = read_config(path)
+    if config.get("_class_name") != "AutoencoderKL":
+        kind = config.get("_class_name")
+        raise UserError(f"pretrained_vae_name_or_path: {name} is a {kind}; name a directory of an AutoencoderKL")
+    vae = empty_module("vae", config)
+    tensors = find_weights(path, "vae")
+    check_complete(name, "vae", vae, tensors, "copy the directory again")
+    fill(vae, tensors, torch.float32)
+    return vae
 
 
 def _check_parts(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
-    """Raises UserError where weights are missing, or the parts do not belong together."""
-    problems = [
-        f"{name}: {part} lacks {weight}; copy the directory again"
-        for part, module in (("unet", unet), ("vae", vae))
-        for weight in [key for key, tensor in module.state_dict().items() if tensor.is_meta][:1]
-    ]
+    """Raises UserError where the parts do not belong together."""
+    problems: list[str] = []
     words = tokenizer("photo of a toy", add_special_tokens=False).input_ids
     if set(words) <= {tokenizer.unk_token_id}:
         problems.append(f"{name}: the tokenizer knows no words: its vocabulary is missing; copy the directory again")
@@ -179,30 +232,3 @@ def _check_parts(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: A
         problems.append(f"{name}: the text encoder's states are {width} wide and the UNet takes {wanted}")
     if problems:
         raise UserError(problems)
-
-
-def _load(kind: Any, name: str, h: Hyperparameters, **options: Any) -> Any:
-    local = _is_local(name)
-    if local:
-        options["variant"] = _variant(Path(name) / options.get("subfolder", ""))
-    elif kind is not AutoencoderKL:
-        options["revision"] = h.revision
-    try:
-        return kind.from_pretrained(name, dtype=torch.float32, **options)
-    except Exception as error:  # a damaged directory makes the libraries raise nearly anything
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        advice = (
-            "copy the whole directory again"
-            if local
-            else "check the id and revision, and that the job may reach the network, or pass the model as a channel"
-        )
-        source = "" if local else "from the model hub "
-        raise UserError(f"{name} can't be loaded {source}as {kind.__name__} ({reason}); {advice}") from error
-
-
-def _variant(directory: Path) -> str | None:
-    """``fp16`` for a directory that holds only half-precision files."""
-    unet = directory / "unet" if (directory / "unet").is_dir() else directory
-    full = [f for pattern in _WEIGHTS for f in unet.glob(pattern) if ".fp16." not in f.name]
-    half = [f for pattern in _WEIGHTS for f in unet.glob(pattern) if ".fp16." in f.name]
-    return "fp16" if half and not full else None

@@ -47,11 +47,15 @@ class Reporter:
 
     Attributes:
         seconds: wall-clock seconds of each phase that has ended, in order.
+        history: the values of each metric line, in order.
+        verdicts: what was said of how well the model was trained.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
         self.seconds: dict[str, float] = {}
+        self.history: list[dict[str, object]] = []
+        self.verdicts: list[str] = []
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=self.stream)
@@ -60,7 +64,12 @@ class Reporter:
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
 
+    def verdict(self, text: str) -> None:
+        self.verdicts.append(text)
+        self.say(f"verdict: {text}")
+
     def metrics(self, **values: object) -> None:
+        self.history.append({key: value for key, value in values.items() if value is not None})
         self.say(format_metrics(**values))
 
     @contextmanager

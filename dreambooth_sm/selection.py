@@ -122,7 +122,7 @@ class Examiner:
         for subject, found, before, real in rows:
             if len(real) > 1:
                 words = verdict(found, before, measure_real(self._encoders, real))
-                self._report.say(f'verdict: {words.word}: "{subject.prompt}": {words.reason}')
+                self._report.verdict(f'{words.word}: "{subject.prompt}": {words.reason}')
 
     def _measure(self) -> tuple[Fidelity, ...]:
         pipeline = sampling_pipeline(self._base, self._plan)

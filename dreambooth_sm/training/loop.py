@@ -28,6 +28,7 @@ from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
 from dreambooth_sm.training.step import GradientAverage, Inputs, attention_context, make_step
+from dreambooth_sm.validation import Validator
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A loss scaler needs some steps to find its scale; more than this many skipped in a row is a broken job.
@@ -237,8 +238,19 @@ class Trainer:
             self.on_save(saved)
         return saved
 
-    def train(self, checkpoints: Path, stop: threading.Event) -> None:
+    def weights_now(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """What :meth:`finish` would put into the modules, one parameter at a time: module, name, full-precision value,
+        EMA's where there is one."""
+        values = iter(self.ema.average if self.ema else map(self.make_step.read, self.parameters))
+        for name, module in self.modules.items():
+            for key, _ in module.named_parameters():
+                yield name, key, next(values)
+
+    def train(self, checkpoints: Path, stop: threading.Event, validator: Validator | None = None) -> None:
         """Runs all remaining steps, then :meth:`finish`.
+
+        Args:
+            validator: draws pictures on the way; the steps are the same, to the bit, with and without it.
 
         Raises:
             StopRequested: when ``stop`` is set; the steps done are in a checkpoint.
@@ -252,6 +264,10 @@ class Trainer:
                 self._log(window, rate)
                 window = _Window()
             last = self.step == self.schedule.steps
+            if validator and not last and self.world.is_main and validator.is_due(self.step):
+                paused = time.monotonic()
+                validator.draw_from(self.weights_now(), self.step)
+                window.started += time.monotonic() - paused
             if not last and self._asked_to_stop(stop):
                 saved = self.save(checkpoints)
                 raise StopRequested(f"after step {self.step} of {self.schedule.steps}; saved in {saved}")

@@ -20,6 +20,7 @@ import pytest
 from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED
 from dreambooth_sm.report import parse_metrics
+from dreambooth_sm.results import REPORT_FILES
 from dreambooth_sm.storage import MANIFEST_NAME, Manifest, S3Uri, download_directory, list_objects
 from tests.helpers.jobs import WEIGHTS, Ended, JobTree, end, read_until, read_weights, same_weights
 
@@ -108,7 +109,7 @@ def test_uploads_the_model_and_leaves_a_pointer(
     assert job.failure is None
 
     client = s3.client()
-    pipeline = files_below(job.base / "input" / "data" / "model")
+    pipeline = sorted([*files_below(job.base / "input" / "data" / "model"), *REPORT_FILES])
     keys = sorted(f"{target.prefix}/{name}" for name in [*pipeline, MANIFEST_NAME])
     assert sorted(list_objects(S3Uri(target.bucket), client=client)) == keys
     assert sorted(puts) == [f"/{target.bucket}/{key}" for key in keys], "each file is sent once"
@@ -365,7 +366,7 @@ def test_an_upload_that_fails_half_way_does_not_cost_the_model(
     assert job.failure is not None
     assert str(target) in job.failure
     assert "the disks are full" in job.failure
-    assert files_below(job.model) == files_below(job.base / "input" / "data" / "model")
+    assert files_below(job.model) == sorted([*files_below(job.base / "input" / "data" / "model"), *REPORT_FILES])
     assert_trained(job.model, tiny_base)
     # Without the manifest, nobody takes what is there for a model.
     assert f"{target.prefix}/{MANIFEST_NAME}" not in list_objects(S3Uri(target.bucket), client=s3.client())
@@ -425,7 +426,7 @@ def test_without_a_place_to_upload_to_the_model_stays(uninterrupted: tuple[JobTr
     assert job.failure is None
     assert_trained(job.model, tiny_base)
     samples = ["samples/class-0.png", "samples/class-1.png"]
-    assert files_below(job.model) == sorted([*files_below(tiny_base), *samples])
+    assert files_below(job.model) == sorted([*files_below(tiny_base), *REPORT_FILES, *samples])
     assert ended.checkpoints == [SAVE_STEPS, 2 * SAVE_STEPS]
 
 

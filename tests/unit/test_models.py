@@ -143,7 +143,7 @@ def test_a_path_that_is_not_there_is_never_looked_up_on_the_hub(path: str) -> No
 
 
 def test_a_file_is_no_directory(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+    path = tmp_path / "model.zip"
     path.write_bytes(b"")
     with pytest.raises(UserError, match="is a file"):
         check_base(of(path))

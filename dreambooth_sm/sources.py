@@ -1,0 +1,204 @@
+"""Where base models come from: local paths and channels, S3, the model hub. What comes of each is a local path."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dreambooth_sm import storage
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import S3Uri
+
+# SageMaker's disk that outlives a job of a warm pool.
+_WARM_POOL = "SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"
+_SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".bin")
+_WEIGHTS_FOLDERS = ("unet", "vae", "text_encoder", "")
+_OTHER_FILES = re.compile(
+    r"(model_index|((unet|vae|text_encoder)/)?config)\.json|(tokenizer|scheduler|feature_extractor)/.+"
+)
+_PREFERRED_VARIANT = "fp16"
+
+
+def is_s3(name: str) -> bool:
+    return name.startswith("s3://")
+
+
+def is_local(name: str) -> bool:
+    """Paths are told from hub ids (``owner/name``) by their look, so that a missing channel is never looked up."""
+    return not is_s3(name) and (name.startswith(("/", ".", "~")) or Path(name).exists())
+
+
+def cache_directory() -> Path:
+    """The warm pool's disk where there is one, or else a temporary directory of the container."""
+    return Path(os.environ.get(_WARM_POOL) or tempfile.gettempdir()) / "dreambooth-sm-models"
+
+
+def fetch(
+    name: str, *, revision: str | None = None, variant: str | None = None, token_secret: str | None = None
+) -> Path:
+    """Brings a model to this machine's disk.
+
+    Args:
+        name: local path, ``s3://`` prefix or object, or hub id.
+        revision, variant: of a hub id; fp16 files are preferred where no variant is named.
+        token_secret: name of the AWS secret with the hub's token; the environment's ``HF_TOKEN`` if left out.
+
+    Returns:
+        a directory or a file.
+
+    Raises:
+        UserError: there is no such model, or it can't be reached from here.
+        DownloadError: a transfer failed in spite of retries.
+    """
+    if is_local(name):
+        return Path(name)
+    if is_s3(name):
+        return _from_s3(S3Uri.parse(name))
+    return _from_hub(name, revision, variant, read_token(token_secret))
+
+
+def check_s3(uri: S3Uri) -> None:
+    """Raises UserError where nothing lies at an S3 location that a base model is to come from."""
+    _objects(uri)
+
+
+def read_token(secret: str | None) -> str | None:
+    """The model hub's token from AWS Secrets Manager: a text, or JSON with the key ``HF_TOKEN``. None for no secret.
+
+    Raises:
+        UserError: where the secret can't be read.
+    """
+    if secret is None:
+        return None
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        text = boto3.client("secretsmanager").get_secret_value(SecretId=secret)["SecretString"].strip()
+        token = json.loads(text)["HF_TOKEN"] if text.startswith("{") else text
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(
+            f"hf_token_secret: {secret} can't be read from AWS Secrets Manager ({error}); give the job's role "
+            "secretsmanager:GetSecretValue on it"
+        ) from None
+    except (KeyError, ValueError):  # without the error, which may quote the secret
+        raise UserError(f"hf_token_secret: {secret} holds neither a token nor JSON with the key HF_TOKEN") from None
+    return str(token)
+
+
+def _objects(uri: S3Uri) -> dict[str, str]:
+    """The objects of a prefix, or the one object itself: keys relative to the prefix, to ETags."""
+    parent = S3Uri(uri.bucket, uri.prefix.rpartition("/")[0])
+    single = uri.prefix.endswith(_SINGLE_FILE)
+    found = storage.list_objects(parent if single else uri)  # explains what is wrong with the bucket
+    name = uri.prefix.rpartition("/")[2]
+    if single and name not in found:
+        raise UserError(f"{uri}: there is no such object: check the bucket and the key")
+    if not found:
+        raise UserError(f"{uri}: there is nothing below this prefix: check the bucket and the prefix")
+    pages = storage.s3_client().get_paginator("list_objects_v2").paginate(Bucket=uri.bucket, Prefix=uri.prefix)
+    return {item["Key"]: item["ETag"] for page in pages for item in page.get("Contents", [])}
+
+
+def _from_s3(uri: S3Uri) -> Path:
+    """Downloads a prefix or an object once, for all processes of this host and later jobs of its warm pool."""
+    single = uri.prefix.endswith(_SINGLE_FILE)
+    identity = hashlib.sha256(json.dumps([str(uri), sorted(_objects(uri).items())]).encode()).hexdigest()[:16]
+    directory = cache_directory() / identity
+    whole = directory / uri.prefix.rpartition("/")[2] if single else directory
+    with _locked(cache_directory() / f"{identity}.lock"):
+        if not directory.is_dir():
+            partial = directory.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            if single:
+                partial.mkdir(parents=True)
+                _download_object(uri, partial / whole.name)
+            else:
+                storage.download_directory(uri, partial)
+            partial.rename(directory)
+    return whole
+
+
+def _download_object(uri: S3Uri, path: Path) -> None:
+    from boto3.exceptions import Boto3Error
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    # The CRT client, which boto3 chooses by itself on some instance types, ignores AWS_ENDPOINT_URL.
+    config = TransferConfig(max_concurrency=16, preferred_transfer_client="classic")
+    try:
+        storage.s3_client().download_file(uri.bucket, uri.prefix, str(path), Config=config)
+    except (Boto3Error, BotoCoreError, ClientError) as error:
+        raise storage.DownloadError(f"{uri}: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of this host at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
+    """Those of a repository's files that a job needs: one format and one variant of each part's weights.
+
+    Args:
+        variant: such as ``fp16``, which is preferred as well; parts that do not have it come without.
+
+    Raises:
+        UserError: where no file is of the variant that was asked for.
+    """
+    chosen = [name for name in names if _OTHER_FILES.fullmatch(name)]
+    tags = [*([rf"\.{re.escape(variant)}"] if variant else []), rf"\.{_PREFERRED_VARIANT}", ""]
+    if variant and not any(f".{variant}" in name for name in names):
+        raise UserError(f"variant={variant}: the repository has no files of it; leave variant out")
+    for folder in _WEIGHTS_FOLDERS:
+        stem = (f"{folder}/" if folder else "") + "(diffusion_pytorch_model|model|pytorch_model)"
+        found = [
+            [name for name in names if re.fullmatch(rf"{stem}{tag}(-\d+-of-\d+)?\.{suffix}", name)]
+            for suffix in ("safetensors", "bin")
+            for tag in tags
+        ]
+        chosen += next((files for files in found if files), [])
+    return chosen
+
+
+def _from_hub(name: str, revision: str | None, variant: str | None, token: str | None) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    cache = cache_directory() / "hub" if os.environ.get(_WARM_POOL) else None
+    try:
+        try:
+            info = HfApi(token=token).model_info(name, revision=revision)
+        except Exception:  # no network, or none wanted: what an earlier job fetched will do
+            for marker in ("model_index.json", "config.json"):
+                with contextlib.suppress(Exception):
+                    kept = hf_hub_download(name, marker, revision=revision, cache_dir=cache, local_files_only=True)
+                    return Path(kept).parent
+            raise
+        files = needed_files([file.rfilename for file in info.siblings or []], variant)
+        if not files:
+            raise UserError(f"{name}: the repository holds no diffusers model; name one that does")
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=files, token=token, cache_dir=cache, max_workers=8
+            )
+        )
+    except UserError:
+        raise
+    except Exception as error:  # what the hub's client raises comes from several libraries
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{name} can't be loaded from the model hub ({reason}); check the id and revision, and that the job may "
+            "reach the network and the model (HF_TOKEN or hf_token_secret), or pass the model as a channel"
+        ) from error

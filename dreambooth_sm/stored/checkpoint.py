@@ -1,0 +1,189 @@
+"""Single-file checkpoints in the original Stable Diffusion layout, as WebUI, ComfyUI and Civitai have them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, open_tensors, write_safetensors
+from dreambooth_sm.stored.layout import CLIP, PARTS, UNET, VAE, is_open_clip, to_diffusers, to_original
+from dreambooth_sm.stored.model import (
+    Progress,
+    StoredModel,
+    check_complete,
+    clip_tokenizer,
+    empty_module,
+    fill,
+    make_pipeline,
+    no_progress,
+)
+from dreambooth_sm.stored.recognise import CONFIGS_FIELD, check_kind, read_configs, vae_config
+
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
+_TOKENIZER_FIELD = "dreambooth_sm.tokenizer"
+_CLIP_TOKENS = 49_408
+_EMA = "model_ema."
+_ADVICE = "copy the file again, or take another version of it"
+
+
+def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str | None = None) -> StoredModel:
+    """Understands a ``.safetensors`` file or a pickle (``.ckpt``) of Stable Diffusion 1 or 2, without reading weights.
+
+    Args:
+        use_ema: takes the average that some files carry beside the UNet's weights.
+        prediction_type: ``epsilon`` or ``v_prediction``; None to find out
+            (:func:`dreambooth_sm.stored.recognise.read_configs`).
+
+    Raises:
+        UserError: where the file is damaged, another kind of model, or a pickle that wants more than tensors.
+    """
+    file = open_tensors(path)
+    check_kind(file)
+    file = TensorFile(path, _renamed(file.tensors), file.notes)
+    if use_ema:
+        file = TensorFile(path, _averaged(file), file.notes)
+    configs, remarks = read_configs(file, prediction_type)
+    try:
+        modules: dict[str, Any] = {part: empty_module(part, configs[part]) for part in PARTS}
+        scheduler_class = getattr(diffusers, configs["scheduler"].pop("_class_name"))
+        scheduler = scheduler_class.from_config(configs["scheduler"])
+    except Exception as error:  # configurations from a file's metadata can be anything
+        raise UserError(f"{path}: its configuration makes no model ({error!r:.200}); {_ADVICE}") from None
+    configs["unet"] = dict(modules["unet"].config)  # with the defaults that the shapes say nothing of
+    tensors: dict[str, dict[str, Stored]] = {}
+    for part, module in modules.items():
+        names = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        tensors[part] = to_diffusers(part, names, configs, file.tensors)
+        check_complete(str(path), part, module, tensors[part], _ADVICE)
+    pipeline = make_pipeline(
+        {**modules, "scheduler": scheduler, "tokenizer": _tokenizer(file, configs), "feature_extractor": None}
+    )
+    return StoredModel(str(path), pipeline, tensors, tuple(remarks))
+
+
+def read_vae(path: Path) -> AutoencoderKL:
+    """The VAE of a whole checkpoint, or of a file of its own, in float32.
+
+    Raises:
+        UserError: where the file is damaged or holds no VAE.
+    """
+    found = open_tensors(path).tensors
+    if not any(key.startswith(VAE) for key in found):
+        found = {VAE + key: tensor for key, tensor in found.items()}
+    try:
+        config = vae_config(found)
+        module = empty_module("vae", config)
+    except Exception as error:
+        raise UserError(f"{path} holds no VAE in the original Stable Diffusion layout ({error!r:.200})") from None
+    names = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    tensors = to_diffusers("vae", names, {"vae": config}, found)
+    check_complete(str(path), "vae", module, tensors, _ADVICE)
+    fill(module, tensors, torch.float32)
+    return module
+
+
+def write_checkpoint(
+    model: StoredModel,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    title: str = "",
+    resolution: int | None = None,
+    trigger: str | None = None,
+    licence: str | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Writes one ``.safetensors`` file in the original layout, with ModelSpec 1.0.1 metadata
+    (github.com/Stability-AI/ModelSpec). SD 2's text encoder is written without OpenCLIP's last layer, as diffusers
+    pipelines lack it and nothing uses it.
+
+    Args:
+        dtype: of the weights; None keeps each as it is.
+        title: defaults to the file's name.
+        resolution: of the training pictures; the UNet's own if left out.
+        trigger: the prompt that shows the subject.
+        progress: is called with the bytes of each tensor once they are written.
+    """
+    configs = model.configs
+    v_prediction = configs["scheduler"]["prediction_type"] == "v_prediction"
+    pixels = resolution or configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    second = is_open_clip(configs)
+    architecture = "stable-diffusion-v2-" + ("768-v" if v_prediction else "512") if second else "stable-diffusion-v1"
+    notes = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": "https://github.com/Stability-AI/stablediffusion",
+        "modelspec.title": title or path.stem,
+        "modelspec.resolution": f"{pixels}x{pixels}",
+        "modelspec.prediction_type": "v" if v_prediction else "epsilon",
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "modelspec.encoder_layer": "2" if second else "1",
+        HASH_FIELD: "",
+        CONFIGS_FIELD: _json({**configs, "scheduler": _scheduler_config(model)}),
+    }
+    notes |= {f"modelspec.{key}": value for key, value in (("trigger_phrase", trigger), ("license", licence)) if value}
+    if len(model.pipeline.tokenizer) != _CLIP_TOKENS:
+        notes[_TOKENIZER_FIELD] = _json(_tokenizer_files(model.pipeline.tokenizer))
+    tensors = {key: value for part in PARTS for key, value in to_original(part, model.tensors[part], configs).items()}
+    write_safetensors(path, tensors, dtype=dtype, notes=notes, progress=progress)
+
+
+def _scheduler_config(model: StoredModel) -> dict[str, Any]:
+    return {**model.configs["scheduler"], "_class_name": type(model.pipeline.scheduler).__name__}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str, separators=(",", ":"))
+
+
+def _renamed(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Names as most files have them: some early fine-tuned ones lack ``text_model`` in the text encoder's."""
+    return {
+        key.replace(CLIP, f"{CLIP}text_model.", 1)
+        if key.startswith(CLIP) and not key.startswith(f"{CLIP}text_model.")
+        else key: value
+        for key, value in tensors.items()
+    }
+
+
+def _averaged(file: TensorFile) -> dict[str, Stored]:
+    names = {key: _EMA + "".join(key.split(".")[1:]) for key in file.tensors if key.startswith(UNET)}
+    missing = [name for name in names.values() if name not in file.tensors]
+    if missing:
+        found = "no EMA weights" if len(missing) == len(names) else f"EMA weights without {missing[0]}"
+        raise UserError(f"{file.path} holds {found}; leave use_ema_weights out")
+    return {**file.tensors, **{key: file.tensors[name] for key, name in names.items()}}
+
+
+def _tokenizer_files(tokenizer: CLIPTokenizer) -> dict[str, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+
+
+def _tokenizer(file: TensorFile, configs: Mapping[str, Mapping[str, Any]]) -> CLIPTokenizer:
+    if _TOKENIZER_FIELD in file.notes:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, text in json.loads(file.notes[_TOKENIZER_FIELD]).items():
+                    Path(folder, Path(name).name).write_text(text, encoding="utf-8")
+                return CLIPTokenizer.from_pretrained(folder)
+        except Exception as error:  # another writer's metadata can be anything
+            raise UserError(f"{file.path}: its metadata {_TOKENIZER_FIELD} can't be read: {error!r:.200}") from None
+    tokens = configs["text_encoder"]["vocab_size"]
+    if tokens != _CLIP_TOKENS:
+        raise UserError(
+            f"{file.path}: its text encoder knows {tokens} tokens and CLIP's tokenizer {_CLIP_TOKENS}; convert it to a "
+            "diffusers directory with its own tokenizer first"
+        )
+    return clip_tokenizer("!" if is_open_clip(configs) else "<|endoftext|>")

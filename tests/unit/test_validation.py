@@ -1,0 +1,97 @@
+"""Validation pictures: those of the model at that step, and training as it would be without them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.validation import Validator, validation_prompts
+from tests.helpers.training import Run, hyperparameters, make_subject, same, weights
+
+PLANS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fast": {
+        "optimizer": "blockwise",
+        "state_bits": 8,
+        "update_in_backward": True,
+        "max_grad_norm": None,
+        "precision": "bf16",
+        "weights": "residual",
+        "gradient_checkpointing": True,
+        "train_text_encoder": True,
+    },
+    "average": {"ema": "device"},
+    "latents not cached": {"cache_latents": False},
+}
+JOB: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "validation_prompt": "photo of zwx toy | a cat",
+    "validation_steps": 2,
+    "num_validation_images": 2,
+}
+
+
+def train(base: BaseModel, root: Path, plan: dict[str, Any], *, steps: int, validate: bool) -> tuple[Run, Validator]:
+    run = Run(base, root, plan=plan, max_train_steps=steps, train_text_encoder="train_text_encoder" in plan, **JOB)
+    prompts = validation_prompts(run.h, (run.subject,))
+    validator = Validator(copy.deepcopy(base), prompts, run.h, run.plan, root / "samples", run.recorder)
+    run.trainer.train(root / "checkpoints", run.recorder.stop, validator if validate else None)
+    return run, validator
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_training_is_the_same_and_pictures_are_the_models(name: str, base: BaseModel, tmp_path: Path) -> None:
+    with_, drawn = train(base, tmp_path / "with", PLANS[name], steps=4, validate=True)
+    without, _ = train(base, tmp_path / "without", PLANS[name], steps=4, validate=False)
+    assert with_.losses == without.losses
+    for part in ("unet", "text_encoder"):
+        assert same(weights(getattr(with_.base, part)), weights(getattr(without.base, part)))
+    assert [(s.step, s.prompt) for s in drawn.samples] == [(2, "photo of zwx toy")] * 2 + [(2, "a cat")] * 2
+
+    short, _ = train(base, tmp_path / "short", PLANS[name], steps=2, validate=False)
+    after = Validator(
+        short.base, validation_prompts(short.h, ()), short.h, short.plan, tmp_path / "after", short.recorder
+    )
+    after.draw(2)
+    before = Validator(base, validation_prompts(short.h, ()), short.h, short.plan, tmp_path / "before", short.recorder)
+    before.draw(0)
+    for mine, expected, untrained in zip(drawn.samples, after.samples, before.samples, strict=True):
+        assert np.array_equal(pixels(mine.path), pixels(expected.path))
+        assert not np.array_equal(pixels(mine.path), pixels(untrained.path))
+
+
+def test_pictures_know_their_prompt_and_seed(base: BaseModel, tmp_path: Path) -> None:
+    h = hyperparameters(validation_prompt="a “toy” at night")
+    run = Run(base, tmp_path)
+    validator = Validator(base, validation_prompts(h, ()), h, run.plan, tmp_path / "samples", run.recorder)
+    validator.draw(0)
+    validator.draw(7)
+    first, second = validator.samples
+    assert (first.seed, second.step) == (second.seed, 7)
+    with Image.open(second.path) as picture:
+        assert picture.text["prompt"] == "a “toy” at night"  # type: ignore[attr-defined]
+        assert f"Seed: {second.seed}" in picture.text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_the_class_is_drawn_as_well(tmp_path: Path) -> None:
+    subject = make_subject(tmp_path, class_pictures=1)
+    assert validation_prompts(hyperparameters(validation_prompt="one|two|one|"), (subject, subject)) == (
+        "one",
+        "two",
+        "photo of a toy",
+    )
+    assert validation_prompts(hyperparameters(), (subject,)) == ()
+    with pytest.raises(UserError, match="validation_prompt"):
+        hyperparameters(validation_steps=5)
