@@ -479,6 +479,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         "use_cpu": st.just(False),
         "lr_warmup_steps": st.just(0),
         "sample_guidance_scale": st.floats(1, 20),
+        "validation_guidance_scale": st.floats(1, 20),
+        "validation_steps": st.just(0),
         "fidelity_encoders": st.sampled_from([None, "judge", "dino=a/b", "dino=a/b clip=/c"]),
         "select_best": st.just(False),
     }
