@@ -3,7 +3,7 @@
 Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
-from launcher.fit import check, estimate, estimator, fit, model_trainer, request
+from launcher.fit import check, contact_sheet, estimate, estimator, fit, model_trainer, request
 from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
 from launcher.local import local_services
 from launcher.training_request import Resources
@@ -16,6 +16,7 @@ __all__ = [
     "Resources",
     "attach",
     "check",
+    "contact_sheet",
     "estimate",
     "estimator",
     "fit",

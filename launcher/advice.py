@@ -26,8 +26,8 @@ _ADVICE: tuple[tuple[str, str], ...] = (
     ),
     (
         r"gated repo|GatedRepo|awaiting a review from the repo authors|Access to model .* is restricted",
-        "accept the model's licence on its page on the hub and give the job a token that may read it (HF_TOKEN), or "
-        "pass the model as a directory or s3:// prefix",
+        "accept the model's licence on its page on the hub, keep a token that may read it in AWS Secrets Manager and "
+        "name it with hf_token_secret, or pass the model as a directory or s3:// prefix",
     ),
     (
         r"(?i)cannot pull|repository .* does not exist|requested image .* not found|ecr:(?:BatchGetImage|GetDownload)",

@@ -69,10 +69,10 @@ def request(**options: Any) -> None:
     print(json.dumps(launcher.request(**_read(options)), indent=2))
 
 
-def iam(bucket: str, account: str, region: str, role: str, partition: str) -> None:
+def iam(bucket: str, account: str, region: str, role: str, partition: str, secret: str | None) -> None:
     policies = {
         "notebook": notebook_policy(bucket, account=account, region=region, role=role, partition=partition),
-        "execution": execution_policy(bucket, account=account, region=region, partition=partition),
+        "execution": execution_policy(bucket, account=account, region=region, partition=partition, secret=secret),
         "execution role's trust": trust_policy(),
     }
     print(json.dumps(policies, indent=2))
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     policies.add_argument("--region", default="*", help="that jobs run in")
     policies.add_argument("--role", default="dreambooth-sm", help="name of the execution role")
     policies.add_argument("--partition", default="aws", help="aws, aws-cn or aws-us-gov")
+    policies.add_argument("--secret", help="name of the secret with the model hub's token (hf_token_secret)")
 
     add(attach, "attach", "Follow a job until it has ended").add_argument("name", help="of the job")
     log = add(logs, "logs", "Print the log of a job")

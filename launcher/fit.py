@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher import backends
 from launcher.account import Account
@@ -16,13 +18,14 @@ from launcher.clients import Clients
 from launcher.estimates import Estimate
 from launcher.job import Job
 from launcher.local import run_locally
-from launcher.options import Images, with_options
+from launcher.options import Images, split_options, with_options
 from launcher.order import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
 from launcher.staging import lay_out_files
 from launcher.training_request import redact
 
 if TYPE_CHECKING:
     from boto3.session import Session
+    from PIL.Image import Image
     from sagemaker.estimator import Estimator
     from sagemaker.train import ModelTrainer
 
@@ -70,6 +73,32 @@ def fit(
     order.stage(account, say)
     job = backends.submit(order.request, account.clients, price=order.estimate.instance.usd_per_hour)
     return job.wait(log) if wait else job
+
+
+@with_options(instance_type=LOCAL)
+def contact_sheet(images: str | Path, **options: Any) -> Image:
+    """What the model will see of a folder of pictures: each in the shape it is trained in, cropped, with its prompt.
+
+    Args:
+        images: folder with 4 to 20 pictures.
+        options: of :func:`fit`.
+
+    Returns:
+        a picture, which a notebook shows.
+
+    Raises:
+        UserError: where a job could not use the folder, with everything that is wrong with it.
+    """
+    from dreambooth_sm.data.check import check_folder
+    from dreambooth_sm.data.sheet import contact_sheet as draw_sheet
+
+    problems = Problems()
+    _, _, values = split_options(options, problems)
+    problems.raise_any()
+    findings = check_folder(Path(images), Hyperparameters.parse(values), name="images")
+    if findings.errors:
+        raise UserError(findings.errors)
+    return draw_sheet(findings.pictures)
 
 
 @with_options(instance_type="auto")

@@ -53,11 +53,14 @@ def notebook_policy(
     )
 
 
-def execution_policy(bucket: str, *, account: str = "*", region: str = "*", partition: str = "aws") -> Policy:
+def execution_policy(
+    bucket: str, *, account: str = "*", region: str = "*", partition: str = "aws", secret: str | None = None
+) -> Policy:
     """What the job itself needs: its image, its data and results in the bucket, its log and metrics.
 
     Args:
         bucket, account, region, partition: as for :func:`notebook_policy`.
+        secret: name of the secret that ``hf_token_secret`` names.
     """
     repository = f"arn:{partition}:ecr:{region}:{account}:repository/{REPOSITORY}"
     policy = execution_role_policy(S3Uri(bucket), image_repository=repository, partition=partition)
@@ -65,7 +68,10 @@ def execution_policy(bucket: str, *, account: str = "*", region: str = "*", part
         **_allow("WriteMetrics", ["cloudwatch:PutMetricData"], "*"),
         "Condition": {"StringEquals": {"cloudwatch:namespace": "/aws/sagemaker/TrainingJobs"}},
     }
-    return _policy(*policy["Statement"], metrics)
+    # Secrets Manager adds six characters to a secret's name.
+    secrets = f"arn:{partition}:secretsmanager:{region}:{account}:secret:{secret}-??????"
+    reading = [_allow("ReadHubToken", ["secretsmanager:GetSecretValue"], secrets)] if secret else []
+    return _policy(*policy["Statement"], metrics, *reading)
 
 
 def trust_policy() -> Policy:

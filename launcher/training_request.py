@@ -288,8 +288,8 @@ def find_secrets(request: object, environment: Mapping[str, str] | None = None) 
     """
     known = _secrets_of(environment or {})
     found = [
-        f"{place} holds a secret, which whoever may describe the job could read; leave it out, and give a gated base "
-        "model as an s3:// prefix or a local directory"
+        f"{place} holds a secret, which whoever may describe the job could read; leave it out, and name the AWS "
+        "secret that holds the hub's token with hf_token_secret"
         for place, text in _texts(request)
         if _SECRET_VALUE.search(text) or any(value in text for value in known)
     ]

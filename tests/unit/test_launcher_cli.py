@@ -121,6 +121,14 @@ def test_policies_give_no_more_than_they_need(capsys: pytest.CaptureFixture[str]
     assert giving["Condition"]["StringEquals"] == {"iam:PassedToService": "sagemaker.amazonaws.com"}
     assert not any("s3:DeleteObject" in each["Action"] for each in printed["notebook"]["Statement"])
     assert "arn:aws-cn:s3:::models/*" in json.dumps(execution_policy("models", partition="aws-cn"))
+    assert "secretsmanager" not in json.dumps(printed["execution"])
+    assert main(["iam", "models", "--secret", "hub"]) == 0
+    (reading,) = [
+        each
+        for each in json.loads(capsys.readouterr().out)["execution"]["Statement"]
+        if each["Action"] == ["secretsmanager:GetSecretValue"]
+    ]
+    assert reading["Resource"] == "arn:aws:secretsmanager:*:*:secret:hub-??????"
 
 
 def test_the_documented_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:
