@@ -67,3 +67,12 @@ def test_serve_says_that_this_image_trains(image: str, tmp_path: Path) -> None:
     assert done.returncode == EXIT_BAD_INPUT
     (line,) = done.stderr.strip().splitlines()
     assert "this image trains" in line
+
+
+def test_a_gpu_instance_without_its_driver_is_told_of_it(image: str, lay_out_job: Callable[..., JobTree]) -> None:
+    job = lay_out_job()
+    job.write("input/config/resourceconfig.json", '{"hosts": ["algo-1"], "current_instance_type": "ml.g4dn.xlarge"}')
+    with running(*STRICT, *mounts(job.base), image, "train") as container:
+        ended = end(container.process)
+    assert ended.code == EXIT_BAD_INPUT, ended.log
+    assert "the instance is a ml.g4dn.xlarge, and torch sees no GPU: no NVIDIA driver" in (job.failure or "")
