@@ -2,7 +2,7 @@
 
 # CUDA 12.8 serves every card from T4 to H100 and Blackwell; CUDA 13 would ask for newer host drivers.
 ARG BASE_IMAGE=pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS dependencies
 
 # Triton compiles its launchers when a job runs; not every runtime image has the compiler and headers for that.
 # hadolint ignore=DL3008
@@ -33,6 +33,26 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         python -c 'import torch, importlib.util as u; torch.ops.load_library(u.find_spec("xformers._C").origin)'; \
     fi; \
     rm -rf /root/base-torch.txt /tmp/*
+
+# A base model in the image saves each job its download: a hub id, found by `pretrained_model_name_or_path`.
+FROM dependencies AS base-model
+ARG BASE_MODEL=""
+ARG BASE_MODEL_REVISION=""
+# A mirror of the hub.
+ARG HF_ENDPOINT
+WORKDIR /src
+COPY dreambooth_sm/__init__.py dreambooth_sm/errors.py dreambooth_sm/sources.py dreambooth_sm/storage.py dreambooth_sm/
+RUN mkdir -p /opt/base-models \
+    && if [ -n "$BASE_MODEL" ]; then \
+        python -c 'import shutil, sys; from dreambooth_sm import sources; \
+name, revision = sys.argv[1:]; \
+shutil.copytree(sources.fetch(name, revision=revision or None), sources.BAKED / name)' \
+        "$BASE_MODEL" "$BASE_MODEL_REVISION"; \
+    fi \
+    && chmod -R a+rX /opt/base-models
+
+FROM dependencies
+COPY --from=base-model /opt/base-models/ /opt/base-models/
 
 # Caches follow HOME into /tmp: with it as a volume, the job runs on a read-only root file system (`--read-only`).
 # USER gives a `--user` that /etc/passwd does not know the name that PyTorch's compile cache asks for.

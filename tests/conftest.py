@@ -16,6 +16,7 @@ import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
 from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
 from dreambooth_sm.storage import S3Uri
 from launcher.embedded import EmbeddedServices
+from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 
 EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
@@ -87,3 +88,18 @@ def services() -> Iterator[EmbeddedServices]:
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         with launcher.local_services() as services:
             yield services
+
+
+@pytest.fixture
+def hub(tiny_base: Path) -> Iterator[Hub]:
+    """A repository as SD 1.5's: several formats and variants, a single file, a safety checker, a licence."""
+    files = {str(path.relative_to(tiny_base)): path.read_bytes() for path in tiny_base.rglob("*") if path.is_file()}
+    for part, stem in STEMS.items():
+        whole = files[f"{part}/{stem}.safetensors"]
+        files[f"{part}/{stem}.fp16.safetensors"] = whole
+        files[f"{part}/{stem}.fp16.bin"] = b"pickle"
+        files[f"{part}/{stem}.non_ema.safetensors"] = b"other"
+    files |= {"v1-5-pruned.ckpt": b"pickle", "safety_checker/model.safetensors": b"x", "README.md": b"x"}
+    served = Hub(files)
+    yield served
+    served.server.shutdown()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
 from dreambooth_sm.training.checkpoint import latest_checkpoint
-from tests.helpers.containers import STRICT, docker, mounts, needs_engine, running
+from tests.helpers.containers import STRICT, TAG, build, docker, mounts, needs_engine, running
+from tests.helpers.hub import Hub
 from tests.helpers.jobs import JobTree, end, read_until, read_weights
 
 pytestmark = needs_engine
@@ -76,3 +77,15 @@ def test_a_gpu_instance_without_its_driver_is_told_of_it(image: str, lay_out_job
         ended = end(container.process)
     assert ended.code == EXIT_BAD_INPUT, ended.log
     assert "the instance is a ml.g4dn.xlarge, and torch sees no GPU: no NVIDIA driver" in (job.failure or "")
+
+
+def test_a_base_model_that_is_baked_in_is_found_by_its_id(hub: Hub, lay_out_job: Callable[..., JobTree]) -> None:
+    tag = f"{TAG}-baked"
+    done = build("BASE_MODEL=owner/model", f"HF_ENDPOINT={hub.url}", tag=tag)
+    assert done.returncode == 0, done.stderr[-4000:]
+    job = lay_out_job(pretrained_model_name_or_path="owner/model", class_prompt="None")
+    with running(*STRICT, *mounts(job.base), tag, "train") as container:
+        ended = end(container.process)
+    docker("rmi", tag)
+    assert ended.code == EXIT_OK, ended.log
+    assert read_weights(job.model, "unet")
