@@ -141,10 +141,11 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
 
 
 def read_weights(directory: Path, part: str) -> dict[str, Any]:
-    """The tensors of one part of a diffusers directory."""
+    """The tensors of one part of a diffusers directory; text encoders have names with a prefix or without."""
     from safetensors.torch import load_file
 
-    return load_file(directory / WEIGHTS[part])
+    weights = load_file(directory / WEIGHTS[part])
+    return {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
 
 
 def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
