@@ -2,7 +2,7 @@
 
 # CUDA 12.8 serves every card from T4 to H100 and Blackwell; CUDA 13 would ask for newer host drivers.
 ARG BASE_IMAGE=pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime
-FROM ${BASE_IMAGE}
+FROM ${BASE_IMAGE} AS dependencies
 
 # Triton compiles its launchers when a job runs; not every runtime image has the compiler and headers for that.
 # hadolint ignore=DL3008
@@ -12,10 +12,9 @@ RUN command -v gcc >/dev/null || { \
         && rm -rf /var/lib/apt/lists/*; \
     }
 
-# 8-bit AdamW (`use_8bit_adam`); its wheel holds kernels for each CUDA 12 and 13.
+# `use_8bit_adam`.
 ARG WITH_BITSANDBYTES=1
-# `attention=xformers`, for those who ask for it. This wheel is built for torch 2.10 with CUDA 12.8 (T4 and newer) and
-# loads on no CUDA 13 image: change it together with BASE_IMAGE.
+# `attention=xformers`. Its wheel fits one torch and CUDA: change requirements/xformers.in together with BASE_IMAGE.
 ARG WITH_XFORMERS=0
 # The base's torch is a constraint, so no dependency can replace it; what would break a job breaks the build instead.
 RUN --mount=type=cache,target=/root/.cache/pip \
@@ -24,15 +23,37 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     base_torch() { python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; }; \
     base_torch >/root/base-torch.txt; \
     set -- --requirement /mnt/image.txt; \
-    if [ "$WITH_BITSANDBYTES" = 1 ]; then set -- "$@" bitsandbytes==0.50.2; fi; \
-    if [ "$WITH_XFORMERS" = 1 ]; then set -- "$@" xformers==0.0.35; fi; \
-    PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --constraint /root/base-torch.txt "$@"; \
+    if [ "$WITH_BITSANDBYTES" = 1 ]; then set -- "$@" --requirement /mnt/bitsandbytes.txt; fi; \
+    if [ "$WITH_XFORMERS" = 1 ]; then set -- "$@" --requirement /mnt/xformers.txt; fi; \
+    PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --require-hashes --only-binary :all: \
+        --constraint /root/base-torch.txt "$@"; \
     [ "$(base_torch)" = "$(cat /root/base-torch.txt)" ]; \
     python -c 'from diffusers import StableDiffusionPipeline'; \
+    if [ "$WITH_BITSANDBYTES" = 1 ]; then python -c 'import bitsandbytes'; fi; \
     if [ "$WITH_XFORMERS" = 1 ]; then \
         python -c 'import torch, importlib.util as u; torch.ops.load_library(u.find_spec("xformers._C").origin)'; \
     fi; \
     rm -rf /root/base-torch.txt /tmp/*
+
+# A base model in the image saves each job its download: a hub id, found by `pretrained_model_name_or_path`.
+FROM dependencies AS base-model
+ARG BASE_MODEL=""
+ARG BASE_MODEL_REVISION=""
+# A mirror of the hub.
+ARG HF_ENDPOINT
+WORKDIR /src
+COPY dreambooth_sm/__init__.py dreambooth_sm/errors.py dreambooth_sm/sources.py dreambooth_sm/storage.py dreambooth_sm/
+RUN mkdir -p /opt/base-models \
+    && if [ -n "$BASE_MODEL" ]; then \
+        python -c 'import shutil, sys; from dreambooth_sm import sources; \
+name, revision = sys.argv[1:]; \
+shutil.copytree(sources.fetch(name, revision=revision or None), sources.BAKED / name)' \
+        "$BASE_MODEL" "$BASE_MODEL_REVISION"; \
+    fi \
+    && chmod -R a+rX /opt/base-models
+
+FROM dependencies
+COPY --from=base-model /opt/base-models/ /opt/base-models/
 
 # Caches follow HOME into /tmp: with it as a volume, the job runs on a read-only root file system (`--read-only`).
 # USER gives a `--user` that /etc/passwd does not know the name that PyTorch's compile cache asks for.
@@ -46,10 +67,10 @@ VOLUME ["/tmp"]
 
 # Our code comes last: a change to it rebuilds nothing above. Readable to any `--user`, whatever the builder's umask.
 WORKDIR /opt/dreambooth-sm
-COPY LICENSE ./
-COPY dreambooth_sm/ dreambooth_sm/
-COPY container/ container/
-RUN python -m compileall -q . && chmod -R a+rX .
+COPY --chmod=755 LICENSE ./
+COPY --chmod=755 dreambooth_sm/ dreambooth_sm/
+COPY --chmod=755 container/ container/
+RUN python -m compileall -q .
 
 # No USER: SageMaker starts the container as root and owns what it mounts at /opt/ml, where another user could not
 # write its model. Everywhere else `docker run --user` works.

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # The two SageMaker SDKs can't be installed together: the tests run each in an environment of its own (280 MB, 20 s).
 SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint lock clean
 
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
@@ -18,6 +18,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# What the image installs, with the hashes of every file: change a .in file, then `make lock`.
+lock: requirements/image.txt requirements/bitsandbytes.txt requirements/xformers.txt
+
+requirements/%.txt: requirements/%.in | $(STAMP)
+	$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --custom-compile-command 'make lock' -o $@ $<
 
 # torch first and by itself: a CPU build on the index or on disk is then not replaced by a dependency's choice.
 $(STAMP): pyproject.toml requirements/constraints.txt

@@ -1,5 +1,7 @@
 """SageMaker's ``train``: reads the contract, runs the job, answers by exit code and failure file.
 
+``serve``, which SageMaker calls for an endpoint, is answered with where to serve the model instead.
+
 Exit codes: 0 done; 2 bad input; 143 stopped on request, with a checkpoint; 1 anything else.
 """
 
@@ -28,6 +30,11 @@ def main(arguments: list[str]) -> int:
     stop = sagemaker.stop_event()
     report = Reporter()
     try:
+        if arguments[:1] == ["serve"]:
+            raise UserError(
+                "this image trains and serves no endpoint: what it writes is a diffusers pipeline directory; serve it "
+                "with an image that loads one, such as an AWS inference container for PyTorch"
+            )
         options = split_arguments(arguments[1:] if arguments[:1] == ["train"] else arguments)
         contract = sagemaker.read_contract(base, need_hyperparameters=not options)
         hyperparameters = Hyperparameters.parse(

@@ -29,6 +29,7 @@ from dreambooth_sm.data.prior_outputs import Output, base_outputs
 from dreambooth_sm.data.prompts import encode, tokenize
 from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, SubjectWeights, mix, views_of
 from dreambooth_sm.distributed import World, join, leave
+from dreambooth_sm.driver import find_build, find_host, find_mismatch, find_missing_kernels
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.fidelity import load_encoders
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
@@ -217,10 +218,10 @@ def check(h: Hyperparameters, contract: Contract, world: World) -> Plan:
     """
     card = dataclasses.replace(detect_card(), count=world.size)
     if card.is_cpu and contract.has_gpu_instance and not h.use_cpu:
-        raise UserError(
-            f"the instance is a {contract.instance_type}, and torch sees no GPU: the image's CUDA and the host's "
-            "driver may not match; rebuild the image on a base for this driver"
-        )
+        reason = find_mismatch(find_host(), find_build()) or "its card may be broken; start the job again"
+        raise UserError(f"the instance is a {contract.instance_type}, and torch sees no GPU: {reason}")
+    if not h.use_cpu and (missing := find_missing_kernels(card.name, card.capability, find_build())):
+        raise UserError(missing)
     return make_plan(h, card)
 
 

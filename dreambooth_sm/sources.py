@@ -19,6 +19,8 @@ from dreambooth_sm.storage import S3Uri
 
 # SageMaker's disk that outlives a job of a warm pool.
 _WARM_POOL = "SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"
+# Models that the image was built with (the Dockerfile's BASE_MODEL), as directories named by their hub ids.
+BAKED = Path("/opt/base-models")
 _SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".bin")
 _WEIGHTS_FOLDERS = ("unet", "vae", "text_encoder", "")
 _OTHER_FILES = re.compile(
@@ -47,8 +49,8 @@ def fetch(
     """Brings a model to this machine's disk.
 
     Args:
-        name: local path, ``s3://`` prefix or object, or hub id.
-        revision, variant: of a hub id; fp16 files are preferred where no variant is named.
+        name: local path, ``s3://`` prefix or object, or hub id, which the image itself may hold.
+        revision, variant: of a hub id, then fetched from the hub; fp16 files are preferred where no variant is named.
         token_secret: name of the AWS secret with the hub's token; the environment's ``HF_TOKEN`` if left out.
 
     Returns:
@@ -62,6 +64,8 @@ def fetch(
         return Path(name)
     if is_s3(name):
         return _from_s3(S3Uri.parse(name))
+    if revision is None and variant is None and (BAKED / name).is_dir():
+        return BAKED / name
     return _from_hub(name, revision, variant, read_token(token_secret))
 
 

@@ -15,6 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
 from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
 from dreambooth_sm.storage import S3Uri
+from launcher.embedded import EmbeddedServices
+from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 
 EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
@@ -63,3 +65,41 @@ def lay_out_job(tmp_path: Path, s3: EmbeddedS3, tiny_base: Path, pictures: Path)
         return JobTree.lay_out(tmp_path / name, hyperparameters, channels, s3.environment())
 
     return lay_out
+
+
+@pytest.fixture(scope="session")
+def image() -> str:
+    """The training image on a base with a CPU torch; for tests that need a Docker engine."""
+    from tests.helpers.containers import TAG, build
+
+    done = build()
+    assert done.returncode == 0, done.stderr[-4000:]
+    return TAG
+
+
+@pytest.fixture(scope="module")
+def services() -> Iterator[EmbeddedServices]:
+    """An embedded SageMaker that this process' environment leads to."""
+    import launcher
+
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            environment.delenv(name)
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        with launcher.local_services() as services:
+            yield services
+
+
+@pytest.fixture
+def hub(tiny_base: Path) -> Iterator[Hub]:
+    """A repository as SD 1.5's: several formats and variants, a single file, a safety checker, a licence."""
+    files = {str(path.relative_to(tiny_base)): path.read_bytes() for path in tiny_base.rglob("*") if path.is_file()}
+    for part, stem in STEMS.items():
+        whole = files[f"{part}/{stem}.safetensors"]
+        files[f"{part}/{stem}.fp16.safetensors"] = whole
+        files[f"{part}/{stem}.fp16.bin"] = b"pickle"
+        files[f"{part}/{stem}.non_ema.safetensors"] = b"other"
+    files |= {"v1-5-pruned.ckpt": b"pickle", "safety_checker/model.safetensors": b"x", "README.md": b"x"}
+    served = Hub(files)
+    yield served
+    served.server.shutdown()

@@ -282,11 +282,25 @@ def test_the_linters_have_nothing_to_say(linter: str, file: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def pins(name: str) -> dict[str, str]:
+    """Versions by package, of a file of requirements."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    found = [line.removesuffix(" \\").split("==") for line in lines if "==" in line and not line.startswith("#")]
+    return dict(found)
+
+
 def test_the_images_pins_satisfy_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = (ROOT / "requirements" / "image.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    assert "torch" not in pins, "torch comes with the base image"
+    pinned = pins("image.in")
+    assert "torch" not in pinned, "torch comes with the base image"
     for text in [*project["dependencies"], *project["optional-dependencies"]["train"]]:
         needed = Requirement(text)
-        assert needed.name == "torch" or needed.specifier.contains(pins.get(needed.name, "0"))
+        assert needed.name == "torch" or needed.specifier.contains(pinned.get(needed.name, "0"))
+
+
+@pytest.mark.parametrize("name", ["image", "bitsandbytes", "xformers"])
+def test_the_lock_is_of_these_pins_and_names_no_index(name: str) -> None:
+    lock = (ROOT / "requirements" / f"{name}.txt").read_text()
+    assert pins(f"{name}.txt") == pins(f"{name}.in"), "run `make lock`"
+    assert all("--hash=sha256:" in entry for entry in lock.split("==")[1:])
+    assert "://" not in lock

@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from dreambooth_sm import __version__
 from dreambooth_sm.errors import EXIT_BAD_INPUT
+from tests.helpers.containers import BASE_IMAGE, STRICT, build, docker, mounts, needs_engine, python_in
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCKER = os.environ.get("DOCKER", "docker")
-BASE_IMAGE = os.environ.get("SUBSTITUTE_BASE_IMAGE", "")
-TAG = "dreambooth-sm:test"
-STRICT = ["--read-only", "--user=1000:1000", "--cap-drop=ALL", "--network=none", "--memory=2g"]
-
-pytestmark = pytest.mark.skipif(
-    not (os.environ.get("DOCKER_HOST") and BASE_IMAGE),
-    reason="needs a Docker engine: set DOCKER_HOST and SUBSTITUTE_BASE_IMAGE (an image with Python and torch)",
-)
-
-
-def docker(*command: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"DOCKER_BUILDKIT": "1"}
-    return subprocess.run([DOCKER, *command], env=env, capture_output=True, text=True, timeout=1800)
-
-
-def python_in(image: str, code: str) -> str:
-    done = docker("run", "--rm", *STRICT, "--entrypoint", "python", image, "-c", code)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def build(*build_args: str) -> subprocess.CompletedProcess[str]:
-    """Builds the image; layers of an earlier build are used again."""
-    settings = (f"BASE_IMAGE={BASE_IMAGE}", f"VERSION={__version__}", "WITH_BITSANDBYTES=0", *build_args)
-    options = [f"--build-arg={setting}" for setting in settings]
-    return docker("build", "--network=host", *options, f"--tag={TAG}", str(ROOT))
-
-
-@pytest.fixture(scope="module")
-def image() -> str:
-    done = build()
-    assert done.returncode == 0, done.stderr[-4000:]
-    return TAG
-
-
-@pytest.fixture
-def opt_ml(tmp_path: Path) -> dict[str, Path]:
-    """The folders that the platform mounts, writable for the container's user."""
-    folders = {name: tmp_path / name for name in ("input", "model", "output")}
-    for folder in folders.values():
-        folder.mkdir()
-        folder.chmod(0o777)
-    return folders
+pytestmark = needs_engine
 
 
 @pytest.mark.parametrize("argument", [["train"], []], ids=["train", "no argument"])
-def test_bad_input_ends_the_job_with_a_reason(image: str, opt_ml: dict[str, Path], argument: list[str]) -> None:
-    mounts = [word for name, path in opt_ml.items() for word in ("--volume", f"{path}:/opt/ml/{name}")]
-    done = docker("run", "--rm", *STRICT, *mounts, image, *argument)
+def test_bad_input_ends_the_job_with_a_reason(image: str, tmp_path: Path, argument: list[str]) -> None:
+    done = docker("run", "--rm", *STRICT, *mounts(tmp_path), image, *argument)
     assert done.returncode == EXIT_BAD_INPUT, done.stderr
-    reason = (opt_ml["output"] / "failure").read_text()
+    reason = (tmp_path / "output" / "failure").read_text()
     assert "hyperparameters.json" in reason
     assert len(reason.strip().splitlines()) == 1
     assert len(reason) <= 1024

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +10,6 @@ import launcher
 from launcher.embedded import EmbeddedServices
 from tests.helpers.jobs import SMALL
 from tests.helpers.sdks import run_backend
-
-
-@pytest.fixture(scope="module")
-def services() -> Iterator[EmbeddedServices]:
-    with pytest.MonkeyPatch.context() as environment:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            environment.delenv(name)
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        with launcher.local_services() as services:
-            yield services
 
 
 @pytest.mark.parametrize("backend", ["estimator", "model_trainer"])

@@ -1,0 +1,135 @@
+"""`build_and_push.sh` with the real `docker`, `aws` and a real registry; only ECR's own API is a stand-in, on loopback.
+
+Needs a Docker engine, the AWS CLI, and the registry of the package `docker-registry`.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dreambooth_sm import __version__
+from dreambooth_sm.embedded import Application, EmbeddedS3, embedded_s3
+from tests.helpers.containers import BASE_IMAGE, DOCKER, ROOT, docker, needs_engine
+
+MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+DOCKERFILE = 'ARG BASE_IMAGE\nFROM scratch\nCOPY build_and_push.sh /\nARG VERSION\nLABEL version="${VERSION}"\n'
+
+pytestmark = [
+    needs_engine,
+    pytest.mark.skipif(not shutil.which("docker-registry"), reason="needs a registry: apt-get install docker-registry"),
+    pytest.mark.skipif(not shutil.which("aws"), reason="needs the AWS CLI: pip install awscli"),
+]
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[str]:
+    """Address of an empty registry."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    config = tmp_path / "registry.yml"
+    storage = {"filesystem": {"rootdirectory": str(tmp_path / "registry")}}
+    config.write_text(json.dumps({"version": 0.1, "storage": storage, "http": {"addr": address}}))
+    with (tmp_path / "registry.log").open("w") as log:
+        process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(f"http://{address}/v2/").close()
+            break
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "registry.log").read_text()  # noqa: PT018
+            time.sleep(0.1)
+    yield address
+    process.terminate()
+    process.wait()
+
+
+def stored(registry: str, repository: str, tag: str) -> tuple[str, str]:
+    """Digest and media type of what the registry holds under a tag."""
+    request = urllib.request.Request(f"http://{registry}/v2/{repository}/manifests/{tag}", headers={"Accept": MANIFEST})
+    with urllib.request.urlopen(request) as answer:
+        return answer.headers["Docker-Content-Digest"], answer.headers["Content-Type"]
+
+
+def ecr_in_front_of(registry: str) -> Callable[[Application], Application]:
+    """moto's ECR, whose repositories lie in a registry of ours, and which knows what was pushed there."""
+
+    def front(application: Application) -> Application:
+        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            operation = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            if operation == "DescribeImages":
+                request = json.loads(body)
+                digest, media_type = stored(registry, request["repositoryName"], request["imageIds"][0]["imageTag"])
+                details = {"imageDigest": digest, "imageManifestMediaType": media_type}
+                start_response("200 OK", [("Content-Type", "application/x-amz-json-1.1")])
+                return [json.dumps({"imageDetails": [details]}).encode()]
+            heads: list[Any] = []
+            content = b"".join(
+                application(environ | {"wsgi.input": io.BytesIO(body)}, lambda *head: heads.append(head))
+            ).replace(b"123456789012.dkr.ecr.us-east-1.amazonaws.com", registry.encode())
+            status, headers = heads[0][:2]
+            kept = [(name, value) for name, value in headers if name.lower() != "content-length"]
+            start_response(status, [*kept, ("Content-Length", str(len(content)))])
+            return [content]
+
+        return answer
+
+    return front
+
+
+@pytest.fixture
+def ecr(registry: str) -> Iterator[EmbeddedS3]:
+    with embedded_s3(ecr_in_front_of(registry)) as services:
+        yield services
+
+
+def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
+    ecr: EmbeddedS3, registry: str, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "checkout"
+    (checkout / "dreambooth_sm").mkdir(parents=True)
+    (checkout / "Dockerfile").write_text(DOCKERFILE)
+    for name in ("build_and_push.sh", "dreambooth_sm/__init__.py"):
+        shutil.copy(ROOT / name, checkout / name)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "docker").symlink_to(shutil.which(DOCKER) or DOCKER)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
+        **ecr.environment(),
+        "DOCKER_CONFIG": str(tmp_path / "docker"),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
+    repository = f"push-{os.urandom(4).hex()}"
+    uris = []
+    for _ in range(2):  # the second finds the repository, and pushes nothing new
+        command = ["./build_and_push.sh", "--repository", repository, "--base-image", BASE_IMAGE]
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        uris += done.stdout.splitlines()
+        assert ("creating the ECR repository" in done.stderr) == (len(uris) == 1)
+    digest, media_type = stored(registry, repository, "latest")
+    assert uris == [f"{registry}/{repository}@{digest}"] * 2
+    assert media_type == MANIFEST
+    assert stored(registry, repository, __version__) == (digest, media_type)
+
+    docker("rmi", f"{registry}/{repository}:latest", f"{registry}/{repository}:{__version__}")
+    pulled = docker("pull", uris[0])
+    assert pulled.returncode == 0, pulled.stderr
+    label = docker("image", "inspect", "--format", "{{.Config.Labels.version}}", uris[0])
+    assert label.stdout.strip() == __version__
+    docker("rmi", uris[0])

@@ -1,0 +1,82 @@
+"""A model hub on loopback, with one repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+class Hub:
+    """One repository, served as the model hub serves it.
+
+    Attributes:
+        url: its address.
+        fetched: files that were asked for.
+        tokens: what requests for them were authorised with.
+    """
+
+    def __init__(self, files: dict[str, bytes]) -> None:
+        self.fetched: set[str] = set()
+        self.tokens: set[str | None] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.split("?")[0]
+                if path.startswith("/api/models/owner/model/tree"):
+                    body = json.dumps(
+                        [{"type": "file", "path": name, "size": len(data), "oid": "0"} for name, data in files.items()]
+                    ).encode()
+                    return self.answer(body)
+                if path.startswith("/api/models/owner/model"):
+                    siblings = [{"rfilename": name} for name in files]
+                    return self.answer(json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": siblings}).encode())
+                prefix = f"/owner/model/resolve/{COMMIT}/"
+                name = path.removeprefix(prefix)
+                if not path.startswith(prefix) or name not in files:
+                    return self.answer(b"", 404)
+                hub.fetched.add(name)
+                hub.tokens.add(self.headers["Authorization"])
+                return self.answer(files[name])
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def answer(self, body: bytes, status: int = 200) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("ETag", f'"{hash(body) & 0xFFFFFFFF:x}"')
+                self.send_header("X-Repo-Commit", COMMIT)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def fetch(self, home: Path, **options: str) -> subprocess.CompletedProcess[str]:
+        """In a process of its own: the hub's client reads its environment when it is imported."""
+        code = (
+            "import sys; from dreambooth_sm import sources; from dreambooth_sm.errors import UserError\n"
+            f"try: print(sources.fetch('owner/model', **{options!r}))\n"
+            "except UserError as error: sys.exit(str(error))"
+        )
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": self.url,
+            "HF_HOME": str(home),
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
