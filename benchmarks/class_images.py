@@ -60,7 +60,7 @@ def run_ours(name: str, base: BaseModel, count: int, work: Path) -> dict[str, ob
     images.complete(subject, sizes)
     cold = time.perf_counter() - started
     started = time.perf_counter()
-    images.complete(subject, sizes, first_seed=count)
+    images.complete(subject, sizes, first=count)
     warm = time.perf_counter() - started
     return {
         "batch": plan.sample_batch_size,

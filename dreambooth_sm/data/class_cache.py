@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines generated pictures, but for each one's seed.
+    """Everything that determines generated pictures, but for each one's number.
 
     Attributes:
         weights: digest of the base model's weights, see :func:`fingerprint`.
@@ -54,9 +54,9 @@ class Recipe:
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def name(self, seed: int) -> str:
-        """File name of the picture of a seed."""
-        return f"class-{self.digest[:20]}-{seed:06d}{SUFFIX}"
+    def name(self, number: int) -> str:
+        """File name of a picture."""
+        return f"class-{self.digest[:20]}-{number:06d}{SUFFIX}"
 
 
 def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:

@@ -25,14 +25,16 @@ from dreambooth_sm.storage import S3Uri
 STEPS = 20
 # Pictures of those made that are decoded, for people to look at; training needs the latents alone.
 SHOWN = 4
+# Far from the seeds that people draw with: what a trained model draws from noise that it was trained on proves little.
+_FIRST_SEED = 2**30
 
 
 class ClassImages:
     """Makes class images with one base model, or finds those that earlier jobs made.
 
     A generated picture is kept as the sampler's latents: what the VAE would make of them and back again is never
-    needed to train on. Each picture is drawn from a seed of its own, which is its number, whatever the job's seed, the
-    batch size and the number of processes: jobs with the same base model and class prompt share their pictures.
+    needed to train on. Each picture is drawn from a seed of its own, which its number gives, whatever the job's seed,
+    the batch size and the number of processes: jobs with the same base model and class prompt share their pictures.
 
     Args:
         pipeline: the untrained base model, on the device that draws.
@@ -60,14 +62,15 @@ class ClassImages:
         modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
         self._weights = fingerprint(modules)
         software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
-        self._sampler = f"DPM++ 2M, Karras sigmas, {software}, {sorted(pipeline.scheduler.config.items())}"
+        schedule = sorted(pipeline.scheduler.config.items())
+        self._sampler = f"DPM++ 2M, Karras sigmas, seeds from {_FIRST_SEED}, {software}, {schedule}"
 
-    def complete(self, subject: Subject, shapes: Sequence[Shape], first_seed: int = 0) -> Subject:
+    def complete(self, subject: Subject, shapes: Sequence[Shape], first: int = 0) -> Subject:
         """The subject with all class pictures: its own first, generated ones for the rest.
 
         Args:
             shapes: width and height in pixels of every class picture, the subject's own included.
-            first_seed: seed of the first class picture; it differs between subjects of the same class.
+            first: number of the first class picture; it differs between subjects of the same class.
 
         Raises:
             StopRequested: between two batches, when the job is to stop; what was made is kept.
@@ -79,7 +82,7 @@ class ClassImages:
         assert directory is not None, f"{self._scratch} has to be writable"
         cache = ClassCache(directory, self._remote, self._report)
         recipes = {number: self._recipe(subject.class_prompt, shapes[number]) for number in numbers}
-        names = {number: recipe.name(first_seed + number) for number, recipe in recipes.items()}
+        names = {number: recipe.name(first + number) for number, recipe in recipes.items()}
         found: dict[str, bytes] = self._world.first(cache.find(names.values()) if self._world.is_main else {})
         missing = [number for number in numbers if names[number] not in found]
         if found:
@@ -87,7 +90,7 @@ class ClassImages:
         made: dict[str, bytes] = {}
         for size in sorted({recipes[number].size for number in missing}):
             of_size = [number for number in missing if recipes[number].size == size]
-            made |= self._make({first_seed + n: names[n] for n in of_size}, recipes[of_size[0]], cache)
+            made |= self._make({first + n: names[n] for n in of_size}, recipes[of_size[0]], cache)
         if self._world.is_main:
             cache.share(made)
         for name, content in (found | made).items():
@@ -100,12 +103,12 @@ class ClassImages:
         )
 
     def _make(self, names: dict[int, str], recipe: Recipe, cache: ClassCache) -> dict[str, bytes]:
-        """Draws the pictures of these seeds, and gives what all processes drew, by name."""
+        """Draws the pictures of these numbers, and gives what all processes drew, by name."""
         share = list(names)[self._world.rank :: self._world.size]
         batches = draw_latents(
             self._pipeline,
             recipe.prompt,
-            share,
+            [_FIRST_SEED + number for number in share],
             size=recipe.size,
             batch_size=self._batch_size,
             steps=recipe.steps,
@@ -115,20 +118,20 @@ class ClassImages:
         made: dict[str, bytes] = {}
         for latents in self._report.progress(batches, -(-len(share) // self._batch_size), "class images"):
             for row in latents:
-                seed = share[len(made)]
-                made[names[seed]] = pack(row)
-                cache.write(names[seed], made[names[seed]])
-                if seed < SHOWN:
-                    self._show(row, seed)
+                number = share[len(made)]
+                made[names[number]] = pack(row)
+                cache.write(names[number], made[names[number]])
+                if number < SHOWN:
+                    self._show(row, number)
             if self._stop.is_set() and self._world.size == 1:
                 raise StopRequested(
                     f"while class images were made; {len(made)} of {len(share)} are in {cache.directory}"
                 )
         return {name: content for part in self._world.gather(made) for name, content in part.items()}
 
-    def _show(self, latents: torch.Tensor, seed: int) -> None:
+    def _show(self, latents: torch.Tensor, number: int) -> None:
         self._shown.mkdir(parents=True, exist_ok=True)
-        decode(self._pipeline, latents[None])[0].save(self._shown / f"class-{seed}.png")
+        decode(self._pipeline, latents[None])[0].save(self._shown / f"class-{number}.png")
 
     def _recipe(self, prompt: str, size: Shape) -> Recipe:
         return Recipe(

@@ -59,7 +59,7 @@ class Made:
         stream = io.StringIO()
         settings = {"batch_size": 1, "guidance": 7.5, "remote": None, "stop": threading.Event()}
         sizes = options.pop("sizes", [(64, 64)] * WANTED)
-        first_seed = options.pop("first_seed", 0)
+        first = options.pop("first", 0)
         images = ClassImages(
             base.pipeline(),
             scratch=root / "scratch",
@@ -75,7 +75,7 @@ class Made:
 
         self.drawn = 0
         images._make = counting  # type: ignore[method-assign, assignment]
-        self.paths = images.complete(subject, sizes, first_seed).class_pictures  # type: ignore[arg-type]
+        self.paths = images.complete(subject, sizes, first).class_pictures  # type: ignore[arg-type]
         self.log = stream.getvalue()
 
     @property
@@ -106,7 +106,7 @@ def test_each_picture_depends_on_its_own_seed_alone(base: BaseModel, subject: Su
     one_by_one = Made(base, subject, tmp_path).latents
     together = Made(base, moved(subject, tmp_path / "other"), tmp_path, batch_size=2).latents
     assert torch.allclose(one_by_one, together, rtol=2e-3, atol=2e-2)  # sums of a batch may round differently
-    later = Made(base, moved(subject, tmp_path / "later"), tmp_path, first_seed=1).latents
+    later = Made(base, moved(subject, tmp_path / "later"), tmp_path, first=1).latents
     assert torch.equal(later[:2], one_by_one[1:])
 
 
@@ -214,7 +214,7 @@ def other_scheduler(base: BaseModel) -> BaseModel:
         ),
         pytest.param(lambda base, subject, patch: (base, subject, {"guidance": 3.0}), id="guidance"),
         pytest.param(lambda base, subject, patch: (base, subject, {"sizes": [(96, 64)] * WANTED}), id="size"),
-        pytest.param(lambda base, subject, patch: (base, subject, {"first_seed": WANTED}), id="seed"),
+        pytest.param(lambda base, subject, patch: (base, subject, {"first": WANTED}), id="seed"),
         pytest.param(
             lambda base, subject, patch: (patch.setattr(prior, "STEPS", 3), (base, subject, {}))[1], id="steps"
         ),
