@@ -108,6 +108,10 @@ def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
         shutil.copy(ROOT / name, checkout / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "docker").symlink_to(shutil.which(DOCKER) or DOCKER)
+    # Before 2.13 the AWS CLI does not read AWS_ENDPOINT_URL.
+    cli = tmp_path / "bin" / "aws"
+    cli.write_text(f'#!/bin/sh\nexec {shutil.which("aws")} --endpoint-url "$AWS_ENDPOINT_URL" "$@"\n')
+    cli.chmod(0o755)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
         **ecr.environment(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -474,12 +473,3 @@ def test_a_container_needs_an_image_and_docker(pictures: Path, monkeypatch: pyte
     monkeypatch.setenv("DOCKER", "no-such-program")
     with pytest.raises(UserError, match="no-such-program"):
         launcher.fit(pictures, image_uri="image", **options)
-
-
-@pytest.fixture(scope="module")
-def image() -> str:
-    from tests.integration.test_image import TAG, build
-
-    done: subprocess.CompletedProcess[str] = build()
-    assert done.returncode == 0, done.stderr[-4000:]
-    return TAG
