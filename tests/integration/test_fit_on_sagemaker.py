@@ -42,16 +42,6 @@ PERMISSIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def services() -> Iterator[EmbeddedServices]:
-    with pytest.MonkeyPatch.context() as environment:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            environment.delenv(name)
-        environment.setenv("CUDA_VISIBLE_DEVICES", "")
-        with launcher.local_services() as services:
-            yield services
-
-
 @pytest.fixture
 def bucket(services: EmbeddedServices) -> str:
     return launcher.account.Account(Clients()).find_bucket()
