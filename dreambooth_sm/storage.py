@@ -6,40 +6,35 @@ Credentials, region and endpoint come from the standard AWS settings (`AWS_PROFI
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
-import time
-from base64 import b64encode
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 from uuid import uuid4
 
+from dreambooth_sm.checksums import checksum_of, combined, encoded, extended
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.manifest import MANIFEST_NAME, Manifest, ManifestEntry
+from dreambooth_sm.parallel import in_parallel
+from dreambooth_sm.s3_wire import Response, Span, chunk_buffer, wire
 
 if TYPE_CHECKING:
     from boto3.session import Session
     from mypy_boto3_s3 import S3Client
 
-MANIFEST_NAME = "manifest.json"
-# The same on every machine, whatever its memory: an object's checksum depends on it.
+# Larger files travel in parts of this size, several at a time.
 PART_SIZE = 16 * 2**20
-# Requests at a time, which hide the network's latency. Memory follows: one part each, 256 MiB, and 512 MiB where there
-# are eight cores or more, and memory with them.
+# Requests at a time, which hide the network's latency.
 WORKERS = min(32, max(16, 4 * (os.cpu_count() or 1)))
 _MOST_PARTS = 10_000
-_CHUNK = 2**18  # stays in a core's cache between being received, hashed and written
-# Tries to read a body that breaks off; opening one is retried by the client itself.
-_READS = 5
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -97,70 +92,6 @@ class S3Uri:
 
     def __str__(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-
-
-@dataclass(frozen=True)
-class ManifestEntry:
-    """One file.
-
-    Attributes:
-        path: POSIX path relative to the manifest.
-        size: in bytes.
-        sha256: in hex; of a file larger than ``part_size`` it is the SHA-256 of its parts' SHA-256s, which S3 calls
-            composite and keeps for the object: every byte is hashed once, by several cores at a time.
-        part_size: bytes of each part but the last.
-    """
-
-    path: str
-    size: int
-    sha256: str
-    part_size: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a complete upload consists of.
-
-    Attributes:
-        files: one entry a file, sorted by path; the manifest itself is not among them.
-        created: UTC time of the upload in ISO 8601.
-        job: name of the job that made the files; empty if none did.
-        step: optimizer steps after which they were made; None where that means nothing.
-    """
-
-    files: tuple[ManifestEntry, ...]
-    created: str
-    job: str = ""
-    step: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files together."""
-        return sum(entry.size for entry in self.files)
-
-    def to_json(self) -> str:
-        """With a SHA-256 of its own: everything else is compared with it, on any server."""
-        fields = asdict(self)
-        return json.dumps(fields | {"sha256": _sha256_of(fields)}, indent=2, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> Manifest:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            ValueError: the text is something else, or was damaged.
-        """
-        try:
-            fields = json.loads(text)
-            if fields.pop("sha256") != _sha256_of(fields):
-                raise ValueError("it was damaged: its SHA-256 is another")
-            return cls(**fields | {"files": tuple(ManifestEntry(**entry) for entry in fields["files"])})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not a manifest: {error}") from error
-
-
-def _sha256_of(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -224,10 +155,10 @@ def s3_client(
         connect_timeout=min(timeout, 10),
         read_timeout=timeout,
         max_pool_connections=64,
-        # Every request that needs a checksum brings its own SHA-256.
+        # Every request that needs a checksum brings its own.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        # That SHA-256 is signed; a second one of the same bytes would be all that signing the body adds.
+        # That checksum is signed; another one of the same bytes would be all that signing the body adds.
         s3={"addressing_style": "path" if own_endpoint else "auto", "payload_signing_enabled": False},
     )
     try:
@@ -270,7 +201,7 @@ def list_objects(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Clie
     return {key: size for key, size in objects.items() if key and not key.endswith("/")}
 
 
-def get_object(uri: S3Uri, *, client: S3Client | None = None) -> bytes | None:
+def get_object(uri: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> bytes | None:
     """The content of one object, checked by the server's checksum where it keeps one; None where there is none.
 
     Raises:
@@ -278,15 +209,26 @@ def get_object(uri: S3Uri, *, client: S3Client | None = None) -> bytes | None:
         DownloadError: the server can't be reached or fails.
     """
     client = client or s3_client()
+    content = bytearray()
+
+    def write(offset: int, chunk: memoryview) -> None:
+        del content[offset:]  # of a try before
+        content.extend(chunk)
+
+    from botocore.exceptions import ClientError
+
     with _explained(uri, DownloadError):
         try:
-            return client.get_object(Bucket=uri.bucket, Key=uri.prefix, ChecksumMode="ENABLED")["Body"].read()
-        except client.exceptions.NoSuchKey:
-            return None
+            _read(client, uri, options, write=write)
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "NoSuchKey":
+                return None
+            raise
+    return bytes(content)
 
 
 def put_object(uri: S3Uri, body: bytes, *, client: S3Client | None = None) -> None:
-    """Writes one object; the server refuses content that differs from its SHA-256.
+    """Writes one object; the server refuses content that differs from its checksum.
 
     Raises:
         UserError: no such bucket, no permission, no credentials.
@@ -294,7 +236,7 @@ def put_object(uri: S3Uri, body: bytes, *, client: S3Client | None = None) -> No
     """
     client = client or s3_client()
     with _explained(uri, UploadError):
-        _put(client, uri, body, DEFAULTS)
+        _put(client, uri, body, checksum_of(body), DEFAULTS)
 
 
 def upload_directory(
@@ -312,7 +254,7 @@ def upload_directory(
     """Uploads every file below `directory`, verifies every object, then writes `manifest.json`.
 
     A reader who finds the manifest finds everything that it lists: an earlier upload's manifest goes before any of
-    its files is replaced. Files whose object is there already, with the same SHA-256, are not sent again. Links are
+    its files is replaced. Files whose object is there already, with the same checksum, are not sent again. Links are
     followed. Other objects under the target stay.
 
     Args:
@@ -320,7 +262,7 @@ def upload_directory(
         options: encryption, tags and the like of the objects.
         job, step: for the manifest.
         progress: called with bytes done so far and bytes in all, always in the calling thread.
-        workers: requests at a time; memory use is that many parts.
+        workers: requests at a time.
         part_size: larger files go up in parts of this many bytes, at least 5 MiB.
         client: default: `s3_client()`.
 
@@ -340,29 +282,30 @@ def upload_directory(
         raise UploadError(str(error)) from error
     uploads = [_Upload(client, path, name, target, options, part_size) for name, path in files.items()]
     total, done = sum(upload.size for upload in uploads), 0
-    # Leaving the pool waits for the requests in flight, so that none of their parts outlives the abort.
-    with ThreadPoolExecutor(workers) as pool:
-        known = [upload for upload in uploads if there.get(upload.name) == upload.size]
-        unchanged = dict(zip(known, _in_parallel(pool, (upload.is_there for upload in known), workers), strict=True))
-        due = [upload for upload in uploads if not unchanged.get(upload)]
-        if due and MANIFEST_NAME in there:
-            _delete(client, target / MANIFEST_NAME, options)
-        try:
-            done = total - sum(upload.size for upload in due)
-            for size in _in_parallel(pool, (part for upload in due for part in upload.parts()), workers):
+    known = [upload for upload in uploads if there.get(upload.name) == upload.size]
+    with in_parallel((upload.look for upload in known), workers) as looked:
+        list(looked)
+    due = [upload for upload in uploads if not upload.is_there]
+    if due and MANIFEST_NAME in there:
+        _delete(client, target / MANIFEST_NAME, options)
+    done = total - sum(upload.size for upload in due)
+    try:
+        with in_parallel((part for upload in due for part in upload.parts()), workers) as sizes:
+            for size in sizes:
                 done += size
                 if progress:
                     progress(done, total)
-            list(_in_parallel(pool, (upload.finish for upload in due), workers))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            for upload in due:
-                upload.abort()
-            raise
+        with in_parallel((upload.finish for upload in due if upload.upload_id), workers) as finished:
+            list(finished)
+    except BaseException:
+        for upload in due:
+            upload.abort()
+        raise
     manifest = Manifest(tuple(u.entry for u in uploads), datetime.now(UTC).isoformat(timespec="seconds"), job, step)
     try:
         with _explained(target / MANIFEST_NAME, UploadError):
-            _put(client, target / MANIFEST_NAME, manifest.to_json().encode(), options)
+            text = manifest.to_json().encode()
+            _put(client, target / MANIFEST_NAME, text, checksum_of(text), options)
     except BaseException:
         with suppress(UserError, TransferError):
             _delete(client, target / MANIFEST_NAME, options)
@@ -376,6 +319,7 @@ def download_directory(
     options: S3Options = DEFAULTS,
     *,
     workers: int = WORKERS,
+    part_size: int = PART_SIZE,
     client: S3Client | None = None,
 ) -> list[Path]:
     """Downloads what lies below a prefix; each file appears under its name only when it is whole.
@@ -386,6 +330,7 @@ def download_directory(
     Args:
         directory: made if missing; files of the same names are replaced.
         workers: requests at a time.
+        part_size: larger files come in parts of this many bytes.
         client: default: `s3_client()`.
 
     Returns:
@@ -396,27 +341,28 @@ def download_directory(
         DownloadError: a transfer failed in spite of retries, or a file differs from the manifest.
     """
     client = client or s3_client()
-    listed = list_objects(source, options, client=client)
-    if MANIFEST_NAME in listed:
-        entries = read_manifest(source, options, client=client).files
+    manifest = _find_manifest(source, options, client)
+    if manifest:
+        entries = manifest.files
     else:
-        entries = tuple(ManifestEntry(name, size, "", PART_SIZE) for name, size in sorted(listed.items()))
+        listed = list_objects(source, options, client=client)
+        entries = tuple(ManifestEntry(name, size, "") for name, size in sorted(listed.items()))
     if not entries:
         raise UserError(f"{source}: there is nothing below this prefix: check the bucket and the prefix")
     inside = directory.resolve()
-    escaping = [e.path for e in entries if not (directory / e.path).resolve().is_relative_to(inside)]
+    paths = {entry.path: directory / entry.path for entry in entries}
+    astray = {p for p in {path.parent for path in paths.values()} if not p.resolve().is_relative_to(inside)}
+    escaping = [name for name, path in paths.items() if path.parent in astray or path.name == ".."]
     if escaping:
         raise UserError(f"{source / name}: this key leads out of {directory}: remove it" for name in escaping)
 
-    downloads = [_Download(client, entry, source, directory / entry.path, options) for entry in entries]
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for download in _in_parallel(pool, (part for d in downloads for part in d.parts()), workers):
-                download.finish_if_whole()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            for download in downloads:
-                download.discard()
+    downloads = [_Download(client, entry, source, paths[entry.path], options, part_size) for entry in entries]
+    try:
+        with in_parallel((part for download in downloads for part in download.parts()), workers) as parts:
+            list(parts)
+    finally:
+        for download in downloads:
+            download.discard()
     return [download.path for download in downloads]
 
 
@@ -427,7 +373,7 @@ class Verification:
     Attributes:
         manifest: what should be there.
         missing: files without an object.
-        different: files whose object has another size or SHA-256.
+        different: files whose object has another size or checksum.
         unknown: objects that the manifest does not list.
     """
 
@@ -445,7 +391,7 @@ class Verification:
 def verify(
     source: S3Uri, options: S3Options = DEFAULTS, *, workers: int = WORKERS, client: S3Client | None = None
 ) -> Verification:
-    """Compares the objects below a prefix with its manifest: sizes, and the SHA-256s that the server keeps.
+    """Compares the objects below a prefix with its manifest: sizes, and the checksums that the server keeps.
 
     An object for which the server keeps none is read, which takes as long as a download.
 
@@ -454,23 +400,22 @@ def verify(
         DownloadError: the server can't be reached or fails.
     """
     client = client or s3_client()
-    listed = list_objects(source, options, client=client)
-    if MANIFEST_NAME not in listed:
-        raise UserError(f"{source}: there is no {MANIFEST_NAME}: no upload to this prefix was completed")
     manifest = read_manifest(source, options, client=client)
+    listed = list_objects(source, options, client=client)
     names = {entry.path for entry in manifest.files}
 
-    def is_same(entry: ManifestEntry) -> bool:
+    def compare(entry: ManifestEntry) -> tuple[str, bool]:
         with _explained(source / entry.path, DownloadError):
-            return listed[entry.path] == entry.size and _object_is(client, source / entry.path, entry, options)
+            whole = listed[entry.path] == entry.size and _object_is(client, source / entry.path, entry, options)
+            return entry.path, whole
 
     present = [entry for entry in manifest.files if entry.path in listed]
-    with ThreadPoolExecutor(workers) as pool:
-        same = list(_in_parallel(pool, (partial(is_same, entry) for entry in present), workers))
+    with in_parallel((partial(compare, entry) for entry in present), workers) as compared:
+        same = dict(compared)
     return Verification(
         manifest,
         missing=tuple(sorted(names - listed.keys())),
-        different=tuple(entry.path for entry, equal in zip(present, same, strict=True) if not equal),
+        different=tuple(entry.path for entry in present if not same[entry.path]),
         unknown=tuple(sorted(listed.keys() - names - {MANIFEST_NAME})),
     )
 
@@ -482,15 +427,18 @@ def read_manifest(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Cli
         UserError: there is none, or it is something else.
         DownloadError: the server can't be reached or fails.
     """
-    client = client or s3_client()
-    uri = source / MANIFEST_NAME
-    with _explained(uri, DownloadError):
-        place = {"Bucket": uri.bucket, "Key": uri.prefix, **options.reading()}
-        text = client.get_object(**place)["Body"].read()
+    manifest = _find_manifest(source, options, client or s3_client())
+    if manifest is None:
+        raise UserError(f"{source}: there is no {MANIFEST_NAME}: no upload to this prefix was completed")
+    return manifest
+
+
+def _find_manifest(source: S3Uri, options: S3Options, client: S3Client) -> Manifest | None:
+    text = get_object(source / MANIFEST_NAME, options, client=client)
     try:
-        return Manifest.from_json(text)
+        return None if text is None else Manifest.from_json(text)
     except ValueError as error:
-        raise UserError(f"{uri}: {error}: remove it or upload the directory again") from error
+        raise UserError(f"{source / MANIFEST_NAME}: {error}: remove it or upload the directory again") from error
 
 
 def delete_directory(target: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> None:
@@ -513,65 +461,71 @@ class _Upload:
     ) -> None:
         self.client, self.path, self.name, self.uri, self.options = client, path, name, target / name, options
         self.size = path.stat().st_size
-        self.part_size = max(part_size, -(-self.size // _MOST_PARTS))
-        self.digests = [b""] * _count_parts(self.size, self.part_size)
-        self.etags = [""] * len(self.digests)
+        self.spans = _spans(self.size, max(part_size, -(-self.size // _MOST_PARTS)))
+        self.checksums = [0] * len(self.spans)
+        self.etags = [""] * len(self.spans)
         self.upload_id = ""
+        self.is_there = False
 
     @property
     def entry(self) -> ManifestEntry:
         """Of a file whose parts were all read."""
-        return ManifestEntry(self.name, self.size, _combine(self.digests).hex(), self.part_size)
+        whole = combined((checksum, size) for checksum, (_, size) in zip(self.checksums, self.spans, strict=True))
+        return ManifestEntry(self.name, self.size, encoded(whole))
 
-    def is_there(self) -> bool:
-        """Whether the object holds this file already, as far as the server says."""
+    def look(self) -> None:
+        """Finds out whether the object holds this file already, as far as the server says."""
         with _explained(self.uri, UploadError):
-            kept = _kept_sha256(self.client, self.uri, self.options)
-        if not kept:
-            return False
-        for number in range(len(self.digests)):
-            self._read(number)
-        return _is_sha256(kept, self.entry)
+            kept = _kept_checksum(self.client, self.uri, self.options)
+        if kept:
+            with self.path.open("rb", buffering=0) as file:
+                for number in range(len(self.spans)):
+                    self._sum_up(file, number)
+            self.is_there = kept == self.entry.crc64nvme
 
     def parts(self) -> Iterator[Callable[[], int]]:
         """Requests that send the file and return their bytes: one for a small file, else one a part."""
-        if len(self.digests) > 1:
+        if len(self.spans) > 1:
             with _explained(self.uri, UploadError):
                 self.upload_id = self.client.create_multipart_upload(
-                    Bucket=self.uri.bucket, Key=self.uri.prefix, ChecksumAlgorithm="SHA256", **self.options.writing()
-                )["UploadId"]
-        yield from (partial(self._send, number) for number in range(len(self.digests)))
-
-    def _read(self, number: int) -> bytes:
-        with self.path.open("rb") as stream:
-            stream.seek(number * self.part_size)
-            chunk = stream.read(self.part_size)
-        if len(chunk) != min(self.part_size, self.size - number * self.part_size):
-            raise UploadError(f"{self.path}: the file changed while it was uploaded")
-        self.digests[number] = hashlib.sha256(chunk).digest()
-        return chunk
-
-    def _send(self, number: int) -> int:
-        chunk = self._read(number)
-        with _explained(self.uri, UploadError):
-            if not self.upload_id:
-                _put(self.client, self.uri, chunk, self.options, self.digests[number])
-            else:
-                self.etags[number] = self.client.upload_part(
                     Bucket=self.uri.bucket,
                     Key=self.uri.prefix,
-                    UploadId=self.upload_id,
-                    PartNumber=number + 1,
-                    Body=chunk,
-                    ChecksumAlgorithm="SHA256",
-                    ChecksumSHA256=_base64(self.digests[number]),
-                    **self.options.reading(),
-                )["ETag"]
-        return len(chunk)
+                    ChecksumAlgorithm="CRC64NVME",
+                    ChecksumType="FULL_OBJECT",
+                    **self.options.writing(),
+                )["UploadId"]
+        yield from (partial(self._send, number) for number in range(len(self.spans)))
+
+    def _sum_up(self, file: FileIO, number: int) -> bytes | Span:
+        """The part as a request's body, its checksum noted."""
+        first, left = self.spans[number]
+        buffer, checksum = chunk_buffer(), 0
+        file.seek(first)
+        while left and (count := file.readinto(buffer[:left])):
+            checksum = extended(checksum, buffer[:count])
+            left -= count
+        if left:
+            raise UploadError(f"{self.path}: the file changed while it was uploaded")
+        self.checksums[number] = checksum
+        first, size = self.spans[number]
+        return Span(file, first, size) if size > len(buffer) else bytes(buffer[:size])
+
+    def _send(self, number: int) -> int:
+        with _explained(self.uri, UploadError), self.path.open("rb", buffering=0) as file:
+            body = self._sum_up(file, number)
+            if not self.upload_id:
+                _put(self.client, self.uri, body, self.checksums[number], self.options)
+            else:
+                answer = wire(self.client, self.uri.bucket).put(
+                    self.uri.prefix,
+                    body,
+                    _checksum_headers(self.checksums[number]) | _as_headers(self.options.reading()),
+                    {"partNumber": str(number + 1), "uploadId": self.upload_id},
+                )
+                self.etags[number] = answer["ETag"]
+        return self.spans[number][1]
 
     def finish(self) -> None:
-        if not self.upload_id:
-            return
         with _explained(self.uri, UploadError):
             answer = self.client.complete_multipart_upload(
                 Bucket=self.uri.bucket,
@@ -579,13 +533,15 @@ class _Upload:
                 UploadId=self.upload_id,
                 MultipartUpload={
                     "Parts": [
-                        {"PartNumber": number, "ETag": etag, "ChecksumSHA256": _base64(digest)}
-                        for number, (etag, digest) in enumerate(zip(self.etags, self.digests, strict=True), start=1)
+                        {"PartNumber": number, "ETag": etag, "ChecksumCRC64NVME": encoded(checksum)}
+                        for number, (etag, checksum) in enumerate(zip(self.etags, self.checksums, strict=True), start=1)
                     ]
                 },
+                ChecksumCRC64NVME=self.entry.crc64nvme,
+                ChecksumType="FULL_OBJECT",
                 **self.options.reading(),
             )
-            _verify(self.client, self.uri, self.entry, self.options, answer.get("ChecksumSHA256", ""))
+            _verify(self.client, self.uri, self.entry, self.options, answer.get("ChecksumCRC64NVME", ""))
 
     def abort(self) -> None:
         if self.upload_id:
@@ -593,40 +549,46 @@ class _Upload:
 
 
 class _Download:
-    """One file on its way: written by `parts` under another name, and given its own by `finish_if_whole`."""
+    """One file on its way: written by `parts` under another name, and given its own by the last of them."""
 
-    def __init__(self, client: S3Client, entry: ManifestEntry, source: S3Uri, path: Path, options: S3Options) -> None:
+    def __init__(
+        self, client: S3Client, entry: ManifestEntry, source: S3Uri, path: Path, options: S3Options, part_size: int
+    ) -> None:
         self.client, self.entry, self.uri, self.path, self.options = client, entry, source / entry.path, path, options
         self.source = source
         self.unchecked = path.with_name(f".{uuid4().hex}.unchecked")
-        self.digests = [b""] * _count_parts(entry.size, entry.part_size)
+        self.spans = _spans(entry.size, part_size)
+        self.checksums: dict[int, int] = {}
         self.started = False
+        self.lock = threading.Lock()
 
-    def parts(self) -> Iterator[Callable[[], _Download]]:
+    def parts(self) -> Iterator[Callable[[], None]]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.started = True
-        with self.unchecked.open("wb") as stream:
-            stream.truncate(self.entry.size)
-        yield from (partial(self._fetch, number) for number in range(len(self.digests)))
+        if len(self.spans) > 1:
+            with self.unchecked.open("wb") as stream:
+                stream.truncate(self.entry.size)
+        yield from (partial(self._fetch, number) for number in range(len(self.spans)))
 
-    def _fetch(self, number: int) -> _Download:
-        first = number * self.entry.part_size
-        size = min(self.entry.part_size, self.entry.size - first)
-        with _explained(self.uri, DownloadError), self.unchecked.open("r+b", buffering=0) as stream:
+    def _fetch(self, number: int) -> None:
+        mode = "wb" if len(self.spans) == 1 else "r+b"
+        with _explained(self.uri, DownloadError), self.unchecked.open(mode, buffering=0) as stream:
 
-            def write(offset: int, chunk: bytes) -> None:
+            def write(offset: int, chunk: memoryview) -> None:
                 stream.seek(offset)
                 stream.write(chunk)
 
-            self.digests[number] = _read(self.client, self.uri, self.options, self.entry.size, first, size, write)
-        return self
+            checksum = _read(self.client, self.uri, self.options, self.entry.size, self.spans[number], write)
+        with self.lock:
+            self.checksums[number] = checksum
+            if len(self.checksums) == len(self.spans):
+                self._finish()
 
-    def finish_if_whole(self) -> None:
-        """Checks the file and gives it its name, once all parts are there."""
-        if not self.started or not all(self.digests):
-            return
-        if self.entry.sha256 not in ("", _combine(self.digests).hex()):
-            raise DownloadError(f"{self.uri}: its SHA-256 is not the one in {self.source / MANIFEST_NAME}")
+    def _finish(self) -> None:
+        """Checks the file and gives it its name."""
+        whole = combined((self.checksums[number], size) for number, (_, size) in enumerate(self.spans))
+        if self.entry.crc64nvme not in ("", encoded(whole)):
+            raise DownloadError(f"{self.uri}: its checksum is not the one in {self.source / MANIFEST_NAME}")
         self.unchecked.replace(self.path)
         self.started = False
 
@@ -635,13 +597,9 @@ class _Download:
             self.unchecked.unlink(missing_ok=True)
 
 
-def _count_parts(size: int, part_size: int) -> int:
-    return max(1, -(-size // part_size))
-
-
-def _combine(digests: list[bytes]) -> bytes:
-    """The SHA-256 that S3 keeps for an object of these parts."""
-    return digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()
+def _spans(size: int, part_size: int) -> list[tuple[int, int]]:
+    """First byte and size of each part of a file; an empty file has one."""
+    return [(first, min(part_size, size - first)) for first in range(0, max(1, size), part_size)]
 
 
 def _files(directory: Path) -> dict[str, Path]:
@@ -662,102 +620,97 @@ def _files(directory: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def _in_parallel(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], window: int) -> Iterator[T]:
-    """Results in order; unlike `pool.map`, takes a task only when fewer than `window + 1` are unfinished."""
-    pending: deque[Future[T]] = deque()
-    for task in tasks:
-        pending.append(pool.submit(task))
-        if len(pending) > window:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+_CHECKSUM = "x-amz-checksum-crc64nvme"
+_HEADERS = {
+    "ACL": "x-amz-acl",
+    "RequestPayer": "x-amz-request-payer",
+    "SSEKMSKeyId": "x-amz-server-side-encryption-aws-kms-key-id",
+    "ServerSideEncryption": "x-amz-server-side-encryption",
+    "StorageClass": "x-amz-storage-class",
+    "Tagging": "x-amz-tagging",
+}
 
 
-def _base64(digest: bytes) -> str:
-    return b64encode(digest).decode()
+def _as_headers(arguments: Mapping[str, str]) -> dict[str, str]:
+    """boto3's arguments as the headers that it makes of them."""
+    return {_HEADERS[name]: value for name, value in arguments.items()}
 
 
-def _put(client: S3Client, uri: S3Uri, body: bytes, options: S3Options, sha256: bytes | None = None) -> None:
-    sha256 = sha256 or hashlib.sha256(body).digest()
-    answer = client.put_object(
-        Bucket=uri.bucket,
-        Key=uri.prefix,
-        Body=body,
-        ChecksumAlgorithm="SHA256",
-        ChecksumSHA256=_base64(sha256),
-        **options.writing(),
-    )
-    entry = ManifestEntry(uri.prefix, len(body), sha256.hex(), len(body) or 1)
-    _verify(client, uri, entry, options, answer.get("ChecksumSHA256", ""))
+def _checksum_headers(checksum: int) -> dict[str, str]:
+    return {_CHECKSUM: encoded(checksum), "x-amz-sdk-checksum-algorithm": "CRC64NVME"}
+
+
+def _put(client: S3Client, uri: S3Uri, body: bytes | Span, checksum: int, options: S3Options) -> None:
+    headers = _checksum_headers(checksum) | _as_headers(options.writing())
+    answer = wire(client, uri.bucket).put(uri.prefix, body, headers)
+    size = body.size if isinstance(body, Span) else len(body)
+    _verify(client, uri, ManifestEntry(uri.prefix, size, encoded(checksum)), options, answer.get(_CHECKSUM, ""))
 
 
 def _verify(client: S3Client, uri: S3Uri, entry: ManifestEntry, options: S3Options, kept: str) -> None:
     """Raises UploadError unless the server has, by the checksum in its answer or by a closer look, what was sent."""
-    if not (_is_sha256(kept, entry) if kept else _object_is(client, uri, entry, options)):
+    if not (kept == entry.crc64nvme if kept else _object_is(client, uri, entry, options)):
         raise UploadError(f"{uri}: the object in S3 differs from the local file: upload it again")
 
 
 def _object_is(client: S3Client, uri: S3Uri, entry: ManifestEntry, options: S3Options) -> bool:
     """Compares an object with its entry: by the checksum that the server keeps, or else by reading it."""
-    # Another checksum may be that of the same bytes in other parts, as a copy of the object has it.
-    if _is_sha256(_kept_sha256(client, uri, options), entry):
-        return True
-    digests = []
-    for first in range(0, max(1, entry.size), entry.part_size):
-        size = min(entry.part_size, entry.size - first)
-        digests.append(_read(client, uri, options, entry.size, first, size))
-    return _combine(digests).hex() == entry.sha256
+    if not entry.crc64nvme:
+        return True  # all that is known is its size
+    kept = _kept_checksum(client, uri, options)
+    return (kept or encoded(_read(client, uri, options, entry.size))) == entry.crc64nvme
 
 
-def _kept_sha256(client: S3Client, uri: S3Uri, options: S3Options) -> str:
-    head = client.head_object(Bucket=uri.bucket, Key=uri.prefix, ChecksumMode="ENABLED", **options.reading())
-    return head.get("ChecksumSHA256", "")
-
-
-def _is_sha256(kept: str, entry: ManifestEntry) -> bool:
-    # "-N" after the checksum of an object in N parts is missing from some servers' answers.
-    return kept.partition("-")[0] == _base64(bytes.fromhex(entry.sha256))
+def _kept_checksum(client: S3Client, uri: S3Uri, options: S3Options) -> str:
+    headers = {"x-amz-checksum-mode": "ENABLED"} | _as_headers(options.reading())
+    return wire(client, uri.bucket).head(uri.prefix, headers).get(_CHECKSUM, "")
 
 
 def _read(
     client: S3Client,
     uri: S3Uri,
     options: S3Options,
-    whole: int,
-    first: int,
-    size: int,
-    write: Callable[[int, bytes], object] = lambda offset, chunk: None,
-) -> bytes:
-    """Reads a part of an object; a body that breaks off is read anew.
+    whole: int | None = None,
+    span: tuple[int, int] | None = None,
+    write: Callable[[int, memoryview], object] = lambda offset, chunk: None,
+) -> int:
+    """Reads an object or a part of it; a body that breaks off is read anew.
 
     Args:
         whole: bytes that the object should have.
-        first, size: the part.
+        span: first byte and size of the part.
         write: gets each chunk with its offset in the object.
 
     Returns:
-        the SHA-256 of the part.
-    """
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
+        the CRC of what was read.
 
-    span = {"Range": f"bytes={first}-{first + size - 1}"} if size < whole else {}
-    for left in reversed(range(_READS)):
-        answer = client.get_object(Bucket=uri.bucket, Key=uri.prefix, **span, **options.reading())  # type: ignore[arg-type]
-        total = answer.get("ContentRange", f"/{answer['ContentLength']}").rpartition("/")[2]
-        if total != str(whole):
+    Raises:
+        DownloadError: the object has another size.
+    """
+    headers = _as_headers(options.reading())
+    if span and span[1] != whole:
+        headers["range"] = f"bytes={span[0]}-{sum(span) - 1}"
+    else:
+        headers["x-amz-checksum-mode"] = "ENABLED"
+
+    def receive(response: Response) -> int:
+        size = response.length
+        total = response.headers.get("Content-Range", f"/{size}").rpartition("/")[2]
+        if whole is not None and total != str(whole):
             raise DownloadError(f"{uri}: the object has {total} bytes instead of {whole}: it was replaced")
-        digest, offset = hashlib.sha256(), first
-        try:
-            for chunk in answer["Body"].iter_chunks(_CHUNK):
-                digest.update(chunk)
-                write(offset, chunk)
-                offset += len(chunk)
-            return digest.digest()
-        except (HTTPClientError, IncompleteReadError):
-            if not left:
-                raise
-            time.sleep(0.1 * 2 ** (_READS - left))
-    raise AssertionError("unreachable")
+        offset = span[0] if span else 0
+        buffer, checksum = chunk_buffer(), 0
+        while count := response.readinto(buffer):
+            checksum = extended(checksum, buffer[:count])
+            write(offset, buffer[:count])
+            offset += count
+        if response.length:
+            raise ConnectionError(f"the answer broke off {response.length} bytes before its end")
+        if response.headers.get(_CHECKSUM, encoded(checksum)) != encoded(checksum):
+            raise ConnectionError("what arrived differs from the checksum that came with it")
+        return checksum
+
+    return wire(client, uri.bucket).get(uri.prefix, headers, receive)
 
 
 def _delete(client: S3Client, uri: S3Uri, options: S3Options) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import random
 import socket
 import struct
 import threading
 import time
-from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
+
+from dreambooth_sm.checksums import checksum_of, encoded
 
 KINDS = (
     "internal error",
@@ -89,9 +89,9 @@ def faulty(endpoint: str, schedule: FaultySchedule) -> Iterator[str]:
             if kind in _ERRORS:
                 return self.refuse(kind)
             headers = dict(self.headers)
-            given = headers.get("x-amz-checksum-sha256")
+            given = headers.get("x-amz-checksum-crc64nvme")
             if schedule.checksums:
-                if given and given != b64encode(hashlib.sha256(body).digest()).decode():
+                if given and self.command == "PUT" and given != encoded(checksum_of(body)):
                     return self.refuse("bad digest")
             else:
                 headers = {n: v for n, v in headers.items() if "checksum" not in n.lower()}
