@@ -285,7 +285,7 @@ def get_object(uri: S3Uri, *, client: S3Client | None = None) -> bytes | None:
             return None
 
 
-def put_object(uri: S3Uri, body: bytes, *, client: S3Client | None = None) -> None:
+def put_object(uri: S3Uri, body: bytes, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> None:
     """Writes one object; the server refuses content that differs from its SHA-256.
 
     Raises:
@@ -294,7 +294,7 @@ def put_object(uri: S3Uri, body: bytes, *, client: S3Client | None = None) -> No
     """
     client = client or s3_client()
     with _explained(uri, UploadError):
-        _put(client, uri, body, DEFAULTS)
+        _put(client, uri, body, options)
 
 
 def upload_directory(
