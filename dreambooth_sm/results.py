@@ -46,7 +46,8 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --one: #2563eb; --two: #d97706; --three: #059669; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+figcaption { white-space: nowrap; } table { border-collapse: collapse; }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; } figure { margin: 0; } figure img { display: block; max-width: 12rem; border-radius: 4px; }
 svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
@@ -184,7 +185,7 @@ def page(facts: Facts, directory: Path) -> str:
         "Verdict": "".join(f"<p>{escape(verdict)}</p>" for verdict in facts["verdicts"])
         + _records(facts["candidates"]),
         "Phases": _phases(facts["phases_seconds"]),
-        "Attempts": _records([_flat(attempt) for attempt in facts["attempts"]]) if len(facts["attempts"]) > 1 else "",
+        "Attempts": _records([_flat(a) for a in facts["attempts"]]) if len(facts["attempts"]) > 1 else "",
         "Data": _records(facts["subjects"]),
         "Plan": "".join(f"<p>{escape(note)}</p>" for note in facts["plan_notes"]) + _pairs(facts["plan"].items()),
         "Hyperparameters": _pairs(facts["hyperparameters"].items()),
@@ -259,8 +260,10 @@ def _summary(facts: Facts) -> list[tuple[str, Any]]:
 
 def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
     """``3, interrupted after steps 400, 650``."""
-    stops = ", ".join(str(attempt["last_step"]) for attempt in attempts[:-1])
-    return f"{len(attempts)}, interrupted after steps {stops}" if stops else "1"
+    stops = [str(attempt["last_step"]) for attempt in attempts[:-1]]
+    if not stops:
+        return "1"
+    return f"{len(attempts)}, interrupted after step{'s' if len(stops) > 1 else ''} {', '.join(stops)}"
 
 
 def _by_prompt(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -330,8 +333,13 @@ def _records(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _flat(attempt: Mapping[str, Any]) -> dict[str, Any]:
-    seconds = ", ".join(f"{name} {value:.1f}" for name, value in attempt["seconds"].items())
-    return {name.replace("_", " "): value for name, value in attempt.items()} | {"seconds": seconds}
+    """An attempt as a row of a table."""
+    return {
+        "started, UTC": attempt["started"][:16].replace("T", " "),
+        "steps": f"{attempt['first_step']} to {attempt['last_step']}",
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in attempt["seconds"].items()),
+        "host memory, GB": attempt["peak_host_memory_gb"],
+    }
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS
-from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, download_directory, list_objects, read_manifest
+from dreambooth_sm.storage import MANIFEST_NAME, Manifest, S3Uri, download_directory, get_object, list_objects
 from launcher.advice import advice_for
 from launcher.clients import Clients
 from launcher.instances import INSTANCES
@@ -378,13 +379,11 @@ class Job:
         source, s3 = S3Uri.parse(place), self._clients("s3")
         if source != self._target():
             return list(list_objects(source, client=s3))
-        try:
-            manifest = read_manifest(source, client=s3)
-            if manifest.job == self.name:
+        body = get_object(source / MANIFEST_NAME, client=s3)
+        with suppress(ValueError):  # something else of this name
+            if body and (manifest := Manifest.from_json(body)).job == self.name:
                 return [entry.path for entry in manifest.files]
-        except UserError:  # there is none
-            pass
-        # S3 keeps whole seconds.
+        # Until then, what has come since the job was created. S3 keeps whole seconds.
         since = self.describe()["CreationTime"].replace(microsecond=0)
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=f"{source.prefix}/")
         objects = [item for page in pages for item in page.get("Contents", [])]
