@@ -156,7 +156,7 @@ def test_pictures_while_training_make_room_on_small_cards() -> None:
     names = [rung.name for rung in LADDER]
     alone, drawing = (make_plan(parse(**values), find_card("8GB")).tier for values in ({}, DRAWING))
     assert names.index(drawing) > names.index(alone)
-    with pytest.raises(UserError, match="it fits with validation_steps=0$"):
+    with pytest.raises(UserError, match=r"it fits with validation_steps=0$"):
         make_plan(parse(**DRAWING), find_card("6GB"))
 
 
