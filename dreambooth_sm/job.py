@@ -33,6 +33,7 @@ from dreambooth_sm.driver import find_build, find_host, find_mismatch, find_miss
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.fidelity import load_encoders
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
+from dreambooth_sm.live_samples import RemoteSamples, SyncedSamples
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter
@@ -44,7 +45,7 @@ from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
-from dreambooth_sm.validation import SAMPLES, Validator, validation_prompts
+from dreambooth_sm.validation import SAMPLES, Validator, take_over_pictures, validation_prompts
 
 # Hyperparameters that name a place in the container.
 _PATHS = (
@@ -93,13 +94,20 @@ def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threa
     if not world.is_main:
         report = Reporter(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - for as long as the process lives
     try:
-        return _run(h, contract, world, report=report, stop=stop)
+        with contextlib.ExitStack() as background:
+            return _run(h, contract, world, background, report=report, stop=stop)
     finally:
         leave()
 
 
 def _run(
-    h: Hyperparameters, contract: Contract, world: World, *, report: Reporter, stop: threading.Event
+    h: Hyperparameters,
+    contract: Contract,
+    world: World,
+    background: contextlib.ExitStack,
+    *,
+    report: Reporter,
+    stop: threading.Event,
 ) -> Path | S3Uri:
     h = localize(h, contract)
     with report.phase("check"):
@@ -129,6 +137,11 @@ def _run(
     identity = make_identity(h, plan, subjects, seed, world)
     if previous:
         previous.check_identity(identity)
+    samples = Path(h.models_path) / SAMPLES
+    if world.is_main:
+        take_over_pictures(previous.pictures if previous else None, samples)
+    if previous:
+        report.go_on(previous.record, previous.step, samples)
     device = torch.device(plan.device)
 
     with report.phase("load_base"):
@@ -142,10 +155,14 @@ def _run(
     _stop_if_asked(stop, world)
     with report.phase("class_images"):
         subjects = make_class_images(base, subjects, h, plan, report=report, stop=stop, world=world)
-    validator = None
+    validator = live = None
     if world.is_main and (prompts := validation_prompts(h, subjects)):
+        live = live_samples(h, contract, target, background, report)
         with report.phase("validate_base"):
-            validator = Validator(base, prompts, h, plan, Path(h.models_path) / SAMPLES, report)
+            validator = Validator(base, prompts, h, plan, samples, report)
+            if live:
+                live.send(report.samples.copy())
+                validator.on_draw = live.send
             validator.draw(0)
         _free_memory()
     with report.phase("encode"):
@@ -185,11 +202,11 @@ def _run(
             validator.draw(schedule.steps)
     with report.phase("save"):
         directory = save(base, h, checkpoints)
-        facts = gather_facts(base.name, subjects, h, plan, report, validator.samples if validator else [], directory)
-        write_results(facts, directory)
+        write_results(gather_facts(base.name, subjects, h, plan, report, schedule.steps, directory), directory)
     if target is None:
         return directory
     with report.phase("upload"):
+        background.close()  # pictures that still wait come with the model
         upload(directory, target, h, schedule.steps, contract, report)
         if remote:
             remote.clear()
@@ -270,6 +287,21 @@ def remote_checkpoints(
     if target is None or contract.checkpoint_directory.is_dir() or len(contract.hosts) > 1 or not world.is_main:
         return None
     return RemoteCheckpoints(target, h.s3_options, storage.s3_client(endpoint_url=h.s3_endpoint_url), report)
+
+
+def live_samples(
+    h: Hyperparameters,
+    contract: Contract,
+    target: S3Uri | None,
+    background: contextlib.ExitStack,
+    report: Reporter,
+) -> RemoteSamples | SyncedSamples | None:
+    """Where validation pictures go while the job runs: to the model's place in S3, or to the synced directory."""
+    if target is not None:
+        client = storage.s3_client(endpoint_url=h.s3_endpoint_url, attempts=2, timeout=10)
+        return background.enter_context(RemoteSamples(target, h.s3_options, client, report))
+    synced = contract.checkpoint_directory
+    return SyncedSamples(synced) if synced.is_dir() else None
 
 
 def find_checkpoint(

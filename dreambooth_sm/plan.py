@@ -311,6 +311,10 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: 
         notes.append(f"{card.name} has no bf16: fp16 with loss scaling")
     ema = _choose(h.use_ema, rung.use_ema)
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder)
+    if _draws_while_training(h):
+        notes.append(
+            f"validation_steps: drawing takes {_drawing_gb(precision, h, shape):.1f} GB beside training's memory"
+        )
     if not text_encoder and h.train_text_encoder == "auto":
         notes.append("the text encoder is not trained: the card has no room for it")
     plan = Plan(
@@ -400,7 +404,9 @@ def _too_large(h: Hyperparameters, card: Card, shape: Shape, smallest: Plan) -> 
     text = (
         f"the job needs {smallest.predicted_peak_gb:.1f} GB at least and {card.name} has {card.budget_gb:.1f} GB for it"
     )
-    for change in (asked, asked_sizes, {**asked, **asked_sizes}):
+    drawing = {"validation_steps": 0} if _draws_while_training(h) else {}
+    both = {**asked, **asked_sizes}
+    for change in (drawing, asked, asked_sizes, both, {**both, **drawing}):
         if change:
             relaxed = h.model_copy(update=change)
             if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card, shape)):
@@ -457,10 +463,26 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float
     vae = 0.0 if plan.cache_latents else 4e-3 * shape.vae + 1.2 * (h.resolution / 512) ** 2
     if h.prior_preservation and h.prior == "output":  # the latents of its outputs
         vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
-    return round((weights + state + average) * millions * 1e-3 + passing + vae + _OVERHEAD_GB, 2)
+    kept = (weights + state + average) * millions * 1e-3 + vae + _OVERHEAD_GB
+    peak = kept + passing
+    if _draws_while_training(h):
+        # A captured step keeps all its memory while pictures are drawn; another one its gradients at most.
+        held = passing if plan.cuda_graph else gradients
+        peak = max(peak, kept + held + _drawing_gb(plan.precision, h, shape))
+    return round(peak, 2)
+
+
+def _draws_while_training(h: Hyperparameters) -> bool:
+    """Whether pictures are drawn while training's memory stays where it is."""
+    return h.validation_prompt is not None and h.validation_steps > 0
+
+
+def _drawing_gb(precision: Precision, h: Hyperparameters, shape: Shape) -> float:
+    """What a validation picture takes beside training: a pipeline of its own, VAE included, only while it draws."""
+    return sampling_peak_gb(1, h, shape) * (2 if precision == "fp32" else 1)
 
 
 def sampling_peak_gb(batch_size: int, h: Hyperparameters, shape: Shape = SD1) -> float:
-    """Highest allocation while class images are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
+    """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
     models = 2e-3 * (shape.unet + shape.text_encoder + shape.vae)
     return models + (0.15 * batch_size + 0.7) * (h.resolution / 512) ** 2

@@ -9,9 +9,12 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO, TypeVar
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -39,15 +42,50 @@ def metric_pattern(name: str) -> str:
     return rf"(?:^|\s){name}=([-+]?[0-9]\S*)"
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One validation picture.
+
+    Attributes:
+        step: optimizer steps done; 0 for the base model.
+        path: of the PNG, whose metadata names all of this.
+    """
+
+    step: int
+    prompt: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of the job, as far as it counts: up to its end, or to the checkpoint that the next one went on from.
+
+    Attributes:
+        started: UTC time in ISO 8601.
+        first_step, last_step: optimizer steps done before and after it.
+        seconds: wall-clock seconds of each phase, in order; so far, of one that had not ended.
+        peak_host_memory_gb: in GB (1e9 bytes).
+    """
+
+    started: str
+    first_step: int
+    last_step: int
+    seconds: dict[str, float]
+    peak_host_memory_gb: float
+
+
 class Reporter:
-    """Writes the job's lines.
+    """Writes the job's lines, and remembers what they say, over all attempts of the job.
 
     Args:
         stream: where to; standard output by default.
 
     Attributes:
-        seconds: wall-clock seconds of each phase that has ended, in order.
-        history: the values of each metric line, in order.
+        seconds: wall-clock seconds of each phase that has ended, in order; of this attempt.
+        history: the values of each metric line, in order; of attempts before this one, those of training.
+        samples: the validation pictures.
+        earlier: the attempts before this one.
         verdicts: what was said of how well the model was trained.
     """
 
@@ -55,7 +93,12 @@ class Reporter:
         self.stream = stream or sys.stdout
         self.seconds: dict[str, float] = {}
         self.history: list[dict[str, object]] = []
+        self.samples: list[Sample] = []
+        self.earlier: list[Attempt] = []
         self.verdicts: list[str] = []
+        self._started = datetime.now(UTC).isoformat(timespec="seconds")
+        self._first_step = 0
+        self._running: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=self.stream)
@@ -75,13 +118,49 @@ class Reporter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times a phase and says its name at the start and its seconds at the end, also when it fails."""
-        started = time.monotonic()
+        self._running[name] = time.monotonic()
         self.say(f"phase={name} state=started")
         try:
             yield
         finally:
-            self.seconds[name] = time.monotonic() - started
+            self.seconds[name] = time.monotonic() - self._running.pop(name)
             self.say(format_metrics(phase=name, state="ended", seconds=self.seconds[name]))
+
+    @property
+    def training_rows(self) -> list[dict[str, object]]:
+        """The metric lines of training, of all attempts."""
+        return [row for row in self.history if "step" in row and "loss" in row]
+
+    def attempts(self, step: int) -> list[Attempt]:
+        """All attempts; the present one up to now, after ``step`` optimizer steps."""
+        import resource  # not on Windows, where a client may import this module
+
+        now = time.monotonic()
+        seconds = self.seconds | {name: now - started for name, started in self._running.items()}
+        rounded = {name: round(value, 2) for name, value in seconds.items()}
+        memory = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2)
+        return [*self.earlier, Attempt(self._started, self._first_step, step, rounded, memory)]
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What :meth:`go_on` needs in an attempt that goes on after ``step``, as JSON's types; the pictures by name."""
+        return {
+            "steps": self.training_rows,
+            "attempts": [asdict(attempt) for attempt in self.attempts(step)],
+            "samples": [asdict(sample) | {"path": sample.path.name} for sample in self.samples],
+        }
+
+    def go_on(self, record: Mapping[str, Any], step: int, pictures: Path) -> None:
+        """Takes over what earlier attempts had to tell, from their :meth:`record`.
+
+        Args:
+            step: that this attempt goes on after.
+            pictures: the directory that holds the earlier ones; what is missing there is left out.
+        """
+        self._first_step = step
+        self.history += record.get("steps", [])
+        self.earlier = [Attempt(**fields) for fields in record.get("attempts", [])]
+        samples = [Sample(**fields | {"path": pictures / fields["path"]}) for fields in record.get("samples", [])]
+        self.samples = [sample for sample in samples if sample.path.is_file()]
 
     def progress(self, items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         """Passes items through: a bar on a terminal, a line at each quarter elsewhere."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import platform
-import resource
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
@@ -24,9 +24,8 @@ from dreambooth_sm import __version__
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.plan import Plan
-from dreambooth_sm.report import Reporter
+from dreambooth_sm.report import Attempt, Reporter
 from dreambooth_sm.toybox import BASE as TOYBOX
-from dreambooth_sm.validation import Sample
 
 Facts = dict[str, Any]
 
@@ -47,7 +46,8 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --one: #2563eb; --two: #d97706; --three: #059669; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
+figcaption { white-space: nowrap; } table { border-collapse: collapse; }
+td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; } figure { margin: 0; } figure img { display: block; max-width: 12rem; border-radius: 4px; }
 svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
@@ -61,17 +61,17 @@ def gather_facts(
     h: Hyperparameters,
     plan: Plan,
     report: Reporter,
-    samples: Sequence[Sample],
+    step: int,
     directory: Path,
 ) -> Facts:
-    """All that the three files tell, as JSON's types.
+    """All that the three files tell, as JSON's types: of all attempts, where the job was interrupted.
 
     Args:
         base: name of the base model.
-        samples: validation pictures, below ``directory``.
-        directory: the trained model's.
+        step: optimizer steps done.
+        directory: the trained model's, which the validation pictures are below.
     """
-    steps = [row for row in report.history if "step" in row and "loss" in row]
+    steps, attempts = report.training_rows, report.attempts(step)
     licence = next((name for start, name in _LICENCES.items() if base.startswith(start)), None)
     return {
         "model_name": h.model_name,
@@ -90,9 +90,10 @@ def gather_facts(
         "hyperparameters": h.model_dump(mode="json"),
         "plan": plan.settings(),
         "plan_notes": list(plan.notes),
-        "phases_seconds": {name: round(seconds, 2) for name, seconds in report.seconds.items()},
+        "attempts": [asdict(attempt) for attempt in attempts],
+        "phases_seconds": _seconds(attempts),
         "peak_vram_gb": max((float(str(row.get("vram_gb", 0))) for row in steps), default=0.0),
-        "peak_host_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_host_memory_gb": max(attempt.peak_host_memory_gb for attempt in attempts),
         "steps": steps,
         "candidates": [row for row in report.history if "candidate" in row],
         "verdicts": list(report.verdicts),
@@ -103,7 +104,7 @@ def gather_facts(
                 "seed": sample.seed,
                 "file": sample.path.relative_to(directory).as_posix(),
             }
-            for sample in samples
+            for sample in sorted(report.samples, key=lambda sample: sample.step)
         ],
         "versions": {
             "dreambooth-sm": __version__,
@@ -112,6 +113,15 @@ def gather_facts(
             "cuda": torch.version.cuda,
         },
     }
+
+
+def _seconds(attempts: Iterable[Attempt]) -> dict[str, float]:
+    """Of each phase, over all attempts."""
+    seconds: dict[str, float] = {}
+    for attempt in attempts:
+        for name, taken in attempt.seconds.items():
+            seconds[name] = round(seconds.get(name, 0.0) + taken, 2)
+    return seconds
 
 
 def write_results(facts: Facts, directory: Path) -> None:
@@ -175,6 +185,7 @@ def page(facts: Facts, directory: Path) -> str:
         "Verdict": "".join(f"<p>{escape(verdict)}</p>" for verdict in facts["verdicts"])
         + _records(facts["candidates"]),
         "Phases": _phases(facts["phases_seconds"]),
+        "Attempts": _records([_flat(a) for a in facts["attempts"]]) if len(facts["attempts"]) > 1 else "",
         "Data": _records(facts["subjects"]),
         "Plan": "".join(f"<p>{escape(note)}</p>" for note in facts["plan_notes"]) + _pairs(facts["plan"].items()),
         "Hyperparameters": _pairs(facts["hyperparameters"].items()),
@@ -238,12 +249,21 @@ def _summary(facts: Facts) -> list[tuple[str, Any]]:
         ("base model", facts["base_model"]),
         ("licence of the base model", facts["base_model_licence"] or "not known"),
         ("finished", facts["finished"]),
-        ("steps", steps[-1]["step"] if steps else 0),
+        ("steps", facts["attempts"][-1]["last_step"]),
+        ("attempts", _attempts(facts["attempts"])),
         ("loss, first and last line", f"{steps[0]['loss']:.4g}, {steps[-1]['loss']:.4g}" if steps else ""),
         ("peak memory of the device, GB", f"{facts['peak_vram_gb']:.2f}"),
         ("peak memory of the host, GB", facts["peak_host_memory_gb"]),
         ("software", ", ".join(f"{name} {number}" for name, number in facts["versions"].items() if number)),
     ]
+
+
+def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
+    """``3, interrupted after steps 400, 650``."""
+    stops = [str(attempt["last_step"]) for attempt in attempts[:-1]]
+    if not stops:
+        return "1"
+    return f"{len(attempts)}, interrupted after step{'s' if len(stops) > 1 else ''} {', '.join(stops)}"
 
 
 def _by_prompt(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -258,13 +278,16 @@ def _by_prompt(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[s
 
 def _pictures(samples: Sequence[Mapping[str, Any]], directory: Path) -> str:
     """A table for each prompt: a row for each seed, a column for each step."""
-    tables: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
+    tables: dict[str, dict[int, dict[int, Mapping[str, Any]]]] = {}
     for sample in samples:
-        tables.setdefault(sample["prompt"], {}).setdefault(sample["seed"], []).append(sample)
+        tables.setdefault(sample["prompt"], {}).setdefault(sample["seed"], {})[sample["step"]] = sample
     html = []
     for prompt, seeds in tables.items():
+        steps = sorted({step for found in seeds.values() for step in found})
         rows = "".join(
-            "<tr>" + "".join(f"<td>{_picture(sample, directory)}</td>" for sample in found) + "</tr>"
+            "<tr>"
+            + "".join(f"<td>{_picture(found[step], directory) if step in found else ''}</td>" for step in steps)
+            + "</tr>"
             for found in seeds.values()
         )
         html.append(f'<h3>{escape(prompt)}</h3><div class="wide"><table>{rows}</table></div>')
@@ -307,6 +330,16 @@ def _records(rows: Sequence[Mapping[str, Any]]) -> str:
         "<tr>" + "".join(f"<td>{escape(_text(row.get(name)))}</td>" for name in names) + "</tr>" for row in rows
     )
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _flat(attempt: Mapping[str, Any]) -> dict[str, Any]:
+    """An attempt as a row of a table."""
+    return {
+        "started, UTC": attempt["started"][:16].replace("T", " "),
+        "steps": f"{attempt['first_step']} to {attempt['last_step']}",
+        "seconds": ", ".join(f"{name} {value:.1f}" for name, value in attempt["seconds"].items()),
+        "host memory, GB": attempt["peak_host_memory_gb"],
+    }
 
 
 def _text(value: Any) -> str:

@@ -227,7 +227,7 @@ def get_object(uri: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | 
     return bytes(content)
 
 
-def put_object(uri: S3Uri, body: bytes, *, client: S3Client | None = None) -> None:
+def put_object(uri: S3Uri, body: bytes, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> None:
     """Writes one object; the server refuses content that differs from its checksum.
 
     Raises:
@@ -236,7 +236,7 @@ def put_object(uri: S3Uri, body: bytes, *, client: S3Client | None = None) -> No
     """
     client = client or s3_client()
     with _explained(uri, UploadError):
-        _put(client, uri, body, checksum_of(body), DEFAULTS)
+        _put(client, uri, body, checksum_of(body), options)
 
 
 def upload_directory(

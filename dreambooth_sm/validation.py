@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -15,27 +18,13 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
-from dreambooth_sm.report import Reporter
+from dreambooth_sm.report import Reporter, Sample
 from dreambooth_sm.sampling import draw, sampling_pipeline
 
 SAMPLES = "samples"
+_NAMES = "step-*-prompt-*-seed-*.png"
 # Apart from the seeds of class images, which the model is trained on.
 _SEED = 2_000
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture.
-
-    Attributes:
-        step: optimizer steps done; 0 for the base model.
-        path: of the PNG, whose metadata names all of this.
-    """
-
-    step: int
-    prompt: str
-    seed: int
-    path: Path
 
 
 def validation_prompts(h: Hyperparameters, subjects: tuple[Subject, ...]) -> tuple[str, ...]:
@@ -47,15 +36,38 @@ def validation_prompts(h: Hyperparameters, subjects: tuple[Subject, ...]) -> tup
     return tuple(dict.fromkeys(prompt for prompt in [*asked, *classes] if prompt))
 
 
+def take_over_pictures(earlier: Path | None, directory: Path) -> None:
+    """Puts the whole pictures of the attempts before this one into ``directory``, in place of another job's.
+
+    Args:
+        earlier: where they lie; None for a first attempt.
+    """
+    for other in directory.glob(_NAMES):
+        other.unlink()
+    for picture in sorted(earlier.glob(_NAMES)) if earlier else []:
+        if picture.stem.endswith(_digest(picture.read_bytes())):
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, directory / picture.name)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
 class Validator:
-    """Draws the validation prompts again and again, with the same seeds.
+    """Draws the validation prompts again and again, with the same seeds; the report remembers the pictures.
 
     Training's own modules are never touched: while it goes on, its weights are copied into modules of their own, which
     are on the device only while they draw.
 
+    A picture's name ends with a part of its SHA-256: no other picture ever replaces it, here or in S3.
+
     Args:
         base: the model, before training.
         directory: for the pictures.
+
+    Attributes:
+        on_draw: is told each step's pictures.
     """
 
     def __init__(
@@ -70,7 +82,8 @@ class Validator:
         self._base, self._prompts, self._h, self._plan, self._report = base, prompts, h, plan, report
         self._directory = directory
         self._copy: BaseModel | None = None
-        self.samples: list[Sample] = []
+        self._seeds = [_SEED + number for number in range(h.num_validation_images)]
+        self.on_draw: Callable[[Sequence[Sample]], object] | None = None
         if prompts and h.validation_steps:
             # In half precision where pictures are drawn so: host memory is short where cards are small.
             dtype = torch.float16 if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
@@ -97,38 +110,49 @@ class Validator:
             for name, key, value in weights:
                 parameters[name][key].copy_(value)
         try:
-            self._draw(self._copy, step)
+            self._draw(self._copy, step, batch_size=1)  # the plan counts the memory for one
         except torch.OutOfMemoryError:
             self._copy.to("cpu")
             self._copy = None
             self._report.warn(f"no memory for validation pictures at step {step}; the next ones come after training")
 
     def draw(self, step: int) -> None:
-        """Draws with the model itself, before or after training."""
-        if self._prompts:
-            self._draw(self._base, step)
+        """Draws with the model itself, before or after training, what an earlier attempt has not drawn."""
+        self._draw(self._base, step, batch_size=self._plan.sample_batch_size)
 
-    def _draw(self, model: BaseModel, step: int) -> None:
+    def _draw(self, model: BaseModel, step: int, *, batch_size: int) -> None:
+        there = {(sample.prompt, sample.seed) for sample in self._report.samples if sample.step == step}
+        missing = {p: [s for s in self._seeds if (p, s) not in there] for p in self._prompts}
+        if not any(missing.values()):
+            return
         pipeline = sampling_pipeline(model, self._plan)
-        seeds = [_SEED + number for number in range(self._h.num_validation_images)]
-        self._directory.mkdir(parents=True, exist_ok=True)
-        for number, prompt in enumerate(self._prompts):
+        drawn: list[Sample] = []
+        for prompt, seeds in missing.items():
             batches = draw(
                 pipeline,
                 prompt,
                 seeds,
                 resolution=self._h.resolution,
-                batch_size=self._plan.sample_batch_size,
+                batch_size=batch_size,
                 guidance=self._h.validation_guidance_scale,
             )
             pictures = [picture for batch in batches for picture in batch]
-            for seed, picture in zip(seeds, pictures, strict=True):
-                path = self._directory / f"step-{step:06}-prompt-{number}-seed-{seed}.png"
-                facts = PngInfo()
-                facts.add_itxt("parameters", f"{prompt}\nSteps: {step} of training, Seed: {seed}")
-                facts.add_itxt("prompt", prompt)
-                picture.save(path, pnginfo=facts)
-                self.samples.append(Sample(step, prompt, seed, path))
+            drawn += [self._write(picture, step, prompt, seed) for seed, picture in zip(seeds, pictures, strict=True)]
         del pipeline
         model.to("cpu")
-        self._report.metrics(validation=step, pictures=len(self._prompts) * len(seeds))
+        self._report.samples += drawn
+        self._report.metrics(validation=step, pictures=len(drawn))
+        if self.on_draw:
+            self.on_draw(drawn)
+
+    def _write(self, picture: Image.Image, step: int, prompt: str, seed: int) -> Sample:
+        facts = PngInfo()
+        facts.add_itxt("parameters", f"{prompt}\nSteps: {step} of training, Seed: {seed}")
+        facts.add_itxt("prompt", prompt)
+        png = BytesIO()
+        picture.save(png, format="PNG", pnginfo=facts)
+        content, number = png.getvalue(), self._prompts.index(prompt)
+        path = self._directory / f"step-{step:06}-prompt-{number}-seed-{seed}-{_digest(content)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return Sample(step, prompt, seed, path)

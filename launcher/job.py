@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS
-from dreambooth_sm.storage import S3Uri, download_directory, list_objects
+from dreambooth_sm.storage import MANIFEST_NAME, Manifest, S3Uri, download_directory, get_object, list_objects
 from launcher.advice import advice_for
 from launcher.clients import Clients
 from launcher.instances import INSTANCES
@@ -284,11 +285,9 @@ class Job:
     @property
     def model_uri(self) -> str:
         """Where the trained pipeline lies: an ``s3://`` prefix, a ``model.tar.gz`` there, or a local directory."""
+        if target := self._target():
+            return str(target)
         description = self.describe()
-        hyperparameters = description.get("HyperParameters", {})
-        for name in ("manual_upload_model_path", "manul_upload_model_path"):
-            if uploaded := hyperparameters.get(name, "").strip('"'):
-                return uploaded
         uri = description.get("ModelArtifacts", {}).get("S3ModelArtifacts", "")
         if not uri:
             raise UserError(f"{self.name} has no model: it is {description['TrainingJobStatus']}")
@@ -308,6 +307,9 @@ class Job:
             TransferError: what came is not what was sent.
         """
         directory, source = Path(directory), self.model_uri
+        target = self._target()
+        if target and MANIFEST_NAME not in list_objects(target, client=self._clients("s3")):
+            raise UserError(f"{self.name} has no whole model in {target} yet: it is {self.status}")
         if not source.startswith("s3://"):
             return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
         if source.endswith(".tar.gz"):
@@ -326,7 +328,7 @@ class Job:
         return directory
 
     def samples(self) -> Pictures:
-        """The pictures that the job drew while it trained, a list of Pillow's by name; a notebook shows them.
+        """The pictures that the job has drawn so far, a list of Pillow's by name; a notebook shows them.
 
         Raises:
             UserError: the model lies in a ``model.tar.gz``, which :meth:`download` unpacks.
@@ -335,8 +337,9 @@ class Job:
 
         from PIL import Image
 
-        names = sorted(name for name in self._files() if re.fullmatch(r"samples/.+\.(png|jpg|webp)", name))
-        return Pictures(Image.open(io.BytesIO(self._read(name))) for name in names)
+        place = self._samples_place()
+        names = sorted(name for name in self._names(place) if re.fullmatch(r"samples/.+\.(png|jpg|webp)", name))
+        return Pictures(Image.open(io.BytesIO(self._read(place, name))) for name in names)
 
     def report(self) -> Page:
         """The job's report page, text in HTML; a notebook shows it.
@@ -344,23 +347,52 @@ class Job:
         Raises:
             UserError: the job wrote none, or it lies in a ``model.tar.gz``.
         """
-        if "report.html" not in self._files():
-            raise UserError(f"{self.name} wrote no report.html to {self.model_uri}")
-        return Page(self._read("report.html").decode())
+        place = self.model_uri
+        if "report.html" not in self._names(place):
+            raise UserError(f"{self.name} wrote no report.html to {place}")
+        return Page(self._read(place, "report.html").decode())
 
-    def _files(self) -> list[str]:
-        source = self.model_uri
-        if source.endswith(".tar.gz"):
-            raise UserError(f"{source} is an archive: download() unpacks it")
-        if source.startswith("s3://"):
-            return list(list_objects(S3Uri.parse(source), client=self._clients("s3")))
-        return [path.relative_to(source).as_posix() for path in Path(source).rglob("*") if path.is_file()]
+    def _target(self) -> S3Uri | None:
+        """Where the job itself uploads its model, if it does."""
+        hyperparameters = self.describe().get("HyperParameters", {})
+        for name in ("manual_upload_model_path", "manul_upload_model_path"):
+            if target := hyperparameters.get(name, "").strip('"'):
+                return S3Uri.parse(target)
+        return None
 
-    def _read(self, name: str) -> bytes:
-        source = self.model_uri
-        if not source.startswith("s3://"):
-            return (Path(source) / name).read_bytes()
-        uri = S3Uri.parse(source) / name
+    def _samples_place(self) -> str:
+        """Where the pictures are: beside the model, or, until there is one, what the platform keeps in S3 or here."""
+        description = self.describe()
+        if description["TrainingJobStatus"] in ENDED or self._target():
+            return self.model_uri
+        if self.directory:
+            return str(self.directory / "model")
+        synced = str(description.get("CheckpointConfig", {}).get("S3Uri", ""))
+        return synced.rstrip("/") if synced.startswith("s3://") else self.model_uri
+
+    def _names(self, place: str) -> list[str]:
+        """The job's files below a place; of a place that other jobs used as well, those of this one."""
+        if place.endswith(".tar.gz"):
+            raise UserError(f"{place} is an archive: download() unpacks it")
+        if not place.startswith("s3://"):
+            return [path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()]
+        source, s3 = S3Uri.parse(place), self._clients("s3")
+        if source != self._target():
+            return list(list_objects(source, client=s3))
+        body = get_object(source / MANIFEST_NAME, client=s3)
+        with suppress(ValueError):  # something else of this name
+            if body and (manifest := Manifest.from_json(body)).job == self.name:
+                return [entry.path for entry in manifest.files]
+        # Until then, what has come since the job was created. S3 keeps whole seconds.
+        since = self.describe()["CreationTime"].replace(microsecond=0)
+        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=f"{source.prefix}/")
+        objects = [item for page in pages for item in page.get("Contents", [])]
+        return [o["Key"].removeprefix(f"{source.prefix}/") for o in objects if o["LastModified"] >= since]
+
+    def _read(self, place: str, name: str) -> bytes:
+        if not place.startswith("s3://"):
+            return (Path(place) / name).read_bytes()
+        uri = S3Uri.parse(place) / name
         return self._clients("s3").get_object(Bucket=uri.bucket, Key=uri.prefix)["Body"].read()
 
 

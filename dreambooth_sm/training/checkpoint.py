@@ -3,9 +3,10 @@
 Random choices are functions of the seed and the step (see :mod:`dreambooth_sm.data.training_set`), so weights,
 optimizer state, averages and the step are everything.
 
-A checkpoint is a directory ``step-00000800``: ``tensors.pt``, and ``state.json`` with the step, the job's identity, and
-the size and CRC-32 of both. CRC-32, because it is there to find damage, not forgery, and costs half of what SHA-256
-costs, or a fifth on processors without instructions for that.
+A checkpoint is a directory ``step-00000800``: ``tensors.pt``, and ``state.json`` with the step, the job's identity,
+what the job has to tell so far, and the size and CRC-32 of both. CRC-32, because it is there to find damage, not
+forgery, and costs half of what SHA-256 costs, or a fifth on processors without instructions for that. The pictures that
+were drawn so far lie beside them, in ``samples``; one that is missing costs a picture, not the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -25,6 +26,7 @@ from dreambooth_sm.errors import UserError
 
 _STATE = "state.json"
 _TENSORS = "tensors.pt"
+_PICTURES = "samples"
 _CHUNK = 2**20
 
 
@@ -36,12 +38,19 @@ class Checkpoint:
         step: optimizer steps done.
         identity: what a resumed job has to have in common with the one that wrote this.
         crc32: of the tensors' file.
+        record: what the job had to tell, as JSON's types; empty where an earlier version wrote the checkpoint.
     """
 
     directory: Path
     step: int
     identity: dict[str, Any]
     crc32: int
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pictures(self) -> Path:
+        """Where the pictures lie that were drawn so far."""
+        return self.directory / _PICTURES
 
     def is_undamaged(self) -> bool:
         """Whether the tensors' file holds what was written; reads all of it."""
@@ -70,9 +79,22 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    root: Path, step: int, identity: dict[str, Any], tensors: dict[str, Any], *, keep: int
+    root: Path,
+    step: int,
+    identity: dict[str, Any],
+    tensors: dict[str, Any],
+    *,
+    keep: int,
+    record: dict[str, Any] | None = None,
+    pictures: Iterable[Path] = (),
 ) -> Checkpoint:
-    """Writes ``root/step-N`` so that it is there whole or not at all; it and the ``keep - 1`` before it are kept."""
+    """Writes ``root/step-N`` so that it is there whole or not at all; it and the ``keep - 1`` before it are kept.
+
+    Args:
+        record: what the job has to tell so far, as JSON's types.
+        pictures: that were drawn so far; copied.
+    """
+    record = record or {}
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -80,7 +102,16 @@ def save_checkpoint(
     with (partial / _TENSORS).open("wb") as stream:
         written = _Checksummed(stream)
         torch.save(tensors, cast("BinaryIO", written))
-    state = {"step": step, "identity": identity, "bytes": written.bytes, "crc32": written.crc32}
+    for picture in pictures:
+        (partial / _PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(picture, partial / _PICTURES / picture.name)
+    state = {
+        "step": step,
+        "identity": identity,
+        "bytes": written.bytes,
+        "crc32": written.crc32,
+        "record": record,
+    }
     (partial / _STATE).write_text(json.dumps(state | {"state_crc32": _crc32_of(state)}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -90,7 +121,7 @@ def save_checkpoint(
     own = [checkpoint for checkpoint in whole if checkpoint.step <= step]
     for checkpoint in (*replaced, *own[:-keep]):
         shutil.rmtree(checkpoint.directory)
-    return Checkpoint(final, step, identity, written.crc32)
+    return Checkpoint(final, step, identity, written.crc32, record)
 
 
 class _Checksummed:
@@ -123,7 +154,8 @@ def all_checkpoints(root: Path) -> list[Checkpoint]:
             state = json.loads((directory / _STATE).read_text())
             undamaged = state.pop("state_crc32") == _crc32_of(state)
             if undamaged and (directory / _TENSORS).stat().st_size == state["bytes"]:
-                found.append(Checkpoint(directory, state["step"], state["identity"], state["crc32"]))
+                record = state.get("record", {})
+                found.append(Checkpoint(directory, state["step"], state["identity"], state["crc32"], record))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return found

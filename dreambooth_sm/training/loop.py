@@ -6,7 +6,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ class _Window:
     count: int = 0
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
     def add(self, loss: Loss) -> None:
         self.count += 1
         for name, value in (("loss", loss.total), ("instance_loss", loss.instance), ("prior_loss", loss.prior)):
@@ -98,6 +102,23 @@ class _Window:
         mine = {name: (total / self.count).item() for name, total in self.sums.items()}
         everyone = world.gather(mine)
         return {name: sum(means[name] for means in everyone) / world.size for name in mine}
+
+    def share(self, world: World) -> None:
+        """Gives every process the mean of all their sums, which leaves the means as they are: one can save for all."""
+        if world.size > 1:
+            means = self.means(world)
+            self.sums = {name: torch.full_like(total, means[name] * self.count) for name, total in self.sums.items()}
+
+    def state(self) -> dict[str, Any]:
+        """On the CPU."""
+        sums = {name: total.cpu() for name, total in self.sums.items()}
+        return {"sums": sums, "count": self.count, "seconds": self.seconds}
+
+    @classmethod
+    def going_on(cls, state: Mapping[str, Any], device: torch.device) -> _Window:
+        """From another's :meth:`state`, whose time stood still meanwhile."""
+        sums = {name: total.to(device) for name, total in state["sums"].items()}
+        return cls(sums, state["count"], time.monotonic() - state["seconds"])
 
 
 class Trainer:
@@ -182,6 +203,7 @@ class Trainer:
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
         self._skipped = 0
+        self._window = _Window()
 
     @property
     def ema(self) -> Ema | None:
@@ -197,6 +219,7 @@ class Trainer:
             "step": self.make_step.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
+            "window": self._window.state(),
         }
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
@@ -217,6 +240,8 @@ class Trainer:
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
         self.step = step
+        # A checkpoint of an earlier version has no window: its metric line covers the steps since.
+        self._window = _Window.going_on(state["window"], self.device) if "window" in state else _Window()
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on where ``checkpoint`` was written.
@@ -230,10 +255,18 @@ class Trainer:
 
     def save(self, root: Path) -> Path | None:
         """Writes a checkpoint, on the main process alone: all hold the same state."""
+        self._window.share(self.world)
         if not self.world.is_main:
             return None
-        keep = self.h.checkpoints_total_limit
-        saved = save_checkpoint(root, self.step, self.identity, self.state(), keep=keep).directory
+        saved = save_checkpoint(
+            root,
+            self.step,
+            self.identity,
+            self.state(),
+            keep=self.h.checkpoints_total_limit,
+            record=self.report.record(self.step),
+            pictures=[sample.path for sample in self.report.samples],
+        ).directory
         if self.on_save:
             self.on_save(saved)
         return saved
@@ -256,18 +289,17 @@ class Trainer:
             StopRequested: when ``stop`` is set; the steps done are in a checkpoint.
             TrainingError: where the job learns nothing.
         """
-        window = _Window()
         for _ in self.report.progress(range(self.step, self.schedule.steps), self.schedule.steps - self.step, "steps"):
             rate = float(self.scheduler.get_last_lr()[0])
-            window.add(self.optimizer_step(rate))
+            self._window.add(self.optimizer_step(rate))
             if self.step == 1 or self.step % self.h.logging_steps == 0 or self.step == self.schedule.steps:
-                self._log(window, rate)
-                window = _Window()
+                self._log(rate)
+                self._window = _Window()
             last = self.step == self.schedule.steps
             if validator and not last and self.world.is_main and validator.is_due(self.step):
                 paused = time.monotonic()
                 validator.draw_from(self.weights_now(), self.step)
-                window.started += time.monotonic() - paused
+                self._window.started += time.monotonic() - paused
             if not last and self._asked_to_stop(stop):
                 saved = self.save(checkpoints)
                 raise StopRequested(f"after step {self.step} of {self.schedule.steps}; saved in {saved}")
@@ -411,15 +443,15 @@ class Trainer:
             prints[name] = int(total) if bool(largest.isfinite()) else None
         return prints
 
-    def _log(self, window: _Window, rate: float) -> None:
-        means = window.means(self.world)  # waits for the device: the seconds are those of finished steps
-        seconds = time.monotonic() - window.started
+    def _log(self, rate: float) -> None:
+        means = self._window.means(self.world)  # waits for the device: the seconds are those of finished steps
+        seconds = self._window.seconds
         vram = torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else 0.0
         self.report.metrics(
             step=self.step,
             **means,
             lr=rate,
-            steps_per_s=window.count / seconds if seconds else None,
+            steps_per_s=self._window.count / seconds if seconds else None,
             vram_gb=vram,
         )
         if not math.isfinite(means["loss"]):

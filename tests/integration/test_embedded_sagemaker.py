@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 from botocore.exceptions import ClientError
+from PIL import Image
 
 import launcher
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import upload_directory
 from launcher.embedded import embedded_services
 from launcher.job import Job, JobFailed, JobStopped
 from tests.helpers.jobs import SMALL, read_weights, same_weights
@@ -146,6 +149,52 @@ def test_an_interrupted_spot_job_ends_with_the_weights_of_an_uninterrupted_one(
     assert same_weights(read_weights(one, "unet"), read_weights(two, "unet"))
     steps = {key.split("/")[0] for key in workplace.keys("spot")}
     assert len(steps) == 2, "what the job deleted is gone in S3 as well"
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["uploaded by the job", "synced with the checkpoints"])
+def test_pictures_are_shown_while_the_job_runs(
+    workplace: Workplace, pictures: Path, tiny_base: Path, tmp_path: Path, direct: bool
+) -> None:
+    values = {**NO_CLASS, "validation_prompt": "a toy", "validation_guidance_scale": "1", "max_train_steps": "2000"}
+    more: dict[str, Any] = checkpoints_at(workplace, "drawing")
+    if direct:
+        target = workplace.bucket / "drawn"
+        more = {}
+        values["manual_upload_model_path"] = str(target)
+        earlier = tmp_path / "earlier" / "samples" / "step-000000-prompt-0-seed-2000-0123abcd.png"
+        earlier.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(earlier)
+        upload_directory(tmp_path / "earlier", target, job="earlier", client=workplace.clients("s3"))
+        time.sleep(1)  # S3 keeps whole seconds
+    job = workplace.train(pictures, tiny_base, {**values, "validation_steps": "2"}, **more)
+    shown = eventually(lambda: len(found := _samples(job)) >= 2 and found)
+    assert job.status == "InProgress"
+    assert {picture.size for picture in shown} == {(64, 64)}, "and none of another job's"
+    assert shown[0].text["prompt"] == "a toy"
+    job.stop()
+    with pytest.raises(JobStopped):
+        job.wait(lambda line: None)
+
+
+def _samples(job: Job) -> list[Any]:
+    try:
+        return list(job.samples())
+    except UserError:  # nothing is there yet
+        return []
+
+
+def test_what_is_no_whole_model_yet_is_not_downloaded(
+    workplace: Workplace, pictures: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    target = workplace.bucket / "whole"
+    values = {**NO_CLASS, "validation_prompt": "a toy", "validation_guidance_scale": "1", "max_train_steps": "100"}
+    job = workplace.train(pictures, tiny_base, {**values, "manual_upload_model_path": str(target)})
+    eventually(job.samples)
+    with pytest.raises(UserError, match=r"has no whole model in .* yet: it is InProgress"):
+        job.download(tmp_path / "model")
+    job.wait(lambda line: None)
+    assert_trained(job.download(tmp_path / "model"), tiny_base)
+    assert len(job.samples()) == 2
 
 
 def test_a_stopped_job_leaves_a_checkpoint(workplace: Workplace, pictures: Path, tiny_base: Path) -> None:

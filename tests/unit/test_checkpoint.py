@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +212,72 @@ def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: BaseModel, tmp_
     ]
     assert same(weights(resumed.base.unet), weights(whole.base.unet))
     assert same(weights(resumed.base.text_encoder), weights(whole.base.text_encoder))
+
+
+def test_metric_lines_cover_the_steps_before_an_interruption(base: BaseModel, tmp_path: Path) -> None:
+    """Stopped between two lines: the next one is a mean over steps of both attempts."""
+    values = {"max_train_steps": 8, "logging_steps": 3}
+    whole = Run(base, tmp_path / "whole", **values).train()
+    stopped = Run(base, tmp_path / "stopped", save_steps=5, **values)
+    stopped.train()
+    checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint is not None
+    resumed = Run(base, tmp_path / "stopped", **values)
+    resumed.recorder.go_on(checkpoint.record, checkpoint.step, tmp_path)
+    resumed.trainer.resume(checkpoint)
+    resumed.train()
+    names = ("step", "loss", "instance_loss", "lr")
+    ours, theirs = ([[row[n] for n in names] for row in r.recorder.training_rows] for r in (resumed, whole))
+    assert ours == theirs
+    assert [row["step"] for row in resumed.recorder.steps] == [6, 8]
+    first, second = resumed.recorder.attempts(8)
+    assert (first.first_step, first.last_step, second.first_step, second.last_step) == (0, 5, 5, 8)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(base: BaseModel, tmp_path: Path) -> None:
+    """It has no record, and no window of metrics."""
+    values = {"max_train_steps": 4, "logging_steps": 3}
+    whole = Run(base, tmp_path / "whole", **values).train()
+    before = Run(base, tmp_path / "before", save_steps=2, **values).train()
+    checkpoint = latest_checkpoint(tmp_path / "before" / "checkpoints")
+    assert checkpoint is not None
+    tensors = checkpoint.load()
+    del tensors["window"]
+    save_checkpoint(tmp_path / "early", 2, {"seed": 7}, tensors, keep=1)
+    rewrite_state(tmp_path / "early/step-00000002", lambda state: state.pop("record"))
+    early = latest_checkpoint(tmp_path / "early")
+    assert early is not None
+    assert early.step == 2
+    resumed = Run(base, tmp_path / "early", **values)
+    resumed.recorder.go_on(early.record, early.step, early.pictures)
+    resumed.trainer.resume(early)
+    resumed.train()
+    assert same(weights(resumed.base.unet), weights(whole.base.unet))
+    assert same(weights(resumed.base.unet), weights(before.base.unet))
+    assert [row["step"] for row in resumed.recorder.training_rows] == [3, 4]
+    assert [attempt.first_step for attempt in resumed.recorder.attempts(4)] == [2]
+
+
+def rewrite_state(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = directory / "state.json"
+    state = json.loads(path.read_text())
+    del state["state_crc32"]
+    change(state)
+    path.write_text(json.dumps(state | {"state_crc32": zlib.crc32(json.dumps(state, sort_keys=True).encode())}))
+
+
+def test_pictures_and_what_there_is_to_tell_come_with_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    record = {"steps": [{"step": 3, "loss": 0.1 + 0.2}], "samples": []}
+    pictures = [tmp_path / "a.png"]
+    save_checkpoint(tmp_path / "c", 3, IDENTITY, {}, keep=1, record=record, pictures=pictures)
+    (tmp_path / "a.png").write_bytes(b"another")
+    found = latest_checkpoint(tmp_path / "c")
+    assert found is not None
+    assert found.record == record
+    assert [path.read_bytes() for path in found.pictures.iterdir()] == [b"a picture"]
+    shutil.rmtree(found.pictures)
+    assert latest_checkpoint(tmp_path / "c") == found, "a picture that is missing does not cost a checkpoint"
 
 
 def test_checkpoints_are_saved_as_often_as_asked_and_not_at_the_end(base: BaseModel, tmp_path: Path) -> None:

@@ -138,6 +138,28 @@ def test_what_can_not_fit_is_said_with_what_would(values: dict[str, Any], card: 
         make_plan(parse(**values), find_card(card))
 
 
+DRAWING = {"validation_prompt": "a toy", "validation_steps": 100}
+
+
+@pytest.mark.parametrize("card", [name for name in CARDS if name != "CPU"])
+def test_pictures_while_training_are_planned_for(card: str) -> None:
+    """A captured step keeps its memory, and all three parts of the model come to it in 16 bits."""
+    plan = make_plan(parse(), CARDS[card])
+    drawing = make_plan(parse(**DRAWING), CARDS[card])
+    assert drawing.tier == plan.tier
+    assert drawing.predicted_peak_gb - plan.predicted_peak_gb > 2e-3 * (859.5 + 123.1 + 83.7)
+    assert any("validation_steps" in note for note in drawing.notes)
+    assert make_plan(parse(validation_prompt="a toy"), CARDS[card]) == plan, "before and after, the model is alone"
+
+
+def test_pictures_while_training_make_room_on_small_cards() -> None:
+    names = [rung.name for rung in LADDER]
+    alone, drawing = (make_plan(parse(**values), find_card("8GB")).tier for values in ({}, DRAWING))
+    assert names.index(drawing) > names.index(alone)
+    with pytest.raises(UserError, match=r"it fits with validation_steps=0$"):
+        make_plan(parse(**DRAWING), find_card("6GB"))
+
+
 def test_the_seed_notebook_runs_on_a_t4() -> None:
     """Its explicit values: no 8-bit Adam, EMA, checkpointing, no text encoder, pictures encoded at each step."""
     h = parse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from PIL import Image
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.validation import Validator, validation_prompts
+from dreambooth_sm.report import Reporter, Sample
+from dreambooth_sm.validation import Validator, take_over_pictures, validation_prompts
 from tests.helpers.training import Run, hyperparameters, make_subject, same, weights
 
 PLANS: dict[str, dict[str, Any]] = {
@@ -38,12 +40,19 @@ JOB: dict[str, Any] = {
 }
 
 
-def train(base: BaseModel, root: Path, plan: dict[str, Any], *, steps: int, validate: bool) -> tuple[Run, Validator]:
+def train(base: BaseModel, root: Path, plan: dict[str, Any], *, steps: int, validate: bool) -> Run:
     run = Run(base, root, plan=plan, max_train_steps=steps, train_text_encoder="train_text_encoder" in plan, **JOB)
     prompts = validation_prompts(run.h, (run.subject,))
     validator = Validator(copy.deepcopy(base), prompts, run.h, run.plan, root / "samples", run.recorder)
     run.trainer.train(root / "checkpoints", run.recorder.stop, validator if validate else None)
-    return run, validator
+    return run
+
+
+def draw(base: BaseModel, run: Run, directory: Path, *, step: int) -> list[Sample]:
+    """What a run's validator draws with a model as it is."""
+    report = Reporter(io.StringIO())
+    Validator(base, validation_prompts(run.h, ()), run.h, run.plan, directory, report).draw(step)
+    return report.samples
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -53,22 +62,20 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_training_is_the_same_and_pictures_are_the_models(name: str, base: BaseModel, tmp_path: Path) -> None:
-    with_, drawn = train(base, tmp_path / "with", PLANS[name], steps=4, validate=True)
-    without, _ = train(base, tmp_path / "without", PLANS[name], steps=4, validate=False)
+    with_ = train(base, tmp_path / "with", PLANS[name], steps=4, validate=True)
+    without = train(base, tmp_path / "without", PLANS[name], steps=4, validate=False)
     assert with_.losses == without.losses
     for part in ("unet", "text_encoder"):
         assert same(weights(getattr(with_.base, part)), weights(getattr(without.base, part)))
-    assert [(s.step, s.prompt) for s in drawn.samples] == [(2, "photo of zwx toy")] * 2 + [(2, "a cat")] * 2
+    drawn = with_.recorder.samples
+    assert [(s.step, s.prompt) for s in drawn] == [(2, "photo of zwx toy")] * 2 + [(2, "a cat")] * 2
 
-    short, _ = train(base, tmp_path / "short", PLANS[name], steps=2, validate=False)
-    after = Validator(
-        short.base, validation_prompts(short.h, ()), short.h, short.plan, tmp_path / "after", short.recorder
-    )
-    after.draw(2)
-    before = Validator(base, validation_prompts(short.h, ()), short.h, short.plan, tmp_path / "before", short.recorder)
-    before.draw(0)
-    for mine, expected, untrained in zip(drawn.samples, after.samples, before.samples, strict=True):
+    short = train(base, tmp_path / "short", PLANS[name], steps=2, validate=False)
+    after = draw(short.base, short, tmp_path / "after", step=2)
+    before = draw(base, short, tmp_path / "before", step=0)
+    for mine, expected, untrained in zip(drawn, after, before, strict=True):
         assert np.array_equal(pixels(mine.path), pixels(expected.path))
+        assert mine.path.name == expected.path.name
         assert not np.array_equal(pixels(mine.path), pixels(untrained.path))
 
 
@@ -78,11 +85,41 @@ def test_pictures_know_their_prompt_and_seed(base: BaseModel, tmp_path: Path) ->
     validator = Validator(base, validation_prompts(h, ()), h, run.plan, tmp_path / "samples", run.recorder)
     validator.draw(0)
     validator.draw(7)
-    first, second = validator.samples
+    first, second = run.recorder.samples
     assert (first.seed, second.step) == (second.seed, 7)
     with Image.open(second.path) as picture:
         assert picture.text["prompt"] == "a “toy” at night"  # type: ignore[attr-defined]
         assert f"Seed: {second.seed}" in picture.text["parameters"]  # type: ignore[attr-defined]
+
+
+def test_a_later_attempt_draws_what_is_missing_alone(base: BaseModel, tmp_path: Path) -> None:
+    h = hyperparameters(validation_prompt="a toy", num_validation_images=2)
+    run = Run(base, tmp_path)
+    drawn: list[Sample] = []
+    validator = Validator(base, ("a toy",), h, run.plan, tmp_path / "samples", run.recorder)
+    validator.on_draw = drawn.extend
+    validator.draw(0)
+    missing = run.recorder.samples.pop(0)
+    missing.path.unlink()
+    validator.draw(0)
+    assert drawn == [missing, *run.recorder.samples[:1], missing]
+    assert {sample.path for sample in drawn} == set((tmp_path / "samples").iterdir())
+
+
+def test_whole_pictures_of_earlier_attempts_take_the_place_of_other_jobs(base: BaseModel, tmp_path: Path) -> None:
+    run = Run(base, tmp_path)
+    validator = Validator(base, ("one", "two"), run.h, run.plan, tmp_path / "earlier", run.recorder)
+    validator.draw(0)
+    whole, half = (sample.path for sample in run.recorder.samples)
+    half.write_bytes(half.read_bytes()[:-9])
+    here = tmp_path / "samples"
+    here.mkdir()
+    (here / "step-000400-prompt-0-seed-2000-0123abcd.png").write_bytes(b"another job's")
+    (here / "mine.png").write_bytes(b"the user's")
+    take_over_pictures(tmp_path / "earlier", here)
+    assert sorted(path.name for path in here.iterdir()) == ["mine.png", whole.name]
+    take_over_pictures(None, here)
+    assert [path.name for path in here.iterdir()] == ["mine.png"]
 
 
 def test_the_class_is_drawn_as_well(tmp_path: Path) -> None:

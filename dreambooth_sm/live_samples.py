@@ -1,0 +1,97 @@
+"""Validation pictures where people can look at them while training goes on.
+
+With a target in S3 they travel to ``TARGET/samples``, where the finished model's upload finds them and does not send
+them again. They come before any manifest of this job, and replace nothing that an earlier job's manifest lists: a
+picture's name depends on its content. Without a target they are put into the directory that SageMaker syncs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.report import Reporter, Sample
+from dreambooth_sm.storage import S3Options, S3Uri, TransferError, put_object
+from dreambooth_sm.validation import SAMPLES, take_over_pictures
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+# Seconds that pictures may keep a job that ends.
+_LONGEST_WAIT = 20.0
+
+
+class RemoteSamples:
+    """Sends pictures in the background, one request at a time. What fails is a warning: the model's upload brings it.
+
+    As a context manager it leaves what still waits to the model's upload; on the way out of a job that failed or was
+    stopped it sends that as well, as long as it works, and for 20 s at most.
+
+    Args:
+        target: where the model will be uploaded to.
+        client: for every request; one that soon gives up.
+    """
+
+    def __init__(self, target: S3Uri, options: S3Options, client: S3Client, report: Reporter) -> None:
+        self.place = target / SAMPLES
+        self._options, self._client, self._report = options, client, report
+        self._condition = threading.Condition()
+        self._waiting: deque[Sequence[Sample]] = deque()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="pictures to S3", daemon=True)
+
+    def __enter__(self) -> RemoteSamples:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._condition:
+            if kind is None:
+                self._waiting.clear()
+            self._closing = True
+            self._condition.notify()
+        self._thread.join(_LONGEST_WAIT)
+
+    def send(self, samples: Sequence[Sample]) -> None:
+        """Takes the pictures of a step and returns at once."""
+        with self._condition:
+            self._waiting.append(samples)
+            self._condition.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                samples = self._waiting.popleft()
+            try:
+                for sample in samples:
+                    put_object(
+                        self.place / sample.path.name, sample.path.read_bytes(), self._options, client=self._client
+                    )
+            except (TransferError, UserError, OSError) as error:
+                self._report.warn(f"the pictures of step {samples[0].step} are not in S3 yet: {error}")
+                if self._closing:
+                    return
+
+
+class SyncedSamples:
+    """Puts pictures into ``samples`` below the directory that SageMaker syncs to S3 while the job runs."""
+
+    def __init__(self, synced: Path) -> None:
+        self.directory = synced / SAMPLES
+        take_over_pictures(None, self.directory)
+
+    def send(self, samples: Sequence[Sample]) -> None:
+        self.directory.mkdir(exist_ok=True)
+        for sample in samples:
+            shutil.copyfile(sample.path, self.directory / sample.path.name)
