@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -48,7 +49,7 @@ def send(backend: str, requests: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def follow(backend: str, request: dict[str, Any]) -> None:
-    with open(f"{request['TrainingJobName']}.log", "w") as shown:
+    with Path(f"{request['TrainingJobName']}.log").open("w") as shown:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(shown.fileno(), stream.fileno())
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
