@@ -9,15 +9,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
+from botocore.exceptions import BotoCoreError, ClientError
 from pydantic.fields import FieldInfo
 
 import launcher
 from dreambooth_sm import __version__
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Problems, UserError
 from dreambooth_sm.hyperparameters import ALIASES, Hyperparameters
-from dreambooth_sm.storage import TransferError
+from dreambooth_sm.storage import S3Uri, TransferError
 from launcher.estimates import documented_table, table
 from launcher.iam import execution_policy, notebook_policy, trust_policy
+from launcher.job import ENDED
 from launcher.options import Data, all_options, split_options
 from launcher.training_request import Resources, redact
 
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"error: {redact(problem, os.environ)}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (launcher.JobFailed, TransferError) as error:
+    except (launcher.JobFailed, TransferError, BotoCoreError, ClientError) as error:
         print(f"error: {redact(str(error), os.environ)}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:
@@ -70,6 +72,7 @@ def request(**options: Any) -> None:
 
 
 def iam(bucket: str, account: str, region: str, role: str, partition: str, secret: str | None) -> None:
+    S3Uri.parse(f"s3://{bucket}/")
     policies = {
         "notebook": notebook_policy(bucket, account=account, region=region, role=role, partition=partition),
         "execution": execution_policy(bucket, account=account, region=region, partition=partition, secret=secret),
@@ -88,7 +91,11 @@ def logs(name: str, follow: bool) -> None:
 
 
 def stop(name: str) -> None:
-    launcher.attach(name).stop()
+    job = launcher.attach(name)
+    if (status := job.status) in ENDED:
+        print(f"{name} has ended before: {status}")
+        return
+    job.stop()
     print(f"{name} is asked to stop; it saves a checkpoint first")
 
 
@@ -114,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         (request, "Print the job's request as JSON"),
     ):
         command = add(run, run.__name__, help)
-        command.usage = f"dreambooth-launcher {run.__name__} [IMAGES ...] [--NAME VALUE] ..."
+        images = "[IMAGES ...]" if run is estimate else "IMAGES ..."
+        command.usage = f"dreambooth-launcher {run.__name__} {images} [--NAME VALUE] ..."
+        command.add_argument(
+            "images", nargs="*" if run is estimate else "+", help=Data.model_fields["images"].description
+        )
         _add_options(command)
         if run is fit:
             command.add_argument("--no_wait", action="store_true", help="only start the job")
@@ -135,13 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     add(stop, "stop", "Stop a job, which saves a checkpoint first").add_argument("name", help="of the job")
     jobs = add(list_jobs, "list", "List the latest jobs")
     jobs.add_argument("--name_contains", default="", help="only jobs with this in their name")
-    jobs.add_argument("--limit", type=int, default=20, help="how many at most")
+    jobs.add_argument("--limit", type=_count, default=20, help="how many at most")
     return parser
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
     """A flag for each option; words up to the next flag belong to one value."""
-    command.add_argument("images", nargs="*", default=None, help=Data.model_fields["images"].description)
     groups: dict[str, Any] = {}
     for name, field in all_options().items():
         if name == "images":
@@ -158,6 +168,12 @@ def _group(name: str, field: FieldInfo) -> str:
     if isinstance(extra, dict):
         return str(extra["group"])
     return "Data" if name in Data.model_fields else "Job"
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _metavar(name: str, field: FieldInfo) -> str:

@@ -156,9 +156,10 @@ def describe(
     if h is None or chosen is None:
         # What is wrong with the rest of the request is worth knowing at once as well.
         known = {"name": "unknown", **_STANDINS}
-        whole = resources.model_copy(
-            update={name: text for name, text in known.items() if not getattr(resources, name)}
-        )
+        given = {name: text for name, text in known.items() if not getattr(resources, name)}
+        if resources.instance_type == "auto":
+            given["instance_type"] = next(iter(INSTANCES))
+        whole = resources.model_copy(update=given)
         draft.problems.found += refused_resources(whole, {IMAGES_CHANNEL: whole.workspace})
         draft.raise_any()
     assert h is not None

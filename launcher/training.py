@@ -349,8 +349,13 @@ class Training:
             return
         s3, target, now = self._clients("s3"), S3Uri.parse(self._checkpoint_uri), _stats(self._checkpoints)
         for name in [name for name in now if now[name] != self._synced.get(name)]:
-            with suppress(FileNotFoundError):  # deleted meanwhile
-                s3.upload_file(str(self._checkpoints / name), target.bucket, (target / name).prefix)
+            path = self._checkpoints / name
+            try:
+                s3.upload_file(str(path), target.bucket, (target / name).prefix)
+            except Exception:
+                # Deleted meanwhile: what boto3 raises then depends on how far it was.
+                if path.exists():
+                    raise
         for name in self._synced.keys() - now.keys():
             s3.delete_object(Bucket=target.bucket, Key=(target / name).prefix)
         self._synced = now

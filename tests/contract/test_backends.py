@@ -16,7 +16,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher.training_request import Resources, training_job
 from tests.helpers.api import refusals
-from tests.helpers.sdks import PYTHONS, run_backend, run_script
+from tests.helpers.sdks import PYTHONS, run_script, send
 
 PLAIN: dict[str, Any] = {
     "instance_type": "ml.g5.xlarge",
@@ -61,7 +61,7 @@ def test_what_goes_over_the_wire_is_the_request(backend: str, s3: EmbeddedS3, tm
         resources = Resources.parse({**PLAIN, **options, "name": f"{kind}-{backend.replace('_', '-')}"})
         requests.append(training_job(Hyperparameters.parse(VALUES), resources, channels))
         assert refusals("CreateTrainingJob", requests[-1]) == []
-    ended = run_backend(backend, "send", requests, tmp_path, s3.environment())
+    ended = send(backend, requests, tmp_path, s3.environment())
     assert ended.returncode == 0, ended.stderr
     sent = json.loads(ended.stdout.splitlines()[-1])
     if backend == "model_trainer":  # which adds the time to every name

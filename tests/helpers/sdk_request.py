@@ -1,15 +1,21 @@
-"""Sends requests with one of the launcher's backends, as an SDK's own user would, and prints what came of it.
+"""Sends requests with one of the launcher's backends, as an SDK's own user would.
 
 Run in an environment with that SDK, with requests as a JSON list on standard input:
 ``python sdk_request.py boto3|estimator|model_trainer send`` prints the bodies that really went to SageMaker;
-``... follow`` follows each job to its end, with its log as the SDK shows it.
+``... follow`` follows all the jobs to their ends at the same time, each in a process of its own: what the SDK shows
+goes to ``NAME.log``, line by line. Prints the exit code of each process by its job's name.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
+import os
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -17,26 +23,51 @@ import boto3
 from launcher import backends
 from launcher.clients import Clients
 
+MODULES = {"boto3": "boto3", "estimator": "sagemaker.estimator", "model_trainer": "sagemaker.train"}
 
-def main(backend: str, mode: str) -> None:
+
+def start(backend: str, request: dict[str, Any], session: boto3.Session, *, follow: bool) -> None:
+    if backend == "estimator":
+        backends.estimator(request, session).fit(wait=follow)
+    elif backend == "model_trainer":
+        backends.model_trainer(request, session).train(wait=follow)
+    else:
+        job = backends.submit(request, Clients(session))
+        if follow:
+            job.wait()
+
+
+def send(backend: str, requests: Sequence[dict[str, Any]]) -> list[Any]:
     sent: list[Any] = []
     session = boto3.Session()
     session.events.register(
         "before-call.sagemaker.CreateTrainingJob", lambda params, **_: sent.append(json.loads(params["body"]))
     )
-    follow = mode == "follow"
-    logging.basicConfig(level=logging.INFO if follow else logging.WARNING, stream=sys.stdout)
-    for request in json.load(sys.stdin):
-        if backend == "estimator":
-            backends.estimator(request, session).fit(wait=follow)
-        elif backend == "model_trainer":
-            backends.model_trainer(request, session).train(wait=follow)
-        else:
-            job = backends.submit(request, Clients(session))
-            if follow:
-                job.wait()
-    print(json.dumps(sent))
+    for request in requests:
+        start(backend, request, session, follow=False)
+    return sent
+
+
+def follow(backend: str, request: dict[str, Any]) -> None:
+    with Path(f"{request['TrainingJobName']}.log").open("w") as shown:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(shown.fileno(), stream.fileno())
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    start(backend, request, boto3.Session(), follow=True)
+
+
+def follow_all(backend: str, requests: Sequence[dict[str, Any]]) -> dict[str, int | None]:
+    import_module(MODULES[backend])  # once, before the processes part: it takes seconds
+    fork = multiprocessing.get_context("fork")
+    processes = {r["TrainingJobName"]: fork.Process(target=follow, args=(backend, r)) for r in requests}
+    for process in processes.values():
+        process.start()
+    for process in processes.values():
+        process.join()
+    return {name: process.exitcode for name, process in processes.items()}
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run = {"send": send, "follow": follow_all}[sys.argv[2]]
+    print(json.dumps(run(sys.argv[1], json.load(sys.stdin))))

@@ -21,11 +21,11 @@ PYTHONS = {
 NO_TELEMETRY = "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n      TelemetryOptOut: true\n"
 
 
-def run_backend(
-    backend: str, mode: str, requests: Sequence[dict[str, Any]], directory: Path, services: Mapping[str, str]
+def send(
+    backend: str, requests: Sequence[dict[str, Any]], directory: Path, services: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``sdk_request.py`` with the Python that has the backend's SDK; for the arguments see :func:`run_script`."""
-    return run_script(backend, "sdk_request.py", [backend, mode], directory, services, standard_input=requests)
+    """Sends requests with the Python that has the backend's SDK; for the arguments see :func:`run_script`."""
+    return run_script(backend, "sdk_request.py", [backend, "send"], directory, services, standard_input=requests)
 
 
 def run_script(
@@ -44,6 +44,24 @@ def run_script(
         services: the variables that lead to the embedded services.
         standard_input: goes to it as JSON.
     """
+    process = start_script(backend, script, arguments, directory, services, standard_input=standard_input)
+    try:
+        output, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start_script(
+    backend: str,
+    script: str,
+    arguments: Sequence[str],
+    directory: Path,
+    services: Mapping[str, str],
+    *,
+    standard_input: object = None,
+) -> subprocess.Popen[str]:
+    """As :func:`run_script`, without waiting for its end."""
     python = PYTHONS[backend]
     if not python.exists():
         pytest.skip(f"{python.parents[1].name} is missing: `make {python.parents[1].name}/.installed` makes it")
@@ -56,12 +74,15 @@ def run_script(
         "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config),
         "SAGEMAKER_VALIDATE_ROLE": "false",
     }
-    return subprocess.run(
-        [python, ROOT / "tests" / "helpers" / script, *arguments],
-        input=json.dumps(standard_input),
-        env=environment,
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    given = directory / "input.json"
+    given.write_text(json.dumps(standard_input))
+    with given.open() as file:
+        return subprocess.Popen(
+            [python, ROOT / "tests" / "helpers" / script, *arguments],
+            env=environment,
+            cwd=directory,
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )

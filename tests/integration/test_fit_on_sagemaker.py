@@ -125,6 +125,8 @@ def test_the_command_line_finds_the_job(trained: Any, capsys: pytest.CaptureFixt
     assert "phase=train state=ended" in capsys.readouterr().out
     assert main(["attach", job.name]) == 0
     assert f"model: {job.model_uri}" in capsys.readouterr().out
+    assert main(["stop", job.name]) == 0
+    assert capsys.readouterr().out == f"{job.name} has ended before: Completed\n"
     assert main(["attach", "nobody"]) == 2
     assert "there is no training job 'nobody'" in capsys.readouterr().err
 

@@ -13,11 +13,14 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
+from dreambooth_sm.embedded import EmbeddedS3
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ENGLISH, CHINESE = NOTEBOOKS / "dreambooth.ipynb", NOTEBOOKS / "dreambooth_zh.ipynb"
 STEPS = 20
 SHORT = {"max_train_steps": STEPS, "num_class_images": 2, "fidelity_encoders": None}
 SIDE = 128
+TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -31,6 +34,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[nbformat.NotebookNod
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("NOTEBOOK_SETTINGS", json.dumps(SHORT))
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        environment.setenv("HF_TOKEN", TOKEN)
         client = NotebookClient(notebook, timeout=400, kernel_name="python3")
         client.execute(cwd=str(tmp_path_factory.mktemp("elsewhere")))
     return code_cells(notebook)
@@ -122,3 +126,10 @@ def test_it_is_stored_with_the_outputs_of_a_whole_run(path: Path) -> None:
     assert "step 200/200" in html_of(cell_with(cells, "job.wait()"))[0]
     for source in ("paint_subject(", "contact_sheet(pictures, **settings)", "before = pipeline_of", "in a meadow"):
         picture_of(cell_with(cells, source))
+
+
+def test_no_secret_is_in_them(cells: list[nbformat.NotebookNode], s3: EmbeddedS3) -> None:
+    texts = [json.dumps(cells), *(path.read_text(encoding="utf-8") for path in (ENGLISH, CHINESE))]
+    for secret in (TOKEN, s3.environment()["AWS_SECRET_ACCESS_KEY"]):
+        assert not [text for text in texts if secret in text]
+    assert not [text for text in texts if re.search(r"\bhf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b", text)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,52 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         main(["estimate", *PROMPT, "--learning_rat", "1"])
     assert caught.value.code == 2
     assert "--learning_rat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fit"], "required: images"),
+        (["check", *PROMPT], "required: images"),
+        (["request", "--spot"], "required: images"),
+        (["attach"], "required: name"),
+        (["logs", "--follow"], "required: name"),
+        (["stop"], "required: name"),
+        (["list", "--limit", "0"], "'0' is no whole number from 1"),
+        (["list", "--limit", "ten"], "'ten' is no whole number from 1"),
+    ],
+)
+def test_what_is_missing_or_no_number(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_too_little_time_is_one_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *PROMPT, "--max_minutes", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: max_minutes=1: no instance type is expected to be done in time")
+
+
+def test_a_bucket_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["iam", "s3://models"]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["attach", "zwx"], ["logs", "zwx"], ["stop", "zwx"]])
+def test_what_aws_refuses_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == "error: Unable to locate credentials\n"
 
 
 @pytest.mark.parametrize("command", ["fit", "check", "estimate", "request", "iam", "attach", "logs", "stop", "list"])
