@@ -66,7 +66,7 @@ def wire(client: S3Client, bucket: str) -> Wire:
     """The wire to a bucket; the same for the same client, so that its connections are used again.
 
     Raises:
-        UserError: for a directory bucket (S3 Express One Zone), which wants signatures of another kind.
+        UserError: the bucket's requests are not signed with Signature Version 4.
         botocore.exceptions.BotoCoreError: there are no credentials, or the settings are of no use.
     """
     with _making:
@@ -85,7 +85,7 @@ class Wire:
         url, authorization = _botocores_request(client, bucket)
         scope = re.search(r"Credential=[^,]*/\d{8}/([^/]+)/s3/aws4_request", authorization)
         if not authorization.startswith("AWS4-HMAC-SHA256") or not scope:
-            raise UserError(f"s3://{bucket}: buckets of this kind can't be used: name a general purpose bucket")
+            raise UserError(f"s3://{bucket}: its requests are not signed with Signature Version 4: name another bucket")
         self._url, self._region = url, scope.group(1)
         self._client: Any = client
         config: Any = client.meta.config

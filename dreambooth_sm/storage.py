@@ -82,6 +82,8 @@ class S3Uri:
             raise UserError(
                 f"{text!r}: {bucket!r} is not a bucket name: 3 to 63 lower-case letters, digits, dots and hyphens"
             )
+        if bucket.endswith("--x-s3"):
+            raise UserError(f"{text!r}: a directory bucket (S3 Express One Zone): name a general purpose bucket")
         prefix = prefix.removesuffix("/")
         if prefix != prefix.strip() or (prefix and not {"", ".", ".."}.isdisjoint(prefix.split("/"))):
             raise UserError(f"{text!r}: the prefix has an empty, '.' or '..' segment or a blank at its end")

@@ -16,9 +16,11 @@ from dreambooth_sm.storage import (
     check_writable,
     delete_directory,
     download_directory,
+    s3_client,
     upload_directory,
     verify,
 )
+from tests.helpers.s3_proxy import Request, s3_proxy
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
 RIGHTS = {
@@ -35,17 +37,17 @@ RIGHTS = {
 PART = 5 * 2**20
 
 
-def needed(operation: str, params: dict[str, Any]) -> list[tuple[str, str, str | None]]:
+def needed(request: Request) -> list[tuple[str, str, str | None]]:
     """Actions, each with its resource and the prefix that is listed."""
-    bucket = f"arn:aws:s3:::{params['Bucket']}"
-    if operation == "ListObjectsV2":
-        return [("s3:ListBucket", bucket, params["Prefix"])]
-    actions = [RIGHTS[operation]]
-    if "Tagging" in params:
+    bucket = f"arn:aws:s3:::{request.bucket}"
+    if request.operation == "ListObjectsV2":
+        return [("s3:ListBucket", bucket, request.query["prefix"][0])]
+    actions = [RIGHTS[request.operation]]
+    if "x-amz-tagging" in request.headers:
         actions.append("s3:PutObjectTagging")
-    if "ACL" in params:
+    if "x-amz-acl" in request.headers:
         actions.append("s3:PutObjectAcl")
-    return [(action, f"{bucket}/{params['Key']}", None) for action in actions]
+    return [(action, f"{bucket}/{request.key}", None) for action in actions]
 
 
 def allows(policy: dict[str, Any], action: str, resource: str, listed: str | None) -> bool:
@@ -69,22 +71,20 @@ def allows(policy: dict[str, Any], action: str, resource: str, listed: str | Non
 def test_the_policy_allows_what_is_asked_and_no_more(
     s3: EmbeddedS3, target: S3Uri, tmp_path: Path, options: S3Options
 ) -> None:
-    client = s3.client()
     asked: list[tuple[str, str, str | None]] = []
-    client.meta.events.register(
-        "provide-client-params.s3", lambda params, model, **_: asked.extend(needed(model.name, params))
-    )
     model = tmp_path / "model"
     model.mkdir()
     (model / "large").write_bytes(bytes(PART + 1))
     (model / "small").write_text("1")
-    check_writable(target, options, client=client)
-    for content in ("2", "3"):
-        (model / "small").write_text(content)
-        upload_directory(model, target, options, part_size=PART, client=client)
-    verify(target, options, client=client)
-    download_directory(target, tmp_path / "copy", options, client=client)
-    delete_directory(target, options, client=client)
+    with s3_proxy(s3.endpoint_url, lambda request: asked.extend(needed(request))) as address:
+        client = s3_client(s3.session(), endpoint_url=address)
+        check_writable(target, options, client=client)
+        for content in ("2", "3"):
+            (model / "small").write_text(content)
+            upload_directory(model, target, options, part_size=PART, client=client)
+        verify(target, options, client=client)
+        download_directory(target, tmp_path / "copy", options, client=client)
+        delete_directory(target, options, client=client)
 
     policy = execution_role_policy(target, options)
     assert [request for request in asked if not allows(policy, *request)] == []

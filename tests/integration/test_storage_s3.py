@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -14,14 +13,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.awsrequest import AWSResponse
-from botocore.exceptions import ConnectionClosedError
 
 from dreambooth_sm import storage
+from dreambooth_sm.checksums import checksum_of, encoded
 from dreambooth_sm.cli import main
 from dreambooth_sm.embedded import embedded_s3
 from dreambooth_sm.errors import UserError
@@ -40,6 +39,7 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
+from tests.helpers.s3_proxy import RESET, After, Answer, Before, Request, s3_proxy
 
 PART = 5 * 2**20
 FILES = {
@@ -114,30 +114,31 @@ def read_tree(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def hooked(event: str, handler: Callable[..., object], **options: int) -> storage.S3Client:
-    client = s3_client(**options)
-    client.meta.events.register(event, handler)
-    return client
+@pytest.fixture
+def through(target: S3Uri, environment: dict[str, str]) -> Iterator[Callable[..., storage.S3Client]]:
+    """A client whose requests, and their answers, a test sees and changes: ``through(before, after)``."""
+    with ExitStack() as stack:
 
+        def make(before: Before = lambda request: None, after: After = lambda request, answer: None, **options: Any):
+            address = stack.enter_context(s3_proxy(environment["AWS_ENDPOINT_URL"], before, after))
+            return s3_client(endpoint_url=address, **options)
 
-def sha256(content: bytes) -> str:
-    """What S3 keeps for an object that came in one part, or in several."""
-    digests = [hashlib.sha256(content[start : start + PART]).digest() for start in range(0, max(1, len(content)), PART)]
-    return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+        yield make
 
 
 def leftovers(target: S3Uri) -> list[object]:
     return list(s3_client().list_multipart_uploads(Bucket=target.bucket).get("Uploads", []))
 
 
-def test_round_trip_sends_each_file_once_and_the_manifest_last(target: S3Uri, tree: Path, tmp_path: Path) -> None:
+def test_round_trip_sends_each_file_once_and_the_manifest_last(
+    target: S3Uri, tree: Path, tmp_path: Path, through: Callable[..., storage.S3Client]
+) -> None:
     requests: list[tuple[str, str]] = []
-    client = hooked(
-        "provide-client-params.s3",
-        lambda params, model, **_: requests.append(
-            (model.name, params.get("Key", "").removeprefix(f"{target.prefix}/"))
-        ),
-    )
+
+    def note(request: Request) -> None:
+        requests.append((request.operation, request.key.removeprefix(f"{target.prefix}/")))
+
+    client = through(note)
     steps: list[tuple[int, int]] = []
     total = sum(map(len, FILES.values()))
 
@@ -161,8 +162,7 @@ def test_round_trip_sends_each_file_once_and_the_manifest_last(target: S3Uri, tr
     assert [entry.path for entry in manifest.files] == sorted(FILES)
     for entry in manifest.files:
         assert entry.size == len(FILES[entry.path])
-        assert entry.part_size == PART
-        assert entry.sha256 == sha256(FILES[entry.path])
+        assert entry.crc64nvme == encoded(checksum_of(FILES[entry.path]))
 
     sizes = {name: len(content) for name, content in FILES.items()}
     listed = list_objects(target)
@@ -177,19 +177,20 @@ def test_round_trip_sends_each_file_once_and_the_manifest_last(target: S3Uri, tr
 
 
 def test_options_reach_every_object(tree: Path) -> None:
-    with embedded_s3() as server:
-        client = server.client()
-        client.create_bucket(Bucket="options")
-        payers: set[object] = set()
-        client.meta.events.register(
-            "before-sign.s3", lambda request, **_: payers.add(request.headers.get("x-amz-request-payer"))
-        )
+    payers: Counter[str] = Counter()
+
+    def note(request: Request) -> None:
+        payers[request.headers.get("x-amz-request-payer", "nobody")] += 1
+
+    with embedded_s3() as server, s3_proxy(server.endpoint_url, note) as address:
+        server.client().create_bucket(Bucket="options")
+        client = s3_client(server.session(), endpoint_url=address)
         options = S3Options("key-1", "bucket-owner-full-control", {"team": "Toys + x/y = 1"}, "ONEZONE_IA", True)
         target = S3Uri("options", "toy")
         check_writable(target, options, client=client)
         manifest = upload_directory(tree, target, options, part_size=PART, client=client)
         assert verify(target, options, client=client).whole
-        assert payers == {"requester", b"requester"} & payers, "every request says who pays"
+        assert payers.keys() == {"requester"}, "every request says who pays"
         for name in (*(entry.path for entry in manifest.files), MANIFEST_NAME):
             place = {"Bucket": target.bucket, "Key": (target / name).prefix}
             head = client.head_object(**place)
@@ -288,34 +289,28 @@ def test_unreachable_endpoint_is_told_in_time(monkeypatch: pytest.MonkeyPatch, l
         assert time.monotonic() - start < 20
 
 
-def test_transient_faults_are_retried(target: S3Uri, tree: Path, tmp_path: Path) -> None:
+def test_transient_faults_are_retried(
+    target: S3Uri, tree: Path, tmp_path: Path, through: Callable[..., storage.S3Client]
+) -> None:
     tries: Counter[str] = Counter()
 
-    def fail_twice(request, event_name: str, **_: object) -> AWSResponse | None:
-        operation = event_name.rsplit(".", 1)[1]
-        tries[operation] += 1
-        if tries[operation] == 1:
-            return AWSResponse(request.url, 503, {}, FakeBody())
-        if tries[operation] == 2:
-            raise ConnectionClosedError(endpoint_url=request.url)
-        return None
+    def fail_twice(request: Request) -> Answer | None:
+        tries[request.operation] += 1
+        return {1: Answer(503, {}), 2: RESET}.get(tries[request.operation])
 
-    class FakeBody(io.BytesIO):
-        def stream(self) -> Iterator[bytes]:
-            yield b""
-
-    upload_directory(tree, target, part_size=PART, client=hooked("before-send.s3", fail_twice), workers=2)
+    client = through(fail_twice)
+    upload_directory(tree, target, part_size=PART, client=client, workers=2)
     assert tries["UploadPart"] == 3 + 2
     assert tries["PutObject"] == len(FILES) + 2
-    download_directory(target, tmp_path / "copy")
+    download_directory(target, tmp_path / "copy", client=client)
+    assert tries["GetObject"] > 2
     assert read_tree(tmp_path / "copy") == FILES
 
 
-def test_lasting_fault_ends_the_upload_without_a_manifest(target: S3Uri, tree: Path) -> None:
-    def drop(request, **_: object) -> None:
-        raise ConnectionClosedError(endpoint_url=request.url)
-
-    client = hooked("before-send.s3.UploadPart", drop, attempts=2)
+def test_lasting_fault_ends_the_upload_without_a_manifest(
+    target: S3Uri, tree: Path, through: Callable[..., storage.S3Client]
+) -> None:
+    client = through(lambda request: RESET if request.operation == "UploadPart" else None, attempts=2)
     with pytest.raises(UploadError, match=re.escape(f"{target}/{BIG}")):
         upload_directory(tree, target, part_size=PART, client=client)
     assert MANIFEST_NAME not in list_objects(target)
@@ -323,95 +318,115 @@ def test_lasting_fault_ends_the_upload_without_a_manifest(target: S3Uri, tree: P
     assert read_tree(tree) == FILES
 
 
+def forget_checksum(request: Request, answer: Answer) -> None:
+    """As servers do that keep none."""
+    if request.operation in ("PutObject", "CompleteMultipartUpload"):
+        answer_checksum(answer, "")
+
+
+def answer_checksum(answer: Answer, checksum: str) -> None:
+    """Puts another checksum, or none, in the place of the one that the server answers with."""
+    answer.headers.pop("x-amz-checksum-crc64nvme", None)
+    answer.body = re.sub(rb"<ChecksumCRC64NVME>.*?</ChecksumCRC64NVME>", b"", answer.body)
+    if checksum:
+        answer.headers["x-amz-checksum-crc64nvme"] = checksum
+        element = f"<ChecksumCRC64NVME>{checksum}</ChecksumCRC64NVME></Complete".encode()
+        answer.body = answer.body.replace(b"</Complete", element)
+
+
 @pytest.mark.parametrize("name", ["model_index.json", BIG])
 @pytest.mark.parametrize("change", [lambda content: content[::-1] + b"0", lambda content: content + b"!"])
 def test_an_object_that_differs_ends_the_upload(
-    target: S3Uri, tree: Path, name: str, change: Callable[[bytes], bytes]
+    target: S3Uri, tree: Path, name: str, change: Callable[[bytes], bytes], through: Callable[..., storage.S3Client]
 ) -> None:
     """Where the server's answer holds no checksum, the object itself is looked at."""
     uri = target / name
     other = s3_client()
 
-    def tamper(params: dict[str, str], **_: object) -> None:
-        if params["Key"] == uri.prefix:
+    def tamper(request: Request) -> None:
+        if request.operation == "HeadObject" and request.key == uri.prefix:
             other.put_object(Bucket=uri.bucket, Key=uri.prefix, Body=change(FILES[name]))
 
-    client = without_checksums_in_answers()
-    client.meta.events.register("provide-client-params.s3.HeadObject", tamper)
     with pytest.raises((UploadError, DownloadError), match=re.escape(str(uri))):
-        upload_directory(tree, target, part_size=PART, client=client)
+        upload_directory(tree, target, part_size=PART, client=through(tamper, forget_checksum))
     assert MANIFEST_NAME not in list_objects(target)
-
-
-def without_checksums_in_answers() -> storage.S3Client:
-    client = s3_client()
-    for operation in ("PutObject", "CompleteMultipartUpload"):
-        client.meta.events.register(f"after-call.s3.{operation}", forget_checksum)
-    return client
-
-
-def forget_checksum(parsed: dict[str, object], **_: object) -> None:
-    parsed.pop("ChecksumSHA256", None)
 
 
 @pytest.mark.parametrize("name", ["model_index.json", BIG])
-def test_a_checksum_that_differs_ends_the_upload(target: S3Uri, tree: Path, name: str) -> None:
+def test_a_checksum_that_differs_ends_the_upload(
+    target: S3Uri, tree: Path, name: str, through: Callable[..., storage.S3Client]
+) -> None:
     uri = target / name
 
-    def other_checksum(params: dict[str, str], context: dict[str, object], **_: object) -> None:
-        context["differs"] = params["Key"] == uri.prefix
+    def other_checksum(request: Request, answer: Answer) -> None:
+        if request.operation in ("PutObject", "CompleteMultipartUpload") and request.key == uri.prefix:
+            answer_checksum(answer, "AAAAAAAAAAA=")
 
-    def answer(parsed: dict[str, object], context: dict[str, object], **_: object) -> None:
-        if context.get("differs"):
-            parsed["ChecksumSHA256"] = "AAAA"
-
-    client = s3_client()
-    for operation in ("PutObject", "CompleteMultipartUpload"):
-        client.meta.events.register(f"provide-client-params.s3.{operation}", other_checksum)
-        client.meta.events.register(f"after-call.s3.{operation}", answer)
     with pytest.raises(UploadError, match=re.escape(str(uri))):
-        upload_directory(tree, target, part_size=PART, client=client)
+        upload_directory(tree, target, part_size=PART, client=through(after=other_checksum))
     assert MANIFEST_NAME not in list_objects(target)
 
 
-def test_without_checksums_every_object_is_read_back(target: S3Uri, tree: Path) -> None:
-    read: Counter[str] = Counter()
-    client = without_checksums_in_answers()
-    client.meta.events.register(
-        "after-call.s3.HeadObject", lambda parsed, **_: parsed.pop("ChecksumSHA256", "") and None
-    )
-    client.meta.events.register("provide-client-params.s3.GetObject", lambda params, **_: read.update([params["Key"]]))
-    upload_directory(tree, target, part_size=PART, client=client)
-    assert read.keys() == {(target / name).prefix for name in (*FILES, MANIFEST_NAME)}
+def test_without_checksums_every_object_is_read_back(
+    target: S3Uri, tree: Path, through: Callable[..., storage.S3Client]
+) -> None:
+    read: set[str] = set()
+
+    def keep_none(request: Request, answer: Answer) -> None:
+        answer_checksum(answer, "")
+        if request.operation == "GetObject" and answer.status == 200:
+            read.add(request.key)
+
+    upload_directory(tree, target, part_size=PART, client=through(after=keep_none))
+    assert read == {(target / name).prefix for name in (*FILES, MANIFEST_NAME)}
 
 
-def test_a_repeated_upload_sends_what_differs(target: S3Uri, tree: Path, environment: dict[str, str]) -> None:
+def test_a_repeated_upload_sends_what_differs(
+    target: S3Uri, tree: Path, environment: dict[str, str], through: Callable[..., storage.S3Client]
+) -> None:
     upload_directory(tree, target, part_size=PART)
     (tree / "note.txt").write_text("new")
     (tree / "model_index.json").write_bytes(b"[]")  # of the same size as before
     sent: list[str] = []
     seen: list[str] = []
 
-    def note(params: dict[str, str], model, **_: object) -> None:
-        name = params["Key"].removeprefix(f"{target.prefix}/")
-        if model.name in ("PutObject", "UploadPart"):
+    def note(request: Request) -> None:
+        if request.operation in ("PutObject", "UploadPart"):
             if not sent:
                 seen.extend(list_objects(target))
-            sent.append(name)
+            sent.append(request.key.removeprefix(f"{target.prefix}/"))
 
-    def as_s3_does(parsed: dict[str, Any], **_: object) -> None:
-        if parsed.get("ChecksumSHA256") and parsed["ContentLength"] > PART:
-            parsed["ChecksumSHA256"] = parsed["ChecksumSHA256"].partition("-")[0] + "-3"
-
-    client = hooked("provide-client-params.s3.PutObject", note)
-    client.meta.events.register("after-call.s3.HeadObject", as_s3_does)
-    client.meta.events.register("provide-client-params.s3.UploadPart", note)
-    manifest = upload_directory(tree, target, part_size=PART, client=client, workers=1)
+    manifest = upload_directory(tree, target, part_size=PART, client=through(note), workers=1)
     assert MANIFEST_NAME not in seen, "the earlier manifest goes before anything is replaced"
     if environment["AWS_ACCESS_KEY_ID"] != "rclone-key":  # which keeps no checksums: all is sent again
         assert sent == ["model_index.json", "note.txt", MANIFEST_NAME]
-    assert {e.path: e.sha256 for e in manifest.files} == {n: sha256(c) for n, c in read_tree(tree).items()}
+    assert {e.path: e.crc64nvme for e in manifest.files} == {
+        name: encoded(checksum_of(content)) for name, content in read_tree(tree).items()
+    }
     assert verify(target).whole
+
+
+def test_another_part_size_makes_no_difference(target: S3Uri, tree: Path, environment: dict[str, str]) -> None:
+    first = upload_directory(tree, target, part_size=PART)
+    again = upload_directory(tree, target, part_size=2 * PART)
+    assert first.files == again.files
+    assert verify(target).whole
+
+
+def test_a_manifest_of_version_0_1_is_read(target: S3Uri, tree: Path, tmp_path: Path) -> None:
+    """It holds SHA-256 sums of parts: files are fetched and compared by their sizes."""
+    upload_directory(tree, target, part_size=PART)
+    files = [{"path": n, "size": len(c), "sha256": "0" * 64, "part_size": PART} for n, c in sorted(FILES.items())]
+    fields: dict[str, Any] = {"files": files, "created": "2026-11-22T00:00:00+00:00", "job": "toy", "step": 8}
+    fields["sha256"] = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    uri = target / MANIFEST_NAME
+    s3_client().put_object(Bucket=uri.bucket, Key=uri.prefix, Body=json.dumps(fields).encode())
+    download_directory(target, tmp_path / "copy")
+    assert read_tree(tmp_path / "copy") == FILES
+    assert verify(target).whole
+    gone = target / BIG
+    s3_client().put_object(Bucket=gone.bucket, Key=gone.prefix, Body=b"short")
+    assert verify(target).different == (BIG,)
 
 
 def test_verify_names_what_is_missing_different_and_unknown(target: S3Uri, tree: Path) -> None:
@@ -448,17 +463,39 @@ def test_the_command_verifies(target: S3Uri, tree: Path, capsys: pytest.CaptureF
     assert "elsewhere" in capsys.readouterr().err
 
 
-def test_an_interrupted_body_is_read_anew(target: S3Uri, tree: Path, tmp_path: Path) -> None:
+def test_an_interrupted_body_is_read_anew(
+    target: S3Uri, tree: Path, tmp_path: Path, through: Callable[..., storage.S3Client]
+) -> None:
     upload_directory(tree, target, part_size=PART)
-    broken: Counter[str] = Counter()
+    reads: Counter[str] = Counter()
 
-    def cut(parsed: dict[str, object], context: dict[str, object], **_: object) -> None:
-        broken["reads"] += 1
-        if broken["reads"] % 2 == 0:
-            body = parsed["Body"]
-            body._raw_stream.read(10)  # the caller gets ten bytes less than were announced
+    def cut(request: Request, answer: Answer) -> None:
+        reads[request.operation] += 1
+        if request.operation == "GetObject" and reads["GetObject"] % 2 == 0 and len(answer.body) > 10:
+            answer.cut = len(answer.body) - 10
 
-    download_directory(target, tmp_path / "copy", client=hooked("after-call.s3.GetObject", cut), workers=1)
+    client = through(after=cut)
+    download_directory(target, tmp_path / "copy", part_size=PART, client=client, workers=1)
+    assert reads["GetObject"] > len(FILES) + 3
+    assert read_tree(tmp_path / "copy") == FILES
+
+
+def test_what_arrives_damaged_is_read_anew(
+    target: S3Uri, tree: Path, tmp_path: Path, environment: dict[str, str], through: Callable[..., storage.S3Client]
+) -> None:
+    """Where the server sends the object's checksum along."""
+    if environment["AWS_ACCESS_KEY_ID"] == "rclone-key":
+        pytest.skip("rclone's server keeps no checksums")
+    upload_directory(tree, target, part_size=PART)
+    damaged: set[str] = set()
+
+    def damage(request: Request, answer: Answer) -> None:
+        if request.operation == "GetObject" and request.key not in damaged and "range" not in request.headers:
+            damaged.add(request.key)
+            answer.body = answer.body[::-1] if answer.body != answer.body[::-1] else answer.body
+
+    download_directory(target, tmp_path / "copy", part_size=PART, client=through(after=damage))
+    assert len(damaged) > 3
     assert read_tree(tmp_path / "copy") == FILES
 
 
@@ -490,7 +527,7 @@ def test_escaping_key_is_refused(
     if listed_by == "server":
         monkeypatch.setattr(storage, "list_objects", lambda source, options, client: {"good": 1, name: 1})
     else:
-        manifest = Manifest((storage.ManifestEntry(name, 1, "", 1),), "")
+        manifest = Manifest((storage.ManifestEntry(name, 1, ""),), "")
         body = manifest.to_json().encode()
         s3_client().put_object(Bucket=target.bucket, Key=(target / MANIFEST_NAME).prefix, Body=body)
     with pytest.raises(UserError, match=f"{name}: this key leads out"):

@@ -1,12 +1,10 @@
-"""S3 URIs, manifests and the lazy parallel map: what needs no server."""
+"""S3 URIs, manifests and settings: what needs no server."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -97,6 +95,7 @@ def test_uri_of_a_whole_bucket() -> None:
         ("s3://models/../toy", "'..'"),
         ("s3://models/toy\n", "blank"),
         (" s3://models/toy", "s3://bucket/prefix"),
+        ("s3://models--usw2-az1--x-s3/toy", "directory bucket"),
     ],
 )
 def test_malformed_uri_is_explained(bad: str, hint: str) -> None:
@@ -105,8 +104,12 @@ def test_malformed_uri_is_explained(bad: str, hint: str) -> None:
     assert len(caught.value.problems) == 1
 
 
+def base64(content: bytes) -> str:
+    return b64encode(content).decode()
+
+
 entries = st.builds(
-    ManifestEntry, path=keys, size=st.integers(0), sha256=st.text("0123456789abcdef"), part_size=st.integers(1)
+    ManifestEntry, path=keys, size=st.integers(0), crc64nvme=st.binary(min_size=8, max_size=8).map(base64)
 )
 
 
@@ -123,7 +126,7 @@ def test_what_is_no_manifest_is_refused(other: str) -> None:
 
 @given(st.data())
 def test_a_manifest_with_a_flipped_bit_is_refused(data: st.DataObject) -> None:
-    manifest = Manifest((ManifestEntry("unet/config.json", 10, "ab" * 32, 5),), "2026-11-22T00:00:00+00:00", "toy", 8)
+    manifest = Manifest((ManifestEntry("unet/config.json", 10, "eSw4K0qz2wM="),), "2026-11-22T00:00:00+00:00", "toy", 8)
     changed = bytearray(manifest.to_json().encode())
     changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     try:
@@ -150,41 +153,6 @@ def test_a_broken_link_is_named(tmp_path: Path) -> None:
         storage._files(tmp_path)
 
 
-def test_parallel_map_is_ordered_and_takes_few_tasks_at_a_time() -> None:
-    taken, finished, most = 0, 0, 0
-    lock = threading.Lock()
-
-    def square(number: int) -> int:
-        nonlocal finished
-        with lock:
-            finished += 1
-        return number * number
-
-    def tasks():
-        nonlocal taken, most
-        for number in range(200):
-            taken += 1
-            most = max(most, taken - finished)
-            yield partial(square, number)
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(storage._in_parallel(pool, tasks(), 4)) == [n * n for n in range(200)]
-    assert most <= 5
-
-
-def test_parallel_map_stops_at_the_first_failure() -> None:
-    taken: list[int] = []
-
-    def tasks():
-        for number in range(1000):
-            taken.append(number)
-            yield partial(divmod, 1, number - 3)
-
-    with ThreadPoolExecutor(2) as pool, pytest.raises(ZeroDivisionError):
-        list(storage._in_parallel(pool, tasks(), 2))
-    assert len(taken) < 10
-
-
 def test_settings_that_do_not_work_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
     with pytest.raises(UserError, match="no-such-profile"):
@@ -198,6 +166,6 @@ def test_a_missing_moto_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = "{'boto3', 'botocore', 'moto', 'torch'}"
+    heavy = "{'awscrt', 'boto3', 'botocore', 'moto', 'torch'}"
     code = f"import sys, dreambooth_sm.storage, dreambooth_sm.embedded; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,161 @@
+"""A way to an S3 server on which a test sees, and changes, what passes."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+@dataclass
+class Request:
+    """As a client sent it; ``headers`` by their lower-case names."""
+
+    method: str
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        return parse_qs(urlsplit(self.target).query, keep_blank_values=True)
+
+    @property
+    def bucket(self) -> str:
+        return unquote(urlsplit(self.target).path).split("/", 2)[1]
+
+    @property
+    def key(self) -> str:
+        return unquote(urlsplit(self.target).path).split("/", 2)[-1] if self.operation != "ListObjectsV2" else ""
+
+    @property
+    def operation(self) -> str:
+        """What S3's API calls it."""
+        if "uploads" in self.query:
+            return "CreateMultipartUpload"
+        if "uploadId" in self.query:
+            names = {"PUT": "UploadPart", "POST": "CompleteMultipartUpload", "DELETE": "AbortMultipartUpload"}
+            return names[self.method]
+        if "list-type" in self.query:
+            return "ListObjectsV2"
+        return f"{self.method.capitalize()}Object"
+
+
+@dataclass
+class Answer:
+    """What a client gets.
+
+    Attributes:
+        cut: bytes of the body after which the connection is reset; None to send all of it; -1 to send nothing at all.
+        hang_up: whether the connection is closed afterwards, unannounced.
+    """
+
+    status: int
+    headers: dict[str, str]
+    body: bytes = b""
+    cut: int | None = None
+    hang_up: bool = False
+
+    @classmethod
+    def error(cls, status: int, code: str) -> Answer:
+        body = f"<Error><Code>{code}</Code><Message>as arranged</Message></Error>".encode()
+        return cls(status, {"content-type": "application/xml"}, body)
+
+
+RESET = Answer(0, {}, cut=-1)
+Before = Callable[[Request], Answer | None]
+After = Callable[[Request, Answer], None]
+
+
+@contextmanager
+def s3_proxy(
+    endpoint: str,
+    before: Before = lambda request: None,
+    after: After = lambda request, answer: None,
+    tls: ssl.SSLContext | None = None,
+) -> Iterator[str]:
+    """Runs a proxy in front of the server at ``endpoint``; its address.
+
+    Args:
+        before: sees each request, may change it, and answers it in the server's place unless it returns None.
+        after: sees, and may change, each answer of the server.
+        tls: to be reached by HTTPS.
+    """
+    upstream = urlsplit(endpoint).netloc
+
+    class Proxy(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def handle_request(self) -> None:
+            parts = urlsplit(self.path)
+            target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            request = Request(self.command, target, headers, self.rfile.read(int(headers.get("content-length") or 0)))
+            answer = before(request)
+            if answer is None:
+                answer = self.ask(request)
+                after(request, answer)
+            self.give(answer)
+
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_request  # noqa: N815
+
+        def ask(self, request: Request) -> Answer:
+            connection = http.client.HTTPConnection(upstream)
+            connection.request(request.method, request.target, request.body, request.headers)
+            response = connection.getresponse()
+            headers = {name.lower(): value for name, value in response.getheaders()}
+            answer = Answer(response.status, headers, response.read())
+            connection.close()
+            return answer
+
+        def give(self, answer: Answer) -> None:
+            if answer.cut == -1:
+                return self.reset()
+            self.send_response_only(answer.status)
+            for name, value in answer.headers.items():
+                if name not in ("content-length", "transfer-encoding", "connection"):
+                    self.send_header(name, value)
+            length = str(len(answer.body))
+            self.send_header(
+                "Content-Length", answer.headers.get("content-length", "0") if self.command == "HEAD" else length
+            )
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body[: answer.cut])
+            if answer.cut is not None:
+                self.reset()
+            self.close_connection |= answer.hang_up
+
+        def reset(self) -> None:
+            self.wfile.flush()
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def get_request(self) -> tuple[socket.socket, object]:
+            connection, address = super().get_request()
+            return (tls.wrap_socket(connection, server_side=True) if tls else connection), address
+
+        def handle_error(self, request: object, client_address: object) -> None:
+            pass  # a client that went away
+
+    with Server(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        try:
+            yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
