@@ -28,6 +28,38 @@ SMALL = {
     "learning_rate": "1e-3",
     "seed": "7",
 }
+# The seed notebook's hyperparameters, with all their names, types and spellings; only the sizes are scaled down, and
+# a seed is added so that runs can be compared.
+SEED_NOTEBOOK: dict[str, object] = {
+    "model_name": "aws-trained-dreambooth-model",
+    "mixed_precision": "fp16",
+    "pretrained_model_name_or_path": "/opt/ml/input/data/model",
+    "instance_data_dir": "/opt/ml/input/data/images/",
+    "class_data_dir": "/opt/ml/input/data/class_images/",
+    "with_prior_preservation": True,
+    "models_path": "/opt/ml/model/",
+    "instance_prompt": "photo\\ of\\ zwx\\  toy",
+    "class_prompt": "photo\\ of\\ a\\ cat toy",
+    "resolution": 64,
+    "train_batch_size": 1,
+    "sample_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 2e-06,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "num_class_images": 2,
+    "max_train_steps": 6,
+    "save_steps": 2,
+    "attention": "xformers",
+    "prior_loss_weight": 0.5,
+    "use_ema": True,
+    "train_text_encoder": False,
+    "not_cache_latents": True,
+    "gradient_checkpointing": True,
+    "save_use_epochs": False,
+    "use_8bit_adam": False,
+    "seed": 7,
+}
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "vae": "vae/diffusion_pytorch_model.safetensors",

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dreambooth_sm.storage import S3Uri, download_directory, upload_directory
 from launcher.embedded import EmbeddedServices
 from tests.helpers.containers import needs_engine
-from tests.helpers.jobs import SMALL, read_weights
+from tests.helpers.jobs import SEED_NOTEBOOK, SMALL, read_weights
 from tests.helpers.sdks import run_script
 
 pytestmark = needs_engine
 
 
-@pytest.mark.parametrize("backend", ["estimator", "model_trainer"])
+@pytest.mark.parametrize(
+    ("backend", "hyperparameters", "last"),
+    [("estimator", SMALL, 2), ("model_trainer", SMALL, 2), ("estimator", SEED_NOTEBOOK, 6)],
+    ids=["estimator", "model_trainer", "the seed's notebook"],
+)
 def test_a_job_runs_in_the_image_and_its_model_is_in_s3(
-    backend: str, image: str, services: EmbeddedServices, tiny_base: Path, pictures: Path, tmp_path: Path
+    backend: str,
+    hyperparameters: dict[str, Any],
+    last: int,
+    image: str,
+    services: EmbeddedServices,
+    tiny_base: Path,
+    pictures: Path,
+    tmp_path: Path,
 ) -> None:
     clients = services.clients()
-    bucket = S3Uri(f"local-mode-{backend.replace('_', '-')}")
+    bucket = S3Uri(f"local-mode-{backend.replace('_', '-')}-{last}")
     clients("s3").create_bucket(Bucket=bucket.bucket)
     channels = {"images": pictures, "model": tiny_base}
     for name, folder in channels.items():
@@ -30,7 +42,7 @@ def test_a_job_runs_in_the_image_and_its_model_is_in_s3(
     job = {
         "image": image,
         "role": services.role,
-        "hyperparameters": {**SMALL, "manual_upload_model_path": str(target)},
+        "hyperparameters": {**hyperparameters, "manul_upload_model_path": str(target)},
         "channels": {name: str(bucket / name) for name in channels},
         "environment": {"AWS_ENDPOINT_URL_S3": services.endpoint_url},
         "output": str(bucket / "output"),
@@ -38,6 +50,6 @@ def test_a_job_runs_in_the_image_and_its_model_is_in_s3(
     }
     ended = run_script(backend, "local_mode.py", [backend], tmp_path, services.environment(), standard_input=job)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "step=2 loss=" in ended.stdout + ended.stderr
+    assert f"step={last} loss=" in ended.stdout + ended.stderr
     download_directory(target, tmp_path / "model", client=clients("s3"))
     assert all(tensor.isfinite().all() for tensor in read_weights(tmp_path / "model", "unet").values())
