@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import math
-import mmap
 import os
 import zipfile
 from collections import deque
@@ -51,8 +50,6 @@ HASH_FIELD = "modelspec.hash_sha256"
 # Threads that read and write, and elements that each handles at a time: so few that they stay in a core's cache.
 _WORKERS = 4
 _PIECE = 1 << 19
-# Bytes from which on a tensor is put into huge pages.
-_LARGE = 4 << 20
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -92,9 +89,7 @@ class Stored:
         """All of it in this precision and place; what has to be converted or moved passes through in pieces."""
         if dtype == self.dtype and device.type == "cpu":
             return self.read()
-        whole = (
-            _empty(self.shape, dtype) if device.type == "cpu" else torch.empty(self.shape, dtype=dtype, device=device)
-        )
+        whole = torch.empty(self.shape, dtype=dtype, device=device)
         flat = whole.view(-1)
         for start, stop in self.spans():
             flat[start:stop].copy_(self.piece(start, stop))
@@ -189,23 +184,11 @@ def _in_order(pool: Executor, act: Callable[[Item], Result], items: Iterable[Ite
         yield waiting.popleft().result()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Memory for a tensor. Large ones get huge pages: the kernel takes longer to hand out small pages than they take
-    to be filled."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
 def _at(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
     """A contiguous tensor at ``offset`` bytes into a file."""
 
     def piece(start: int, stop: int) -> Tensor:
-        tensor = _empty((stop - start,), dtype)
+        tensor = torch.empty(stop - start, dtype=dtype)
         if tensor.numel():
             with path.open("rb") as file:
                 file.seek(offset + start * dtype.itemsize)
