@@ -1,16 +1,22 @@
-"""Loading, saving and converting a model of SD 1.5's size: seconds and peak host memory, beside diffusers' own way.
+"""Loading, saving and converting a model: seconds and peak host memory, beside diffusers' own way.
 
-    python -m benchmarks.load_save [--repeat 3]
+    python -m benchmarks.load_save [--size sd15] [--device cpu] [--repeat 3] [--tasks load save convert]
 
-Random weights, fp16 files in the system's temporary directory (12 GB of disk). Every measurement is a process of its
-own, ours and diffusers' in turns: best seconds, largest VmHWM (which counts the libraries and pages of mapped files).
-Files are in the page cache. ``load`` ends when every weight has been read in fp32, which is what training starts from;
-``save`` writes fp16 files from such a model, and its memory includes the model.
+Random weights, fp16 files in the system's temporary directory (10 GB of disk; 30 GB for SDXL). Every measurement is a
+process of its own, ours and diffusers' in turns, with files in the page cache: the best seconds and the largest peak.
+Peaks are VmHWM from the task's start on, which counts pages of mapped files; ``before_gb`` is what the process had by
+then: the libraries, the CUDA context, and the model that is saved where it is on the host.
+
+``load`` ends when every weight has been read, on ``--device``, in the precision of the files; ``load-fp32`` in fp32,
+which is what training on a CPU starts from. ``save`` writes an fp16 directory from a model on ``--device``, and
+``save-fp32`` from one in fp32. ``convert`` makes a directory of a single file, and ``convert-back`` a single file with
+its SHA-256, which diffusers can't.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shutil
 import subprocess
@@ -22,147 +28,269 @@ from pathlib import Path
 from typing import Any
 
 WORK = Path(tempfile.gettempdir()) / "dreambooth-sm-load-save"
-DIRECTORY, SINGLE = WORK / "directory", WORK / "single.safetensors"
-OUT = WORK / "out"
+TASKS = ("load", "load-file", "load-fp32", "load-file-fp32", "save", "save-fp32", "convert", "convert-back")
+OURS_ALONE = ("convert-back",)
 
 
-def peak_gb() -> float:
+def status_gb(field: str) -> float:
+    """A field of this process' memory, in GB (1e9 bytes)."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024 / 1e9
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e9
 
 
-def touch(modules: list[Any]) -> None:
-    """Reads every weight, so that none is left on the disk behind a memory map."""
-    for module in modules:
-        for parameter in module.parameters():
-            parameter.sum()
+def reset_peak() -> None:
+    with contextlib.suppress(OSError):  # not every container may; the peak is then that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def ours_load(source: Path) -> Any:
-    from dreambooth_sm.models import read_stored
+class Bench:
+    """What is measured, by one side.
 
-    pipeline = read_stored(source).load()
-    touch([pipeline.unet, pipeline.vae, pipeline.text_encoder])
-    return pipeline
+    Args:
+        files: directory with the model's two forms.
+        device: where models are loaded to, and saved from.
+    """
 
+    def __init__(self, files: Path, device: str) -> None:
+        self.directory, self.single, self.out = files / "directory", files / "single.safetensors", files / "out"
+        self.device = device
 
-def theirs_load(source: Path) -> Any:
-    import torch
-    from diffusers import StableDiffusionPipeline
+    def task(self, name: str) -> Callable[[], Any]:
+        """A task, ready to run: what it needs beforehand is done."""
+        import torch
 
-    if source.is_file():
-        options: dict[str, Any] = {"config": str(DIRECTORY), "local_files_only": True}
-        pipeline = StableDiffusionPipeline.from_single_file(str(source), dtype=torch.float32, **options)
-    else:
-        pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
-    touch([pipeline.unet, pipeline.vae, pipeline.text_encoder])
-    return pipeline
+        precision = torch.float32 if name.endswith("-fp32") else torch.float16
+        match name.removesuffix("-fp32"):
+            case "load":
+                return lambda: self._touch(self.load(self.directory, precision))
+            case "load-file":
+                return lambda: self._touch(self.load(self.single, precision))
+            case "save":
+                pipeline = self.load(self.directory, precision)
+                self._touch(pipeline)
+                return lambda: self.save(pipeline)
+        return self.convert if name == "convert" else self.convert_back
 
+    def _touch(self, pipeline: Any) -> Any:
+        """Reads every weight, so that none is left on the disk behind a memory map."""
+        import torch
 
-def ours_save() -> Callable[[], None]:
-    import torch
+        for module in pipeline.components.values():
+            if isinstance(module, torch.nn.Module):
+                for parameter in module.parameters():
+                    parameter.sum()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        return pipeline
 
-    from dreambooth_sm.stored.directory import write_directory
-    from dreambooth_sm.stored.model import StoredModel
+    def load(self, source: Path, dtype: Any) -> Any: ...
 
-    model = StoredModel.of("model", ours_load(DIRECTORY))
-    return lambda: write_directory(model, OUT, dtype=torch.float16)
+    def save(self, pipeline: Any) -> None: ...
 
+    def convert(self) -> None: ...
 
-def theirs_save() -> Callable[[], None]:
-    import torch
-
-    pipeline = theirs_load(DIRECTORY)
-    return lambda: pipeline.to(dtype=torch.float16).save_pretrained(OUT)
-
-
-def ours_convert() -> None:
-    from dreambooth_sm.convert import convert
-
-    convert(str(SINGLE), OUT)
-
-
-def theirs_convert() -> None:
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    StableDiffusionPipeline.from_single_file(
-        str(SINGLE), config=str(DIRECTORY), local_files_only=True, dtype=torch.float16
-    ).save_pretrained(OUT)
+    def convert_back(self) -> None: ...
 
 
-# What is measured; a save's preparation is not part of its seconds.
-TASKS: dict[str, Callable[[], Callable[[], Any]]] = {
-    "ours load directory": lambda: lambda: ours_load(DIRECTORY),
-    "theirs load directory": lambda: lambda: theirs_load(DIRECTORY),
-    "ours load file": lambda: lambda: ours_load(SINGLE),
-    "theirs load file": lambda: lambda: theirs_load(SINGLE),
-    "ours save": ours_save,
-    "theirs save": theirs_save,
-    "ours convert": lambda: ours_convert,
-    "theirs convert": lambda: theirs_convert,
-}
+class Ours(Bench):
+    def load(self, source: Path, dtype: Any) -> Any:
+        from dreambooth_sm.models import read_stored
+
+        return read_stored(source).load(dtype, self.device)
+
+    def save(self, pipeline: Any) -> None:
+        import torch
+
+        from dreambooth_sm.stored.directory import write_directory
+        from dreambooth_sm.stored.model import StoredModel
+
+        write_directory(StoredModel.of("model", pipeline), self.out, dtype=torch.float16)
+
+    def convert(self) -> None:
+        from dreambooth_sm.convert import convert
+
+        convert(str(self.single), self.out)
+
+    def convert_back(self) -> None:
+        from dreambooth_sm.convert import convert
+
+        convert(str(self.directory), self.out.with_suffix(".safetensors"))
 
 
-def run_task(name: str) -> None:
+class Diffusers(Bench):
+    def load(self, source: Path, dtype: Any) -> Any:
+        return self._read(source, dtype).to(self.device)
+
+    def _read(self, source: Path, dtype: Any) -> Any:
+        import diffusers
+
+        index = json.loads((self.directory / "model_index.json").read_text(encoding="utf-8"))
+        kind = getattr(diffusers, index["_class_name"])
+        if source.is_file():
+            return kind.from_single_file(str(source), config=str(self.directory), local_files_only=True, dtype=dtype)
+        return kind.from_pretrained(source, dtype=dtype, local_files_only=True)
+
+    def save(self, pipeline: Any) -> None:
+        import torch
+
+        pipeline.to(dtype=torch.float16).save_pretrained(self.out)
+
+    def convert(self) -> None:
+        import torch
+
+        self._read(self.single, torch.float16).save_pretrained(self.out)
+
+
+SIDES: dict[str, type[Bench]] = {"ours": Ours, "diffusers": Diffusers}
+
+
+def run_task(side: str, name: str, files: Path, device: str) -> None:
     """Runs one task in this process and prints what it took."""
-    import diffusers  # noqa: F401 - not part of the seconds
-    import transformers  # noqa: F401
+    import diffusers
+    import torch
+    import transformers  # noqa: F401 - not part of the seconds
 
     import dreambooth_sm.convert  # noqa: F401
 
-    task = TASKS[name]()
-    before = peak_gb()
+    diffusers.utils.logging.disable_progress_bar()
+    if device != "cpu":
+        torch.zeros(1, device=device).sum().item()  # makes the context
+    task = SIDES[side](files, device).task(name)
+    reset_peak()
+    before = status_gb("VmRSS")
     started = time.perf_counter()
     result = task()
     seconds = time.perf_counter() - started
-    print(json.dumps({"seconds": seconds, "before_gb": before, "peak_gb": peak_gb()}))
+    print(json.dumps({"seconds": seconds, "before_gb": before, "peak_gb": status_gb("VmHWM")}))
     del result
 
 
-def make_files() -> None:
-    from benchmarks.common import sd15
+def make_files(size: str, files: Path) -> None:
+    """Writes the model as a directory and as a single file."""
+    import torch
+
+    from dreambooth_sm.models import read_stored
+    from dreambooth_sm.stored.checkpoint import write_checkpoint
     from dreambooth_sm.stored.model import clip_tokenizer
 
-    WORK.mkdir(exist_ok=True)
-    base = sd15()
-    base.tokenizer = clip_tokenizer("<|endoftext|>")
-    base.save(DIRECTORY)
-    base.save_single_file(SINGLE)
+    partial = files.with_name(f"{files.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = clip_tokenizer("<|endoftext|>")
+    if size == "sdxl":
+        make_sdxl(tokenizer).to(dtype=torch.float16).save_pretrained(partial / "directory")
+    else:
+        from benchmarks.common import sd15
+
+        base = sd15()
+        base.tokenizer = tokenizer
+        base.save(partial / "directory")
+    write_checkpoint(read_stored(partial / "directory"), partial / "single.safetensors", dtype=None)
+    partial.rename(files)
+
+
+def make_sdxl(tokenizer: Any) -> Any:
+    """Stable Diffusion XL's architecture with random weights, 2 bytes each."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    levels = ("CrossAttnDownBlock2D",) * 2
+    unet = UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", *levels),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=1024,
+        scaling_factor=0.13025,
+    )
+    first = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+        )
+    )
+    second = CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=49408,
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=20,
+            hidden_act="gelu",
+            projection_dim=1280,
+        )
+    )
+    torch.set_default_dtype(torch.float32)
+    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+    )
+
+
+def measure(side: str, name: str, files: Path, device: str) -> dict[str, float]:
+    """One task in a process of its own."""
+    for left in (files / "out", files / "out.safetensors"):
+        shutil.rmtree(left, ignore_errors=True)
+        left.unlink(missing_ok=True)
+    call = "from benchmarks.load_save import run_task; from pathlib import Path; "
+    call += f"run_task({side!r}, {name!r}, Path({str(files)!r}), {device!r})"
+    ended = subprocess.run([sys.executable, "-c", call], check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--task", choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     options = parser.parse_args()
-    if options.task:
-        return run_task(options.task)
+    files = WORK / options.size
+    if not files.is_dir():
+        WORK.mkdir(exist_ok=True)
+        call = "from benchmarks.load_save import make_files; from pathlib import Path; "
+        call += f"make_files({options.size!r}, Path({str(files)!r}))"
+        subprocess.run([sys.executable, "-c", call], check=True)
+    sides = [(name, side) for name in options.tasks for side in SIDES if side == "ours" or name not in OURS_ALONE]
+    found: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in sides}
+    for _ in range(options.repeat):
+        for (name, side), results in found.items():
+            results.append(measure(side, name, files, options.device))
     from benchmarks.common import emit
 
-    if not SINGLE.is_file():
-        subprocess.run([sys.executable, "-c", "from benchmarks.load_save import make_files; make_files()"], check=True)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in TASKS}
-    for _ in range(options.repeat):
-        for name, results in found.items():
-            shutil.rmtree(OUT, ignore_errors=True)
-            ended = subprocess.run(
-                [sys.executable, "-m", "benchmarks.load_save", "--task", name],
-                check=True,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            results.append(json.loads(ended.stdout.splitlines()[-1]))
-    shutil.rmtree(OUT, ignore_errors=True)
     emit(
-        file_gb=round(SINGLE.stat().st_size / 1e9, 2),
+        size=options.size,
+        device=options.device,
+        file_gb=round((files / "single.safetensors").stat().st_size / 1e9, 2),
         **{
-            name.replace(" ", "_"): {
+            f"{name} {side}": {
                 "seconds": round(min(result["seconds"] for result in results), 2),
                 "peak_gb": round(max(result["peak_gb"] for result in results), 2),
                 "before_gb": round(max(result["before_gb"] for result in results), 2),
             }
-            for name, results in found.items()
+            for (name, side), results in found.items()
         },
     )
 

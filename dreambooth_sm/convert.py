@@ -1,4 +1,4 @@
-"""Model files from one format to the other: no GPU, and one tensor in memory at a time."""
+"""Model files from one format to the other: no GPU, and a few small pieces in memory at a time."""
 
 from __future__ import annotations
 

@@ -145,7 +145,10 @@ def _run(
     device = torch.device(plan.device)
 
     with report.phase("load_base"):
-        base = load_base(h)
+        # Host memory is short where cards are small: weights wait in the precision of their files, unless they are
+        # drawn with as they are.
+        on_host = torch.float32 if plan.device == "cpu" or plan.precision == "fp32" else None
+        base = load_base(h, on_host)
         for remark in base.remarks:
             report.warn(remark)
         check_prompts(base, subjects, h)
@@ -388,7 +391,7 @@ def encode_training_set(
     (empty,) = table.rows("") if h.caption_dropout else (0,)
     masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
     views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
-    base.vae.to(device)
+    base.vae.to(device, torch.float32)
     latents = Latents(pictures, trained_in, views, base.vae, cached=plan.cache_latents)
     make_dice = partial(
         Dice,
@@ -415,7 +418,7 @@ def encode_training_set(
     if plan.train_text_encoder:
         prompts = table.ids().to(device)
     else:
-        prompts = table.embeddings(base.text_encoder.to(device))
+        prompts = table.embeddings(base.text_encoder.to(device, torch.float32))
         base.text_encoder.to("cpu")
     _free_memory()
     dice = make_dice(instances, classes, seed=seed)

@@ -31,7 +31,8 @@ RENAMED = {
 class BaseModel:
     """A Stable Diffusion 1 or 2 pipeline, taken apart.
 
-    All modules are in fp32, on the CPU, in eval mode and without gradients, as loaded.
+    All modules are on the CPU, in eval mode and without gradients, as loaded: in fp32, or in the precision of their
+    files where that is half of it (:func:`load_base`).
 
     Attributes:
         remarks: what was guessed of a single file; for the user to read.
@@ -171,8 +172,12 @@ def read_stored(path: Path, *, use_ema: bool = False, prediction_type: str | Non
     return model
 
 
-def load_base(h: Hyperparameters) -> BaseModel:
+def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> BaseModel:
     """Loads the base pipeline, and the replacement VAE if one is asked for.
+
+    Args:
+        dtype: of the weights; None leaves those in half precision as they are, which takes half the memory. Whoever
+            computes with a module then says in which precision.
 
     Raises:
         UserError: where there is no such model, or its files are damaged.
@@ -183,9 +188,9 @@ def load_base(h: Hyperparameters) -> BaseModel:
     prediction = None if h.prediction_type == "auto" else h.prediction_type
     stored = read_stored(path, use_ema=h.use_ema_weights, prediction_type=prediction)
     parts = stored.pipeline
-    vae = _load_vae(h) if h.pretrained_vae_name_or_path else None
+    vae = _load_vae(h, dtype) if h.pretrained_vae_name_or_path else None
     _check_parts(name, parts.unet, vae or parts.vae, parts.text_encoder, parts.tokenizer)
-    stored.load()
+    stored.load(dtype)
     return BaseModel(
         name=name,
         unet=parts.unet,
@@ -198,11 +203,11 @@ def load_base(h: Hyperparameters) -> BaseModel:
     )
 
 
-def _load_vae(h: Hyperparameters) -> AutoencoderKL:
+def _load_vae(h: Hyperparameters, dtype: torch.dtype | None) -> AutoencoderKL:
     name = _vae_name(h)
     path = sources.fetch(name, token_secret=h.hf_token_secret)
     if path.is_file():
-        return read_vae(path)
+        return read_vae(path, dtype)
     config = read_config(path)
     if config.get("_class_name") != "AutoencoderKL":
         kind = config.get("_class_name")
@@ -210,7 +215,7 @@ def _load_vae(h: Hyperparameters) -> AutoencoderKL:
     vae = empty_module("vae", config)
     tensors = find_weights(path, "vae")
     check_complete(name, "vae", vae, tensors, "copy the directory again")
-    fill(vae, tensors, torch.float32)
+    fill(vae, tensors, dtype)
     return vae
 
 

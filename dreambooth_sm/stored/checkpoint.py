@@ -71,8 +71,11 @@ def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str |
     return StoredModel(str(path), pipeline, tensors, tuple(remarks))
 
 
-def read_vae(path: Path) -> AutoencoderKL:
-    """The VAE of a whole checkpoint, or of a file of its own, in float32.
+def read_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> AutoencoderKL:
+    """The VAE of a whole checkpoint, or of a file of its own.
+
+    Args:
+        dtype: see :meth:`dreambooth_sm.stored.model.StoredModel.load`.
 
     Raises:
         UserError: where the file is damaged or holds no VAE.
@@ -88,7 +91,7 @@ def read_vae(path: Path) -> AutoencoderKL:
     names = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     tensors = to_diffusers("vae", names, {"vae": config}, found)
     check_complete(str(path), "vae", module, tensors, _ADVICE)
-    fill(module, tensors, torch.float32)
+    fill(module, tensors, dtype)
     return module
 
 

@@ -1,20 +1,23 @@
-"""Tensors in files: found without being read, read one at a time, and written one at a time.
+"""Tensors in files: found without being read, and read and written in small pieces by a few threads.
 
-Neither a second copy of the weights nor a memory map is ever held: what a module is made of is read straight into its
-own memory, and what is converted passes through memory one tensor at a time.
+Neither a second copy of the weights nor a memory map is ever held: what a module is made of is read into its own
+memory, and what is converted passes through memory piece by piece.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +47,12 @@ _GIT_LFS = b"version https://git-lfs"
 # Stands for the hash in a header until the data that it is made of has been written.
 _NO_HASH = "0x" + "0" * 64
 HASH_FIELD = "modelspec.hash_sha256"
+# Threads that read and write, and elements that each handles at a time: so few that they stay in a core's cache.
+_WORKERS = 4
+_PIECE = 1 << 19
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -51,12 +60,15 @@ class Stored:
     """A tensor that is read when it is wanted.
 
     Attributes:
-        read: makes the tensor, anew each time where it comes from a file.
+        piece: makes a flat tensor of the elements from one number to before another, rows one after another; anew each
+            time where it comes from a file.
+        in_pieces: whether a piece costs no more than its part of the whole; :meth:`spans` has one otherwise.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    piece: Callable[[int, int], Tensor]
+    in_pieces: bool = True
 
     @property
     def numel(self) -> int:
@@ -64,22 +76,51 @@ class Stored:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Stored:
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.detach)
+        def piece(start: int, stop: int) -> Tensor:
+            return tensor.detach().flatten()[start:stop]
+
+        return cls(tensor.dtype, tuple(tensor.shape), piece, tensor.is_contiguous())
+
+    def read(self) -> Tensor:
+        """All of it, on the CPU where it comes from a file."""
+        return self.piece(0, self.numel).reshape(self.shape)
+
+    def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """All of it in this precision and place; what has to be converted or moved passes through in pieces."""
+        if dtype == self.dtype and device.type == "cpu":
+            return self.read()
+        whole = torch.empty(self.shape, dtype=dtype, device=device)
+        flat = whole.view(-1)
+        for start, stop in self.spans():
+            flat[start:stop].copy_(self.piece(start, stop))
+        return whole
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where each piece begins and ends."""
+        size = _PIECE if self.in_pieces else self.numel
+        for start in range(0, self.numel, size or 1):
+            yield start, min(start + size, self.numel)
 
     def reshaped(self, shape: tuple[int, ...]) -> Stored:
-        return Stored(self.dtype, shape, lambda: self.read().reshape(shape))
+        return replace(self, shape=shape)
 
     def third(self, number: int) -> Stored:
         """One of three equal parts along the first dimension."""
-        rows = self.shape[0] // 3
-        shape = (rows, *self.shape[1:])
-        return Stored(self.dtype, shape, lambda: self.read()[number * rows : (number + 1) * rows])
+        shape = (self.shape[0] // 3, *self.shape[1:])
+        first = number * math.prod(shape)
+        return replace(self, shape=shape, piece=lambda start, stop: self.piece(first + start, first + stop))
 
     @classmethod
     def stacked(cls, parts: list[Stored]) -> Stored:
         """``parts`` of one shape, one after another along the first dimension."""
+        size = parts[0].numel
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        return cls(parts[0].dtype, shape, lambda: torch.cat([part.read() for part in parts]))
+
+        def piece(start: int, stop: int) -> Tensor:
+            spans = [(max(start - first, 0), min(stop - first, size)) for first in range(0, size * len(parts), size)]
+            return torch.cat([part.piece(*span) for part, span in zip(parts, spans, strict=True) if span[0] < span[1]])
+
+        return replace(parts[0], shape=shape, piece=piece, in_pieces=all(part.in_pieces for part in parts))
 
 
 @dataclass(frozen=True)
@@ -106,20 +147,57 @@ def open_tensors(path: Path) -> TensorFile:
     return _open_pickle(path)
 
 
+def load_tensors(
+    tensors: Mapping[str, Stored], dtypes: Mapping[str, torch.dtype], device: torch.device
+) -> dict[str, Tensor]:
+    """Reads tensors, several at a time, each into memory of its own.
+
+    Args:
+        dtypes: of the results.
+    """
+    with _workers() as pool:
+        loaded = pool.map(lambda name: tensors[name].load(dtypes[name], device), tensors)
+        return dict(zip(tensors, loaded, strict=True))
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[Executor]:
+    """Threads for reading, converting and writing; torch's own are kept out of their way meanwhile."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(_WORKERS)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _in_order(pool: Executor, act: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """What ``act`` makes of each item, in their order; only a few are made before they are asked for."""
+    waiting: deque[Future[Result]] = deque()
+    for item in items:
+        waiting.append(pool.submit(act, item))
+        if len(waiting) > 2 * _WORKERS:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
 def _at(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
     """A contiguous tensor at ``offset`` bytes into a file."""
 
-    def read() -> Tensor:
-        tensor = torch.empty(shape, dtype=dtype)
+    def piece(start: int, stop: int) -> Tensor:
+        tensor = torch.empty(stop - start, dtype=dtype)
         if tensor.numel():
             with path.open("rb") as file:
-                file.seek(offset)
+                file.seek(offset + start * dtype.itemsize)
                 got = file.readinto(_bytes(tensor))
-            if got != tensor.numel() * tensor.element_size():
+            if got != tensor.nbytes:
                 raise UserError(f"{path} ends in the middle of a tensor; copy it again")
         return tensor
 
-    return Stored(dtype, shape, read)
+    return Stored(dtype, shape, piece)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -216,8 +294,12 @@ def _in_zip(path: Path, tensor: Tensor) -> Stored:
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     length = last + 1 if tensor.numel() else 0
     offset = storage._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
-    flat = _at(path, offset, dtype, (length,))
-    return Stored(dtype, shape, lambda: flat.read().as_strided(shape, strides))
+    stored = _at(path, offset, dtype, (length,))
+    if tensor.is_contiguous():
+        return stored.reshaped(shape)
+    return Stored(
+        dtype, shape, lambda start, stop: stored.read().as_strided(shape, strides).flatten()[start:stop], False
+    )
 
 
 def write_safetensors(
@@ -228,12 +310,12 @@ def write_safetensors(
     notes: Mapping[str, str] | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
-    """Writes a safetensors file, one tensor at a time; the file has its name once it is whole.
+    """Writes a safetensors file, piece by piece; it has its name once it is whole.
 
     Args:
         dtype: of the floating-point tensors in the file; None leaves them as they are.
         notes: the file's metadata. A value for ``modelspec.hash_sha256`` is replaced by the hash of the file's tensors.
-        progress: is called with the bytes of each tensor once they are written.
+        progress: is called with the bytes of each piece once they are written.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}
     if notes and HASH_FIELD in notes:
@@ -257,17 +339,30 @@ def write_safetensors(
     hashed = hashlib.sha256() if notes and HASH_FIELD in notes else None
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for name in order:
-                data = _bytes(tensors[name].read().to("cpu", dtypes[name]).contiguous())
-                file.write(data)
+        with partial.open("wb", buffering=0) as file, _workers() as pool:
+            start_of_data = 8 + len(header)
+            _write_at(file.fileno(), 0, memoryview(len(header).to_bytes(8, "little") + header))
+
+            def write(span: tuple[str, int, int]) -> memoryview:
+                name, start, stop = span
+                data = _bytes(tensors[name].piece(start, stop).to("cpu", dtypes[name]))
+                first = start_of_data + entries[name]["data_offsets"][0]
+                _write_at(file.fileno(), first + start * dtypes[name].itemsize, data)
+                return data
+
+            for data in _in_order(pool, write, ((name, *span) for name in order for span in tensors[name].spans())):
                 if hashed:
                     hashed.update(data)
                 progress(data.nbytes)
             if hashed:
-                file.seek(8 + header.index(_NO_HASH.encode()))
-                file.write(b"0x" + hashed.hexdigest().encode())
+                digest = f"0x{hashed.hexdigest()}".encode()
+                _write_at(file.fileno(), 8 + header.index(_NO_HASH.encode()), memoryview(digest))
         os.replace(partial, path)  # noqa: PTH105 - one step
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_at(file: int, offset: int, data: memoryview) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written

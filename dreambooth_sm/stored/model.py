@@ -16,9 +16,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.stored.files import Stored
+from dreambooth_sm.stored.files import Stored, load_tensors
 from dreambooth_sm.stored.layout import PARTS, Configs
 from dreambooth_sm.tiny import bpe_tokenizer
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,20 @@ class StoredModel:
         """Of the parts, as plain dictionaries."""
         return configs_of(self.pipeline)
 
-    def load(self, dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    def load(
+        self, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
+    ) -> StableDiffusionPipeline:
         """Reads the weights into the pipeline's modules; each tensor is in memory once.
 
+        Args:
+            dtype: of the weights; None leaves those in half precision as they are, and makes all others float32.
+            device: with its number, where it has one.
+
         Returns:
-            the pipeline; modules are on the CPU in ``dtype``, in eval mode and without gradients.
+            the pipeline; modules are in eval mode and without gradients.
         """
         for part in PARTS:
-            fill(getattr(self.pipeline, part), self.tensors[part], dtype)
+            fill(getattr(self.pipeline, part), self.tensors[part], dtype, device)
         return self.pipeline
 
 
@@ -85,11 +93,20 @@ def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
         return kind.from_config(dict(config))
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype) -> None:
-    """Reads a module's weights, all of which ``tensors`` has to hold; what is more is left out."""
-    state = {name: tensors[name].read().to(dtype) for name in module.state_dict()}
-    module.load_state_dict(state, assign=True)
-    module.requires_grad_(False).eval()
+def fill(
+    module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype | None, device: torch.device | str = "cpu"
+) -> None:
+    """Reads a module's weights, all of which ``tensors`` has to hold; what is more is left out.
+
+    Args:
+        dtype: see :meth:`StoredModel.load`.
+    """
+    wanted = {name: tensors[name] for name in module.state_dict()}
+    dtypes = {
+        name: dtype or (tensor.dtype if tensor.dtype in _HALF else torch.float32) for name, tensor in wanted.items()
+    }
+    module.load_state_dict(load_tensors(wanted, dtypes, torch.device(device)), assign=True)
+    module.to(device).requires_grad_(False).eval()  # buffers are no weights, and move here
 
 
 def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str, Stored], advice: str) -> None:

@@ -125,7 +125,7 @@ class Trainer:
     """Trains the UNet, and the text encoder where the plan says so, in place.
 
     Args:
-        base: the base model, in fp32 on the CPU; the parts that are trained are moved to the device.
+        base: the base model, on the CPU; the parts that are trained are moved to the device.
         device: where to.
         identity: what a checkpoint of this job is recognised by.
         world: the processes that train together.

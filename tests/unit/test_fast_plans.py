@@ -12,10 +12,10 @@ import torch
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.job import train
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.loop import Trainer
-from tests.helpers.training import SEED, Run, same, weights
+from tests.helpers.training import SEED, Run, hyperparameters, same, weights
 
 FAST: dict[str, Any] = {"optimizer": "blockwise", "state_bits": 8, "update_in_backward": True, "max_grad_norm": None}
 PLANS: dict[str, dict[str, Any]] = {
@@ -51,6 +51,23 @@ def test_learns_as_the_reference_does(name: str, base: BaseModel, tmp_path: Path
     assert learned > 0.3
     distance = sum(abs(a - b) for a, b in zip(losses, reference[:steps], strict=True)) / steps
     assert distance / learned < (0.04 if PLANS[name]["weights"] == "residual" else 0.06)
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize("name", ["medium", "medium fp16", "tiny"])
+def test_a_base_that_waits_in_half_precision_trains_the_same_to_the_bit(
+    name: str, text_encoder: bool, base: BaseModel, tmp_path: Path
+) -> None:
+    base.save(tmp_path / "half")
+    h = hyperparameters(pretrained_model_name_or_path=str(tmp_path / "half"))
+    options = JOB | {"max_train_steps": 3, "train_text_encoder": text_encoder}
+    full, half = (
+        Run(load_base(h, dtype), tmp_path / str(dtype), plan=PLANS[name], **options).train()
+        for dtype in (torch.float32, None)
+    )
+    assert full.losses == half.losses
+    for module in ("unet", "text_encoder"):
+        assert same(weights(getattr(full.base, module)), weights(getattr(half.base, module)))
 
 
 @pytest.mark.parametrize("name", ["medium", "tiny"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -70,6 +70,17 @@ def test_directories_with_fp16_files_alone(copied: Path, half: tuple[str, ...]) 
     base = load_base(of(copied))
     assert same(weights(base.unet), expected)
     assert {p.dtype for p in base.unet.parameters()} == {torch.float32}
+
+
+def test_half_precision_stays_where_it_is_asked_to(copied: Path) -> None:
+    for name, dtype in (("unet", torch.float16), ("text_encoder", torch.bfloat16), ("vae", torch.float64)):
+        (path,) = (copied / name).glob("*.safetensors")
+        save_file({key: value.to(dtype) for key, value in load_file(path).items()}, path)
+    base, full = load_base(of(copied), None), load_base(of(copied))
+    for name, dtype in (("unet", torch.float16), ("text_encoder", torch.bfloat16), ("vae", torch.float32)):
+        found = weights(getattr(base, name))
+        assert {value.dtype for value in found.values()} == {dtype}
+        assert same({key: value.float() for key, value in found.items()}, weights(getattr(full, name)))
 
 
 def test_full_precision_files_are_preferred(copied: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,7 +285,8 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
         "half": torch.randn(3, 5).half(),
         "scalar": torch.tensor(2.5),
         "none": torch.empty(0, 4),
-        "turned": torch.randn(4, 6).t(),
+        "turned": torch.randn(900, 700).t(),
+        "large": torch.randn(1100, 1100),
         "whole": torch.arange(7),
     }
     stored = {name: Stored.of(value) for name, value in tensors.items()}
@@ -291,6 +294,7 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "a.safetensors"), tensors)
     write_safetensors(tmp_path / "b.safetensors", stored, dtype=torch.bfloat16)
     found = load_file(tmp_path / "b.safetensors")
+    assert same({"large": found["large"]}, {"large": tensors["large"].bfloat16()})
     assert found["turned"].dtype == torch.bfloat16
     assert found["whole"].dtype == torch.int64
 
@@ -512,3 +516,64 @@ def test_convert_changes_the_precision(single: Path, tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.strip() == str(tmp_path / "dir")
     unet = load_file(tmp_path / "dir" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in unet.values()} == {torch.float32}
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+# Prints the bytes that a call takes at most, beyond what the same call takes with a small model.
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from dreambooth_sm import toybox
+from dreambooth_sm.convert import convert
+from dreambooth_sm.models import read_stored
+
+call, source, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+
+def run(source, target):
+    if call == "load":
+        return read_stored(Path(source)).load(None)
+    return convert(str(source), target, precision="fp16")
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+run(toybox.BASE, target.with_stem("small"))
+before = peak()
+kept = run(source, target)
+print(peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model of 80 million parameters: an fp32 directory, an fp16 directory and an fp16 file."""
+    folder = tmp_path_factory.mktemp("large")
+    paths = {
+        "fp32": save_tiny_pipeline(folder / "fp32", width=512),
+        "fp16": folder / "fp16",
+        "file": folder / "m.safetensors",
+    }
+    for name in ("fp16", "file"):
+        write = write_directory if name == "fp16" else write_checkpoint
+        write(read_directory(paths["fp32"]), paths[name], dtype=torch.float16)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("call", "source", "target", "share"),
+    [
+        ("load", "fp16", "", 1.2),
+        ("load", "fp32", "", 1.2),
+        ("load", "file", "", 1.2),
+        ("convert", "file", "dir", 0.3),
+        ("convert", "fp32", "m.safetensors", 0.3),
+    ],
+)
+def test_memory_is_a_share_of_the_model(
+    call: str, source: str, target: str, share: float, large: dict[str, Path], tmp_path: Path
+) -> None:
+    size = sum(path.stat().st_size for path in (large[source], *large[source].rglob("*")) if path.is_file())
+    command = [sys.executable, "-c", MEASURED, call, str(large[source]), str(tmp_path / (target or "unused"))]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert int(ended.stdout.split()[-1]) < share * size
