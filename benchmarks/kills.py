@@ -6,7 +6,7 @@ One job runs undisturbed. Then jobs like it are started and get SIGTERM or SIGKI
 until one start reaches its end. Each start finds what a new SageMaker instance would: an empty disk, but for
 `/opt/ml/checkpoints` in half of the jobs, in every third start with its newest checkpoint synced half-way; the other
 half have only what lies in S3. After each kill, a manifest in S3 has to have all of its files, whole. In the end, all
-weights have to have the SHA-256 that the undisturbed job's have. Jobs are forks of a process that has imported
+weights have to have the checksums that the undisturbed job's have. Jobs are forks of a process that has imported
 everything: a moment of a job is one of its phases, not of Python's start. Linux only.
 """
 

@@ -21,13 +21,13 @@ import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.message import Message
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit
 from uuid import uuid4
 
 from dreambooth_sm.errors import UserError
@@ -40,6 +40,8 @@ CHUNK = 2**18
 _LONGEST_PAUSE = 20.0
 _TRANSIENT_STATUS = {429, 500, 502, 503, 504}
 # BadDigest: a body that was damaged on its way.
+# What S3 answers where the bucket is in another region.
+_ELSEWHERE = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
 _TRANSIENT_CODES = {"BadDigest", "InternalError", "RequestTimeout", "SlowDown", "XAmzContentChecksumMismatch"}
 
 T = TypeVar("T")
@@ -82,17 +84,14 @@ class Wire:
     """
 
     def __init__(self, client: S3Client, bucket: str) -> None:
-        url, authorization = _botocores_request(client, bucket)
-        scope = re.search(r"Credential=[^,]*/\d{8}/([^/]+)/s3/aws4_request", authorization)
-        if not authorization.startswith("AWS4-HMAC-SHA256") or not scope:
-            raise UserError(f"s3://{bucket}: its requests are not signed with Signature Version 4: name another bucket")
-        self._url, self._region = url, scope.group(1)
         self._client: Any = client
+        self._bucket = bucket
         config: Any = client.meta.config
         self._user_agent = config.user_agent
         self._timeouts = config.connect_timeout, config.read_timeout
         self._tries = (config.retries or {}).get("total_max_attempts", 8)
         self._idle: list[http.client.HTTPConnection] = []
+        self._place = _locate(client, bucket)
 
     def put(self, key: str, body: Body, headers: Mapping[str, str], query: Mapping[str, str] | None = None) -> Message:
         """Writes an object, or a part of one; the answer's headers.
@@ -132,9 +131,12 @@ class Wire:
 
         failure: Exception
         for number in range(1, self._tries + 1):
+            place = self._place
             try:
                 return self._try(method, key, body, headers, query, receive)
             except ClientError as error:
+                if error.response["Error"]["Code"] in _ELSEWHERE and self._moves_from(place):
+                    continue
                 if not _is_transient(error):
                     raise
                 failure = error
@@ -153,20 +155,13 @@ class Wire:
         query: Mapping[str, str],
         receive: Callable[[Response], T],
     ) -> T:
-        path = quote(f"{self._base}/{key}", safe="/-_.~")
+        place = self._place
+        path = quote(f"{place.base}/{key}", safe="/-_.~")
         asked = "&".join(f"{quote(name, safe='')}={quote(query[name], safe='')}" for name in sorted(query))
-        signed = sign(
-            method,
-            self._host,
-            path,
-            asked,
-            headers,
-            self._client._get_credentials(),
-            self._region,
-            datetime.now(UTC),
-        )
+        credentials = self._client._get_credentials()
+        signed = sign(method, place.host, path, asked, headers, credentials, place.region, datetime.now(UTC))
         size = body.size if isinstance(body, Span) else len(body)
-        lines = [f"{method} {self._proxied}{path}{'?' + asked if asked else ''} HTTP/1.1"]
+        lines = [f"{method} {place.origin}{path}{'?' + asked if asked else ''} HTTP/1.1"]
         lines += [f"{name}: {value}" for name, value in signed.items()]
         lines += [f"user-agent: {self._user_agent}", *([f"content-length: {size}"] if method == "PUT" else []), "", ""]
         head = "\r\n".join(lines).encode()
@@ -206,62 +201,90 @@ class Wire:
                 if fresh:
                     raise
 
-    # --- Where it goes ------------------------------------------------------------------------------------------------
+    def _moves_from(self, place: Place) -> bool:
+        """Finds out where the bucket is, as botocore does when it is told that it is in another region."""
+        from botocore.exceptions import ClientError
 
-    @cached_property
-    def _host(self) -> str:
-        parts = urlsplit(self._url)
-        standard = {"http": 80, "https": 443}[parts.scheme]
-        return parts.hostname + (f":{parts.port}" if parts.port not in (None, standard) else "")  # type: ignore[operator]
-
-    @cached_property
-    def _base(self) -> str:
-        """What comes before a key: the bucket, where it is not in the host's name."""
-        return unquote(urlsplit(self._url).path).rpartition("/")[0]
-
-    @cached_property
-    def _proxy(self) -> str:
-        from botocore.utils import get_environ_proxies
-
-        scheme = urlsplit(self._url).scheme
-        proxies = self._client.meta.config.proxies or get_environ_proxies(self._url)
-        return proxies.get(scheme) or ""
-
-    @cached_property
-    def _proxied(self) -> str:
-        """What a proxy of plain HTTP wants before the path."""
-        return f"http://{self._host}" if self._proxy and self._url.startswith("http:") else ""
-
-    @cached_property
-    def _tls(self) -> ssl.SSLContext | None:
-        import botocore.session
-        from botocore.httpsession import get_cert_path
-
-        if self._url.startswith("http:"):
-            return None
-        # AWS_CA_BUNDLE, the profile's ca_bundle, or the certificates that come with botocore.
-        bundle = botocore.session.get_session().get_config_variable("ca_bundle")
-        return ssl.create_default_context(cafile=get_cert_path(bundle or True))
+        if self._place == place:
+            with suppress(ClientError):
+                self._client.head_bucket(Bucket=self._bucket)
+            self._idle.clear()
+            self._place = _locate(self._client, self._bucket)
+        return self._place != place
 
     def _connect(self) -> http.client.HTTPConnection:
-        parts, proxy = urlsplit(self._url), urlsplit(self._proxy if "://" in self._proxy else f"//{self._proxy}")
+        place, proxy = urlsplit(self._place.url), self._place.proxy
         connect, read = self._timeouts
-        host, port = (proxy.hostname, proxy.port) if self._proxy else (parts.hostname, parts.port)
+        host, port = (proxy.hostname, proxy.port) if proxy else (place.hostname, place.port)
         assert host
-        if self._tls:
+        if self._place.tls:
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=connect, context=self._tls
+                host, port, timeout=connect, context=self._place.tls
             )
-            if self._proxy:
+            if proxy:
                 secret = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
                 permit = {"Proxy-Authorization": f"Basic {b64encode(secret).decode()}"} if proxy.username else {}
-                assert parts.hostname
-                connection.set_tunnel(parts.hostname, parts.port, permit)
+                assert place.hostname
+                connection.set_tunnel(place.hostname, place.port, permit)
         else:
             connection = http.client.HTTPConnection(host, port, timeout=connect)
         connection.connect()
         connection.sock.settimeout(read)
         return connection
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where requests for a bucket go.
+
+    Attributes:
+        url: of the bucket, without a slash at its end.
+        region: for which requests are signed.
+        host: as in the header of this name.
+        base: what comes before a key: the bucket, where it is not in the host's name.
+        proxy: on the way there.
+        tls: for HTTPS.
+    """
+
+    url: str
+    region: str
+    host: str
+    base: str
+    proxy: SplitResult | None
+    tls: ssl.SSLContext | None = field(compare=False)
+
+    @property
+    def origin(self) -> str:
+        """What a proxy of plain HTTP wants before the path."""
+        return f"http://{self.host}" if self.proxy and not self.tls else ""
+
+
+def _locate(client: Any, bucket: str) -> Place:
+    import botocore.session
+    from botocore.httpsession import get_cert_path
+    from botocore.utils import get_environ_proxies
+
+    url, authorization = _botocores_request(client, bucket)
+    scope = re.search(r"Credential=[^,]*/\d{8}/([^/]+)/s3/aws4_request", authorization)
+    if not authorization.startswith("AWS4-HMAC-SHA256") or not scope:
+        raise UserError(f"s3://{bucket}: its requests are not signed with Signature Version 4: name another bucket")
+    url = url.rpartition("/")[0]
+    parts = urlsplit(url)
+    standard = {"http": 80, "https": 443}[parts.scheme]
+    proxy = (client.meta.config.proxies or get_environ_proxies(url)).get(parts.scheme)
+    tls = None
+    if parts.scheme == "https":
+        # AWS_CA_BUNDLE, the profile's ca_bundle, or the certificates that come with botocore.
+        bundle = botocore.session.get_session().get_config_variable("ca_bundle")
+        tls = ssl.create_default_context(cafile=get_cert_path(bundle or True))
+    return Place(
+        url=url,
+        region=scope.group(1),
+        host=f"{parts.hostname}{f':{parts.port}' if parts.port not in (None, standard) else ''}",
+        base=unquote(parts.path),
+        proxy=urlsplit(proxy if "://" in proxy else f"//{proxy}") if proxy else None,
+        tls=tls,
+    )
 
 
 def _botocores_request(client: Any, bucket: str) -> tuple[str, str]:

@@ -124,3 +124,18 @@ def test_a_refusal_is_not_tried_again(s3: EmbeddedS3, target: S3Uri, tree: Path)
     ):
         upload_directory(tree, target, client=s3_client(s3.session(), endpoint_url=address), workers=1)
     assert tries["PutObject"] == 1
+
+
+def test_a_bucket_in_another_region_is_found(s3: EmbeddedS3, target: S3Uri, tree: Path, tmp_path: Path) -> None:
+    def elsewhere(request: Request) -> Answer | None:
+        if "/eu-central-1/s3/" in request.headers["authorization"]:
+            return None
+        answer = Answer.error(301, "PermanentRedirect")
+        answer.headers["x-amz-bucket-region"] = "eu-central-1"
+        return answer
+
+    with s3_proxy(s3.endpoint_url, elsewhere) as address:
+        there_and_back(tree, target, tmp_path / "copy", s3_client(s3.session(), endpoint_url=address))
+        # The first request to the bucket is one of ours.
+        download_directory(target, tmp_path / "again", client=s3_client(s3.session(), endpoint_url=address))
+    assert contents(tmp_path / "again") == contents(tree)
