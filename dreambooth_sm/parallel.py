@@ -56,8 +56,9 @@ def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[Iter
                 yield found[0]
 
     threads = [threading.Thread(target=work, name="transfer") for _ in range(workers)]
-    for thread in threads:
-        thread.start()
+    with taking:  # a thread that works already would make the start of the next one slow
+        for thread in threads:
+            thread.start()
     try:
         yield results()
     finally:
