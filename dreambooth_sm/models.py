@@ -18,13 +18,15 @@ from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.checkpoint import SUFFIXES, read_checkpoint, read_vae, write_checkpoint
 from dreambooth_sm.stored.directory import find_weights, read_config, read_directory, write_directory
-from dreambooth_sm.stored.model import StoredModel, check_complete, empty_module, fill, make_pipeline
+from dreambooth_sm.stored.layout import PARTS
+from dreambooth_sm.stored.model import StoredModel, check_complete, empty_module, fill, make_pipeline, tokenizers_of
 
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
 RENAMED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     toybox.NAME: str(toybox.BASE),
 }
+_UNTRAINED = "{} is a Stable Diffusion XL model, which this job does not train; name a Stable Diffusion 1 or 2 model"
 
 
 @dataclass
@@ -102,7 +104,8 @@ def check_base(h: Hyperparameters) -> None:
                 "as inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
             )
     if is_local(name):
-        problems += _check_path(Path(name))
+        path = Path(name)
+        problems += _check_path(path) or ([_UNTRAINED.format(name)] if (path / "text_encoder_2").is_dir() else [])
     vae = Path(_vae_name(h))
     if _vae_name(h) and is_local(str(vae)) and not (_is_checkpoint(vae) or (vae / "config.json").is_file()):
         problems.append(
@@ -138,11 +141,12 @@ def _check_path(path: Path) -> list[str]:
         return [f"{field}: {path} holds no model_index.json; name a diffusers pipeline directory, or a checkpoint file"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{field}: {index} can't be read: {error}"]
-    if pipeline != "StableDiffusionPipeline":
-        return [f"{field}: {path} holds a {pipeline}; this job trains Stable Diffusion 1 and 2"]
+    if pipeline not in PARTS:
+        return [f"{field}: {path} holds a {pipeline}; this project takes Stable Diffusion 1, 2 and XL base models"]
+    parts = PARTS[pipeline]
     return [
         f"{field}: {path / part} is missing; copy the whole pipeline directory"
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+        for part in (*parts, *tokenizers_of(parts), "scheduler")
         if not (path / part).is_dir()
     ]
 
@@ -182,6 +186,8 @@ def load_base(h: Hyperparameters) -> BaseModel:
     path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
     prediction = None if h.prediction_type == "auto" else h.prediction_type
     stored = read_stored(path, use_ema=h.use_ema_weights, prediction_type=prediction)
+    if "text_encoder_2" in stored.tensors:
+        raise UserError(_UNTRAINED.format(name))
     parts = stored.pipeline
     vae = _load_vae(h) if h.pretrained_vae_name_or_path else None
     _check_parts(name, parts.unet, vae or parts.vae, parts.text_encoder, parts.tokenizer)

@@ -69,6 +69,10 @@ class Stored:
     def reshaped(self, shape: tuple[int, ...]) -> Stored:
         return Stored(self.dtype, shape, lambda: self.read().reshape(shape))
 
+    def transposed(self) -> Stored:
+        """A matrix with rows and columns exchanged."""
+        return Stored(self.dtype, self.shape[::-1], lambda: self.read().t().contiguous())
+
     def third(self, number: int) -> Stored:
         """One of three equal parts along the first dimension."""
         rows = self.shape[0] // 3
