@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth_sm import sources, toybox
+from dreambooth_sm.architecture import Architecture
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
@@ -19,23 +20,33 @@ from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.checkpoint import SUFFIXES, read_checkpoint, read_vae, write_checkpoint
 from dreambooth_sm.stored.directory import find_weights, read_config, read_directory, write_directory
 from dreambooth_sm.stored.layout import PARTS
-from dreambooth_sm.stored.model import StoredModel, check_complete, empty_module, fill, make_pipeline, tokenizers_of
+from dreambooth_sm.stored.model import (
+    ZEROS,
+    Pipeline,
+    StoredModel,
+    check_complete,
+    empty_module,
+    fill,
+    make_pipeline,
+    tokenizers_of,
+)
 
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
 RENAMED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     toybox.NAME: str(toybox.BASE),
 }
-_UNTRAINED = "{} is a Stable Diffusion XL model, which this job does not train; name a Stable Diffusion 1 or 2 model"
 
 
 @dataclass
 class BaseModel:
-    """A Stable Diffusion 1 or 2 pipeline, taken apart.
+    """A Stable Diffusion pipeline, taken apart.
 
     All modules are in fp32, on the CPU, in eval mode and without gradients, as loaded.
 
     Attributes:
+        text_encoder_2, tokenizer_2: SDXL's, beside the first ones.
+        zeros_for_empty_prompt: whether the empty prompt is embedded as zeros; of SDXL.
         remarks: what was guessed of a single file; for the user to read.
     """
 
@@ -46,6 +57,9 @@ class BaseModel:
     tokenizer: CLIPTokenizer
     scheduler: Any
     feature_extractor: Any = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zeros_for_empty_prompt: bool = True
     remarks: tuple[str, ...] = ()
 
     @property
@@ -53,22 +67,31 @@ class BaseModel:
         """Pixels a side of one latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    @property
+    def is_xl(self) -> bool:
+        """Whether the model is SDXL."""
+        return self.text_encoder_2 is not None
+
+    @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        return (self.text_encoder,) if self.text_encoder_2 is None else (self.text_encoder, self.text_encoder_2)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The smallest type that the VAE computes in: SDXL's first one overflows in fp16."""
+        return torch.float32 if self.is_xl and self.vae.config.force_upcast else torch.float16
+
+    def pipeline(self) -> Pipeline:
         """The parts as a pipeline; it shares their weights."""
-        return make_pipeline(
-            {
-                "vae": self.vae,
-                "text_encoder": self.text_encoder,
-                "tokenizer": self.tokenizer,
-                "unet": self.unet,
-                "scheduler": self.scheduler,
-                "feature_extractor": self.feature_extractor,
-            }
-        )
+        names = ["vae", "text_encoder", "tokenizer", "unet", "scheduler", "feature_extractor"]
+        if self.is_xl:
+            names += ["text_encoder_2", "tokenizer_2"]
+        parts = {name: getattr(self, name) for name in names}
+        return make_pipeline(parts, {ZEROS: self.zeros_for_empty_prompt})
 
     def to(self, device: str | torch.device) -> None:
         """Moves all modules."""
-        for module in (self.unet, self.vae, self.text_encoder):
+        for module in (self.unet, self.vae, *self.text_encoders):
             module.to(device)
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -88,7 +111,7 @@ def check_base(h: Hyperparameters) -> None:
     """What can be said of a base model without loading it.
 
     Raises:
-        UserError: for a local path that is no Stable Diffusion 1 or 2 model, and an S3 location with nothing in it.
+        UserError: for a local path that is no Stable Diffusion model, and an S3 location with nothing in it.
     """
     problems: list[str] = []
     name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
@@ -104,8 +127,7 @@ def check_base(h: Hyperparameters) -> None:
                 "as inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
             )
     if is_local(name):
-        path = Path(name)
-        problems += _check_path(path) or ([_UNTRAINED.format(name)] if (path / "text_encoder_2").is_dir() else [])
+        problems += _check_path(Path(name))
     vae = Path(_vae_name(h))
     if _vae_name(h) and is_local(str(vae)) and not (_is_checkpoint(vae) or (vae / "config.json").is_file()):
         problems.append(
@@ -179,36 +201,57 @@ def load_base(h: Hyperparameters) -> BaseModel:
     """Loads the base pipeline, and the replacement VAE if one is asked for.
 
     Raises:
-        UserError: where there is no such model, or its files are damaged.
+        UserError: where there is no such model, its files are damaged, or it is of another kind than the job was
+            planned for.
     """
     check_base(h)
     name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
     path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
     prediction = None if h.prediction_type == "auto" else h.prediction_type
     stored = read_stored(path, use_ema=h.use_ema_weights, prediction_type=prediction)
-    if "text_encoder_2" in stored.tensors:
-        raise UserError(_UNTRAINED.format(name))
-    parts = stored.pipeline
-    vae = _load_vae(h) if h.pretrained_vae_name_or_path else None
-    _check_parts(name, parts.unet, vae or parts.vae, parts.text_encoder, parts.tokenizer)
+    found: Architecture = "sdxl" if "text_encoder_2" in stored.tensors else "sd"
+    if found != h.architecture:
+        kinds = {"sd": "Stable Diffusion 1 or 2", "sdxl": "Stable Diffusion XL"}
+        raise UserError(
+            f"{name} is a {kinds[found]} model, and by its name the job was planned for {kinds[h.architecture]}; set "
+            f"base_architecture={found}"
+        )
+    base = _taken_apart(name, stored)
+    if h.pretrained_vae_name_or_path:
+        base.vae = _load_vae(h, base.vae.config)
+    _check_parts(base)
     stored.load()
+    return base
+
+
+def _taken_apart(name: str, stored: StoredModel) -> BaseModel:
+    parts = stored.pipeline
     return BaseModel(
         name=name,
         unet=parts.unet,
-        vae=vae or parts.vae,
+        vae=parts.vae,
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
         scheduler=parts.scheduler,
         feature_extractor=parts.feature_extractor,
+        text_encoder_2=getattr(parts, "text_encoder_2", None),
+        tokenizer_2=getattr(parts, "tokenizer_2", None),
+        zeros_for_empty_prompt=bool(parts.config.get(ZEROS, True)),
         remarks=stored.remarks,
     )
 
 
-def _load_vae(h: Hyperparameters) -> AutoencoderKL:
+def _load_vae(h: Hyperparameters, replaced: Any) -> AutoencoderKL:
+    """
+    Args:
+        replaced: configuration of the base model's own VAE.
+    """
     name = _vae_name(h)
     path = sources.fetch(name, token_secret=h.hf_token_secret)
-    if path.is_file():
-        return read_vae(path)
+    if path.is_file():  # its tensors don't say how the UNet's latents are scaled, nor whether it overflows
+        vae = read_vae(path)
+        vae.register_to_config(scaling_factor=replaced.scaling_factor, force_upcast=replaced.force_upcast)
+        return vae
     config = read_config(path)
     if config.get("_class_name") != "AutoencoderKL":
         kind = config.get("_class_name")
@@ -220,21 +263,30 @@ def _load_vae(h: Hyperparameters) -> AutoencoderKL:
     return vae
 
 
-def _check_parts(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+def _check_parts(base: BaseModel) -> None:
     """Raises UserError where the parts do not belong together."""
     problems: list[str] = []
-    words = tokenizer("photo of a toy", add_special_tokens=False).input_ids
-    if set(words) <= {tokenizer.unk_token_id}:
-        problems.append(f"{name}: the tokenizer knows no words: its vocabulary is missing; copy the directory again")
-    elif len(tokenizer) > text_encoder.config.vocab_size:
-        problems.append(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}"
-        )
-    latents, wanted = vae.config.latent_channels, unet.config.in_channels
+    name, unet = base.name, base.unet.config
+    tokenizers = [base.tokenizer, *([base.tokenizer_2] if base.tokenizer_2 else [])]
+    for tokenizer, text_encoder in zip(tokenizers, base.text_encoders, strict=True):
+        words = tokenizer("photo of a toy", add_special_tokens=False).input_ids
+        tokens = text_encoder.config.vocab_size
+        if set(words) <= {tokenizer.unk_token_id}:
+            problems.append(
+                f"{name}: the tokenizer knows no words: its vocabulary is missing; copy the directory again"
+            )
+        elif len(tokenizer) > tokens:
+            problems.append(f"{name}: the tokenizer has {len(tokenizer)} tokens and the text encoder {tokens}")
+    latents, wanted = base.vae.config.latent_channels, unet.in_channels
     if latents != wanted:
         problems.append(f"{name}: the VAE makes latents of {latents} channels and the UNet takes {wanted}")
-    width, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    width, wanted = sum(each.config.hidden_size for each in base.text_encoders), unet.cross_attention_dim
     if width != wanted:
         problems.append(f"{name}: the text encoder's states are {width} wide and the UNet takes {wanted}")
+    if base.text_encoder_2 is not None:
+        pooled = base.text_encoder_2.config.projection_dim
+        wanted = (unet.projection_class_embeddings_input_dim or 0) - 6 * (unet.addition_time_embed_dim or 0)
+        if unet.addition_embed_type != "text_time" or pooled != wanted:
+            problems.append(f"{name}: the UNet takes no pooled states of {pooled} values, which text_encoder_2 gives")
     if problems:
         raise UserError(problems)

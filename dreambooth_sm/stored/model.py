@@ -23,6 +23,8 @@ from dreambooth_sm.tiny import bpe_tokenizer
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
+# In SDXL's model_index.json: whether the empty prompt is embedded as zeros.
+ZEROS = "force_zeros_for_empty_prompt"
 _CLASSES: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
@@ -127,7 +129,7 @@ def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingPr
         index: what else its ``model_index.json`` says.
     """
     if "text_encoder_2" in parts:
-        zeros = bool(index.get("force_zeros_for_empty_prompt", True))
+        zeros = bool(index.get(ZEROS, True))
         return StableDiffusionXLPipeline(force_zeros_for_empty_prompt=zeros, add_watermarker=False, **parts)
     return StableDiffusionPipeline(safety_checker=None, requires_safety_checker=False, **parts)
 
