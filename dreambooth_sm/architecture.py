@@ -31,9 +31,9 @@ def find_architecture(name: str) -> Architecture:
 
 def _look(path: Path) -> bool | None:
     """Whether a directory or a safetensors file is SDXL's; None where that can't be seen."""
-    if (path / "model_index.json").is_file():
-        return (path / "text_encoder_2").is_dir()
     try:
+        if (path / "model_index.json").is_file():
+            return (path / "text_encoder_2").is_dir()
         if path.is_dir():  # a channel that holds one file
             (path,) = path.glob("*.safetensors")
         if path.suffix != ".safetensors":
@@ -41,5 +41,5 @@ def _look(path: Path) -> bool | None:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             return _XL_TENSOR in file.read(min(length, _LONGEST_HEADER))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # names can be anything
         return None

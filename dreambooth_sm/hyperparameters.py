@@ -362,12 +362,13 @@ class Hyperparameters(BaseModel):
             return find_architecture(self.pretrained_model_name_or_path)
         return self.base_architecture
 
-    @model_validator(mode="after")
     def fit_to_base(self) -> Hyperparameters:
         """Takes the base model's own resolution, where none is asked for."""
         if "resolution" not in self.model_fields_set:
             object.__setattr__(self, "resolution", RESOLUTIONS[self.architecture])  # as little explicit as a default
         return self
+
+    _fit_to_base = model_validator(mode="after")(fit_to_base)
 
     @property
     def s3_options(self) -> S3Options:
@@ -751,10 +752,6 @@ def _conflicts(h: Hyperparameters) -> list[str]:
     )
     nearest = max(64, round(h.resolution / 8) * 8)
     check(h.resolution % 8 != 0, f"resolution={h.resolution} is no multiple of 8; write {nearest}")
-    check(
-        h.train_text_encoder is True and h.architecture == "sdxl",
-        "train_text_encoder=true: with an SDXL base model the job trains the UNet only; set it to false or auto",
-    )
     check(h.use_lora, "use_lora=true: this job trains the full model; leave use_lora out or set it to false")
     check(
         h.use_cpu and h.mixed_precision == "fp16",

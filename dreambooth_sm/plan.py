@@ -404,8 +404,12 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
 
 
 def _impossible(h: Hyperparameters, card: Card) -> list[str]:
-    """Explicit values that this card can't run, whatever its memory."""
+    """Explicit values that this card, or the base model, can't run, whatever its memory."""
     problems: list[str] = []
+    if h.train_text_encoder is True and not SHAPES[h.architecture].trains_text_encoder:
+        problems.append(
+            "train_text_encoder=true: with an SDXL base model the job trains the UNet only; set it to false or auto"
+        )
     if (h.use_cpu or card.is_cpu) and h.use_8bit_adam is True:
         problems.append("use_8bit_adam=true needs a GPU; set it to false or auto")
     if not card.is_cpu and not h.use_cpu and h.mixed_precision == "bf16" and not card.has_bf16:

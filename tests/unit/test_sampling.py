@@ -20,7 +20,9 @@ def drawn(base: BaseModel, seeds: list[int], **options: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_the_same_as_the_pipelines_own_call(base: BaseModel, guidance: float) -> None:
+@pytest.mark.parametrize("which", ["base", "xl_base"])
+def test_the_same_as_the_pipelines_own_call(which: str, guidance: float, request: pytest.FixtureRequest) -> None:
+    base: BaseModel = request.getfixturevalue(which)
     pipeline = base.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(

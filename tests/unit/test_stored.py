@@ -29,7 +29,7 @@ from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, write_saf
 from dreambooth_sm.stored.layout import parts_in, to_original
 from dreambooth_sm.stored.model import StoredModel, clip_tokenizer, empty_module, tokenizers_of
 from dreambooth_sm.stored.recognise import read_configs
-from dreambooth_sm.tiny import save_tiny_pipeline, save_tiny_xl_pipeline
+from dreambooth_sm.tiny import save_tiny_pipeline
 from tests.helpers.training import hyperparameters, same, weights
 
 Tensors = dict[str, torch.Tensor]
@@ -79,14 +79,8 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> StoredModel:
 
 
 @pytest.fixture(scope="module")
-def xl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory of a tiny SDXL pipeline; not to be written to."""
-    return save_tiny_xl_pipeline(tmp_path_factory.mktemp("xl") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def xl(xl_base: Path) -> StoredModel:
-    return read_directory(xl_base)
+def xl(tiny_xl_base: Path) -> StoredModel:
+    return read_directory(tiny_xl_base)
 
 
 @pytest.fixture(scope="module")
@@ -397,13 +391,15 @@ def test_diffusers_draws_the_same_picture_from_the_file(single: Path) -> None:
     assert np.array_equal(*drawn)
 
 
-def test_diffusers_draws_the_same_picture_from_an_sdxl_file(xl_base: Path, tmp_path: Path) -> None:
-    assert main(["convert", str(xl_base), str(tmp_path / "m.safetensors")]) == 0
+def test_diffusers_draws_the_same_picture_from_an_sdxl_file(tiny_xl_base: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(tiny_xl_base), str(tmp_path / "m.safetensors")]) == 0
     assert main(["convert", str(tmp_path / "m.safetensors"), str(tmp_path / "dir")]) == 0
     options = {"dtype": torch.float32, "local_files_only": True}
     pipelines = [
-        StableDiffusionXLPipeline.from_pretrained(xl_base, **options),
-        StableDiffusionXLPipeline.from_single_file(str(tmp_path / "m.safetensors"), config=str(xl_base), **options),
+        StableDiffusionXLPipeline.from_pretrained(tiny_xl_base, **options),
+        StableDiffusionXLPipeline.from_single_file(
+            str(tmp_path / "m.safetensors"), config=str(tiny_xl_base), **options
+        ),
         StableDiffusionXLPipeline.from_pretrained(tmp_path / "dir", **options),
     ]
     drawn = []
