@@ -79,7 +79,8 @@ def test_class_images_and_validation_pictures_are_made(done: tuple[JobTree, Ende
             assert max(picture.size) == 64 or min(picture.size) <= 64
     report = json.loads((job.model / "report.json").read_text())
     assert report["plan"]["train_text_encoder"] is False
-    assert (job.model / "README.md").is_file()
+    assert report["base_architecture"] == "sdxl"
+    assert "tags: [stable-diffusion-xl," in (job.model / "README.md").read_text()
 
 
 def test_a_single_file_trains_the_same_model(
