@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from dreambooth_sm.stored.model import Pipeline, parts_of
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
 GUIDANCE = 7.5
+# Side of the tiles, in pixels, that pictures are decoded in where they don't fit as a whole.
+_TILE = 256
 # Noise levels (sigma, from above to below) at which guidance is worth its second forward pass: at higher ones it takes
 # variety away, at lower ones it changes nothing (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval").
 GUIDED_SIGMAS = (5.42, 0.28)
@@ -102,9 +105,17 @@ def draw_latents(
 
 @torch.no_grad()
 def decode(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Scaled latents ``(pictures, 4, h, w)`` as pictures."""
+    """Scaled latents ``(pictures, 4, h, w)`` as pictures; in tiles where the device has no memory for more."""
     vae = pipeline.vae
-    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    pixels = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        pixels = vae.decode(scaled).sample
+    if pixels is None:
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = _TILE, _TILE // pipeline.vae_scale_factor
+        torch.cuda.empty_cache()
+        pixels = vae.decode(scaled).sample
     return pipeline.image_processor.postprocess(pixels.float())
 
 

@@ -71,6 +71,23 @@ def test_batches_are_of_one_size_as_far_as_that_goes(
     assert [len(batch) for batch in batches] == sizes
 
 
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for tiles of 256 pixels, and no more."""
+    latents = drawn(base, [1], size=(384, 320), steps=2)
+    (whole,) = decode(base.pipeline(), latents)
+    decode_part = base.vae.decoder.forward
+
+    def limited(part: torch.Tensor, *options: object) -> torch.Tensor:
+        if max(part.shape[2:]) * base.latent_scale > 256:
+            raise torch.OutOfMemoryError
+        return decode_part(part, *options)
+
+    monkeypatch.setattr(base.vae.decoder, "forward", limited)
+    (tiled,) = decode(base.pipeline(), latents)
+    assert tiled.size == whole.size == (384, 320)
+    assert np.abs(np.asarray(tiled).astype(int) - np.asarray(whole)).mean() < 16
+
+
 def test_a_batch_that_does_not_fit_is_halved(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = type(base.unet).forward
 
