@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dreambooth_sm.architecture import find_architecture
 from dreambooth_sm.convert import convert
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
-from dreambooth_sm.plan import CARDS, CPU, make_plan
-from tests.helpers.training import hyperparameters
+from dreambooth_sm.plan import CARDS, CPU, find_card, make_plan
+from tests.helpers.training import hyperparameters, same, weights
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -53,11 +55,26 @@ def test_what_lies_at_a_path_counts_for_more_than_its_name(tiny_base: Path, tiny
         assert find_architecture(str(path)) == "sd"
 
 
-def test_a_damaged_file_is_told_by_its_name(tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_damaged_file_is_told_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sdxl.safetensors"
     for content in (b"", b"\xff" * 8, b"text"):
-        (tmp_path / "sdxl.safetensors").write_bytes(content)
-        (tmp_path / "other.safetensors").write_bytes(content)
-        assert find_architecture(str(tmp_path / "other.safetensors")) == "sd"
+        path.write_bytes(content)
+        assert find_architecture(str(path)) == "sd"
+        with pytest.raises(UserError, match="no whole safetensors file"):
+            load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
+
+
+def test_another_vae_from_a_file_serves_sdxls_latents(tiny_xl_base: Path, tmp_path: Path) -> None:
+    """The file says neither how the UNet's latents are scaled nor whether the VAE overflows."""
+    convert(str(tiny_xl_base), tmp_path / "whole.safetensors")
+    prefix = "first_stage_model."
+    vae = {k.removeprefix(prefix): v + 1 for k, v in load_file(tmp_path / "whole.safetensors").items() if prefix in k}
+    save_file(vae, tmp_path / "vae.safetensors")
+    own = load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_xl_base)))
+    paths = {"pretrained_model_name_or_path": tiny_xl_base, "pretrained_vae_name_or_path": tmp_path / "vae.safetensors"}
+    base = load_base(hyperparameters(**{name: str(path) for name, path in paths.items()}))
+    assert (base.vae.config.scaling_factor, base.vae_dtype) == (0.13025, torch.float32)
+    assert same(weights(base.vae), {name: value + 1 for name, value in weights(own.vae).items()})
 
 
 def test_the_resolution_is_the_base_models_unless_one_is_asked_for() -> None:
@@ -90,7 +107,7 @@ def test_sdxl_needs_more_memory_and_is_told_so() -> None:
         plan = make_plan(h, CARDS[name])
         assert make_plan(small, CARDS[name]).predicted_peak_gb < plan.predicted_peak_gb <= CARDS[name].budget_gb
     with pytest.raises(UserError, match="use a larger card"):
-        make_plan(h, CARDS["T4"].__class__("8 GB card", 7.6, (8, 6)))
+        make_plan(h, find_card("8GB"))
 
 
 @pytest.mark.parametrize("wrong", ["sd", "sdxl"])

@@ -147,3 +147,8 @@ def test_every_option_is_named_for_people_and_for_completion() -> None:
     defaults: dict[str, Any] = {n: p.default for n, p in inspect.signature(launcher.fit).parameters.items()}
     assert (defaults["instance_type"], defaults["resolution"], defaults["spot"]) == ("local", 512, False)
     assert all(f"\n{name}: " in (launcher.fit.__doc__ or "") for name in launcher.Resources.model_fields)
+
+
+def test_sdxl_takes_longer() -> None:
+    small, large = (minutes("ml.g5.2xlarge", base_architecture=kind) for kind in ("sd", "sdxl"))
+    assert large - 5 > 4 * (small - 5)  # without the minutes in which neither trains
