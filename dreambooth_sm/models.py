@@ -213,7 +213,7 @@ def load_base(h: Hyperparameters) -> BaseModel:
     if found != h.architecture:
         kinds = {"sd": "Stable Diffusion 1 or 2", "sdxl": "Stable Diffusion XL"}
         raise UserError(
-            f"{name} is a {kinds[found]} model, and by its name the job was planned for {kinds[h.architecture]}; set "
+            f"{name} is a {kinds[found]} model, and the job was planned for {kinds[h.architecture]}; set "
             f"base_architecture={found}"
         )
     base = _taken_apart(name, stored)
