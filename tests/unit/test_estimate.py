@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -152,3 +153,12 @@ def test_every_option_is_named_for_people_and_for_completion() -> None:
 def test_sdxl_takes_longer() -> None:
     small, large = (minutes("ml.g5.2xlarge", base_architecture=kind) for kind in ("sd", "sdxl"))
     assert large - 5 > 4 * (small - 5)  # without the minutes in which neither trains
+
+
+def test_an_sdxl_model_on_this_machine_is_seen_before_it_is_a_channel(tiny_base: Path, tiny_xl_base: Path) -> None:
+    found = [
+        launcher.estimate(**PROMPTS, base_model=base, instance_type="ml.g5.2xlarge").plan.predicted_peak_gb
+        for base in (tiny_base, tiny_xl_base)
+    ]
+    plans = [make_plan(parse(base_architecture=kind), find_instance("ml.g5.2xlarge").card) for kind in ("sd", "sdxl")]
+    assert found == [plan.predicted_peak_gb for plan in plans]
