@@ -47,7 +47,7 @@ def main() -> None:
 def measure(work: Path, checkpoint: Path, options: argparse.Namespace) -> None:
     from dreambooth_sm.storage import S3Uri, s3_client, upload_directory
 
-    h, plan = plan_for(*VARIANTS["unet"])
+    h, plan = plan_for("sd15", *VARIANTS["unet"])
     trainer = make_trainer(sd15(), plan, h, work, options.steps)
     client, sent, busy = s3_client(), 0, 0.0
 

@@ -8,16 +8,16 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -39,18 +39,7 @@ def sd15() -> BaseModel:
         unet = UNet2DConditionModel(
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
         )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-        )
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-            )
-        )
+        vae, text_encoder = _vae(), CLIPTextModel(_clip())
     base = BaseModel(
         name="sd15",
         unet=unet,
@@ -61,9 +50,81 @@ def sd15() -> BaseModel:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
     )
+    return _put_away(base)
+
+
+def sdxl() -> BaseModel:
+    """Stable Diffusion XL's architecture, likewise."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        vae, text_encoder = _vae(scaling_factor=0.13025, force_upcast=True), CLIPTextModel(_clip())
+        second = _clip(width=1280, layers=32, heads=20, hidden_act="gelu", projection_dim=1280)
+        text_encoder_2 = CLIPTextModelWithProjection(second)
+    base = BaseModel(
+        name="sdxl",
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=byte_tokenizer(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=byte_tokenizer(),
+    )
+    return _put_away(base)
+
+
+# What `--model` takes.
+MODELS: dict[str, Callable[[], BaseModel]] = {"sd15": sd15, "sdxl": sdxl}
+
+
+def hyperparameters(model: str, **wishes: object) -> Hyperparameters:
+    """Those of a benchmark on one of ``MODELS``, at the model's own resolution."""
+    architecture = "sdxl" if model == "sdxl" else "sd"
+    return Hyperparameters.parse({**PROMPTS, "seed": 0, "base_architecture": architecture, **wishes})
+
+
+def _vae(**options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        **options,
+    )
+
+
+def _clip(*, width: int = 768, layers: int = 12, heads: int = 12, **options: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        **options,
+    )
+
+
+def _put_away(base: BaseModel) -> BaseModel:
+    """On the CPU, as a job loads it."""
     base.to("cpu")
     torch.cuda.empty_cache()
-    for module in (unet, vae, text_encoder):
+    for module in (base.unet, base.vae, *base.text_encoders):
         module.requires_grad_(False).eval()
     return base
 

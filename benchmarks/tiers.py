@@ -1,9 +1,10 @@
 """Each tier's plan under that card's memory: does it run, how fast, and how good is the predicted peak.
 
-    python -m benchmarks.tiers [CARD ...] [--steps 100]
+    python -m benchmarks.tiers [CARD ...] [--steps 100] [--model sdxl]
 
 A large card stands in for the small ones: PyTorch's allocator is capped at what such a card leaves to a process, and
-cards before Ampere get fp16 and neither flash nor cuDNN attention. Speeds are those of the card that it runs on.
+cards before Ampere get fp16 and neither flash nor cuDNN attention. Speeds are those of the card that it runs on. A
+batch of class images is drawn first, in few steps, for the peak of that.
 """
 
 from __future__ import annotations
@@ -21,28 +22,48 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 import torch
 
 from benchmarks.common import (
+    MODELS,
     PROMPTS,
     describe,
     emit,
+    hyperparameters,
     in_fresh_processes,
     limit_memory,
     make_trainer,
     measure_steps,
     reset_peaks,
-    sd15,
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import find_card, make_plan
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan, find_card, make_plan, sampling_peak_gb
+from dreambooth_sm.sampling import draw, sampling_pipeline
 
-CARDS = ("H100", "A10G", "T4", "12GB", "10GB", "8GB", "6GB", "4GB")
+CARDS = {
+    "sd15": ("H100", "A10G", "T4", "12GB", "10GB", "8GB", "6GB", "4GB"),
+    "sdxl": ("H100", "A100-80", "A100-40", "L40S", "A10G", "L4", "T4", "12GB", "10GB"),
+}
 
 
-def run_tier(name: str, steps: int, work: Path) -> dict[str, object]:
-    base = sd15()  # before the cap: a job would load it on the CPU
+def sampling_peak(base: BaseModel, plan: Plan, h: Hyperparameters) -> dict[str, object]:
+    """Peak memory of one batch of class images, decoded."""
+    seeds = list(range(plan.sample_batch_size))
+    reset_peaks()
+    pipeline = sampling_pipeline(base, plan)
+    next(draw(pipeline, PROMPTS["class_prompt"], seeds, resolution=h.resolution, batch_size=len(seeds), steps=3))
+    return {
+        "sample_batch_size": plan.sample_batch_size,
+        "predicted_sampling_gb": round(sampling_peak_gb(plan.sample_batch_size, h), 2),
+        "sampling_peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+    }
+
+
+def run_tier(name: str, model: str, steps: int, work: Path) -> dict[str, object]:
+    base = MODELS[model]()  # before the cap: a job would load it on the CPU
     card = find_card(name)
     cap_gb = limit_memory(card)
-    h = Hyperparameters.parse({**PROMPTS, "seed": 0})
+    h = hyperparameters(model)
     plan = make_plan(h, card)
+    sampling = sampling_peak(base, plan, h)
     reset_peaks()
     started = time.perf_counter()
     trainer = make_trainer(base, plan, h, work, steps)
@@ -57,6 +78,7 @@ def run_tier(name: str, steps: int, work: Path) -> dict[str, object]:
     return {
         "cap_gb": round(cap_gb, 2),
         **describe(plan),
+        **sampling,
         "prediction_off_percent": round(error, 1),
         "setup_s": round(setup, 1),
         "setup_peak_gb": round(setup_peak, 2),
@@ -66,18 +88,20 @@ def run_tier(name: str, steps: int, work: Path) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cards", nargs="*", default=list(CARDS))
+    parser.add_argument("cards", nargs="*")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--model", choices=MODELS, default="sd15")
     options = parser.parse_args()
-    if len(options.cards) > 1:
-        return in_fresh_processes("benchmarks.tiers", options.cards, f"--steps={options.steps}")
-    name = options.cards[0]
+    cards = options.cards or CARDS[options.model]
+    if len(cards) > 1:
+        return in_fresh_processes("benchmarks.tiers", cards, f"--steps={options.steps}", f"--model={options.model}")
+    name = cards[0]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            emit(card=name, **run_tier(name, options.steps, Path(folder)))
+            emit(card=name, model=options.model, **run_tier(name, options.model, options.steps, Path(folder)))
         except Exception as error:
             traceback.print_exc()
-            emit(card=name, error=f"{type(error).__name__}: {error}"[:300])
+            emit(card=name, model=options.model, error=f"{type(error).__name__}: {error}"[:300])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Speed and memory of one training step, SD 1.5 at 512 pixels, batch 1 and prior preservation.
+"""Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, or SDXL at 1,024.
 
-    python -m benchmarks.train_step [VARIANT ...] [--peer path/to/train_dreambooth.py] [--steps 60]
+    python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
 
 One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures.
 """
@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import (
+    MODELS,
     PROMPTS,
     describe,
     emit,
+    hyperparameters,
     in_fresh_processes,
     make_pictures,
     make_trainer,
@@ -30,7 +32,7 @@ from benchmarks.common import (
     sd15,
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import Plan, detect_card, make_plan
+from dreambooth_sm.plan import Plan, detect_card, make_plan, predict_peak_gb
 
 UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
 BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}
@@ -83,14 +85,15 @@ PEERS = {
 }
 
 
-def plan_for(wishes: dict[str, object], changes: dict[str, object]) -> tuple[Hyperparameters, Plan]:
-    h = Hyperparameters.parse({**PROMPTS, "seed": 0, **wishes})
-    return h, dataclasses.replace(make_plan(h, detect_card()), **changes)  # type: ignore[arg-type]
+def plan_for(model: str, wishes: dict[str, object], changes: dict[str, object]) -> tuple[Hyperparameters, Plan]:
+    h = hyperparameters(model, **wishes)
+    plan = dataclasses.replace(make_plan(h, detect_card()), **changes)  # type: ignore[arg-type]
+    return h, dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h))
 
 
-def run_variant(name: str, steps: int, work: Path) -> dict[str, object]:
-    h, plan = plan_for(*VARIANTS[name])
-    base = sd15()
+def run_variant(name: str, model: str, steps: int, work: Path) -> dict[str, object]:
+    h, plan = plan_for(model, *VARIANTS[name])
+    base = MODELS[model]()
     reset_peaks()
     started = time.perf_counter()
     trainer = make_trainer(base, plan, h, work, steps)
@@ -131,19 +134,24 @@ def run_peer(name: str, script: Path, steps: int, work: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("variants", nargs="*")
+    parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
-    if len(options.variants) > 1:
-        in_fresh_processes("benchmarks.train_step", options.variants, f"--steps={options.steps}")
+    model = options.model
+    # SDXL's text encoders are not trained.
+    fitting = [name for name, (wishes, _) in VARIANTS.items() if model == "sd15" or not wishes["train_text_encoder"]]
+    variants = options.variants or fitting
+    if len(variants) > 1:
+        in_fresh_processes("benchmarks.train_step", variants, f"--steps={options.steps}", f"--model={model}")
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.variants if len(options.variants) == 1 else ():
+        for name in variants if len(variants) == 1 else ():
             try:
-                emit(variant=name, **run_variant(name, options.steps, Path(folder)))
+                emit(variant=name, model=model, **run_variant(name, model, options.steps, Path(folder)))
             except Exception as error:
                 traceback.print_exc()
-                emit(variant=name, error=f"{type(error).__name__}: {error}"[:300])
+                emit(variant=name, model=model, error=f"{type(error).__name__}: {error}"[:300])
         for name in PEERS if options.peer else ():
             run_peer(name, options.peer, options.steps, Path(folder))
 

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = commands.add_parser(
         "convert",
         help="convert a model between a diffusers directory and a single file",
-        description="Converts a Stable Diffusion 1 or 2 model, without a GPU. A target that ends in .safetensors is "
-        "one file in the original layout (WebUI, ComfyUI); any other is a diffusers directory.",
+        description="Converts a Stable Diffusion 1, 2 or XL model, without a GPU. A target that ends in .safetensors "
+        "is one file in the original layout (WebUI, ComfyUI); any other is a diffusers directory.",
     )
     convert.add_argument("source", help=".safetensors or .ckpt file, diffusers directory, s3:// location or hub id")
     convert.add_argument("target", type=Path, help="must not exist")

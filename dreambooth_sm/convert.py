@@ -28,7 +28,7 @@ def convert(
     use_ema: bool = False,
     prediction_type: str | None = None,
 ) -> tuple[str, ...]:
-    """Writes a Stable Diffusion 1 or 2 model in the other format, with a progress bar.
+    """Writes a Stable Diffusion 1, 2 or XL model in the other format, with a progress bar.
 
     Args:
         source: single-file checkpoint, diffusers directory, ``s3://`` location or hub id.

@@ -19,9 +19,10 @@ from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from dreambooth_sm.architecture import RESOLUTIONS, Architecture, find_architecture
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Options, S3Uri
 
@@ -78,6 +79,12 @@ class Hyperparameters(BaseModel):
         "Model",
         "Base model: hub id, diffusers directory (a channel, for example), `s3://` prefix or object, or a "
         "single-file checkpoint (`.safetensors`, `.ckpt`).",
+    )
+    base_architecture: Literal["auto", "sd", "sdxl"] = _knob(
+        "auto",
+        "Model",
+        "Kind of the base model, by which memory and resolution are planned before anything is downloaded: Stable "
+        "Diffusion 1 and 2, or XL. auto: as its files or its name (`xl` in it) say.",
     )
     pretrained_vae_name_or_path: str | None = _knob(
         None, "Model", "Replacement for the base model's VAE: as above; a file may hold the VAE alone."
@@ -164,7 +171,9 @@ class Hyperparameters(BaseModel):
         "class_data_dir, instance_prompt, class_prompt}.",
     )
     resolution: Annotated[int, Ge(64), Le(2048)] = _knob(
-        512, "Data", "Side of the training pictures, in pixels; a multiple of 8."
+        RESOLUTIONS["sd"],
+        "Data",
+        f"Side of the training pictures, in pixels; a multiple of 8. {RESOLUTIONS['sdxl']} for SDXL if left out.",
     )
     center_crop: bool = _knob(False, "Data", "Crop at the centre instead of at random.")
     aspect_ratio_buckets: bool | Auto = _knob(
@@ -345,6 +354,21 @@ class Hyperparameters(BaseModel):
         "Checkpoints and logs",
         "Export the best of the kept checkpoints and the last state, as measured with fidelity_encoders.",
     )
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the base model, with ``auto`` resolved: by what lies at its path now, or by its name."""
+        if self.base_architecture == "auto":
+            return find_architecture(self.pretrained_model_name_or_path)
+        return self.base_architecture
+
+    def fit_to_base(self) -> Hyperparameters:
+        """Takes the base model's own resolution, where none is asked for."""
+        if "resolution" not in self.model_fields_set:
+            object.__setattr__(self, "resolution", RESOLUTIONS[self.architecture])  # as little explicit as a default
+        return self
+
+    _fit_to_base = model_validator(mode="after")(fit_to_base)
 
     @property
     def s3_options(self) -> S3Options:

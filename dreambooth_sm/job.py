@@ -22,12 +22,22 @@ from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.data.buckets import class_shapes
 from dreambooth_sm.data.class_cache import is_latents
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts, shapes_of, shapes_of_class_pictures
+from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.data.pictures import View
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.data.prior_outputs import Output, base_outputs
-from dreambooth_sm.data.prompts import encode, tokenize
-from dreambooth_sm.data.training_set import Dice, Latents, PromptTable, Sample, SubjectWeights, mix, views_of
+from dreambooth_sm.data.prompts import tokenize
+from dreambooth_sm.data.training_set import (
+    Dice,
+    Latents,
+    PictureSizes,
+    PromptTable,
+    Sample,
+    SubjectWeights,
+    mix,
+    views_of,
+)
 from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.driver import find_build, find_host, find_mismatch, find_missing_kernels
 from dreambooth_sm.errors import Problems, StopRequested, UserError
@@ -227,7 +237,7 @@ def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
         moved["concepts_list"] = contract.localize(h.concepts_list)
     elif h.concepts_list:
         moved["concepts_list"] = tuple(c.model_copy(update=move(c.model_dump())) for c in h.concepts_list)
-    return h.model_copy(update=moved)
+    return h.model_copy(update=moved).fit_to_base()
 
 
 def check(h: Hyperparameters, contract: Contract, world: World) -> Plan:
@@ -393,6 +403,7 @@ def encode_training_set(
     views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
     base.vae.to(device, torch.float32)
     latents = Latents(pictures, trained_in, views, base.vae, cached=plan.cache_latents)
+    sizes = PictureSizes(pictures, trained_in, views) if base.is_xl else None
     make_dice = partial(
         Dice,
         views=len(views[0]),
@@ -404,22 +415,28 @@ def encode_training_set(
     )
     if h.prior_preservation and h.prior == "output":
         dice = make_dice(instances, [], seed=mix(seed, len(instances)))
-        for output in outputs_of_base(base, subjects, h, plan, dice, latents):
+        for output in outputs_of_base(base, subjects, h, plan, dice, latents, sizes):
             instance = instances[output.instance]
             (subject,) = (s for s in subjects if instance.picture in s.pictures)
             prompt_rows = table.rows(str(subject.class_prompt))
             classes.append(Sample(instance.picture, prompt_rows, instance.shape, output.noise, output.timestep))
             latents.append(output.latents.to(device))
+            if sizes:
+                sizes.append(output.instance, output.view)
             masks.append(None)
             trained_in.append(instance.shape)
             views.append([View()])
     if plan.cache_latents:
         base.vae.to("cpu")
     if plan.train_text_encoder:
-        prompts = table.ids().to(device)
+        prompts, pooled = table.ids().to(device), None
     else:
-        prompts = table.embeddings(base.text_encoder.to(device, torch.float32))
-        base.text_encoder.to("cpu")
+        for text_encoder in base.text_encoders:
+            text_encoder.to(device, torch.float32)
+        embeddings = table.embeddings(base)
+        prompts, pooled = embeddings.states, embeddings.pooled
+        for text_encoder in base.text_encoders:
+            text_encoder.to("cpu")
     _free_memory()
     dice = make_dice(instances, classes, seed=seed)
     weights = None
@@ -427,24 +444,28 @@ def encode_training_set(
         weights = SubjectWeights(
             masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
         )
-    return TrainingSet(dice, latents, prompts, weights)
+    return TrainingSet(dice, latents, prompts, weights, pooled, sizes)
 
 
 def outputs_of_base(
-    base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparameters, plan: Plan, dice: Dice, latents: Latents
+    base: BaseModel,
+    subjects: tuple[Subject, ...],
+    h: Hyperparameters,
+    plan: Plan,
+    dice: Dice,
+    latents: Latents,
+    sizes: PictureSizes | None,
 ) -> list[Output]:
     """What the untrained base model says of the subjects' noised pictures under their class prompts."""
     pipeline = sampling_pipeline(base, plan)
     prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
-    ids = tokenize(base.tokenizer, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
-    with torch.no_grad():
-        conditions = encode(pipeline.text_encoder, ids.to(pipeline.device))
+    conditions = embed(pipeline, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
     outputs = base_outputs(
         pipeline.unet,
         base.scheduler,
         dice,
         latents,
-        conditions,
+        lambda batch: dataclasses.replace(conditions.of(batch.samples), sizes=sizes(batch) if sizes else None),
         count=OUTPUTS_PER_IMAGE * h.num_class_images,
         batch_size=plan.sample_batch_size,
     )

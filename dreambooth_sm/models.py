@@ -8,17 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth_sm import sources, toybox
+from dreambooth_sm.architecture import Architecture
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.checkpoint import SUFFIXES, read_checkpoint, read_vae, write_checkpoint
 from dreambooth_sm.stored.directory import find_weights, read_config, read_directory, write_directory
-from dreambooth_sm.stored.model import StoredModel, check_complete, empty_module, fill, make_pipeline
+from dreambooth_sm.stored.layout import PARTS
+from dreambooth_sm.stored.model import (
+    ZEROS,
+    Pipeline,
+    StoredModel,
+    check_complete,
+    empty_module,
+    fill,
+    make_pipeline,
+    tokenizers_of,
+)
 
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
 RENAMED = {
@@ -29,12 +40,14 @@ RENAMED = {
 
 @dataclass
 class BaseModel:
-    """A Stable Diffusion 1 or 2 pipeline, taken apart.
+    """A Stable Diffusion pipeline, taken apart.
 
     All modules are on the CPU, in eval mode and without gradients, as loaded: in fp32, or in the precision of their
     files where that is half of it (:func:`load_base`).
 
     Attributes:
+        text_encoder_2, tokenizer_2: SDXL's, beside the first ones.
+        zeros_for_empty_prompt: whether the empty prompt is embedded as zeros; of SDXL.
         remarks: what was guessed of a single file; for the user to read.
     """
 
@@ -45,6 +58,9 @@ class BaseModel:
     tokenizer: CLIPTokenizer
     scheduler: Any
     feature_extractor: Any = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    tokenizer_2: CLIPTokenizer | None = None
+    zeros_for_empty_prompt: bool = True
     remarks: tuple[str, ...] = ()
 
     @property
@@ -52,22 +68,31 @@ class BaseModel:
         """Pixels a side of one latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    @property
+    def is_xl(self) -> bool:
+        """Whether the model is SDXL."""
+        return self.text_encoder_2 is not None
+
+    @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        return (self.text_encoder,) if self.text_encoder_2 is None else (self.text_encoder, self.text_encoder_2)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The smallest type that the VAE computes in: SDXL's first one overflows in fp16."""
+        return torch.float32 if self.is_xl and self.vae.config.force_upcast else torch.float16
+
+    def pipeline(self) -> Pipeline:
         """The parts as a pipeline; it shares their weights."""
-        return make_pipeline(
-            {
-                "vae": self.vae,
-                "text_encoder": self.text_encoder,
-                "tokenizer": self.tokenizer,
-                "unet": self.unet,
-                "scheduler": self.scheduler,
-                "feature_extractor": self.feature_extractor,
-            }
-        )
+        names = ["vae", "text_encoder", "tokenizer", "unet", "scheduler", "feature_extractor"]
+        if self.is_xl:
+            names += ["text_encoder_2", "tokenizer_2"]
+        parts = {name: getattr(self, name) for name in names}
+        return make_pipeline(parts, {ZEROS: self.zeros_for_empty_prompt})
 
     def to(self, device: str | torch.device) -> None:
         """Moves all modules."""
-        for module in (self.unet, self.vae, self.text_encoder):
+        for module in (self.unet, self.vae, *self.text_encoders):
             module.to(device)
 
     def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -87,7 +112,7 @@ def check_base(h: Hyperparameters) -> None:
     """What can be said of a base model without loading it.
 
     Raises:
-        UserError: for a local path that is no Stable Diffusion 1 or 2 model, and an S3 location with nothing in it.
+        UserError: for a local path that is no Stable Diffusion model, and an S3 location with nothing in it.
     """
     problems: list[str] = []
     name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
@@ -139,11 +164,12 @@ def _check_path(path: Path) -> list[str]:
         return [f"{field}: {path} holds no model_index.json; name a diffusers pipeline directory, or a checkpoint file"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{field}: {index} can't be read: {error}"]
-    if pipeline != "StableDiffusionPipeline":
-        return [f"{field}: {path} holds a {pipeline}; this job trains Stable Diffusion 1 and 2"]
+    if pipeline not in PARTS:
+        return [f"{field}: {path} holds a {pipeline}; this project takes Stable Diffusion 1, 2 and XL base models"]
+    parts = PARTS[pipeline]
     return [
         f"{field}: {path / part} is missing; copy the whole pipeline directory"
-        for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+        for part in (*parts, *tokenizers_of(parts), "scheduler")
         if not (path / part).is_dir()
     ]
 
@@ -180,34 +206,57 @@ def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
             computes with a module then says in which precision.
 
     Raises:
-        UserError: where there is no such model, or its files are damaged.
+        UserError: where there is no such model, its files are damaged, or it is of another kind than the job was
+            planned for.
     """
     check_base(h)
     name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
     path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
     prediction = None if h.prediction_type == "auto" else h.prediction_type
     stored = read_stored(path, use_ema=h.use_ema_weights, prediction_type=prediction)
-    parts = stored.pipeline
-    vae = _load_vae(h, dtype) if h.pretrained_vae_name_or_path else None
-    _check_parts(name, parts.unet, vae or parts.vae, parts.text_encoder, parts.tokenizer)
+    found: Architecture = "sdxl" if "text_encoder_2" in stored.tensors else "sd"
+    if found != h.architecture:
+        kinds = {"sd": "Stable Diffusion 1 or 2", "sdxl": "Stable Diffusion XL"}
+        raise UserError(
+            f"{name} is a {kinds[found]} model, and the job was planned for {kinds[h.architecture]}; set "
+            f"base_architecture={found}"
+        )
+    base = _taken_apart(name, stored)
+    if h.pretrained_vae_name_or_path:
+        base.vae = _load_vae(h, base.vae.config, dtype)
+    _check_parts(base)
     stored.load(dtype)
+    return base
+
+
+def _taken_apart(name: str, stored: StoredModel) -> BaseModel:
+    parts = stored.pipeline
     return BaseModel(
         name=name,
         unet=parts.unet,
-        vae=vae or parts.vae,
+        vae=parts.vae,
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
         scheduler=parts.scheduler,
         feature_extractor=parts.feature_extractor,
+        text_encoder_2=getattr(parts, "text_encoder_2", None),
+        tokenizer_2=getattr(parts, "tokenizer_2", None),
+        zeros_for_empty_prompt=bool(parts.config.get(ZEROS, True)),
         remarks=stored.remarks,
     )
 
 
-def _load_vae(h: Hyperparameters, dtype: torch.dtype | None) -> AutoencoderKL:
+def _load_vae(h: Hyperparameters, replaced: Any, dtype: torch.dtype | None) -> AutoencoderKL:
+    """
+    Args:
+        replaced: configuration of the base model's own VAE.
+    """
     name = _vae_name(h)
     path = sources.fetch(name, token_secret=h.hf_token_secret)
-    if path.is_file():
-        return read_vae(path, dtype)
+    if path.is_file():  # its tensors don't say how the UNet's latents are scaled, nor whether it overflows
+        vae = read_vae(path, dtype)
+        vae.register_to_config(scaling_factor=replaced.scaling_factor, force_upcast=replaced.force_upcast)
+        return vae
     config = read_config(path)
     if config.get("_class_name") != "AutoencoderKL":
         kind = config.get("_class_name")
@@ -219,21 +268,30 @@ def _load_vae(h: Hyperparameters, dtype: torch.dtype | None) -> AutoencoderKL:
     return vae
 
 
-def _check_parts(name: str, unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
+def _check_parts(base: BaseModel) -> None:
     """Raises UserError where the parts do not belong together."""
     problems: list[str] = []
-    words = tokenizer("photo of a toy", add_special_tokens=False).input_ids
-    if set(words) <= {tokenizer.unk_token_id}:
-        problems.append(f"{name}: the tokenizer knows no words: its vocabulary is missing; copy the directory again")
-    elif len(tokenizer) > text_encoder.config.vocab_size:
-        problems.append(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}"
-        )
-    latents, wanted = vae.config.latent_channels, unet.config.in_channels
+    name, unet = base.name, base.unet.config
+    tokenizers = [base.tokenizer, *([base.tokenizer_2] if base.tokenizer_2 else [])]
+    for tokenizer, text_encoder in zip(tokenizers, base.text_encoders, strict=True):
+        words = tokenizer("photo of a toy", add_special_tokens=False).input_ids
+        tokens = text_encoder.config.vocab_size
+        if set(words) <= {tokenizer.unk_token_id}:
+            problems.append(
+                f"{name}: the tokenizer knows no words: its vocabulary is missing; copy the directory again"
+            )
+        elif len(tokenizer) > tokens:
+            problems.append(f"{name}: the tokenizer has {len(tokenizer)} tokens and the text encoder {tokens}")
+    latents, wanted = base.vae.config.latent_channels, unet.in_channels
     if latents != wanted:
         problems.append(f"{name}: the VAE makes latents of {latents} channels and the UNet takes {wanted}")
-    width, wanted = text_encoder.config.hidden_size, unet.config.cross_attention_dim
+    width, wanted = sum(each.config.hidden_size for each in base.text_encoders), unet.cross_attention_dim
     if width != wanted:
         problems.append(f"{name}: the text encoder's states are {width} wide and the UNet takes {wanted}")
+    if base.text_encoder_2 is not None:
+        pooled = base.text_encoder_2.config.projection_dim
+        wanted = (unet.projection_class_embeddings_input_dim or 0) - 6 * (unet.addition_time_embed_dim or 0)
+        if unet.addition_embed_type != "text_time" or pooled != wanted:
+            problems.append(f"{name}: the UNet takes no pooled states of {pooled} values, which text_encoder_2 gives")
     if problems:
         raise UserError(problems)

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from dreambooth_sm.architecture import RESOLUTIONS, Architecture
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 
@@ -110,14 +111,42 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a base model that memory depends on, in millions of parameters."""
+    """What memory depends on in a base model.
 
-    unet: float = 859.5
-    text_encoder: float = 123.1
-    vae: float = 83.7
+    Attributes:
+        unet, text_encoder, vae: millions of parameters; of all text encoders together.
+        activations_gb, checkpointed_gb: activations of one 512-pixel sample in 16 bits, in GB: everything kept, or
+            recomputed unit by unit.
+        vae_bytes: width of the VAE's values while pictures are drawn.
+        trains_text_encoder: whether its text encoder can be trained beside the UNet.
+    """
+
+    unet: float
+    text_encoder: float
+    vae: float
+    activations_gb: float
+    checkpointed_gb: float
+    vae_bytes: int = 2
+    trains_text_encoder: bool = True
 
 
-SD1 = Shape()
+SHAPES: dict[Architecture, Shape] = {
+    # Fitted to benchmarks/train_step.py and benchmarks/tiers.py.
+    "sd": Shape(unet=859.5, text_encoder=123.1, vae=83.7, activations_gb=0.88, checkpointed_gb=0.18),
+    # Activations by arithmetic, not yet fitted to `benchmarks/tiers.py --model sdxl`: 60 transformer blocks of 1,024
+    # tokens and 10 of 4,096 keep 5.2 GB of a sample of 1,024 pixels, and the residual blocks 0.9; with a tenth on top,
+    # by which SD 1.5's arithmetic falls short of what was measured. Recomputed, 0.2 GB of block inputs stay, 0.05 of
+    # skip connections, and 0.4 while one block is recomputed. The VAE overflows in 16 bits.
+    "sdxl": Shape(
+        unet=2567.5,
+        text_encoder=817.7,
+        vae=83.7,
+        activations_gb=1.7,
+        checkpointed_gb=0.17,
+        vae_bytes=4,
+        trains_text_encoder=False,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -207,7 +236,7 @@ def detect_card() -> Card:
     return Card(device.name, device.total_memory / 2**30 * share, (device.major, device.minor))
 
 
-def make_plan(h: Hyperparameters, card: Card, shape: Shape = SD1) -> Plan:
+def make_plan(h: Hyperparameters, card: Card) -> Plan:
     """Chooses the settings for a card: the first rung of the ladder that fits, with explicit hyperparameters in place.
 
     Raises:
@@ -219,11 +248,11 @@ def make_plan(h: Hyperparameters, card: Card, shape: Shape = SD1) -> Plan:
         raise UserError(problems)
     if h.use_cpu or card.is_cpu:
         return _cpu_plan(h, card)
-    plans = _candidates(h, card, shape)
+    plans = _candidates(h, card)
     for plan in plans:
         if plan.predicted_peak_gb <= card.budget_gb:
             return plan
-    raise UserError(_too_large(h, card, shape, plans[-1]))
+    raise UserError(_too_large(h, card, plans[-1]))
 
 
 def tier_table(h: Hyperparameters) -> str:
@@ -253,7 +282,7 @@ def tier_table(h: Hyperparameters) -> str:
     return "\n".join(lines)
 
 
-def smaller_plan(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> Plan | None:
+def smaller_plan(plan: Plan, h: Hyperparameters) -> Plan | None:
     """The next plan to try after ``plan`` ran out of memory; None where there is nothing left to give up.
 
     What is trained stays the same, and so does everything that was asked for explicitly.
@@ -272,21 +301,21 @@ def smaller_plan(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> Plan | N
     for change in steps:
         if any(getattr(plan, name) != value for name, value in change.items()):
             smaller = dataclasses.replace(plan, **change, tier=f"{plan.tier.removesuffix('-')}-")  # type: ignore[arg-type]
-            return dataclasses.replace(smaller, predicted_peak_gb=predict_peak_gb(smaller, h, shape))
+            return dataclasses.replace(smaller, predicted_peak_gb=predict_peak_gb(smaller, h))
     return None
 
 
-def _candidates(h: Hyperparameters, card: Card, shape: Shape) -> list[Plan]:
+def _candidates(h: Hyperparameters, card: Card) -> list[Plan]:
     """The plans to choose from, best first. An average that has no room on the device may live on the CPU."""
     return [
-        _on(rung, ema_place, h, card, shape)
+        _on(rung, ema_place, h, card)
         for rung in LADDER
         if card.memory_gib >= rung.from_gib
         for ema_place in (("device", "cpu") if h.use_ema is True else ("device",))
     ]
 
 
-def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: Shape) -> Plan:
+def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan:
     """A rung of the ladder with the explicit hyperparameters in place of its own choices."""
     notes: list[str] = []
     precision = _precision(h, card)
@@ -310,12 +339,13 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: 
     if not card.has_bf16 and precision == "fp16":
         notes.append(f"{card.name} has no bf16: fp16 with loss scaling")
     ema = _choose(h.use_ema, rung.use_ema)
-    text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder)
+    trainable = SHAPES[h.architecture].trains_text_encoder
+    text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and trainable)
     if _draws_while_training(h):
-        notes.append(
-            f"validation_steps: drawing takes {_drawing_gb(precision, h, shape):.1f} GB beside training's memory"
-        )
-    if not text_encoder and h.train_text_encoder == "auto":
+        notes.append(f"validation_steps: drawing takes {_drawing_gb(precision, h):.1f} GB beside training's memory")
+    if not trainable:
+        notes.append("the text encoders are not trained: with an SDXL base model the job trains the UNet only")
+    elif not text_encoder and h.train_text_encoder == "auto":
         notes.append("the text encoder is not trained: the card has no room for it")
     plan = Plan(
         tier=rung.name if optimizer == "blockwise" and weights == rung.weights else "reference",
@@ -338,12 +368,12 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card, shape: 
         max_grad_norm=(1.0 if h.max_grad_norm == "auto" else h.max_grad_norm) if clips else None,
         notes=tuple(notes),
     )
-    plan = dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h, shape))
+    plan = dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h))
     if h.sample_batch_size != "auto":
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
     # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
     sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= LADDER[0].from_gib else (16, 8, 4, 2, 1)
-    batches = [n for n in sizes if sampling_peak_gb(n, h, shape) <= card.budget_gb]
+    batches = [n for n in sizes if sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
 
 
@@ -376,8 +406,12 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
 
 
 def _impossible(h: Hyperparameters, card: Card) -> list[str]:
-    """Explicit values that this card can't run, whatever its memory."""
+    """Explicit values that this card, or the base model, can't run, whatever its memory."""
     problems: list[str] = []
+    if h.train_text_encoder is True and not SHAPES[h.architecture].trains_text_encoder:
+        problems.append(
+            "train_text_encoder=true: with an SDXL base model the job trains the UNet only; set it to false or auto"
+        )
     if (h.use_cpu or card.is_cpu) and h.use_8bit_adam is True:
         problems.append("use_8bit_adam=true needs a GPU; set it to false or auto")
     if not card.is_cpu and not h.use_cpu and h.mixed_precision == "bf16" and not card.has_bf16:
@@ -387,7 +421,7 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     return problems
 
 
-def _too_large(h: Hyperparameters, card: Card, shape: Shape, smallest: Plan) -> list[str]:
+def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
     """Why nothing fits, and what would: the explicit values whose absence makes room."""
     wishes = {
         "gradient_checkpointing": False,
@@ -399,7 +433,8 @@ def _too_large(h: Hyperparameters, card: Card, shape: Shape, smallest: Plan) -> 
         "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
     }
     asked = {name: "auto" for name, value in wishes.items() if getattr(h, name) == value}
-    smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": min(h.resolution, 512)}
+    resolution = min(h.resolution, RESOLUTIONS[h.architecture])
+    smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": resolution}
     asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
     text = (
         f"the job needs {smallest.predicted_peak_gb:.1f} GB at least and {card.name} has {card.budget_gb:.1f} GB for it"
@@ -409,7 +444,7 @@ def _too_large(h: Hyperparameters, card: Card, shape: Shape, smallest: Plan) -> 
     for change in (drawing, asked, asked_sizes, both, {**both, **drawing}):
         if change:
             relaxed = h.model_copy(update=change)
-            if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card, shape)):
+            if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card)):
                 return [f"{text}; it fits with {' '.join(f'{k}={v}' for k, v in change.items())}"]
     needed = [c for c in CARDS.values() if c.budget_gb >= smallest.predicted_peak_gb]
     return [f"{text}; use a larger card{f', such as {needed[0].name}' if needed else ''}"]
@@ -432,10 +467,7 @@ def _choose(wish: bool | Literal["auto"], otherwise: bool) -> bool:
 
 # --- predicted peak memory; the constants are fitted to benchmarks/train_step.py and benchmarks/tiers.py ---
 
-# Activations of one 512-pixel sample in 16 bits, in GB: everything kept, or recomputed unit by unit.
-_ACTIVATIONS_GB = 0.88
-_CHECKPOINTED_GB = 0.18
-# The text encoder's share of these, for one prompt of 77 tokens.
+# The text encoder's share of activations, for one prompt of 77 tokens.
 _TEXT_ACTIVATIONS_GB = 0.05
 # Workspaces, the largest gradients in flight and the caches of latents and embeddings.
 _OVERHEAD_GB = 0.12
@@ -443,8 +475,9 @@ _OVERHEAD_GB = 0.12
 _OVERLAP = 0.2
 
 
-def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float:
+def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     """Highest allocation of the training phase, in GB (1e9 bytes)."""
+    shape = SHAPES[h.architecture]
     millions = shape.unet + (shape.text_encoder if plan.train_text_encoder else 0)
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
@@ -455,7 +488,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float
     # Autocast makes a 16-bit copy of every fp32 weight, which its backward pass needs.
     casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0
     rows = h.train_batch_size * (2 if h.prior_preservation else 1)
-    activations = _CHECKPOINTED_GB if plan.gradient_checkpointing else _ACTIVATIONS_GB
+    activations = shape.checkpointed_gb if plan.gradient_checkpointing else shape.activations_gb
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = _TEXT_ACTIVATIONS_GB if plan.train_text_encoder and not plan.gradient_checkpointing else 0
     samples = casts + rows * (activations * scale + text)
@@ -468,7 +501,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters, shape: Shape = SD1) -> float
     if _draws_while_training(h):
         # A captured step keeps all its memory while pictures are drawn; another one its gradients at most.
         held = passing if plan.cuda_graph else gradients
-        peak = max(peak, kept + held + _drawing_gb(plan.precision, h, shape))
+        peak = max(peak, kept + held + _drawing_gb(plan.precision, h))
     return round(peak, 2)
 
 
@@ -477,12 +510,14 @@ def _draws_while_training(h: Hyperparameters) -> bool:
     return h.validation_prompt is not None and h.validation_steps > 0
 
 
-def _drawing_gb(precision: Precision, h: Hyperparameters, shape: Shape) -> float:
+def _drawing_gb(precision: Precision, h: Hyperparameters) -> float:
     """What a validation picture takes beside training: a pipeline of its own, VAE included, only while it draws."""
-    return sampling_peak_gb(1, h, shape) * (2 if precision == "fp32" else 1)
+    return sampling_peak_gb(1, h) * (2 if precision == "fp32" else 1)
 
 
-def sampling_peak_gb(batch_size: int, h: Hyperparameters, shape: Shape = SD1) -> float:
+def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
-    models = 2e-3 * (shape.unet + shape.text_encoder + shape.vae)
-    return models + (0.15 * batch_size + 0.7) * (h.resolution / 512) ** 2
+    shape = SHAPES[h.architecture]
+    models = 2e-3 * (shape.unet + shape.text_encoder) + 1e-3 * shape.vae_bytes * shape.vae
+    decoding = 0.35 * shape.vae_bytes
+    return models + (0.15 * batch_size + decoding) * (h.resolution / 512) ** 2

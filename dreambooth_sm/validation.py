@@ -92,7 +92,7 @@ class Validator:
             if plan.train_text_encoder:
                 self._copy.text_encoder = copy.deepcopy(base.text_encoder).to(dtype)
             if not plan.cache_latents:  # training needs the VAE where it is
-                self._copy.vae = copy.deepcopy(base.vae).to(dtype)
+                self._copy.vae = copy.deepcopy(base.vae).to(torch.promote_types(dtype, base.vae_dtype))
 
     def is_due(self, step: int) -> bool:
         """Whether pictures are wanted after ``step`` steps of training that goes on."""

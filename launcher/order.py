@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dreambooth_sm import toybox
+from dreambooth_sm.architecture import find_architecture
 from dreambooth_sm.data.check import check_folder
 from dreambooth_sm.data.pictures import SUFFIXES, list_pictures
 from dreambooth_sm.errors import Problems, UserError
@@ -224,6 +225,8 @@ def _read(options: Mapping[str, Any]) -> Draft:
             source, values["pretrained_model_name_or_path"] = _read_base_model(data["base_model"])
             if source is not None:
                 draft.sources[MODEL_CHANNEL] = source
+                if find_architecture(str(Path(data["base_model"]).expanduser())) == "sdxl":
+                    values.setdefault("base_architecture", "sdxl")  # the channel's name does not say it
     with draft.problems.collected():
         draft.hyperparameters = Hyperparameters.parse(values)
     images = draft.sources.get(IMAGES_CHANNEL)

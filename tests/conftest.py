@@ -31,6 +31,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_xl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SDXL pipeline of 3 M parameters; not to be written to."""
+    from dreambooth_sm.tiny import save_tiny_xl_pipeline
+
+    return save_tiny_xl_pipeline(tmp_path_factory.mktemp("base") / "tiny-xl")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pictures of the example subject, scaled down; not to be written to."""
     from PIL import Image

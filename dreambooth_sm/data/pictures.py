@@ -154,6 +154,17 @@ def problems_of(path: Path) -> list[str]:
     return []
 
 
+def cut_off(size: Shape, shape: Shape, view: View) -> tuple[int, int]:
+    """Pixels to the left of and above a view, in the picture as it is shown: scaled, and mirrored or not.
+
+    Args:
+        size: width and height of the picture itself.
+    """
+    scale = min(size[0] / shape[0], size[1] / shape[1])
+    across, down = (length / scale - side for length, side in zip(size, shape, strict=True))
+    return round(across * (1 - view.left if view.mirrored else view.left)), round(down * view.top)
+
+
 def crop(
     picture: Image.Image, shape: Shape, view: View, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Image.Image:

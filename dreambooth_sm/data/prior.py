@@ -10,7 +10,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
 
 from dreambooth_sm import __version__
 from dreambooth_sm.data.class_cache import ClassCache, Recipe, fingerprint, pack
@@ -21,6 +20,7 @@ from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents
 from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.stored.model import Pipeline, parts_of
 
 STEPS = 20
 # Pictures of those made that are decoded, for people to look at; training needs the latents alone.
@@ -45,7 +45,7 @@ class ClassImages:
 
     def __init__(
         self,
-        pipeline: StableDiffusionPipeline,
+        pipeline: Pipeline,
         *,
         batch_size: int,
         guidance: float,
@@ -59,7 +59,7 @@ class ClassImages:
         self._pipeline, self._batch_size, self._guidance = pipeline, batch_size, guidance
         self._remote, self._scratch, self._shown = remote, scratch, shown
         self._report, self._stop, self._world = report, stop, world
-        modules = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+        modules = {part: getattr(pipeline, part) for part in parts_of(pipeline) if part != "vae"}
         self._weights = fingerprint(modules)
         software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
         schedule = sorted(pipeline.scheduler.config.items())

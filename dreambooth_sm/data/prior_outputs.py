@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreambooth_sm.data.conditioning import Conditioning
 from dreambooth_sm.data.training_set import Batch, Dice
 from dreambooth_sm.training.losses import add_noise
 
@@ -25,12 +26,13 @@ class Output:
     """A prediction of the base model, as the latents and the noise that make it the right answer.
 
     Attributes:
-        instance: number of the picture that was noised.
+        instance, view: number of the picture that was noised, and of its view.
         latents, noise: ``(4, h, w)`` float32; noised by ``noise`` at ``timestep``, the latents are what the base model
             saw, and its prediction is what a model should say of them.
     """
 
     instance: int
+    view: int
     latents: Tensor
     noise: Tensor
     timestep: int
@@ -42,7 +44,7 @@ def base_outputs(
     scheduler: Any,
     dice: Dice,
     latents_of: Callable[[Batch], Tensor],
-    conditions: Tensor,
+    conditions_of: Callable[[Batch], Conditioning],
     *,
     count: int,
     batch_size: int,
@@ -52,7 +54,7 @@ def base_outputs(
     Args:
         unet: of the base model, on the device that it runs on.
         dice: draws instances alone.
-        conditions: ``(instances, tokens, width)``, the embedded class prompt of every instance picture.
+        conditions_of: gives the embedded class prompts of a batch's pictures.
         batch_size: pictures at a time, at most.
     """
     alphas = scheduler.alphas_cumprod
@@ -65,10 +67,11 @@ def base_outputs(
         prediction = unet(
             seen.to(unet.device, unet.dtype),
             batch.timesteps.to(unet.device),
-            encoder_hidden_states=conditions[batch.samples].to(unet.device, unet.dtype),
+            **conditions_of(batch).to(unet.device, unet.dtype).arguments(),
         ).sample
         latents, noise = explain(scheduler.config.prediction_type, seen, prediction.float().cpu(), signal)
-        for row in zip(batch.samples.tolist(), latents, noise, batch.timesteps.tolist(), strict=True):
+        numbers = (batch.samples.tolist(), batch.views.tolist())
+        for row in zip(*numbers, latents, noise, batch.timesteps.tolist(), strict=True):
             yield Output(*row)
 
 

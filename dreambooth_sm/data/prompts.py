@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,6 +63,26 @@ def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
     prompts, chunks, length = ids.shape
     hidden = text_encoder(ids.reshape(prompts * chunks, length))[0]
     return hidden.reshape(prompts, chunks * length, -1)
+
+
+def encode_two(text_encoders: Sequence[Any], ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What SDXL takes from its two text encoders: the states before the last layer, side by side, and the second one's
+    projected state of the whole prompt; of the first chunk where there are several.
+
+    Args:
+        ids: of each encoder, as :func:`encode` takes them.
+
+    Returns:
+        ``(prompts, chunks * length, width of both)`` and ``(prompts, width)``.
+    """
+    prompts, chunks, length = ids[0].shape
+    outputs = [
+        encoder(rows.reshape(prompts * chunks, length), output_hidden_states=True)
+        for encoder, rows in zip(text_encoders, ids, strict=True)
+    ]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    pooled = outputs[1].text_embeds.reshape(prompts, chunks, -1)[:, 0]
+    return states.reshape(prompts, chunks * length, -1), pooled
 
 
 def tag_orders(prompt: str, seed: int) -> list[str]:

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 
 from dreambooth_sm.data.class_cache import is_latents, read_latents
+from dreambooth_sm.data.conditioning import Conditioning, embed, size_numbers
 from dreambooth_sm.data.masks import keep_subject, subject_box
-from dreambooth_sm.data.pictures import Shape, View, crop, open_picture, read_size
-from dreambooth_sm.data.prompts import encode, tag_orders, tokenize
+from dreambooth_sm.data.pictures import Shape, View, crop, cut_off, open_picture, read_size
+from dreambooth_sm.data.prompts import tag_orders, tokenize
 
 # Views of a picture that are encoded ahead where its crop or mirroring is random.
 VIEWS = 8
@@ -177,10 +178,15 @@ class PromptTable:
         """Token ids ``(prompts, chunks, length)``."""
         return tokenize(self._tokenizer, list(self._texts), max_tokens=self._max_tokens, pad=self._pad)
 
-    @torch.no_grad()
-    def embeddings(self, text_encoder: Any) -> torch.Tensor:
-        """Embeddings ``(prompts, chunks * length, width)`` on the text encoder's device."""
-        return encode(text_encoder, self.ids().to(text_encoder.device))
+    def embeddings(self, model: Any) -> Conditioning:
+        """The prompts as the text encoders of a :class:`~dreambooth_sm.models.BaseModel` see them, on their device."""
+        return embed(
+            model,
+            list(self._texts),
+            max_tokens=self._max_tokens,
+            pad=self._pad,
+            zeros_for_empty=model.zeros_for_empty_prompt,
+        )
 
 
 def views_of(
@@ -245,6 +251,32 @@ class SubjectWeights:
         """``(rows, 1, h, w)`` of a batch, whose pictures have one shape."""
         pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
         return torch.stack([self._maps[row][view % len(self._maps[row])] for row, view in pairs])[:, None]
+
+
+class PictureSizes:
+    """What SDXL is told of the size and the crop of all pictures and views: :func:`size_numbers` of each, float32.
+
+    A generated class image was drawn in its shape, as a whole.
+    """
+
+    def __init__(self, pictures: list[Path], shapes: list[Shape], views: list[list[View]]) -> None:
+        self._rows: list[torch.Tensor] = []
+        for picture, shape, its in zip(pictures, shapes, views, strict=True):
+            size = shape if is_latents(picture) else read_size(picture)
+            numbers = [size_numbers(size, cut_off(size, shape, view), shape) for view in its]
+            self._rows.append(torch.tensor(numbers, dtype=torch.float32))
+
+    def append(self, row: int, view: int) -> None:
+        """A further row of the picture table, with a single view: one of another row."""
+        self._rows.append(self._of(row, view)[None])
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """``(rows, 6)`` of a batch, on the CPU."""
+        pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
+        return torch.stack([self._of(*pair) for pair in pairs])
+
+    def _of(self, row: int, view: int) -> torch.Tensor:
+        return self._rows[row][view % len(self._rows[row])]
 
 
 def random_views(seed: int, sample: int, *, random_crop: bool, mirror: bool) -> list[View]:

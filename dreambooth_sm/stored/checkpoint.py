@@ -16,7 +16,19 @@ from transformers import CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, open_tensors, write_safetensors
-from dreambooth_sm.stored.layout import CLIP, PARTS, UNET, VAE, is_open_clip, to_diffusers, to_original
+from dreambooth_sm.stored.layout import (
+    CLIP,
+    OPEN_CLIP,
+    UNET,
+    VAE,
+    XL_OPEN_CLIP,
+    Configs,
+    is_xl,
+    parts_in,
+    text_prefix,
+    to_diffusers,
+    to_original,
+)
 from dreambooth_sm.stored.model import (
     Progress,
     StoredModel,
@@ -26,18 +38,21 @@ from dreambooth_sm.stored.model import (
     fill,
     make_pipeline,
     no_progress,
+    tokenizers_of,
 )
-from dreambooth_sm.stored.recognise import CONFIGS_FIELD, check_kind, read_configs, vae_config
+from dreambooth_sm.stored.recognise import CONFIGS_FIELD, V_PREDICTION, ZERO_SNR, check_kind, read_configs, vae_config
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
-_TOKENIZER_FIELD = "dreambooth_sm.tokenizer"
+# The metadata fields in which our own files carry tokenizers that are not CLIP's, by the tokenizer's name.
+_TOKENIZER_FIELD = "dreambooth_sm.{}"
 _CLIP_TOKENS = 49_408
 _EMA = "model_ema."
 _ADVICE = "copy the file again, or take another version of it"
 
 
 def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str | None = None) -> StoredModel:
-    """Understands a ``.safetensors`` file or a pickle (``.ckpt``) of Stable Diffusion 1 or 2, without reading weights.
+    """Understands a ``.safetensors`` file or a pickle (``.ckpt``) of Stable Diffusion 1, 2 or XL, without reading
+    weights.
 
     Args:
         use_ema: takes the average that some files carry beside the UNet's weights.
@@ -54,7 +69,7 @@ def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str |
         file = TensorFile(path, _averaged(file), file.notes)
     configs, remarks = read_configs(file, prediction_type)
     try:
-        modules: dict[str, Any] = {part: empty_module(part, configs[part]) for part in PARTS}
+        modules: dict[str, Any] = {part: empty_module(part, configs[part]) for part in parts_in(configs)}
         scheduler_class = getattr(diffusers, configs["scheduler"].pop("_class_name"))
         scheduler = scheduler_class.from_config(configs["scheduler"])
     except Exception as error:  # configurations from a file's metadata can be anything
@@ -65,9 +80,8 @@ def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str |
         names = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         tensors[part] = to_diffusers(part, names, configs, file.tensors)
         check_complete(str(path), part, module, tensors[part], _ADVICE)
-    pipeline = make_pipeline(
-        {**modules, "scheduler": scheduler, "tokenizer": _tokenizer(file, configs), "feature_extractor": None}
-    )
+    tokenizers = {name: read_tokenizer(file, name, configs) for name in tokenizers_of(modules)}
+    pipeline = make_pipeline({**modules, **tokenizers, "scheduler": scheduler, "feature_extractor": None})
     return StoredModel(str(path), pipeline, tensors, tuple(remarks))
 
 
@@ -119,26 +133,45 @@ def write_checkpoint(
     """
     configs = model.configs
     v_prediction = configs["scheduler"]["prediction_type"] == "v_prediction"
+    architecture, implementation, layer = _specification(configs, v_prediction)
     pixels = resolution or configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-    second = is_open_clip(configs)
-    architecture = "stable-diffusion-v2-" + ("768-v" if v_prediction else "512") if second else "stable-diffusion-v1"
     notes = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
-        "modelspec.implementation": "https://github.com/Stability-AI/stablediffusion",
+        "modelspec.implementation": f"https://github.com/Stability-AI/{implementation}",
         "modelspec.title": title or path.stem,
         "modelspec.resolution": f"{pixels}x{pixels}",
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "modelspec.encoder_layer": "2" if second else "1",
+        "modelspec.encoder_layer": layer,
         HASH_FIELD: "",
         CONFIGS_FIELD: _json({**configs, "scheduler": _scheduler_config(model)}),
     }
     notes |= {f"modelspec.{key}": value for key, value in (("trigger_phrase", trigger), ("license", licence)) if value}
-    if len(model.pipeline.tokenizer) != _CLIP_TOKENS:
-        notes[_TOKENIZER_FIELD] = _json(_tokenizer_files(model.pipeline.tokenizer))
-    tensors = {key: value for part in PARTS for key, value in to_original(part, model.tensors[part], configs).items()}
+    for name in tokenizers_of(model.tensors):
+        if len(tokenizer := getattr(model.pipeline, name)) != _CLIP_TOKENS:
+            notes[_TOKENIZER_FIELD.format(name)] = _json(_tokenizer_files(tokenizer))
+    tensors = {
+        key: value
+        for part, stored in model.tensors.items()
+        for key, value in to_original(part, stored, configs).items()
+    }
+    if (
+        is_xl(configs) and v_prediction
+    ):  # without these marks, other programs take the model for one that predicts noise
+        marks = [V_PREDICTION, *([ZERO_SNR] if configs["scheduler"].get("rescale_betas_zero_snr") else [])]
+        tensors |= {mark: Stored.of(torch.empty(0)) for mark in marks}
     write_safetensors(path, tensors, dtype=dtype, notes=notes, progress=progress)
+
+
+def _specification(configs: Configs, v_prediction: bool) -> tuple[str, str, str]:
+    """What ModelSpec calls the architecture, the repository of its code, and the text encoder's layer that is used,
+    counted from its end."""
+    if is_xl(configs):
+        return "stable-diffusion-xl-v1-base", "generative-models", "2"
+    if text_prefix("text_encoder", configs) == OPEN_CLIP:
+        return f"stable-diffusion-v2-{'768-v' if v_prediction else '512'}", "stablediffusion", "2"
+    return "stable-diffusion-v1", "stablediffusion", "1"
 
 
 def _scheduler_config(model: StoredModel) -> dict[str, Any]:
@@ -174,19 +207,26 @@ def _tokenizer_files(tokenizer: CLIPTokenizer) -> dict[str, str]:
         return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
 
 
-def _tokenizer(file: TensorFile, configs: Mapping[str, Mapping[str, Any]]) -> CLIPTokenizer:
-    if _TOKENIZER_FIELD in file.notes:
+def read_tokenizer(file: TensorFile, name: str, configs: Configs) -> CLIPTokenizer:
+    """The tokenizer ``name`` of a checkpoint: the file's own where its metadata has one, or else CLIP's.
+
+    Raises:
+        UserError: where the text encoder has another vocabulary than CLIP's, and the file does not bring it.
+    """
+    field = _TOKENIZER_FIELD.format(name)
+    if field in file.notes:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                for name, text in json.loads(file.notes[_TOKENIZER_FIELD]).items():
-                    Path(folder, Path(name).name).write_text(text, encoding="utf-8")
+                for file_name, text in json.loads(file.notes[field]).items():
+                    Path(folder, Path(file_name).name).write_text(text, encoding="utf-8")
                 return CLIPTokenizer.from_pretrained(folder)
         except Exception as error:  # another writer's metadata can be anything
-            raise UserError(f"{file.path}: its metadata {_TOKENIZER_FIELD} can't be read: {error!r:.200}") from None
-    tokens = configs["text_encoder"]["vocab_size"]
+            raise UserError(f"{file.path}: its metadata {field} can't be read: {error!r:.200}") from None
+    encoder = name.replace("tokenizer", "text_encoder")
+    tokens = configs[encoder]["vocab_size"]
     if tokens != _CLIP_TOKENS:
         raise UserError(
             f"{file.path}: its text encoder knows {tokens} tokens and CLIP's tokenizer {_CLIP_TOKENS}; convert it to a "
             "diffusers directory with its own tokenizer first"
         )
-    return clip_tokenizer("!" if is_open_clip(configs) else "<|endoftext|>")
+    return clip_tokenizer("!" if text_prefix(encoder, configs) in (OPEN_CLIP, XL_OPEN_CLIP) else "<|endoftext|>")

@@ -22,10 +22,10 @@ from dreambooth_sm.stored.model import (
     empty_module,
     make_pipeline,
     no_progress,
+    tokenizers_of,
 )
 
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-# Transformers wrote and read this prefix until 5.6, and still reads it.
+# Transformers wrote and read this prefix until 5.6, and still reads it; with a projection it is there in all versions.
 _TEXT_PREFIX = "text_model."
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _ADVICE = "copy the directory again"
@@ -38,17 +38,18 @@ def read_directory(directory: Path) -> StoredModel:
         UserError: where it is damaged.
     """
     try:
-        modules = {part: empty_module(part, read_config(directory / part)) for part in PARTS}
-        tokenizer = CLIPTokenizer.from_pretrained(directory / "tokenizer")
-        scheduler = _scheduler(directory / "scheduler")
+        index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
+        names = PARTS[index["_class_name"]]
+        modules = {part: empty_module(part, read_config(directory / part)) for part in names}
         extractor = directory / "feature_extractor"
         parts: dict[str, Any] = {
             **modules,
-            "tokenizer": tokenizer,
-            "scheduler": scheduler,
+            **{name: CLIPTokenizer.from_pretrained(directory / name) for name in tokenizers_of(names)},
+            "scheduler": _scheduler(directory / "scheduler"),
             "feature_extractor": CLIPImageProcessor.from_pretrained(extractor) if extractor.is_dir() else None,
         }
-        tensors = {part: find_weights(directory / part, part) for part in PARTS}
+        pipeline = make_pipeline(parts, index)
+        tensors = {part: find_weights(directory / part, part) for part in names}
     except UserError:
         raise
     except Exception as error:  # a damaged directory makes the libraries raise nearly anything
@@ -56,7 +57,7 @@ def read_directory(directory: Path) -> StoredModel:
         raise UserError(f"{directory} can't be loaded ({reason}); copy the whole directory again") from None
     for part, module in modules.items():
         check_complete(str(directory), part, module, tensors[part], _ADVICE)
-    return StoredModel(str(directory), make_pipeline(parts), tensors)
+    return StoredModel(str(directory), pipeline, tensors)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -75,10 +76,10 @@ def find_weights(directory: Path, part: str) -> dict[str, Stored]:
     """The tensors of a module's directory, under the names of today's diffusers and transformers.
 
     Args:
-        part: one of ``PARTS``.
+        part: one of those that ``PARTS`` names.
     """
-    stem = _WEIGHTS[part]
-    for suffix, name in (("safetensors", stem), ("bin", "pytorch_model" if part == "text_encoder" else stem)):
+    stem = _weights_name(part)
+    for suffix, name in (("safetensors", stem), ("bin", "pytorch_model" if stem == "model" else stem)):
         variants: dict[str, list[Path]] = {}
         for path in sorted(directory.iterdir()):
             if match := re.fullmatch(rf"{name}(?:\.(\w+))?(-\d+-of-\d+)?\.{suffix}", path.name):
@@ -88,6 +89,10 @@ def find_weights(directory: Path, part: str) -> dict[str, Stored]:
             files = variants.get("") or variants.get("fp16") or next(iter(variants.values()))
             return {_today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
     raise UserError(f"{directory} holds no weights such as {stem}.safetensors; {_ADVICE}")
+
+
+def _weights_name(part: str) -> str:
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
 def _today(name: str, part: str) -> str:
@@ -123,24 +128,24 @@ def write_directory(
     """
     pipeline = model.pipeline
     directory.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
+    for part, stored in model.tensors.items():
         folder = directory / part
         folder.mkdir(exist_ok=True)
-        if part == "text_encoder":
-            _text_config(pipeline.text_encoder.config, dtype).save_pretrained(folder)
+        if part.startswith("text_encoder"):
+            _text_config(getattr(pipeline, part), dtype).save_pretrained(folder)
         else:
             getattr(pipeline, part).save_config(folder)
         prefix = _TEXT_PREFIX if part == "text_encoder" else ""
-        tensors = {prefix + name: tensor for name, tensor in model.tensors[part].items()}
-        write_safetensors(folder / f"{_WEIGHTS[part]}.safetensors", tensors, dtype=dtype, progress=progress)
-    for name in ("tokenizer", "scheduler", "feature_extractor"):
+        tensors = {prefix + name: tensor for name, tensor in stored.items()}
+        write_safetensors(folder / f"{_weights_name(part)}.safetensors", tensors, dtype=dtype, progress=progress)
+    for name in (*tokenizers_of(model.tensors), "scheduler", "feature_extractor"):
         if (part_of := getattr(pipeline, name)) is not None:
             part_of.save_pretrained(directory / name)
     pipeline.save_config(directory)
 
 
-def _text_config(config: CLIPTextConfig, dtype: torch.dtype | None) -> CLIPTextConfig:
-    values = {**config.to_dict(), "architectures": ["CLIPTextModel"]}
+def _text_config(text_encoder: Any, dtype: torch.dtype | None) -> CLIPTextConfig:
+    values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__]}
     if dtype is not None:
         values["dtype"] = str(dtype).removeprefix("torch.")
     return CLIPTextConfig.from_dict(values)

@@ -104,6 +104,10 @@ class Stored:
     def reshaped(self, shape: tuple[int, ...]) -> Stored:
         return replace(self, shape=shape)
 
+    def transposed(self) -> Stored:
+        """A matrix with rows and columns exchanged."""
+        return Stored(self.dtype, self.shape[::-1], lambda start, stop: self.read().t().flatten()[start:stop], False)
+
     def third(self, number: int) -> Stored:
         """One of three equal parts along the first dimension."""
         shape = (self.shape[0] // 3, *self.shape[1:])

@@ -1,7 +1,7 @@
 """Where each tensor of a diffusers pipeline lies in a checkpoint of the original Stable Diffusion layout, and back.
 
-The names follow from the modules' configurations, so that one set of rules serves SD 1, SD 2 and models of other sizes,
-and both directions.
+The names follow from the modules' configurations, so that one set of rules serves SD 1, SD 2, SDXL and models of other
+sizes, and both directions.
 """
 
 from __future__ import annotations
@@ -13,11 +13,19 @@ from typing import Any
 
 from dreambooth_sm.stored.files import Stored
 
-PARTS = ("unet", "vae", "text_encoder")
+# The modules with weights of each pipeline that is understood here. Each text encoder has a tokenizer of its own.
+PARTS = {
+    "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
+    "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2"),
+}
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+# Text encoders: of SD 1, of SD 2, and the two of SDXL. Behind `transformer.` come the names of transformers, behind
+# `model.` those of open_clip, which trained the encoder.
 CLIP = "cond_stage_model.transformer."
 OPEN_CLIP = "cond_stage_model.model."
+XL_CLIP = "conditioner.embedders.0.transformer."
+XL_OPEN_CLIP = "conditioner.embedders.1.model."
 
 Configs = Mapping[str, Mapping[str, Any]]
 
@@ -32,6 +40,8 @@ _RESNET_OF_UNET = {
 _ENDS_OF_UNET = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -61,18 +71,20 @@ class Place:
     Attributes:
         third: which third of the rows, where queries, keys and values are one tensor.
         as_convolution: whether a linear layer's weight is stored as that of a 1x1 convolution.
+        transposed: whether a matrix is stored with its inputs as rows.
     """
 
     key: str
     third: int | None = None
     as_convolution: bool = False
+    transposed: bool = False
 
 
 def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) -> dict[str, Place]:
     """The place of each tensor of a module.
 
     Args:
-        part: one of ``PARTS``.
+        part: one of those that ``PARTS`` names.
         names: the module's tensors, with their shapes.
         configs: of the pipeline's parts.
     """
@@ -82,14 +94,29 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
     if part == "vae":
         levels = len(configs["vae"]["block_out_channels"])
         return {name: _vae_place(name, levels, shape) for name, shape in names.items()}
-    if is_open_clip(configs):
-        return {name: _open_clip_place(name) for name in names}
-    return {name: Place(f"{CLIP}text_model.{name}") for name in names}
+    prefix = text_prefix(part, configs)
+    # A text encoder with a projection has the transformer as a module of its own.
+    inner = {name: name.removeprefix("text_model.") for name in names}
+    if prefix in (OPEN_CLIP, XL_OPEN_CLIP):
+        return {name: _open_clip_place(prefix, inner[name]) for name in names}
+    return {name: Place(f"{prefix}text_model.{inner[name]}") for name in names}
 
 
-def is_open_clip(configs: Configs) -> bool:
-    """Whether the text encoder is SD 2's, which was trained with open_clip and is stored as such."""
-    return configs["unet"]["cross_attention_dim"] == 1024
+def is_xl(configs: Configs) -> bool:
+    """Whether the model is SDXL, which has two text encoders."""
+    return "text_encoder_2" in configs
+
+
+def parts_in(configs: Configs) -> tuple[str, ...]:
+    """Names of the modules with weights of a pipeline with such configurations."""
+    return PARTS["StableDiffusionXLPipeline" if is_xl(configs) else "StableDiffusionPipeline"]
+
+
+def text_prefix(part: str, configs: Configs) -> str:
+    """What the names of a text encoder's tensors begin with: one of the four prefixes above."""
+    if is_xl(configs):
+        return XL_CLIP if part == "text_encoder" else XL_OPEN_CLIP
+    return OPEN_CLIP if configs["unet"]["cross_attention_dim"] == 1024 else CLIP
 
 
 def to_diffusers(
@@ -104,6 +131,8 @@ def to_diffusers(
                 tensor = tensor.third(place.third)
             if place.as_convolution:
                 tensor = tensor.reshaped(tensor.shape[:2])
+            if place.transposed:
+                tensor = tensor.transposed()
             result[name] = tensor
     return result
 
@@ -119,6 +148,8 @@ def to_original(part: str, tensors: Mapping[str, Stored], configs: Configs) -> d
         tensor = tensors[name]
         if place.as_convolution:
             tensor = tensor.reshaped((*tensor.shape, 1, 1))
+        if place.transposed:
+            tensor = tensor.transposed()
         if place.third is None:
             result[place.key] = tensor
         else:
@@ -168,13 +199,15 @@ def _vae_place(name: str, levels: int, shape: tuple[int, ...]) -> Place:
     return Place(VAE + name.replace("conv_norm_out", "norm_out"))
 
 
-def _open_clip_place(name: str) -> Place:
+def _open_clip_place(prefix: str, name: str) -> Place:
     if name in _OPEN_CLIP_ENDS:
-        return Place(OPEN_CLIP + _OPEN_CLIP_ENDS[name])
+        return Place(prefix + _OPEN_CLIP_ENDS[name])
+    if name == "text_projection.weight":
+        return Place(f"{prefix}text_projection", transposed=True)
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)\.(\w+)", name)
     assert match, name
     number, layer, leaf = match.groups()
-    block = f"{OPEN_CLIP}transformer.resblocks.{number}"
+    block = f"{prefix}transformer.resblocks.{number}"
     if projection := re.fullmatch(r"self_attn\.([qkv])_proj", layer):
         return Place(f"{block}.attn.in_proj_{leaf}", third="qkv".index(projection.group(1)))
     return Place(f"{block}.{_OPEN_CLIP_LAYER[layer]}.{leaf}")

@@ -4,23 +4,34 @@ from."""
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, load_tensors
 from dreambooth_sm.stored.layout import PARTS, Configs
 from dreambooth_sm.tiny import bpe_tokenizer
 
+Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+
 _HALF = (torch.float16, torch.bfloat16)
+# In SDXL's model_index.json: whether the empty prompt is embedded as zeros.
+ZEROS = "force_zeros_for_empty_prompt"
+_CLASSES: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+}
 
 
 @dataclass(frozen=True)
@@ -30,21 +41,21 @@ class StoredModel:
     Attributes:
         name: what messages call it.
         pipeline: the parts; the modules' weights may lie on the meta device.
-        tensors: of each part in ``PARTS``, by the names that diffusers and transformers (5) give them.
+        tensors: of each part with weights, by the names that diffusers and transformers (5) give them.
         remarks: how it was understood, where that had to be guessed; for the user to read.
     """
 
     name: str
-    pipeline: StableDiffusionPipeline
+    pipeline: Pipeline
     tensors: dict[str, dict[str, Stored]]
     remarks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, pipeline: StableDiffusionPipeline) -> StoredModel:
+    def of(cls, name: str, pipeline: Pipeline) -> StoredModel:
         """A pipeline that is in memory; its weights are shared."""
         tensors = {
             part: {key: Stored.of(value) for key, value in getattr(pipeline, part).state_dict().items()}
-            for part in PARTS
+            for part in parts_of(pipeline)
         }
         return cls(name, pipeline, tensors)
 
@@ -53,9 +64,7 @@ class StoredModel:
         """Of the parts, as plain dictionaries."""
         return configs_of(self.pipeline)
 
-    def load(
-        self, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu"
-    ) -> StableDiffusionPipeline:
+    def load(self, dtype: torch.dtype | None = torch.float32, device: torch.device | str = "cpu") -> Pipeline:
         """Reads the weights into the pipeline's modules; each tensor is in memory once.
 
         Args:
@@ -65,17 +74,25 @@ class StoredModel:
         Returns:
             the pipeline; modules are in eval mode and without gradients.
         """
-        for part in PARTS:
-            fill(getattr(self.pipeline, part), self.tensors[part], dtype, device)
+        for part, tensors in self.tensors.items():
+            fill(getattr(self.pipeline, part), tensors, dtype, device)
         return self.pipeline
 
 
-def configs_of(pipeline: StableDiffusionPipeline) -> Configs:
+def parts_of(pipeline: Pipeline) -> tuple[str, ...]:
+    """Names of a pipeline's modules with weights."""
+    return PARTS[type(pipeline).__name__]
+
+
+def tokenizers_of(parts: Iterable[str]) -> tuple[str, ...]:
+    """Names of the tokenizers that belong to a pipeline's modules."""
+    return tuple(part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder"))
+
+
+def configs_of(pipeline: Pipeline) -> Configs:
+    configs = {part: getattr(pipeline, part).config for part in (*parts_of(pipeline), "scheduler")}
     return {
-        "unet": dict(pipeline.unet.config),
-        "vae": dict(pipeline.vae.config),
-        "text_encoder": pipeline.text_encoder.config.to_dict(),
-        "scheduler": dict(pipeline.scheduler.config),
+        part: config.to_dict() if part.startswith("text_encoder") else dict(config) for part, config in configs.items()
     }
 
 
@@ -83,13 +100,13 @@ def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
     """A module of a pipeline with its weights on the meta device.
 
     Args:
-        part: one of ``PARTS``.
+        part: one of those that ``PARTS`` names.
         config: as in the part's ``config.json``.
     """
+    kind = _CLASSES[part]
     with init_empty_weights(include_buffers=False):
-        if part == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig.from_dict(dict(config)))
-        kind: Any = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}[part]
+        if part.startswith("text_encoder"):
+            return kind(CLIPTextConfig.from_dict(dict(config)))
         return kind.from_config(dict(config))
 
 
@@ -119,13 +136,20 @@ def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str
             raise UserError(f"{name}: {key} of {part} has the shape {found} and should have {wanted}; {advice}")
 
 
-def make_pipeline(parts: Mapping[str, Any]) -> StableDiffusionPipeline:
-    """A pipeline without a safety checker."""
+def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Pipeline:
+    """A pipeline of the kind that has these parts, without safety checker and watermark.
+
+    Args:
+        index: what else its ``model_index.json`` says.
+    """
+    if "text_encoder_2" in parts:
+        zeros = bool(index.get(ZEROS, True))
+        return StableDiffusionXLPipeline(force_zeros_for_empty_prompt=zeros, add_watermarker=False, **parts)
     return StableDiffusionPipeline(safety_checker=None, requires_safety_checker=False, **parts)
 
 
 def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
-    """CLIP's tokenizer, as SD 1 (padded with ``<|endoftext|>``) and SD 2 (padded with ``!``) use it."""
+    """CLIP's tokenizer, as the encoders of CLIP (padded with ``<|endoftext|>``) and of OpenCLIP (with ``!``) use it."""
     merges = gzip.decompress(files(__package__).joinpath("clip_merges.txt.gz").read_bytes()).decode()
     tokenizer = bpe_tokenizer(merges.splitlines())
     tokenizer.pad_token = pad_token

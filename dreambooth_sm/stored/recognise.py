@@ -9,23 +9,31 @@ from typing import Any
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, TensorFile
-from dreambooth_sm.stored.layout import CLIP, OPEN_CLIP, UNET, VAE
+from dreambooth_sm.stored.layout import CLIP, OPEN_CLIP, UNET, VAE, XL_CLIP, XL_OPEN_CLIP
 
-# The metadata field in which our own files carry their configuration, for models that are no SD 1 or 2.
+# The metadata field in which our own files carry their configuration, for models of other sizes.
 CONFIGS_FIELD = "dreambooth_sm.configs"
-# Kinds of files that people have beside Stable Diffusion 1 and 2 checkpoints, by a name that only they hold.
+# Empty tensors by which files say that the model predicts velocity, and that its last time step is noise alone.
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+# Kinds of files that people have beside Stable Diffusion checkpoints, by a name that only they hold.
 _FOREIGN = (
     (r"lora_(unet|te\d?)_|\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|^lycoris_", "a LoRA, not a whole model"),
     (r"^(string_to_param|emb_params|clip_[lg])$", "a textual inversion embedding, not a whole model"),
     (r"(^|\.)double_blocks\.\d+\.", "a Flux model"),
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 model"),
-    (r"^conditioner\.embedders\.|^model\.diffusion_model\.label_emb\.", "a Stable Diffusion XL model"),
+    (r"^conditioner\.embedders\.0\.model\.", "a Stable Diffusion XL refiner"),
+    (r"^edm_(mean|std)$", "a Playground 2.5 model"),
+    (r"^noise_augmentor\.", "an unCLIP model"),
     (r"^control_model\.|^(input_hint_block|zero_convs|controlnet_\w+)\.", "a ControlNet, not a whole model"),
     (r"^(down|up)_blocks\.\d+\.|^input_blocks\.\d+\.", "a UNet (or VAE) alone, not a whole model"),
     (r"^(encoder|decoder)\.conv_in\.", "a VAE alone, not a whole model; name it in pretrained_vae_name_or_path"),
     (r"^(text_model|transformer)\.", "a text encoder alone, not a whole model"),
 )
-_TRAINABLE = "this project takes whole Stable Diffusion 1 and 2 checkpoints"
+_TRAINABLE = "this project takes whole checkpoints of Stable Diffusion 1, 2 and XL base models"
+# Of the UNet, in SDXL alone: it embeds the second text encoder's pooled states and the pictures' sizes.
+_XL = f"{UNET}label_emb.0.0.weight"
+# Channels in which SDXL embeds each of the six numbers that say a picture's sizes.
+_XL_TIME_CHANNELS = 256
 # Width of the text encoder's states: CLIP ViT-L of SD 1 and OpenCLIP ViT-H of SD 2.
 _SD1, _SD2 = 768, 1024
 # Written into 2.0-base by its makers, the one SD 2 checkpoint that tells its noise prediction apart by itself.
@@ -34,7 +42,7 @@ _PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "epsilon": "epsilon"}
 
 
 def check_kind(file: TensorFile) -> None:
-    """Raises UserError, with what the file is, where it is no Stable Diffusion 1 or 2 checkpoint for text to image."""
+    """Raises UserError, with what the file is, where it is no Stable Diffusion checkpoint for text to image."""
     first = file.tensors.get(f"{UNET}input_blocks.0.0.weight")
     kind = next((words for pattern, words in _FOREIGN if any(re.search(pattern, key) for key in file.tensors)), None)
     if kind is None and first is None:
@@ -50,7 +58,7 @@ def check_kind(file: TensorFile) -> None:
 
 
 def read_configs(file: TensorFile, prediction_type: str | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """The configurations of ``unet``, ``vae``, ``text_encoder`` and ``scheduler``, and remarks on what was guessed.
+    """The configurations of the modules with weights and of the ``scheduler``, and remarks on what was guessed.
 
     Args:
         prediction_type: ``epsilon`` or ``v_prediction``; None to find out (:func:`_prediction`).
@@ -69,20 +77,22 @@ def read_configs(file: TensorFile, prediction_type: str | None) -> tuple[dict[st
     options = _yaml_beside(file.path)
     try:
         unet, vae = _unet(file.tensors, options), _vae(file.tensors, options)
-        text_encoder = _text_encoder(file.tensors)
+        text_encoders = _text_encoders(file.tensors)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
-            f"{file.path} lacks tensors of a Stable Diffusion 1 or 2 checkpoint ({error}); copy it again"
+            f"{file.path} lacks tensors of a Stable Diffusion {'XL' if _XL in file.tensors else '1 or 2'} checkpoint "
+            f"({error}); copy it again"
         ) from None
     if "attention_head_dim" not in unet:
         raise UserError(
             f"{file.path}: its text encoder's states are {unet['cross_attention_dim']} wide, and those of Stable "
             f"Diffusion 1 and 2 {_SD1} and {_SD2}; put the model's .yaml beside it"
         )
-    prediction, remarks = _prediction(file, unet["cross_attention_dim"], options)
+    second = _XL not in file.tensors and unet["cross_attention_dim"] == _SD2
+    prediction, remarks = _prediction(file, second, options)
     scheduler = {
-        # As the original repositories of SD 1.5 and 2.1 have them.
-        "_class_name": "PNDMScheduler" if unet["cross_attention_dim"] != _SD2 else "DDIMScheduler",
+        # As the original repositories of SD 1.5, 2.1 and XL have them.
+        "_class_name": "DDIMScheduler" if second else "PNDMScheduler",
         "beta_start": options.get("linear_start", 0.00085),
         "beta_end": options.get("linear_end", 0.012),
         "beta_schedule": "scaled_linear",
@@ -93,21 +103,25 @@ def read_configs(file: TensorFile, prediction_type: str | None) -> tuple[dict[st
         "steps_offset": 1,
         "clip_sample": False,
     }
-    configs = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "scheduler": scheduler}
+    if _XL in file.tensors:
+        scheduler |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"}
+        if ZERO_SNR in file.tensors:
+            scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    configs = {"unet": unet, "vae": vae, **text_encoders, "scheduler": scheduler}
     return configs, [] if prediction_type else remarks
 
 
-def _prediction(file: TensorFile, width: int, options: dict[str, Any]) -> tuple[str, list[str]]:
+def _prediction(file: TensorFile, second: bool, options: dict[str, Any]) -> tuple[str, list[str]]:
     """What the UNet predicts: by the YAML beside the file, its ModelSpec metadata, a ``v_pred`` tensor (as merging
-    tools write it), or else by the text encoder: SD 2 predicts velocity, except for 2.0-base, which is known by its
-    step."""
+    tools write it), or else by its kind: the second of Stable Diffusion predicts velocity, except for 2.0-base, which
+    is known by its step."""
     if "parameterization" in options:
         return _PREDICTIONS.get(options["parameterization"], "epsilon"), []
     if said := _PREDICTIONS.get(str(file.notes.get("modelspec.prediction_type"))):
         return said, []
-    if "v_pred" in file.tensors:
+    if V_PREDICTION in file.tensors:
         return "v_prediction", []
-    if width != _SD2 or file.notes.get("global_step") == _SD2_BASE_STEP:
+    if not second or file.notes.get("global_step") == _SD2_BASE_STEP:
         return "epsilon", []
     remark = (
         f"{file.path} is a Stable Diffusion 2 model and does not say what it predicts; it is taken for a v-prediction "
@@ -133,18 +147,19 @@ def _yaml_beside(path: Path) -> dict[str, Any]:
 
 def _unet(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]:
     widths: list[int] = []
-    attention: list[bool] = []
+    # Transformer blocks that follow on each residual block of a level.
+    depths: list[int] = []
     layers = number = 0
     while f"{UNET}input_blocks.{(number := number + 1)}.0.in_layers.2.weight" in tensors or (
         f"{UNET}input_blocks.{number}.0.op.weight" in tensors
     ):
         if number == 1 or f"{UNET}input_blocks.{number}.0.op.weight" in tensors:
             widths.append(0)
-            attention.append(False)
+            depths.append(0)
             layers = layers if number == 1 else layers or number - 1
         if (key := f"{UNET}input_blocks.{number}.0.out_layers.3.weight") in tensors:
             widths[-1] = tensors[key].shape[0]
-            attention[-1] |= f"{UNET}input_blocks.{number}.1.proj_in.weight" in tensors
+            depths[-1] = max(depths[-1], _count(tensors, f"{UNET}input_blocks.{number}.1.transformer_blocks."))
     crossed = next((key for key in sorted(tensors) if key.startswith(UNET) and key.endswith("attn2.to_k.weight")), None)
     if crossed is None or not widths:
         raise KeyError("attention to the prompt")
@@ -155,19 +170,28 @@ def _unet(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]
         "sample_size": 64,
         "block_out_channels": widths,
         "layers_per_block": layers or number - 1,
-        "down_block_types": ["CrossAttnDownBlock2D" if crosses else "DownBlock2D" for crosses in attention],
-        "up_block_types": ["CrossAttnUpBlock2D" if crosses else "UpBlock2D" for crosses in reversed(attention)],
+        "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
+        "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
         "cross_attention_dim": width,
         "use_linear_projection": len(tensors[proj_in].shape) == 2,
     }
+    if _XL in tensors:
+        numbers = tensors[_XL].shape[1]
+        config |= {
+            "sample_size": 128,
+            "transformer_layers_per_block": [max(1, depth) for depth in depths],
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": _XL_TIME_CHANNELS,
+            "projection_class_embeddings_input_dim": numbers,
+        }
     # diffusers calls the number of heads attention_head_dim.
     if (heads := options.get("num_heads", -1)) != -1:
         config["attention_head_dim"] = heads
-    elif (channels := options.get("num_head_channels", 64 if width == _SD2 else -1)) != -1:
+    elif (channels := options.get("num_head_channels", 64 if width == _SD2 or _XL in tensors else -1)) != -1:
         config["attention_head_dim"] = [each // channels for each in widths]
     elif width == _SD1:
         config["attention_head_dim"] = 8
-    if width == _SD2:
+    if width == _SD2 and _XL not in tensors:
         config["upcast_attention"] = True  # in fp16 its attention scores overflow
     return config
 
@@ -179,6 +203,7 @@ def _vae(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]:
     layers = 0
     while f"{VAE}encoder.down.0.block.{layers}.conv1.weight" in tensors:
         layers += 1
+    xl = {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True} if _XL in tensors else {}
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": 512,
@@ -190,6 +215,7 @@ def _vae(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "scaling_factor": options.get("scale_factor", 0.18215),
+        **xl,
     }
 
 
@@ -198,37 +224,62 @@ def vae_config(tensors: dict[str, Stored]) -> dict[str, Any]:
     return _vae(tensors, {})
 
 
-def _text_encoder(tensors: dict[str, Stored]) -> dict[str, Any]:
-    if f"{OPEN_CLIP}token_embedding.weight" in tensors:
-        vocabulary, width = tensors[f"{OPEN_CLIP}token_embedding.weight"].shape
-        length = tensors[f"{OPEN_CLIP}positional_embedding"].shape[0]
-        blocks = {
-            m[1] for key in tensors if (m := re.match(rf"{re.escape(OPEN_CLIP)}transformer\.resblocks\.(\d+)\.", key))
+def _count(tensors: dict[str, Stored], prefix: str) -> int:
+    """How many numbers follow on ``prefix`` in the names."""
+    return len({key.removeprefix(prefix).partition(".")[0] for key in tensors if key.startswith(prefix)})
+
+
+def _text_encoders(tensors: dict[str, Stored]) -> dict[str, dict[str, Any]]:
+    if _XL in tensors:
+        width = tensors[f"{XL_OPEN_CLIP}text_projection"].shape[1]
+        return {
+            "text_encoder": _clip(tensors, XL_CLIP),
+            "text_encoder_2": _open_clip(tensors, XL_OPEN_CLIP, "CLIPTextModelWithProjection", projection_dim=width),
         }
+    if f"{OPEN_CLIP}token_embedding.weight" in tensors:
+        text_encoder = _open_clip(tensors, OPEN_CLIP, "CLIPTextModel", projection_dim=512)
         # SD 2 takes the states before OpenCLIP's last layer; files that diffusers' converters made have no 24th.
-        layers = min(len(blocks), 23)
-        inner = tensors[f"{OPEN_CLIP}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-        activation, projection = "gelu", 512
-    else:
-        vocabulary, width = tensors[f"{CLIP}text_model.embeddings.token_embedding.weight"].shape
-        length = tensors[f"{CLIP}text_model.embeddings.position_embedding.weight"].shape[0]
-        layer = rf"{re.escape(CLIP)}text_model\.encoder\.layers\.(\d+)\."
-        layers = len({m[1] for key in tensors if (m := re.match(layer, key))})
-        inner = tensors[f"{CLIP}text_model.encoder.layers.0.mlp.fc1.weight"].shape[0]
-        activation, projection = "quick_gelu", width
+        text_encoder["num_hidden_layers"] = min(text_encoder["num_hidden_layers"], 23)
+        return {"text_encoder": text_encoder}
+    return {"text_encoder": _clip(tensors, CLIP)}
+
+
+def _clip(tensors: dict[str, Stored], prefix: str) -> dict[str, Any]:
+    prefix = f"{prefix}text_model."
+    vocabulary, width = tensors[f"{prefix}embeddings.token_embedding.weight"].shape
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
+        "intermediate_size": tensors[f"{prefix}encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": _count(tensors, f"{prefix}encoder.layers."),
         "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": length,
-        "hidden_act": activation,
-        "projection_dim": projection,
+        "max_position_embeddings": tensors[f"{prefix}embeddings.position_embedding.weight"].shape[0],
+        "hidden_act": "quick_gelu",
+        "projection_dim": width,
         "layer_norm_eps": 1e-5,
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
-        "pad_token_id": 0 if activation == "gelu" else vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+def _open_clip(tensors: dict[str, Stored], prefix: str, architecture: str, *, projection_dim: int) -> dict[str, Any]:
+    vocabulary, width = tensors[f"{prefix}token_embedding.weight"].shape
+    return {
+        "architectures": [architecture],
+        "model_type": "clip_text_model",
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": tensors[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        "num_hidden_layers": _count(tensors, f"{prefix}transformer.resblocks."),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": tensors[f"{prefix}positional_embedding"].shape[0],
+        "hidden_act": "gelu",
+        "projection_dim": projection_dim,
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": 0,
     }

@@ -15,8 +15,9 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 
+from dreambooth_sm.data.conditioning import Conditioning
 from dreambooth_sm.data.prompts import encode
-from dreambooth_sm.data.training_set import Batch, Dice, Latents, SubjectWeights
+from dreambooth_sm.data.training_set import Batch, Dice, Latents, PictureSizes, SubjectWeights
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -49,12 +50,16 @@ class TrainingSet:
         prompts: embeddings ``(prompts, length, width)``; token ids ``(prompts, chunks, length)`` where the text
             encoder is trained.
         weights: what parts of the pictures weigh in the loss; None where all weigh the same.
+        pooled: ``(prompts, width)``, of SDXL's second text encoder.
+        sizes: of the pictures, for SDXL.
     """
 
     dice: Dice
     latents: Latents
     prompts: torch.Tensor
     weights: SubjectWeights | None = None
+    pooled: torch.Tensor | None = None
+    sizes: PictureSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -374,6 +379,7 @@ class Trainer:
             timesteps=move(batch.timesteps),
             prompts=move(batch.prompts),
             weights=self.data.weights(batch) if self.data.weights else None,
+            sizes=move(self.data.sizes(batch)) if self.data.sizes else None,
         )
 
     def _loss(self, inputs: Inputs) -> Loss:
@@ -386,7 +392,9 @@ class Trainer:
         with self._autocast(), self.attention():
             prompts = self.data.prompts[inputs.prompts]
             hidden = encode(self.text_encoder, prompts) if self.plan.train_text_encoder else prompts.to(noised.dtype)
-            prediction = self.unet(noised, inputs.timesteps, hidden, return_dict=False)[0]
+            pooled = None if self.data.pooled is None else self.data.pooled[inputs.prompts].to(noised.dtype)
+            conditions = Conditioning(hidden, pooled, inputs.sizes).arguments()
+            prediction = self.unet(noised, inputs.timesteps, **conditions, return_dict=False)[0]
         gamma = self.h.snr_gamma
         return dreambooth_loss(
             prediction,

@@ -8,7 +8,8 @@ Cost"), in larger units than diffusers' own. diffusers checkpoints each residual
 itself: what lies between them stays in memory (norms, projections, and the up blocks' concatenations with the skip
 connections), about 300 MB at 512 pixels and two samples. Here the unit is a residual block with its attention, the
 concatenation included: only tensors that the UNet keeps for its skip connections anyway are stored, and as much is
-recomputed.
+recomputed. Where many transformer blocks follow on a residual block, as in SDXL, each of them is a unit of its own:
+together, their activations would be the peak.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ import torch
 from diffusers.models.activations import GEGLU
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+# Transformer blocks that are recomputed together with the residual block before them, at most.
+_BLOCKS_OF_A_UNIT = 2
 
 
 class _Gate(torch.autograd.Function):
@@ -85,12 +89,21 @@ def _unit(resnet: Any, attention: Any, hidden: Tensor, skip: Tensor | None, temb
     return attention(hidden, encoder_hidden_states=prompts, return_dict=False)[0]
 
 
-def _attentions(block: Any) -> list[Any]:
-    found = list(getattr(block, "attentions", None) or [None] * len(block.resnets))
-    for attention in found:
+def _recomputed_unit(
+    resnet: Any, attention: Any, hidden: Tensor, skip: Tensor | None, temb: Tensor, prompts: Tensor
+) -> Tensor:
+    if attention is None or len(attention.transformer_blocks) <= _BLOCKS_OF_A_UNIT:
         if attention is not None:
             attention.gradient_checkpointing = False  # the unit around it is
-    return found
+        result: Tensor = _recomputed(_unit, resnet, attention, hidden, skip, temb, prompts)
+        return result
+    hidden = _recomputed(_unit, resnet, None, hidden, skip, temb, prompts)
+    result = attention(hidden, encoder_hidden_states=prompts, return_dict=False)[0]  # checkpoints each of its blocks
+    return result
+
+
+def _attentions(block: Any) -> list[Any]:
+    return list(getattr(block, "attentions", None) or [None] * len(block.resnets))
 
 
 def _down(
@@ -99,7 +112,7 @@ def _down(
     """What a (CrossAttn)DownBlock2D computes."""
     outputs: list[Tensor] = []
     for resnet, attention in zip(block.resnets, _attentions(block), strict=True):
-        hidden_states = _recomputed(_unit, resnet, attention, hidden_states, None, temb, encoder_hidden_states)
+        hidden_states = _recomputed_unit(resnet, attention, hidden_states, None, temb, encoder_hidden_states)
         outputs.append(hidden_states)
     for downsampler in block.downsamplers or ():
         hidden_states = downsampler(hidden_states)
@@ -119,7 +132,7 @@ def _up(
     """What a (CrossAttn)UpBlock2D computes."""
     skips = reversed(res_hidden_states_tuple)
     for resnet, attention, skip in zip(block.resnets, _attentions(block), skips, strict=True):
-        hidden_states = _recomputed(_unit, resnet, attention, hidden_states, skip, temb, encoder_hidden_states)
+        hidden_states = _recomputed_unit(resnet, attention, hidden_states, skip, temb, encoder_hidden_states)
     for upsampler in block.upsamplers or ():
         hidden_states = upsampler(hidden_states, upsample_size)
     return hidden_states

@@ -35,6 +35,7 @@ class Inputs:
         timesteps: int64 ``(rows,)``.
         prompts: int64 ``(rows,)``, rows of the prompt table.
         weights: ``(rows, 1, h, w)`` float32, of the elements in the loss; None in all batches of a job or in none.
+        sizes: ``(rows, 6)`` float32, which SDXL is told of the pictures; None with others.
     """
 
     latents: Tensor
@@ -42,6 +43,7 @@ class Inputs:
     timesteps: Tensor
     prompts: Tensor
     weights: Tensor | None = None
+    sizes: Tensor | None = None
 
     def copy_(self, other: Inputs) -> None:
         for mine, theirs in zip(self._tensors().values(), other._tensors().values(), strict=True):

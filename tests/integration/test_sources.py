@@ -113,4 +113,10 @@ def test_a_format_and_a_variant_are_chosen() -> None:
     averaged = "unet/diffusion_pytorch_model.non_ema.safetensors"  # a variant that not every part has
     encoder = "text_encoder/model.safetensors"
     assert needed_files([*names, half, averaged, encoder], "non_ema")[3:] == [averaged, encoder]
+    second = ["text_encoder_2/config.json", "tokenizer_2/merges.txt", "text_encoder_2/model.fp16.safetensors"]  # SDXL's
+    others = ["text_encoder_2/model.onnx", "vae_decoder/model.onnx", "sd_xl_base_1.0.safetensors"]
+    assert needed_files([*others, *names, *second], None) == [
+        *(names[0], names[1], names[3], second[0], second[1]),
+        *(names[2], second[2]),
+    ]
     assert needed_files(["README.md"], None) == []

@@ -26,6 +26,21 @@ def loaded_base(tiny_base: Path) -> BaseModel:
     return load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_base)))
 
 
+@pytest.fixture(scope="session")
+def loaded_xl_base(tiny_xl_base: Path) -> BaseModel:
+    """The tiny SDXL pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    return load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_xl_base)))
+
+
+@pytest.fixture
+def xl_base(loaded_xl_base: BaseModel) -> BaseModel:
+    """The tiny SDXL pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_xl_base)
+
+
 @pytest.fixture
 def base(loaded_base: BaseModel) -> BaseModel:
     """The tiny pipeline's parts, the test's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +148,17 @@ def test_every_option_is_named_for_people_and_for_completion() -> None:
     defaults: dict[str, Any] = {n: p.default for n, p in inspect.signature(launcher.fit).parameters.items()}
     assert (defaults["instance_type"], defaults["resolution"], defaults["spot"]) == ("local", 512, False)
     assert all(f"\n{name}: " in (launcher.fit.__doc__ or "") for name in launcher.Resources.model_fields)
+
+
+def test_sdxl_takes_longer() -> None:
+    small, large = (minutes("ml.g5.2xlarge", base_architecture=kind) for kind in ("sd", "sdxl"))
+    assert large - 5 > 4 * (small - 5)  # without the minutes in which neither trains
+
+
+def test_an_sdxl_model_on_this_machine_is_seen_before_it_is_a_channel(tiny_base: Path, tiny_xl_base: Path) -> None:
+    found = [
+        launcher.estimate(**PROMPTS, base_model=base, instance_type="ml.g5.2xlarge").plan.predicted_peak_gb
+        for base in (tiny_base, tiny_xl_base)
+    ]
+    plans = [make_plan(parse(base_architecture=kind), find_instance("ml.g5.2xlarge").card) for kind in ("sd", "sdxl")]
+    assert found == [plan.predicted_peak_gb for plan in plans]

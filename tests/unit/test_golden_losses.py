@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, object]] = {
         "hflip": True,
         "lr_scheduler": "cosine",
     },
+    "xl": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_batch_size": 2},
 }
 
 
@@ -52,8 +53,9 @@ def train(base: BaseModel, root: Path, name: str) -> Run:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, loaded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case(request.param, loaded_base, train(loaded_base, tmp_path_factory.mktemp(request.param), request.param))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    base = request.getfixturevalue("loaded_xl_base" if request.param == "xl" else "loaded_base")
+    return Case(request.param, base, train(base, tmp_path_factory.mktemp(request.param), request.param))
 
 
 def test_losses_are_the_stored_ones(case: Case) -> None:
@@ -108,7 +110,10 @@ def plain_losses(base: BaseModel, reference: Run) -> list[tuple[float, ...]]:
             hidden = data.prompts[batch.prompts]
             if reference.plan.train_text_encoder:
                 hidden = base.text_encoder(hidden[:, 0]).last_hidden_state
-            prediction = base.unet(noised, batch.timesteps, hidden).sample
+            told = None
+            if base.is_xl:
+                hidden, told = xl_conditions(base, reference, size)
+            prediction = base.unet(noised, batch.timesteps, hidden, added_cond_kwargs=told).sample
             halves: list[torch.Tensor] = []
             for half in torch.arange(len(latents)).split(size):
                 rows = []
@@ -130,6 +135,14 @@ def plain_losses(base: BaseModel, reference: Run) -> list[tuple[float, ...]]:
         schedule.step()
         losses.append(tuple(sums[: 3 if h.prior_preservation else 2].tolist()))
     return losses
+
+
+@torch.no_grad()
+def xl_conditions(base: BaseModel, reference: Run, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """By diffusers' own encoding of the prompts; all pictures are 80 x 64 and cropped to the middle."""
+    prompts = [reference.subject.prompt] * size + [str(reference.subject.class_prompt)] * size
+    states, _, pooled, _ = base.pipeline().encode_prompt(prompts, do_classifier_free_guidance=False)
+    return states, {"text_embeds": pooled, "time_ids": torch.tensor([[64, 80, 0, 8, 64, 64]] * 2 * size).float()}
 
 
 def test_an_independent_loop_agrees(case: Case) -> None:

@@ -124,6 +124,10 @@ def index(**values: object) -> bytes:
         (damaged("model_index.json", b"[]"), "can't be read"),
         (damaged("model_index.json", index(a=1)), "can't be read"),
         (damaged("model_index.json", index(_class_name="FluxPipeline")), "holds a FluxPipeline"),
+        (
+            damaged("model_index.json", index(_class_name="StableDiffusionXLImg2ImgPipeline")),
+            "holds a StableDiffusionXLI",
+        ),
         (damaged("vae", None), "vae is missing; copy the whole pipeline directory"),
         (damaged("tokenizer", None), "tokenizer is missing; copy the whole pipeline directory"),
     ],

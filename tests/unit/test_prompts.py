@@ -105,8 +105,8 @@ def test_the_prompt_table_holds_each_text_once(base: BaseModel) -> None:
     table = PromptTable(base.tokenizer, max_tokens=75, pad=True, shuffle=False, seed=0)
     assert [table.rows(prompt) for prompt in (PROMPT, "a toy", PROMPT)] == [(0,), (1,), (0,)]
     expected = base.text_encoder(tokenize(base.tokenizer, [PROMPT, "a toy"])[:, 0]).last_hidden_state
-    torch.testing.assert_close(table.embeddings(base.text_encoder), expected.detach(), rtol=0, atol=0)
-    assert not table.embeddings(base.text_encoder).requires_grad
+    torch.testing.assert_close(table.embeddings(base).states, expected.detach(), rtol=0, atol=0)
+    assert not table.embeddings(base).states.requires_grad
 
 
 def test_the_prompt_table_with_shuffled_tags(base: BaseModel) -> None:

@@ -20,7 +20,9 @@ def drawn(base: BaseModel, seeds: list[int], **options: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
-def test_the_same_as_the_pipelines_own_call(base: BaseModel, guidance: float) -> None:
+@pytest.mark.parametrize("which", ["base", "xl_base"])
+def test_the_same_as_the_pipelines_own_call(which: str, guidance: float, request: pytest.FixtureRequest) -> None:
+    base: BaseModel = request.getfixturevalue(which)
     pipeline = base.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -67,6 +69,23 @@ def test_batches_are_of_one_size_as_far_as_that_goes(
 ) -> None:
     batches = draw_latents(base.pipeline(), "a toy", range(count), size=SIZE, batch_size=batch_size, steps=1)
     assert [len(batch) for batch in batches] == sizes
+
+
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for tiles of 256 pixels, and no more."""
+    latents = drawn(base, [1], size=(384, 320), steps=2)
+    (whole,) = decode(base.pipeline(), latents)
+    decode_part = base.vae.decoder.forward
+
+    def limited(part: torch.Tensor, *options: object) -> torch.Tensor:
+        if max(part.shape[2:]) * base.latent_scale > 256:
+            raise torch.OutOfMemoryError
+        return decode_part(part, *options)
+
+    monkeypatch.setattr(base.vae.decoder, "forward", limited)
+    (tiled,) = decode(base.pipeline(), latents)
+    assert tiled.size == whole.size == (384, 320)
+    assert np.abs(np.asarray(tiled).astype(int) - np.asarray(whole)).mean() < 16
 
 
 def test_a_batch_that_does_not_fit_is_halved(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.loaders import single_file_utils as independent
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,11 +25,11 @@ from dreambooth_sm import toybox
 from dreambooth_sm.cli import main
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.models import load_base, read_stored
-from dreambooth_sm.stored.checkpoint import read_checkpoint, read_vae, write_checkpoint
+from dreambooth_sm.stored.checkpoint import read_checkpoint, read_tokenizer, read_vae, write_checkpoint
 from dreambooth_sm.stored.directory import read_directory, write_directory
 from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, write_safetensors
-from dreambooth_sm.stored.layout import PARTS, to_original
-from dreambooth_sm.stored.model import StoredModel, clip_tokenizer, empty_module
+from dreambooth_sm.stored.layout import parts_in, to_original
+from dreambooth_sm.stored.model import StoredModel, clip_tokenizer, empty_module, tokenizers_of
 from dreambooth_sm.stored.recognise import read_configs
 from dreambooth_sm.tiny import save_tiny_pipeline
 from tests.helpers.training import hyperparameters, same, weights
@@ -38,14 +38,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def read(model: StoredModel) -> dict[str, Tensors]:
-    return {part: {name: tensor.read() for name, tensor in model.tensors[part].items()} for part in PARTS}
+    return {part: {name: tensor.read() for name, tensor in stored.items()} for part, stored in model.tensors.items()}
 
 
 def alike(one: StoredModel, other: StoredModel) -> bool:
     left, right = read(one), read(other)
-    return all(
+    return left.keys() == right.keys() and all(
         same(left[part], right[part]) and all(left[part][k].dtype == right[part][k].dtype for k in left[part])
-        for part in PARTS
+        for part in left
     )
 
 
@@ -80,16 +80,29 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> StoredModel:
     return StoredModel.of("second", base.pipeline())
 
 
+@pytest.fixture(scope="module")
+def xl(tiny_xl_base: Path) -> StoredModel:
+    return read_directory(tiny_xl_base)
+
+
+@pytest.fixture(scope="module")
+def xl_single(xl: StoredModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SDXL model as one file; not to be written to."""
+    path = tmp_path_factory.mktemp("single") / "xl.safetensors"
+    write_checkpoint(xl, path, dtype=torch.float16)
+    return path
+
+
 # --- The layout -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["toy", "second"])
+@pytest.mark.parametrize("which", ["toy", "second", "xl"])
 def test_diffusers_own_converters_make_the_same_modules(which: str, request: pytest.FixtureRequest) -> None:
     model: StoredModel = request.getfixturevalue(which)
     checkpoint = {
         key: tensor.read()
-        for part in PARTS
-        for key, tensor in to_original(part, model.tensors[part], model.configs).items()
+        for part, stored in model.tensors.items()
+        for key, tensor in to_original(part, stored, model.configs).items()
     }
     expected = read(model)
     unet = independent.convert_ldm_unet_checkpoint(dict(checkpoint), model.configs["unet"])
@@ -100,7 +113,22 @@ def test_diffusers_own_converters_make_the_same_modules(which: str, request: pyt
         text = independent.convert_ldm_clip_checkpoint(dict(checkpoint))
     assert same(unet, expected["unet"])
     assert same(vae, expected["vae"])
+    if which == "xl":
+        prefix = "conditioner.embedders.1.model."
+        assert all(key.startswith(prefix) or "embedders.1" not in key for key in checkpoint)
+        encoder = model.pipeline.text_encoder_2
+        found = independent.convert_open_clip_checkpoint(encoder, dict(checkpoint), prefix=prefix)
+        assert same(found, expected["text_encoder_2"])
     assert same({name.removeprefix("text_model."): value for name, value in text.items()}, expected["text_encoder"])
+
+
+def shapes_of(configs: dict[str, Any]) -> dict[str, Stored]:
+    """The tensors that a checkpoint of a model of such configurations has, as shapes alone."""
+    tensors: dict[str, Stored] = {}
+    for part in parts_in(configs):
+        state = empty_module(part, configs[part]).state_dict()
+        tensors |= to_original(part, {name: Stored.of(value) for name, value in state.items()}, configs)
+    return tensors
 
 
 def meta_model(version: int) -> tuple[dict[str, Stored], dict[str, Any]]:
@@ -135,11 +163,38 @@ def meta_model(version: int) -> tuple[dict[str, Stored], dict[str, Any]]:
             "hidden_act": "quick_gelu" if version == 1 else "gelu",
         },
     }
-    tensors: dict[str, Stored] = {}
-    for part, config in configs.items():
-        state = empty_module(part, config).state_dict()
-        tensors |= to_original(part, {name: Stored.of(value) for name, value in state.items()}, configs)
-    return tensors, configs
+    return shapes_of(configs), configs
+
+
+def meta_xl() -> tuple[dict[str, Stored], dict[str, Any]]:
+    """SDXL's tensors and configurations, likewise."""
+    _, configs = meta_model(1)
+    configs["unet"] |= {
+        "sample_size": 128,
+        "block_out_channels": [320, 640, 1280],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "transformer_layers_per_block": [1, 2, 10],
+        "cross_attention_dim": 2048,
+        "attention_head_dim": [5, 10, 20],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    configs["vae"] |= {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True}
+    configs["text_encoder_2"] = {
+        "architectures": ["CLIPTextModelWithProjection"],
+        "vocab_size": 49408,
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+        "projection_dim": 1280,
+    }
+    return shapes_of(configs), configs
 
 
 @pytest.mark.parametrize(("version", "prediction"), [(1, "epsilon"), (2, "v_prediction")])
@@ -161,12 +216,81 @@ def test_shapes_tell_the_configuration(version: int, prediction: str) -> None:
     assert configs["scheduler"]["prediction_type"] == prediction
     assert bool(remarks) == (version == 2)
     # Built from what was found, the modules have every tensor.
-    for part in PARTS:
-        state = empty_module(part, configs[part]).state_dict()
-        again = to_original(part, {name: Stored.of(value) for name, value in state.items()}, configs)
-        assert {key: tensor.shape for key, tensor in again.items()}.items() <= {
-            key: tensor.shape for key, tensor in tensors.items()
-        }.items()
+    again = {key: tensor.shape for key, tensor in shapes_of(configs).items()}
+    assert again.items() <= {key: tensor.shape for key, tensor in tensors.items()}.items()
+
+
+def test_shapes_tell_the_configuration_of_sdxl() -> None:
+    tensors, expected = meta_xl()
+    # As in Stability AI's file, which holds position_ids and logit_scale besides: 2,515 tensors.
+    prefixes = ("model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
+    counts = [sum(name.startswith(prefix) for name in tensors) for prefix in prefixes]
+    assert counts == [1680, 248, 196, 389]
+    assert sum(counts) == len(tensors) == 2515 - 2
+    assert tensors["model.diffusion_model.label_emb.0.0.weight"].shape == (1280, 2816)
+    assert tensors["model.diffusion_model.middle_block.1.transformer_blocks.9.attn2.to_k.weight"].shape == (1280, 2048)
+    assert tensors["model.diffusion_model.output_blocks.5.2.conv.weight"].shape == (640, 640, 3, 3)
+    resblock = "conditioner.embedders.1.model.transformer.resblocks.31."
+    assert tensors[f"{resblock}attn.in_proj_weight"].shape == (3840, 1280)
+    configs, remarks = read_configs(TensorFile(Path("/model.safetensors"), tensors, {}), None)
+    for part, config in expected.items():
+        assert {key: configs[part][key] for key in config} == config
+    assert "upcast_attention" not in configs["unet"]
+    assert (configs["scheduler"]["_class_name"], configs["scheduler"]["prediction_type"]) == (
+        "EulerDiscreteScheduler",
+        "epsilon",
+    )
+    assert remarks == []
+    assert {k: v.shape for k, v in shapes_of(configs).items()} == {k: v.shape for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr")])
+def test_sdxl_files_that_are_marked_as_v_prediction(
+    marks: tuple[str, ...], xl_single: Path, xl: StoredModel, tmp_path: Path
+) -> None:
+    marked = {**load_file(xl_single), **{mark: torch.empty(0) for mark in marks}}
+    with safe_open(xl_single, "pt") as file:
+        notes = {key: value for key, value in file.metadata().items() if "tokenizer" in key}
+    save_file(marked, tmp_path / "v.safetensors", notes)
+    model = read_checkpoint(tmp_path / "v.safetensors")
+    config = model.pipeline.scheduler.config
+    assert config.prediction_type == "v_prediction"
+    assert config.rescale_betas_zero_snr == ("ztsnr" in marks)
+    assert config.timestep_spacing == ("trailing" if "ztsnr" in marks else "leading")
+    assert same(read(model)["unet"], {name: value.half() for name, value in read(xl)["unet"].items()})
+    # The marks come back, for programs that know no others.
+    write_checkpoint(model, tmp_path / "again.safetensors", dtype=None)
+    assert same(load_file(tmp_path / "again.safetensors"), marked)
+
+
+def test_sdxl_without_our_metadata(xl_single: Path, xl: StoredModel, tmp_path: Path) -> None:
+    """All but the tokenizers follow from names and shapes, in both formats and with what else such files hold."""
+    others = {
+        "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+        "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+        "denoiser.sigmas": torch.ones(3),
+    }
+    with safe_open(xl_single, "pt") as file:
+        notes = {key: value for key, value in file.metadata().items() if "tokenizer" in key}
+    tensors = {**load_file(xl_single), **others}
+    save_file(tensors, tmp_path / "m.safetensors", notes)
+    torch.save({"state_dict": tensors, **notes}, tmp_path / "m.ckpt")
+    wanted = {part: {k: v.half() for k, v in stored.items()} for part, stored in read(xl).items()}
+    for path in (tmp_path / "m.safetensors", tmp_path / "m.ckpt"):
+        model = read_checkpoint(path)
+        found = read(model)
+        assert all(same(found[part], wanted[part]) for part in wanted)
+        for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            ours, theirs = (pipeline.components[part].config for pipeline in (model.pipeline, xl.pipeline))
+            names = ["attention_head_dim", "transformer_layers_per_block", "down_block_types", "force_upcast"]
+            names += ["scaling_factor", "num_hidden_layers", "num_attention_heads", "hidden_size", "projection_dim"]
+            for name in names:
+                if hasattr(theirs, name) and (part, name) != ("text_encoder", "projection_dim"):
+                    assert _plain(getattr(ours, name)) == _plain(getattr(theirs, name)), (part, name)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @pytest.mark.parametrize(
@@ -216,10 +340,19 @@ def test_the_tokenizer_is_clips() -> None:
     assert (len(first), first.model_max_length) == (49408, 77)
 
 
+def test_sdxl_files_get_clips_tokenizer_twice() -> None:
+    tensors, _ = meta_xl()
+    file = TensorFile(Path("/m.safetensors"), tensors, {})
+    configs, _ = read_configs(file, None)
+    first, second = (read_tokenizer(file, name, configs) for name in ("tokenizer", "tokenizer_2"))
+    assert (first.pad_token, second.pad_token) == ("<|endoftext|>", "!")
+    assert first("a photo of a cat").input_ids == second("a photo of a cat").input_ids
+
+
 # --- Round trips ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["toy", "second"])
+@pytest.mark.parametrize("which", ["toy", "second", "xl"])
 def test_directory_to_file_to_directory(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     model: StoredModel = request.getfixturevalue(which)
     write_checkpoint(model, tmp_path / "m.safetensors", dtype=None)
@@ -229,14 +362,19 @@ def test_directory_to_file_to_directory(which: str, request: pytest.FixtureReque
     again = read_directory(tmp_path / "dir")
     assert alike(model, again)
     prompt = "photo of zwx toy, at night"
-    assert again.pipeline.tokenizer(prompt).input_ids == model.pipeline.tokenizer(prompt).input_ids
+    for name in tokenizers_of(model.tensors):
+        ours, theirs = (getattr(each.pipeline, name) for each in (again, model))
+        options = {"padding": "max_length", "max_length": 77}
+        assert ours(prompt, **options).input_ids == theirs(prompt, **options).input_ids
     assert type(again.pipeline.scheduler) is type(model.pipeline.scheduler)
     kinds = ("prediction_type", "beta_start", "beta_schedule", "steps_offset")
     for kind in kinds:
         assert again.pipeline.scheduler.config[kind] == model.pipeline.scheduler.config[kind]
 
 
-def test_file_to_directory_to_file(single: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["single", "xl_single"])
+def test_file_to_directory_to_file(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    single: Path = request.getfixturevalue(which)
     assert main(["convert", str(single), str(tmp_path / "dir")]) == 0
     assert main(["convert", str(tmp_path / "dir"), str(tmp_path / "again.safetensors")]) == 0
     assert same(load_file(tmp_path / "again.safetensors"), load_file(single))
@@ -253,6 +391,30 @@ def test_diffusers_draws_the_same_picture_from_the_file(single: Path) -> None:
         picture = pipeline("a red cat", num_inference_steps=2, height=64, width=64, generator=generator).images[0]
         drawn.append(np.asarray(picture))
     assert np.array_equal(*drawn)
+
+
+def test_diffusers_draws_the_same_picture_from_an_sdxl_file(tiny_xl_base: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(tiny_xl_base), str(tmp_path / "m.safetensors")]) == 0
+    assert main(["convert", str(tmp_path / "m.safetensors"), str(tmp_path / "dir")]) == 0
+    options = {"dtype": torch.float32, "local_files_only": True}
+    pipelines = [
+        StableDiffusionXLPipeline.from_pretrained(tiny_xl_base, **options),
+        StableDiffusionXLPipeline.from_single_file(
+            str(tmp_path / "m.safetensors"), config=str(tiny_xl_base), **options
+        ),
+        StableDiffusionXLPipeline.from_pretrained(tmp_path / "dir", **options),
+    ]
+    drawn = []
+    for pipeline in pipelines:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(3)
+        picture = pipeline("a red cat", num_inference_steps=2, height=64, width=64, generator=generator).images[0]
+        drawn.append(np.asarray(picture))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0], drawn[2])
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        expected = weights(getattr(pipelines[0], part))
+        assert all(same(weights(getattr(pipeline, part)), expected) for pipeline in pipelines[1:])
 
 
 def test_a_directory_loads_in_diffusers_and_in_older_transformers(toy: StoredModel, tmp_path: Path) -> None:
@@ -278,6 +440,14 @@ def test_metadata(single: Path) -> None:
     content = single.read_bytes()
     data = content[8 + int.from_bytes(content[:8], "little") :]
     assert notes[HASH_FIELD] == "0x" + hashlib.sha256(data).hexdigest()
+
+
+def test_metadata_of_sdxl(xl_single: Path) -> None:
+    with safe_open(xl_single, "pt") as file:
+        notes = file.metadata()
+    assert notes["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert notes["modelspec.implementation"] == "https://github.com/Stability-AI/generative-models"
+    assert (notes["modelspec.resolution"], notes["modelspec.prediction_type"]) == ("64x64", "epsilon")
 
 
 def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
@@ -314,7 +484,7 @@ def test_a_ckpt(single: Path, zipped: bool, tmp_path: Path) -> None:
     assert alike(read_checkpoint(path), read_checkpoint(single))
     base = load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
     expected = load_base(hyperparameters(pretrained_model_name_or_path=toybox.NAME))
-    for part in PARTS:
+    for part in ("unet", "vae", "text_encoder"):
         assert same(weights(getattr(base, part)), weights(getattr(expected, part)))
     assert {p.dtype for p in base.unet.parameters()} == {torch.float32}
 
@@ -389,8 +559,9 @@ def test_a_pickle_that_wants_to_run_code_is_refused(single: Path, zipped: bool, 
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_truncated_at_any_offset(single: Path, suffix: str, tmp_path: Path) -> None:
-    whole = single
+@pytest.mark.parametrize("which", ["single", "xl_single"])
+def test_truncated_at_any_offset(which: str, suffix: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    single = whole = request.getfixturevalue(which)
     if suffix == ".ckpt":
         whole = tmp_path / "whole.ckpt"
         torch.save({"state_dict": load_file(single)}, whole)
@@ -437,7 +608,11 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
         (named("unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"), "a LoRA"),
         (named("double_blocks.0.img_attn.proj.weight"), "a Flux model"),
         (named("model.diffusion_model.joint_blocks.0.x_block.attn.proj.weight"), "a Stable Diffusion 3 model"),
-        (named("model.diffusion_model.label_emb.0.0.weight", FIRST), "a Stable Diffusion XL model"),
+        (named("model.diffusion_model.label_emb.0.0.weight", FIRST), "lacks tensors of a Stable Diffusion XL"),
+        (named("model.diffusion_model.label_emb.0.0.weight", FIRST, shape=(320, 9, 3, 3)), "an inpainting model"),
+        (named("conditioner.embedders.0.model.text_projection", FIRST), "a Stable Diffusion XL refiner"),
+        (named("edm_mean", FIRST), "a Playground 2.5 model"),
+        (named("noise_augmentor.betas", FIRST), "an unCLIP model"),
         (named("control_model.zero_convs.0.0.weight"), "a ControlNet"),
         (named("emb_params"), "a textual inversion embedding"),
         (named("encoder.conv_in.weight"), "pretrained_vae_name_or_path"),
@@ -479,6 +654,28 @@ def test_incomplete_files(change: Callable[[Tensors], None], said: str, single: 
     tensors = load_file(single)
     with safe_open(single, "pt") as file:
         notes = file.metadata()
+    change(tensors)
+    save_file(tensors, tmp_path / "m.safetensors", notes)
+    with pytest.raises(UserError, match=said):
+        read_checkpoint(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without("conditioner.embedders.1.model.text_projection"), "text_projection"),
+        (without("conditioner.embedders.1.model.ln_final.bias"), "text_encoder_2 lacks text_model.final_layer_norm"),
+        (without("conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"), "text_encoder lacks"),
+        (cut("model.diffusion_model.label_emb.0.0.bias"), "has the shape"),
+    ],
+)
+@pytest.mark.parametrize("metadata", [True, False])
+def test_incomplete_sdxl_files(
+    change: Callable[[Tensors], None], said: str, metadata: bool, xl_single: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(xl_single)
+    with safe_open(xl_single, "pt") as file:
+        notes = {key: value for key, value in file.metadata().items() if metadata or "tokenizer" in key}
     change(tensors)
     save_file(tensors, tmp_path / "m.safetensors", notes)
     with pytest.raises(UserError, match=said):

@@ -1,0 +1,120 @@
+"""What a base model is, before it is loaded; and what follows from it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dreambooth_sm.architecture import find_architecture
+from dreambooth_sm.convert import convert
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.models import load_base
+from dreambooth_sm.plan import CARDS, CPU, find_card, make_plan
+from tests.helpers.training import hyperparameters, same, weights
+
+PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
+XL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (XL, "sdxl"),
+        ("s3://models/sdxl/model.safetensors", "sdxl"),
+        ("RunDiffusion/Juggernaut-XL-v9", "sdxl"),
+        ("/models/ponyDiffusionV6.safetensors", "sdxl"),
+        ("sd_xl_base_1.0.safetensors", "sdxl"),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),
+        ("stabilityai/stable-diffusion-2-1", "sd"),
+        ("s3://xl-bucket/models/anything/v5.safetensors", "sd"),
+        ("someone/xlarge-v1", "sd"),
+        ("toybox", "sd"),
+        ("", "sd"),
+        ("\0", "sd"),
+        ("x" * 10_000, "sd"),
+    ],
+)
+def test_by_name(name: str, expected: str) -> None:
+    assert find_architecture(name) == expected
+
+
+def test_what_lies_at_a_path_counts_for_more_than_its_name(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
+    for source, name in ((tiny_base, "sdxl-model"), (tiny_xl_base, "model")):
+        shutil.copytree(source, tmp_path / name)
+        convert(str(source), tmp_path / f"{name}-file" / "model.safetensors")
+    assert find_architecture(str(tmp_path / "model")) == "sdxl"
+    assert find_architecture(str(tmp_path / "sdxl-model")) == "sd"
+    for path in (tmp_path / "model-file", tmp_path / "model-file" / "model.safetensors"):
+        assert find_architecture(str(path)) == "sdxl"
+    for path in (tmp_path / "sdxl-model-file", tmp_path / "sdxl-model-file" / "model.safetensors"):
+        assert find_architecture(str(path)) == "sd"
+
+
+def test_what_is_wrong_with_a_damaged_file_is_told_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "sdxl.safetensors"
+    for content in (b"", b"\xff" * 8, b"text"):
+        path.write_bytes(content)
+        assert find_architecture(str(path)) == "sd"
+        with pytest.raises(UserError, match="no whole safetensors file"):
+            load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
+
+
+def test_another_vae_from_a_file_serves_sdxls_latents(tiny_xl_base: Path, tmp_path: Path) -> None:
+    """The file says neither how the UNet's latents are scaled nor whether the VAE overflows."""
+    convert(str(tiny_xl_base), tmp_path / "whole.safetensors")
+    prefix = "first_stage_model."
+    vae = {k.removeprefix(prefix): v + 1 for k, v in load_file(tmp_path / "whole.safetensors").items() if prefix in k}
+    save_file(vae, tmp_path / "vae.safetensors")
+    own = load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_xl_base)))
+    paths = {"pretrained_model_name_or_path": tiny_xl_base, "pretrained_vae_name_or_path": tmp_path / "vae.safetensors"}
+    base = load_base(hyperparameters(**{name: str(path) for name, path in paths.items()}))
+    assert (base.vae.config.scaling_factor, base.vae_dtype) == (0.13025, torch.float32)
+    assert same(weights(base.vae), {name: value + 1 for name, value in weights(own.vae).items()})
+
+
+def test_the_resolution_is_the_base_models_unless_one_is_asked_for() -> None:
+    def side(**values: object) -> int:
+        return Hyperparameters.parse({**PROMPTS, **values}).resolution
+
+    assert side() == 512
+    assert side(pretrained_model_name_or_path=XL) == 1024
+    assert side(base_architecture="sdxl") == 1024
+    assert side(pretrained_model_name_or_path=XL, base_architecture="sd") == 512
+    assert side(pretrained_model_name_or_path=XL, resolution="512") == 512
+    assert "resolution" not in Hyperparameters.parse({**PROMPTS, "base_architecture": "sdxl"}).to_sagemaker()
+
+
+def test_the_text_encoders_stay_as_they_are() -> None:
+    for card in (CARDS["H100"], CARDS["T4"], CPU):
+        plan = make_plan(Hyperparameters.parse({**PROMPTS, "base_architecture": "sdxl"}), card)
+        assert not plan.train_text_encoder
+        h = Hyperparameters.parse({**PROMPTS, "base_architecture": "sdxl", "train_text_encoder": "true"})
+        with pytest.raises(UserError) as caught:
+            make_plan(h, card)
+        (line,) = caught.value.problems
+        assert "trains the UNet only" in line
+
+
+def test_sdxl_needs_more_memory_and_is_told_so() -> None:
+    h = Hyperparameters.parse({**PROMPTS, "pretrained_model_name_or_path": XL})
+    small = Hyperparameters.parse(PROMPTS)
+    for name in ("T4", "A10G", "L4", "L40S", "A100-40", "A100-80", "H100"):
+        plan = make_plan(h, CARDS[name])
+        assert make_plan(small, CARDS[name]).predicted_peak_gb < plan.predicted_peak_gb <= CARDS[name].budget_gb
+    with pytest.raises(UserError, match="use a larger card"):
+        make_plan(h, find_card("8GB"))
+
+
+@pytest.mark.parametrize("wrong", ["sd", "sdxl"])
+def test_a_model_that_is_not_what_the_job_was_planned_for(wrong: str, tiny_base: Path, tiny_xl_base: Path) -> None:
+    path = tiny_base if wrong == "sdxl" else tiny_xl_base
+    with pytest.raises(UserError) as caught:
+        load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=wrong))
+    (line,) = caught.value.problems
+    assert str(path) in line
+    assert f"set base_architecture={'sd' if wrong == 'sdxl' else 'sdxl'}" in line
