@@ -117,6 +117,7 @@ class Shape:
         unet, text_encoder, vae: millions of parameters; of all text encoders together.
         activations_gb, checkpointed_gb: activations of one 512-pixel sample in 16 bits, in GB: everything kept, or
             recomputed unit by unit.
+        drawn_gb: activations of one 512-pixel picture while a batch of them is drawn.
         vae_bytes: width of the VAE's values while pictures are drawn.
         trains_text_encoder: whether its text encoder can be trained beside the UNet.
     """
@@ -126,23 +127,22 @@ class Shape:
     vae: float
     activations_gb: float
     checkpointed_gb: float
+    drawn_gb: float
     vae_bytes: int = 2
     trains_text_encoder: bool = True
 
 
 SHAPES: dict[Architecture, Shape] = {
     # Fitted to benchmarks/train_step.py and benchmarks/tiers.py.
-    "sd": Shape(unet=859.5, text_encoder=123.1, vae=83.7, activations_gb=0.88, checkpointed_gb=0.18),
-    # Activations by arithmetic, not yet fitted to `benchmarks/tiers.py --model sdxl`: 60 transformer blocks of 1,024
-    # tokens and 10 of 4,096 keep 5.2 GB of a sample of 1,024 pixels, and the residual blocks 0.9; with a tenth on top,
-    # by which SD 1.5's arithmetic falls short of what was measured. Recomputed, 0.2 GB of block inputs stay, 0.05 of
-    # skip connections, and 0.4 while one block is recomputed. The VAE overflows in 16 bits.
+    "sd": Shape(unet=859.5, text_encoder=123.1, vae=83.7, activations_gb=0.88, checkpointed_gb=0.18, drawn_gb=0.15),
+    # Its VAE overflows in 16 bits.
     "sdxl": Shape(
         unet=2567.5,
         text_encoder=817.7,
         vae=83.7,
-        activations_gb=1.7,
-        checkpointed_gb=0.17,
+        activations_gb=1.58,
+        checkpointed_gb=0.207,
+        drawn_gb=0.1,
         vae_bytes=4,
         trains_text_encoder=False,
     ),
@@ -520,4 +520,4 @@ def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     shape = SHAPES[h.architecture]
     models = 2e-3 * (shape.unet + shape.text_encoder) + 1e-3 * shape.vae_bytes * shape.vae
     decoding = 0.35 * shape.vae_bytes
-    return models + (0.15 * batch_size + decoding) * (h.resolution / 512) ** 2
+    return models + max(shape.drawn_gb * batch_size, decoding) * (h.resolution / 512) ** 2
