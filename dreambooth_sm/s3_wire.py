@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 CHUNK = 2**18
 _LONGEST_PAUSE = 20.0
 _TRANSIENT_STATUS = {429, 500, 502, 503, 504}
-# BadDigest: a body that was damaged on its way.
 # What S3 answers where the bucket is in another region.
 _ELSEWHERE = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+# BadDigest: a body that was damaged on its way.
 _TRANSIENT_CODES = {"BadDigest", "InternalError", "RequestTimeout", "SlowDown", "XAmzContentChecksumMismatch"}
 
 T = TypeVar("T")
@@ -90,8 +90,8 @@ class Wire:
         self._user_agent = config.user_agent
         self._timeouts = config.connect_timeout, config.read_timeout
         self._tries = (config.retries or {}).get("total_max_attempts", 8)
-        self._idle: list[http.client.HTTPConnection] = []
-        self._place = _locate(client, bucket)
+        # Where it goes, and connections there that wait for the next request.
+        self._way: tuple[Place, list[http.client.HTTPConnection]] = (_locate(client, bucket), [])
 
     def put(self, key: str, body: Body, headers: Mapping[str, str], query: Mapping[str, str] | None = None) -> Message:
         """Writes an object, or a part of one; the answer's headers.
@@ -131,15 +131,15 @@ class Wire:
 
         failure: Exception
         for number in range(1, self._tries + 1):
-            place = self._place
+            place, idle = self._way
             try:
-                return self._try(method, key, body, headers, query, receive)
+                return self._try(place, idle, method, key, body, headers, query, receive)
             except ClientError as error:
+                failure = error
                 if error.response["Error"]["Code"] in _ELSEWHERE and self._moves_from(place):
                     continue
                 if not _is_transient(error):
                     raise
-                failure = error
             except (OSError, http.client.HTTPException) as error:
                 failure = HTTPClientError(error=f"{type(error).__name__}: {error}")
             if number < self._tries:
@@ -148,6 +148,8 @@ class Wire:
 
     def _try(
         self,
+        place: Place,
+        idle: list[http.client.HTTPConnection],
         method: str,
         key: str,
         body: Body,
@@ -155,7 +157,6 @@ class Wire:
         query: Mapping[str, str],
         receive: Callable[[Response], T],
     ) -> T:
-        place = self._place
         path = quote(f"{place.base}/{key}", safe="/-_.~")
         asked = "&".join(f"{quote(name, safe='')}={quote(query[name], safe='')}" for name in sorted(query))
         credentials = self._client._get_credentials()
@@ -165,7 +166,7 @@ class Wire:
         lines += [f"{name}: {value}" for name, value in signed.items()]
         lines += [f"user-agent: {self._user_agent}", *([f"content-length: {size}"] if method == "PUT" else []), "", ""]
         head = "\r\n".join(lines).encode()
-        connection, response = self._exchange(method, head, body)
+        connection, response = self._exchange(place, idle, method, head, body)
         try:
             result = receive(response) if response.status < 300 else _refused(method, response)
         except BaseException:
@@ -174,17 +175,19 @@ class Wire:
         if response.will_close or not response.isclosed():
             connection.close()
         else:
-            self._idle.append(connection)
+            idle.append(connection)
         if isinstance(result, Exception):
             raise result
         return result
 
-    def _exchange(self, method: str, head: bytes, body: Body) -> tuple[http.client.HTTPConnection, Response]:
+    def _exchange(
+        self, place: Place, idle: list[http.client.HTTPConnection], method: str, head: bytes, body: Body
+    ) -> tuple[http.client.HTTPConnection, Response]:
         while True:
             try:
-                connection, fresh = self._idle.pop(), False
+                connection, fresh = idle.pop(), False
             except IndexError:
-                connection, fresh = self._connect(), True
+                connection, fresh = self._connect(place), True
             try:
                 # The other end may answer, with a refusal, before it has everything, and take no more.
                 whole = False
@@ -205,27 +208,26 @@ class Wire:
         """Finds out where the bucket is, as botocore does when it is told that it is in another region."""
         from botocore.exceptions import ClientError
 
-        if self._place == place:
+        if self._way[0] == place:
             with suppress(ClientError):
                 self._client.head_bucket(Bucket=self._bucket)
-            self._idle.clear()
-            self._place = _locate(self._client, self._bucket)
-        return self._place != place
+            self._way = _locate(self._client, self._bucket), []
+        return self._way[0] != place
 
-    def _connect(self) -> http.client.HTTPConnection:
-        place, proxy = urlsplit(self._place.url), self._place.proxy
+    def _connect(self, place: Place) -> http.client.HTTPConnection:
+        target, proxy = urlsplit(place.url), place.proxy
         connect, read = self._timeouts
-        host, port = (proxy.hostname, proxy.port) if proxy else (place.hostname, place.port)
+        host, port = (proxy.hostname, proxy.port) if proxy else (target.hostname, target.port)
         assert host
-        if self._place.tls:
+        if place.tls:
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                host, port, timeout=connect, context=self._place.tls
+                host, port, timeout=connect, context=place.tls
             )
             if proxy:
                 secret = f"{unquote(proxy.username or '')}:{unquote(proxy.password or '')}".encode()
                 permit = {"Proxy-Authorization": f"Basic {b64encode(secret).decode()}"} if proxy.username else {}
-                assert place.hostname
-                connection.set_tunnel(place.hostname, place.port, permit)
+                assert target.hostname
+                connection.set_tunnel(target.hostname, target.port, permit)
         else:
             connection = http.client.HTTPConnection(host, port, timeout=connect)
         connection.connect()
