@@ -42,7 +42,8 @@ ARG BASE_MODEL_REVISION=""
 # A mirror of the hub.
 ARG HF_ENDPOINT
 WORKDIR /src
-COPY dreambooth_sm/__init__.py dreambooth_sm/errors.py dreambooth_sm/sources.py dreambooth_sm/storage.py dreambooth_sm/
+COPY dreambooth_sm/__init__.py dreambooth_sm/checksums.py dreambooth_sm/errors.py dreambooth_sm/manifest.py \
+    dreambooth_sm/parallel.py dreambooth_sm/s3_wire.py dreambooth_sm/sources.py dreambooth_sm/storage.py dreambooth_sm/
 RUN mkdir -p /opt/base-models \
     && if [ -n "$BASE_MODEL" ]; then \
         python -c 'import shutil, sys; from dreambooth_sm import sources; \

@@ -284,8 +284,8 @@ def test_the_cost_so_far() -> None:
     [
         ({"ModelArtifacts": {"S3ModelArtifacts": "s3://b/toy/output/model/"}}, "s3://b/toy/output/model"),
         ({"ModelArtifacts": {"S3ModelArtifacts": "file:///tmp/a%20b/model"}}, "/tmp/a b/model"),
-        ({"HyperParameters": {"manul_upload_model_path": "s3://b/m"}}, "s3://b/m"),
-        ({"HyperParameters": {"manual_upload_model_path": '"s3://b/m"'}}, "s3://b/m"),
+        ({"HyperParameters": {"manul_upload_model_path": "s3://models/m"}}, "s3://models/m"),
+        ({"HyperParameters": {"manual_upload_model_path": '"s3://models/m"'}}, "s3://models/m"),
     ],
 )
 def test_where_the_model_lies(description: dict[str, Any], uri: str) -> None:
