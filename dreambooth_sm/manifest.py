@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 MANIFEST_NAME = "manifest.json"
@@ -49,7 +49,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """With a SHA-256 of its own: everything else is compared with it, on any server."""
-        fields = asdict(self)
+        fields = vars(self) | {"files": [vars(entry) for entry in self.files]}
         return json.dumps(fields | {"sha256": _sha256_of(fields)}, indent=2, ensure_ascii=False)
 
     @classmethod

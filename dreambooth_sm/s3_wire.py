@@ -19,11 +19,10 @@ import ssl
 import threading
 import time
 from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.message import Message
 from functools import lru_cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -31,6 +30,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 from uuid import uuid4
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.http_answer import Answer
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -45,7 +45,7 @@ _ELSEWHERE = {"301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintE
 _TRANSIENT_CODES = {"BadDigest", "InternalError", "RequestTimeout", "SlowDown", "XAmzContentChecksumMismatch"}
 
 T = TypeVar("T")
-Response = http.client.HTTPResponse
+Headers = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,20 @@ class Span:
     file: BinaryIO
     first: int
     size: int
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Its bytes, in this thread's `chunk_buffer`.
+
+        Raises:
+            OSError: the file ends early.
+        """
+        buffer, left = chunk_buffer(), self.size
+        self.file.seek(self.first)
+        while left and (count := self.file.readinto(buffer[:left])):  # type: ignore[attr-defined]
+            yield buffer[:count]
+            left -= count
+        if left:
+            raise OSError(f"{self.file.name}: the file ends early")
 
 
 Body = bytes | Span
@@ -91,9 +105,9 @@ class Wire:
         self._timeouts = config.connect_timeout, config.read_timeout
         self._tries = (config.retries or {}).get("total_max_attempts", 8)
         # Where it goes, and connections there that wait for the next request.
-        self._way: tuple[Place, list[http.client.HTTPConnection]] = (_locate(client, bucket), [])
+        self._way: tuple[Place, list[Connection]] = (_locate(client, bucket), [])
 
-    def put(self, key: str, body: Body, headers: Mapping[str, str], query: Mapping[str, str] | None = None) -> Message:
+    def put(self, key: str, body: Body, headers: Headers, query: Headers | None = None) -> Headers:
         """Writes an object, or a part of one; the answer's headers.
 
         Raises:
@@ -102,11 +116,11 @@ class Wire:
         """
         return self._send("PUT", key, body, headers, query or {}, _headers)
 
-    def head(self, key: str, headers: Mapping[str, str]) -> Message:
+    def head(self, key: str, headers: Headers) -> Headers:
         """The headers of an object. Raises as :meth:`put` does; with the status as code, since there is no body."""
         return self._send("HEAD", key, b"", headers, {}, _headers)
 
-    def get(self, key: str, headers: Mapping[str, str], receive: Callable[[Response], T]) -> T:
+    def get(self, key: str, headers: Headers, receive: Callable[[Answer], T]) -> T:
         """Reads an object.
 
         Args:
@@ -123,9 +137,9 @@ class Wire:
         method: str,
         key: str,
         body: Body,
-        headers: Mapping[str, str],
-        query: Mapping[str, str],
-        receive: Callable[[Response], T],
+        headers: Headers,
+        query: Headers,
+        receive: Callable[[Answer], T],
     ) -> T:
         from botocore.exceptions import ClientError, HTTPClientError
 
@@ -149,13 +163,13 @@ class Wire:
     def _try(
         self,
         place: Place,
-        idle: list[http.client.HTTPConnection],
+        idle: list[Connection],
         method: str,
         key: str,
         body: Body,
-        headers: Mapping[str, str],
-        query: Mapping[str, str],
-        receive: Callable[[Response], T],
+        headers: Headers,
+        query: Headers,
+        receive: Callable[[Answer], T],
     ) -> T:
         path = quote(f"{place.base}/{key}", safe="/-_.~")
         asked = "&".join(f"{quote(name, safe='')}={quote(query[name], safe='')}" for name in sorted(query))
@@ -166,23 +180,24 @@ class Wire:
         lines += [f"{name}: {value}" for name, value in signed.items()]
         lines += [f"user-agent: {self._user_agent}", *([f"content-length: {size}"] if method == "PUT" else []), "", ""]
         head = "\r\n".join(lines).encode()
-        connection, response = self._exchange(place, idle, method, head, body)
+        connection, answer, reusable = self._exchange(place, idle, method, head, body)
         try:
-            result = receive(response) if response.status < 300 else _refused(method, response)
+            result = receive(answer) if answer.status < 300 else _refused(method, answer)
         except BaseException:
             connection.close()
             raise
-        if response.will_close or not response.isclosed():
-            connection.close()
-        else:
+        if reusable and answer.is_reusable:
             idle.append(connection)
+        else:
+            connection.close()
         if isinstance(result, Exception):
             raise result
         return result
 
     def _exchange(
-        self, place: Place, idle: list[http.client.HTTPConnection], method: str, head: bytes, body: Body
-    ) -> tuple[http.client.HTTPConnection, Response]:
+        self, place: Place, idle: list[Connection], method: str, head: bytes, body: Body
+    ) -> tuple[Connection, Answer, bool]:
+        """The connection, the answer, and whether the whole request was sent for it."""
         while True:
             try:
                 connection, fresh = idle.pop(), False
@@ -194,10 +209,7 @@ class Wire:
                 with suppress(BrokenPipeError, ConnectionResetError):
                     _send_all(connection.sock, head, body)
                     whole = True
-                response = Response(connection.sock, method=method)
-                response.begin()
-                response.will_close |= not whole
-                return connection, response
+                return connection, Answer(connection.stream, method), whole
             except (OSError, http.client.HTTPException):
                 connection.close()
                 # One that was kept open may have been closed at the other end meanwhile.
@@ -214,7 +226,7 @@ class Wire:
             self._way = _locate(self._client, self._bucket), []
         return self._way[0] != place
 
-    def _connect(self, place: Place) -> http.client.HTTPConnection:
+    def _connect(self, place: Place) -> Connection:
         target, proxy = urlsplit(place.url), place.proxy
         connect, read = self._timeouts
         host, port = (proxy.hostname, proxy.port) if proxy else (target.hostname, target.port)
@@ -232,7 +244,24 @@ class Wire:
             connection = http.client.HTTPConnection(host, port, timeout=connect)
         connection.connect()
         connection.sock.settimeout(read)
-        return connection
+        return Connection(connection.sock, connection.sock.makefile("rb"))
+
+
+@dataclass(frozen=True)
+class Connection:
+    """One that is kept open.
+
+    Attributes:
+        sock: to send.
+        stream: of what is received; it holds what was read ahead.
+    """
+
+    sock: socket.socket
+    stream: BinaryIO
+
+    def close(self) -> None:
+        self.stream.close()
+        self.sock.close()
 
 
 @dataclass(frozen=True)
@@ -316,7 +345,7 @@ def sign(
     host: str,
     path: str,
     query: str,
-    headers: Mapping[str, str],
+    headers: Headers,
     credentials: Any,
     region: str,
     now: datetime,
@@ -367,13 +396,8 @@ def _send_all(sock: socket.socket, head: bytes, body: Body) -> None:
         return
     sock.sendall(head)
     if isinstance(sock, ssl.SSLSocket) or not hasattr(os, "sendfile"):
-        buffer, left = chunk_buffer(), body.size
-        body.file.seek(body.first)
-        while left and (count := body.file.readinto(buffer[:left])):  # type: ignore[attr-defined]
-            sock.sendall(buffer[:count])
-            left -= count
-        if left:
-            raise OSError(f"{body.file.name}: the file ends early")
+        for chunk in body.chunks():
+            sock.sendall(chunk)
     elif sock.sendfile(body.file, body.first, body.size) != body.size:
         raise OSError(f"{body.file.name}: the file ends early")
 
@@ -388,27 +412,27 @@ def chunk_buffer() -> memoryview:
     return _local.buffer
 
 
-def _headers(response: Response) -> Message:
-    response.read()
-    return response.headers
+def _headers(answer: Answer) -> Headers:
+    answer.read()
+    return answer.headers
 
 
-def _refused(method: str, response: Response) -> Exception:
+def _refused(method: str, answer: Answer) -> Exception:
     """What botocore would raise for such an answer."""
     from xml.etree import ElementTree
 
     from botocore.exceptions import ClientError
 
-    code, message = str(response.status), response.reason
+    code, message = str(answer.status), answer.reason
     with suppress(ElementTree.ParseError):
-        root = ElementTree.fromstring(response.read())
+        root = ElementTree.fromstring(answer.read())
         code, message = (root.findtext(name) or default for name, default in (("Code", code), ("Message", message)))
-    facts: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": response.status}}
+    facts: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": answer.status}}
     return ClientError(facts, {"PUT": "PutObject", "GET": "GetObject", "HEAD": "HeadObject"}[method])
 
 
 def _is_transient(error: Any) -> bool:
-    answer = error.response
+    facts = error.response
     return (
-        answer["ResponseMetadata"]["HTTPStatusCode"] in _TRANSIENT_STATUS or answer["Error"]["Code"] in _TRANSIENT_CODES
+        facts["ResponseMetadata"]["HTTPStatusCode"] in _TRANSIENT_STATUS or facts["Error"]["Code"] in _TRANSIENT_CODES
     )

@@ -318,10 +318,12 @@ def test_lasting_fault_ends_the_upload_without_a_manifest(
     assert read_tree(tree) == FILES
 
 
-def forget_checksum(request: Request, answer: Answer) -> None:
-    """As servers do that keep none."""
+def tell_nothing(request: Request, answer: Answer) -> None:
+    """As servers do that keep neither checksums nor, as when they encrypt, MD5 sums."""
+    answer_checksum(answer, "")
     if request.operation in ("PutObject", "CompleteMultipartUpload"):
-        answer_checksum(answer, "")
+        answer.headers["etag"] = f'"{"0" * 32}"'
+        answer.body = re.sub(rb"<ETag>.*?</ETag>", b"<ETag>&quot;0-1&quot;</ETag>", answer.body)
 
 
 def answer_checksum(answer: Answer, checksum: str) -> None:
@@ -339,7 +341,7 @@ def answer_checksum(answer: Answer, checksum: str) -> None:
 def test_an_object_that_differs_ends_the_upload(
     target: S3Uri, tree: Path, name: str, change: Callable[[bytes], bytes], through: Callable[..., storage.S3Client]
 ) -> None:
-    """Where the server's answer holds no checksum, the object itself is looked at."""
+    """Where the server's answer tells nothing of its content, the object itself is looked at."""
     uri = target / name
     other = s3_client()
 
@@ -348,7 +350,7 @@ def test_an_object_that_differs_ends_the_upload(
             other.put_object(Bucket=uri.bucket, Key=uri.prefix, Body=change(FILES[name]))
 
     with pytest.raises((UploadError, DownloadError), match=re.escape(str(uri))):
-        upload_directory(tree, target, part_size=PART, client=through(tamper, forget_checksum))
+        upload_directory(tree, target, part_size=PART, client=through(tamper, tell_nothing))
     assert MANIFEST_NAME not in list_objects(target)
 
 
@@ -367,18 +369,52 @@ def test_a_checksum_that_differs_ends_the_upload(
     assert MANIFEST_NAME not in list_objects(target)
 
 
-def test_without_checksums_every_object_is_read_back(
+def test_without_any_checksum_every_object_is_read_back(
     target: S3Uri, tree: Path, through: Callable[..., storage.S3Client]
 ) -> None:
     read: set[str] = set()
 
     def keep_none(request: Request, answer: Answer) -> None:
-        answer_checksum(answer, "")
+        tell_nothing(request, answer)
         if request.operation == "GetObject" and answer.status == 200:
             read.add(request.key)
 
     upload_directory(tree, target, part_size=PART, client=through(after=keep_none))
     assert read == {(target / name).prefix for name in (*FILES, MANIFEST_NAME)}
+
+
+def test_md5_sums_do_where_a_server_keeps_no_checksums(
+    target: S3Uri, tree: Path, through: Callable[..., storage.S3Client]
+) -> None:
+    seen: set[str] = set()
+
+    def keep_none(request: Request, answer: Answer) -> None:
+        answer_checksum(answer, "")
+        seen.add(request.operation)
+
+    upload_directory(tree, target, part_size=PART, client=through(after=keep_none))
+    assert "UploadPart" in seen
+    assert "HeadObject" not in seen
+    assert "GetObject" not in seen
+    assert verify(target).whole
+
+
+@pytest.mark.parametrize(("name", "operation"), [("model_index.json", "PutObject"), (BIG, "UploadPart")])
+def test_what_md5_sums_show_to_differ_ends_the_upload(
+    target: S3Uri, tree: Path, name: str, operation: str, through: Callable[..., storage.S3Client]
+) -> None:
+    """Damage on the way to a server that compares nothing."""
+
+    def damage(request: Request) -> None:
+        if request.operation == operation and request.key == (target / name).prefix:
+            request.body = bytes([request.body[0] ^ 1]) + request.body[1:]
+
+    def keep_none(request: Request, answer: Answer) -> None:
+        answer_checksum(answer, "")
+
+    with pytest.raises(UploadError, match=re.escape(str(target / name))):
+        upload_directory(tree, target, part_size=PART, client=through(damage, keep_none))
+    assert MANIFEST_NAME not in list_objects(target)
 
 
 def test_a_repeated_upload_sends_what_differs(

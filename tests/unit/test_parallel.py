@@ -66,3 +66,26 @@ def test_leaving_the_block_waits_for_what_runs() -> None:
     with in_parallel([slow], 1):
         started.wait()
     assert ended.is_set()
+
+
+def test_tasks_that_wait_get_all_threads() -> None:
+    """Twenty that wait for one another can only end when they run together."""
+    together = threading.Barrier(20, timeout=60)
+    with in_parallel([together.wait] * 20, 20) as results:
+        assert sorted(results) == list(range(20))
+
+
+def test_tasks_that_only_compute_share_few_threads() -> None:
+    def compute() -> str:
+        sum(range(20_000))
+        return threading.current_thread().name
+
+    ran: set[int] = set()
+
+    def note() -> None:
+        compute()
+        ran.add(threading.get_ident())
+
+    with in_parallel([note] * 400, 32) as results:
+        assert len(list(results)) == 400
+    assert len(ran) < 32
