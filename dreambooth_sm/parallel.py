@@ -12,8 +12,10 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Seconds; what takes longer spends most of them outside the interpreter.
+# Seconds; what takes longer on average spends most of them outside the interpreter.
 _LONG = 5e-3
+# Seconds without a result after which that is certain.
+_PATIENCE = 25e-3
 # Tasks after which the number of threads is thought over.
 _SEVERAL = 4
 
@@ -70,7 +72,7 @@ def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[Iter
         ended = 0
         while ended < len(threads):
             try:
-                found = done.get(timeout=_LONG if len(threads) < workers else None)
+                found = done.get(timeout=_PATIENCE if len(threads) < workers else None)
             except Empty:
                 with lock:
                     start_upto(workers)
@@ -96,4 +98,4 @@ def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[Iter
 def _useful(seen: list[tuple[float, float]]) -> float:
     """Threads that these tasks can do with: any number while they wait, or as many as take turns at the interpreter."""
     took, worked = (sum(column) for column in zip(*seen, strict=True))
-    return math.inf if took > len(seen) * _LONG else took / max(1.3 * worked, 1e-9)
+    return math.inf if took > len(seen) * _LONG else took / max(1.5 * worked, 1e-9)
