@@ -43,7 +43,8 @@ ARG BASE_MODEL_REVISION=""
 ARG HF_ENDPOINT
 WORKDIR /src
 COPY dreambooth_sm/__init__.py dreambooth_sm/checksums.py dreambooth_sm/errors.py dreambooth_sm/manifest.py \
-    dreambooth_sm/parallel.py dreambooth_sm/s3_wire.py dreambooth_sm/sources.py dreambooth_sm/storage.py dreambooth_sm/
+    dreambooth_sm/http_answer.py dreambooth_sm/parallel.py dreambooth_sm/s3_wire.py dreambooth_sm/sources.py \
+    dreambooth_sm/storage.py dreambooth_sm/
 RUN mkdir -p /opt/base-models \
     && if [ -n "$BASE_MODEL" ]; then \
         python -c 'import shutil, sys; from dreambooth_sm import sources; \

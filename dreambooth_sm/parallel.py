@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 # Seconds; what takes longer on average spends most of them outside the interpreter.
 _LONG = 5e-3
-# Seconds without a result after which that is certain.
-_PATIENCE = 25e-3
+# Seconds without a result after which it is certain that tasks wait.
+_PATIENCE = 0.1
 # Tasks after which the number of threads is thought over.
 _SEVERAL = 4
 
@@ -25,9 +25,9 @@ def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[Iter
     """Runs tasks in up to that many threads; gives their results as they come, in any order.
 
     A task is taken from the iterable, by one thread at a time, when a thread is free for it. There are two threads at
-    first, and more as soon as tasks are seen to wait for something else than the interpreter: that is all that threads
-    can do for short ones, which are slower the more threads there are. After a failure, or when the block is left, no
-    more tasks are taken; leaving it waits for those that run.
+    first, and more as soon as tasks are seen to wait, for else they would only wait for one another: short ones for
+    the interpreter, long ones for a processor. After a failure, or when the block is left, no more tasks are taken;
+    leaving it waits for those that run.
 
     Raises:
         what a task or the iterable raised, in place of the next result.
@@ -96,6 +96,10 @@ def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[Iter
 
 
 def _useful(seen: list[tuple[float, float]]) -> float:
-    """Threads that these tasks can do with: any number while they wait, or as many as take turns at the interpreter."""
+    """As many threads as share a processor, or, for long tasks, all processors, each idle for half of its wait.
+
+    The other half may be waits for the processors themselves.
+    """
     took, worked = (sum(column) for column in zip(*seen, strict=True))
-    return math.inf if took > len(seen) * _LONG else took / max(1.5 * worked, 1e-9)
+    shared = (os.cpu_count() or 1) if took > len(seen) * _LONG else 1
+    return shared * took / max(2 * worked, 1e-9)
