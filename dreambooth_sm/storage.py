@@ -199,13 +199,12 @@ def list_objects(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Clie
     start = f"{source.prefix}/" if source.prefix else ""
     request = {"Bucket": source.bucket, "Prefix": start, **options.reading()}
     objects: dict[str, int] = {}
-    more = True
-    while more:
+    token: str | None = ""
+    while token is not None:
         with _explained(source, DownloadError):
             page = client.list_objects_v2(**request)
         objects |= {item["Key"].removeprefix(start): item["Size"] for item in page.get("Contents", [])}
-        more = page["IsTruncated"]
-        request["ContinuationToken"] = page.get("NextContinuationToken", "")
+        request["ContinuationToken"] = token = page.get("NextContinuationToken")
     # Consoles make "folders": empty objects whose key ends with a slash.
     return {key: size for key, size in objects.items() if key and not key.endswith("/")}
 
@@ -531,7 +530,7 @@ class _Upload:
                     {"partNumber": str(number + 1), "uploadId": self.upload_id},
                 )
                 self.etags[number] = answer.get("etag", "")
-                if _CHECKSUM not in answer and (md5 := _md5_in(answer, body)):
+                if _CHECKSUM not in answer and (md5 := _md5_in(answer, body, self.checksums[number])):
                     self.md5s[number] = md5
         return self.spans[number][1]
 
@@ -552,13 +551,16 @@ class _Upload:
                 **self.options.reading(),
             )
             kept = answer.get("ChecksumCRC64NVME", "")
-            if not kept and len(self.md5s) == len(self.spans):
-                md5 = hashlib.md5(
-                    b"".join(self.md5s[number] for number in range(len(self.spans))), usedforsecurity=False
-                )
-                if answer.get("ETag", "").strip('"') == f"{md5.hexdigest()}-{len(self.spans)}":
-                    return
-            _verify(self.client, self.uri, self.entry, self.options, kept)
+            if kept or answer.get("ETag", "").strip('"') != self._etag:
+                _verify(self.client, self.uri, self.entry, self.options, kept)
+
+    @property
+    def _etag(self) -> str | None:
+        """The entity tag of an object made of these parts, where the server told the MD5 sum of each."""
+        if len(self.md5s) < len(self.spans):
+            return None
+        md5s = b"".join(self.md5s[number] for number in range(len(self.spans)))
+        return f"{hashlib.md5(md5s, usedforsecurity=False).hexdigest()}-{len(self.spans)}"
 
     def abort(self) -> None:
         if self.upload_id:
@@ -662,21 +664,22 @@ def _checksum_headers(checksum: int) -> dict[str, str]:
 def _put(client: S3Client, uri: S3Uri, body: Body, checksum: int, options: S3Options) -> None:
     headers = _checksum_headers(checksum) | _as_headers(options.writing())
     answer = wire(client, uri.bucket).put(uri.prefix, body, headers)
-    if _CHECKSUM not in answer and _md5_in(answer, body):
+    if _CHECKSUM not in answer and _md5_in(answer, body, checksum):
         return
     size = body.size if isinstance(body, Span) else len(body)
     _verify(client, uri, ManifestEntry(uri.prefix, size, encoded(checksum)), options, answer.get(_CHECKSUM, ""))
 
 
-def _md5_in(answer: Headers, body: Body) -> bytes:
-    """The MD5 sum of what was sent, if that is what the server gives as the entity tag; else nothing."""
+def _md5_in(answer: Headers, body: Body, checksum: int) -> bytes:
+    """The MD5 sum of what was sent, if the server gives it as the entity tag and the body still has its checksum."""
     etag = answer.get("etag", "").strip('"')
     if not re.fullmatch(r"[0-9a-f]{32}", etag):
         return b""
-    summed = hashlib.md5(usedforsecurity=False)
-    for chunk in [body] if isinstance(body, bytes) else body.chunks():
-        summed.update(chunk)
-    return summed.digest() if summed.hexdigest() == etag else b""
+    md5, crc = hashlib.md5(usedforsecurity=False), 0
+    for chunk in [memoryview(body)] if isinstance(body, bytes) else body.chunks():
+        md5.update(chunk)
+        crc = extended(crc, chunk)
+    return md5.digest() if (md5.hexdigest(), crc) == (etag, checksum) else b""
 
 
 def _verify(client: S3Client, uri: S3Uri, entry: ManifestEntry, options: S3Options, kept: str) -> None:

@@ -417,6 +417,33 @@ def test_what_md5_sums_show_to_differ_ends_the_upload(
     assert MANIFEST_NAME not in list_objects(target)
 
 
+@pytest.mark.parametrize("part_size", [PART, 2**30])
+def test_a_file_that_changes_before_it_is_sent_is_noticed(
+    target: S3Uri,
+    tree: Path,
+    part_size: int,
+    through: Callable[..., storage.S3Client],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its MD5 sum is then what the server tells, but the manifest's checksum would be of what it was before."""
+    summed = storage._Upload._sum_up
+
+    def change_once_summed_up(upload: Any, file: Any, number: int) -> Any:
+        body = summed(upload, file, number)
+        if upload.name == BIG and number == 0:
+            with upload.path.open("r+b") as stream:
+                stream.write(bytes([FILES[BIG][0] ^ 1]))
+        return body
+
+    def keep_none(request: Request, answer: Answer) -> None:
+        answer_checksum(answer, "")
+
+    monkeypatch.setattr(storage._Upload, "_sum_up", change_once_summed_up)
+    with pytest.raises(UploadError, match=re.escape(str(target / BIG))):
+        upload_directory(tree, target, part_size=part_size, client=through(after=keep_none))
+    assert MANIFEST_NAME not in list_objects(target)
+
+
 def test_a_repeated_upload_sends_what_differs(
     target: S3Uri, tree: Path, environment: dict[str, str], through: Callable[..., storage.S3Client]
 ) -> None:
