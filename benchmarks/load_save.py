@@ -273,26 +273,21 @@ def main() -> None:
         call = "from benchmarks.load_save import make_files; from pathlib import Path; "
         call += f"make_files({options.size!r}, Path({str(files)!r}))"
         subprocess.run([sys.executable, "-c", call], check=True)
-    sides = [(name, side) for name in options.tasks for side in SIDES if side == "ours" or name not in OURS_ALONE]
-    found: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in sides}
-    for _ in range(options.repeat):
-        for (name, side), results in found.items():
-            results.append(measure(side, name, files, options.device))
     from benchmarks.common import emit
 
     emit(
-        size=options.size,
-        device=options.device,
-        file_gb=round((files / "single.safetensors").stat().st_size / 1e9, 2),
-        **{
-            f"{name} {side}": {
-                "seconds": round(min(result["seconds"] for result in results), 2),
-                "peak_gb": round(max(result["peak_gb"] for result in results), 2),
-                "before_gb": round(max(result["before_gb"] for result in results), 2),
-            }
-            for (name, side), results in found.items()
-        },
+        size=options.size, device=options.device, file_gb=round((files / "single.safetensors").stat().st_size / 1e9, 2)
     )
+    for name in options.tasks:
+        sides = [side for side in SIDES if side == "ours" or name not in OURS_ALONE]
+        rounds = [{side: measure(side, name, files, options.device) for side in sides} for _ in range(options.repeat)]
+        emit(task=name, **{side: summary([results[side] for results in rounds]) for side in sides})
+
+
+def summary(results: list[dict[str, float]]) -> dict[str, float]:
+    """The best seconds and the largest memory of several runs."""
+    gigabytes = {field: round(max(result[field] for result in results), 2) for field in ("peak_gb", "before_gb")}
+    return {"seconds": round(min(result["seconds"] for result in results), 2)} | gigabytes
 
 
 if __name__ == "__main__":
