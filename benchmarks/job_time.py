@@ -1,6 +1,6 @@
-"""The whole job, from process start to the saved model: seconds of each phase, SD 1.5 with random weights.
+"""The whole job, from process start to the saved model: seconds of each phase, with random weights.
 
-    python -m benchmarks.job_time [--card CARD] [--cap_gb GB] [--name value ...]
+    python -m benchmarks.job_time [--model sdxl] [--card CARD] [--cap_gb GB] [--name value ...]
 
 Hyperparameters go to the job. The base model is made once, in the system's temporary directory. With ``--card`` the
 job takes this one for the named card: its plan, its memory, its attention kernels, fp16 where it has no bf16.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import PROMPTS, emit, make_pictures, sd15
+from benchmarks.common import MODELS, PROMPTS, emit, hyperparameters, make_pictures
 from dreambooth_sm.hyperparameters import split_arguments
 from launcher import fit
 
@@ -35,13 +35,14 @@ def act_as(card: str, cap_gb: object) -> None:
 
 def main() -> None:
     work = Path(tempfile.gettempdir()) / "dreambooth-sm-job-time"
-    model = work / "sd15"
-    if not model.is_dir():
-        sd15().save(model, torch.float16)
-    torch.cuda.empty_cache()
-    make_pictures(work / "pictures", 5)
     wishes: dict[str, object] = {"max_train_steps": 800, "num_class_images": 50, "logging_steps": 100, "seed": 0}
     wishes |= split_arguments(sys.argv[1:])
+    name = str(wishes.pop("model", "sd15"))
+    model = work / name
+    if not model.is_dir():
+        MODELS[name]().save(model, torch.float16)
+    torch.cuda.empty_cache()
+    make_pictures(work / "pictures", 5, hyperparameters(name).resolution)
     if card := wishes.pop("card", None):
         act_as(str(card), wishes.pop("cap_gb", None))
     started = time.perf_counter()
@@ -53,6 +54,7 @@ def main() -> None:
     )
     last = job.history()[-1]
     emit(
+        model=name,
         card=card,
         hyperparameters={name: str(value) for name, value in wishes.items()},
         seconds={name: round(seconds, 1) for name, seconds in job.seconds.items()},

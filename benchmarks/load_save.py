@@ -169,83 +169,20 @@ def make_files(size: str, files: Path) -> None:
     """Writes the model as a directory and as a single file."""
     import torch
 
+    from benchmarks.common import MODELS
     from dreambooth_sm.models import read_stored
     from dreambooth_sm.stored.checkpoint import write_checkpoint
     from dreambooth_sm.stored.model import clip_tokenizer
 
     partial = files.with_name(f"{files.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    tokenizer = clip_tokenizer("<|endoftext|>")
-    if size == "sdxl":
-        make_sdxl(tokenizer).to(dtype=torch.float16).save_pretrained(partial / "directory")
-    else:
-        from benchmarks.common import sd15
-
-        base = sd15()
-        base.tokenizer = tokenizer
-        base.save(partial / "directory")
+    base = MODELS[size]()
+    base.tokenizer = clip_tokenizer("<|endoftext|>")
+    if base.is_xl:
+        base.tokenizer_2 = clip_tokenizer("!")
+    base.save(partial / "directory", torch.float16)
     write_checkpoint(read_stored(partial / "directory"), partial / "single.safetensors", dtype=None)
     partial.rename(files)
-
-
-def make_sdxl(tokenizer: Any) -> Any:
-    """Stable Diffusion XL's architecture with random weights, 2 bytes each."""
-    import torch
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float16)
-    levels = ("CrossAttnDownBlock2D",) * 2
-    unet = UNet2DConditionModel(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", *levels),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=[1, 2, 10],
-        attention_head_dim=[5, 10, 20],
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=1024,
-        scaling_factor=0.13025,
-    )
-    first = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-        )
-    )
-    second = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=1280,
-            intermediate_size=5120,
-            num_hidden_layers=32,
-            num_attention_heads=20,
-            hidden_act="gelu",
-            projection_dim=1280,
-        )
-    )
-    torch.set_default_dtype(torch.float32)
-    scheduler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    return StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=first,
-        text_encoder_2=second,
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-    )
 
 
 def measure(side: str, name: str, files: Path, device: str) -> dict[str, float]:

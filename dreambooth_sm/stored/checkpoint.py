@@ -30,6 +30,7 @@ from dreambooth_sm.stored.layout import (
     to_original,
 )
 from dreambooth_sm.stored.model import (
+    ZEROS,
     Progress,
     StoredModel,
     check_complete,
@@ -45,6 +46,8 @@ from dreambooth_sm.stored.recognise import CONFIGS_FIELD, V_PREDICTION, ZERO_SNR
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 # The metadata fields in which our own files carry tokenizers that are not CLIP's, by the tokenizer's name.
 _TOKENIZER_FIELD = "dreambooth_sm.{}"
+# Among our own files' configurations, that of the pipeline itself.
+_INDEX = "pipeline"
 _CLIP_TOKENS = 49_408
 _EMA = "model_ema."
 _ADVICE = "copy the file again, or take another version of it"
@@ -81,7 +84,8 @@ def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str |
         tensors[part] = to_diffusers(part, names, configs, file.tensors)
         check_complete(str(path), part, module, tensors[part], _ADVICE)
     tokenizers = {name: read_tokenizer(file, name, configs) for name in tokenizers_of(modules)}
-    pipeline = make_pipeline({**modules, **tokenizers, "scheduler": scheduler, "feature_extractor": None})
+    parts = {**modules, **tokenizers, "scheduler": scheduler, "feature_extractor": None}
+    pipeline = make_pipeline(parts, configs.get(_INDEX, {}))
     return StoredModel(str(path), pipeline, tensors, tuple(remarks))
 
 
@@ -145,7 +149,7 @@ def write_checkpoint(
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "modelspec.encoder_layer": layer,
         HASH_FIELD: "",
-        CONFIGS_FIELD: _json({**configs, "scheduler": _scheduler_config(model)}),
+        CONFIGS_FIELD: _json({**configs, "scheduler": _scheduler_config(model), **_index(model)}),
     }
     notes |= {f"modelspec.{key}": value for key, value in (("trigger_phrase", trigger), ("license", licence)) if value}
     for name in tokenizers_of(model.tensors):
@@ -172,6 +176,11 @@ def _specification(configs: Configs, v_prediction: bool) -> tuple[str, str, str]
     if text_prefix("text_encoder", configs) == OPEN_CLIP:
         return f"stable-diffusion-v2-{'768-v' if v_prediction else '512'}", "stablediffusion", "2"
     return "stable-diffusion-v1", "stablediffusion", "1"
+
+
+def _index(model: StoredModel) -> dict[str, dict[str, Any]]:
+    """What only SDXL's ``model_index.json`` says."""
+    return {_INDEX: {ZEROS: model.pipeline.config[ZEROS]}} if is_xl(model.configs) else {}
 
 
 def _scheduler_config(model: StoredModel) -> dict[str, Any]:

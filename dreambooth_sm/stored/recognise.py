@@ -83,6 +83,11 @@ def read_configs(file: TensorFile, prediction_type: str | None) -> tuple[dict[st
             f"{file.path} lacks tensors of a Stable Diffusion {'XL' if _XL in file.tensors else '1 or 2'} checkpoint "
             f"({error}); copy it again"
         ) from None
+    if _XL in file.tensors and _is_distilled(file.tensors, unet):
+        raise UserError(
+            f"{file.path} is a smaller model, distilled from Stable Diffusion XL (as SSD-1B, Vega and KOALA are); "
+            f"{_TRAINABLE}"
+        )
     if "attention_head_dim" not in unet:
         raise UserError(
             f"{file.path}: its text encoder's states are {unet['cross_attention_dim']} wide, and those of Stable "
@@ -194,6 +199,22 @@ def _unet(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]
     if width == _SD2 and _XL not in tensors:
         config["upcast_attention"] = True  # in fp16 its attention scores overflow
     return config
+
+
+def _is_distilled(tensors: dict[str, Stored], unet: dict[str, Any]) -> bool:
+    """Whether transformer blocks are missing from an SDXL UNet: all of a level's layers have as many, down and up, and
+    the middle as many as the last level."""
+    layers, kinds = unet["layers_per_block"], unet["down_block_types"]
+    depths = [
+        depth if kind.startswith("CrossAttn") else 0
+        for depth, kind in zip(unet["transformer_layers_per_block"], kinds, strict=True)
+    ]
+    wanted = {"middle_block": depths[-1]}
+    for level, depth in enumerate(depths):
+        down, up = level * (layers + 1) + 1, (len(depths) - 1 - level) * (layers + 1)
+        wanted |= {f"input_blocks.{down + layer}": depth for layer in range(layers)}
+        wanted |= {f"output_blocks.{up + layer}": depth for layer in range(layers + 1)}
+    return any(_count(tensors, f"{UNET}{block}.1.transformer_blocks.") != depth for block, depth in wanted.items())
 
 
 def _vae(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]:

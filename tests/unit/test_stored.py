@@ -244,6 +244,34 @@ def test_shapes_tell_the_configuration_of_sdxl() -> None:
     assert {k: v.shape for k, v in shapes_of(configs).items()} == {k: v.shape for k, v in tensors.items()}
 
 
+@pytest.mark.parametrize(
+    "smaller",
+    [
+        {
+            "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+        },
+        {"mid_block_type": "UNetMidBlock2D"},
+        {"transformer_layers_per_block": [1, 2, 5], "reverse_transformer_layers_per_block": [10, 2, 1]},
+    ],
+    ids=["uneven levels", "middle without attention", "shallower down than up"],
+)
+def test_models_distilled_from_sdxl_are_refused_by_name(smaller: dict[str, Any]) -> None:
+    _, configs = meta_xl()
+    configs["unet"] |= smaller
+    with pytest.raises(UserError, match=r"^/model.safetensors is a smaller model, distilled .* SSD-1B"):
+        read_configs(TensorFile(Path("/model.safetensors"), shapes_of(configs), {}), None)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_what_an_empty_prompt_means_survives_the_file(zeros: bool, tiny_xl_base: Path, tmp_path: Path) -> None:
+    model = read_directory(tiny_xl_base)
+    model.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    write_checkpoint(model, tmp_path / "m.safetensors")
+    write_directory(read_checkpoint(tmp_path / "m.safetensors"), tmp_path / "dir")
+    assert json.loads((tmp_path / "dir/model_index.json").read_text())["force_zeros_for_empty_prompt"] is zeros
+
+
 @pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr")])
 def test_sdxl_files_that_are_marked_as_v_prediction(
     marks: tuple[str, ...], xl_single: Path, xl: StoredModel, tmp_path: Path
