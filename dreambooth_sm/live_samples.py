@@ -8,13 +8,12 @@ picture's name depends on its content. Without a target they are put into the di
 from __future__ import annotations
 
 import shutil
-import threading
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from dreambooth_sm.background import Background
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.report import Reporter, Sample
 from dreambooth_sm.storage import S3Options, S3Uri, TransferError, put_object
@@ -41,47 +40,31 @@ class RemoteSamples:
     def __init__(self, target: S3Uri, options: S3Options, client: S3Client, report: Reporter) -> None:
         self.place = target / SAMPLES
         self._options, self._client, self._report = options, client, report
-        self._condition = threading.Condition()
-        self._waiting: deque[Sequence[Sample]] = deque()
-        self._closing = False
-        self._thread = threading.Thread(target=self._work, name="pictures to S3", daemon=True)
+        self._background = Background("pictures to S3", self._send)
 
     def __enter__(self) -> RemoteSamples:
-        self._thread.start()
+        self._background.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._condition:
-            if kind is None:
-                self._waiting.clear()
-            self._closing = True
-            self._condition.notify()
-        self._thread.join(_LONGEST_WAIT)
+        if kind is None:
+            self._background.take_back()
+        self._background.close(_LONGEST_WAIT)
 
     def send(self, samples: Sequence[Sample]) -> None:
         """Takes the pictures of a step and returns at once."""
-        with self._condition:
-            self._waiting.append(samples)
-            self._condition.notify()
+        self._background.add(samples)
 
-    def _work(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
-                    return
-                samples = self._waiting.popleft()
-            try:
-                for sample in samples:
-                    put_object(
-                        self.place / sample.path.name, sample.path.read_bytes(), self._options, client=self._client
-                    )
-            except (TransferError, UserError, OSError) as error:
-                self._report.warn(f"the pictures of step {samples[0].step} are not in S3 yet: {error}")
-                if self._closing:
-                    return
+    def _send(self, samples: Sequence[Sample]) -> None:
+        try:
+            for sample in samples:
+                put_object(self.place / sample.path.name, sample.path.read_bytes(), self._options, client=self._client)
+        except (TransferError, UserError, OSError) as error:
+            self._report.warn(f"the pictures of step {samples[0].step} are not in S3 yet: {error}")
+            if self._background.is_closing:
+                self._background.take_back()
 
 
 class SyncedSamples:

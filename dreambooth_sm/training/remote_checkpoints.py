@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from dreambooth_sm.background import Background
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import (
@@ -46,22 +46,16 @@ class RemoteCheckpoints:
     def __init__(self, target: S3Uri, options: S3Options, client: S3Client, report: Reporter) -> None:
         self.place = target / "checkpoints"
         self._options, self._client, self._report = options, client, report
-        self._condition = threading.Condition()
-        self._waiting: Path | None = None
-        self._closing = False
-        self._thread = threading.Thread(target=self._work, name="checkpoints to S3", daemon=True)
+        self._background = Background("checkpoints to S3", self._send)
 
     def __enter__(self) -> RemoteCheckpoints:
-        self._thread.start()
+        self._background.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._condition:
-            self._closing = True
-            self._condition.notify()
-        self._thread.join()
+        self._background.close()
 
     def send(self, checkpoint: Path) -> None:
         """Takes a checkpoint's directory and returns at once; one that still waits gives way to it."""
@@ -73,28 +67,20 @@ class RemoteCheckpoints:
         except OSError as error:
             self._report.warn(f"the checkpoint {checkpoint.name} is not in S3: {error}")
             return
-        with self._condition:
-            replaced, self._waiting = self._waiting, linked
-            self._condition.notify()
-        if replaced:
+        for replaced in self._background.take_back():
             shutil.rmtree(replaced)
+        self._background.add(linked)
 
-    def _work(self) -> None:
-        while True:
-            with self._condition:
-                self._condition.wait_for(lambda: self._waiting or self._closing)
-                directory, self._waiting = self._waiting, None
-            if directory is None:
-                return
-            name = directory.name.removeprefix(".sending-")
-            try:
-                upload_directory(directory, self.place / name, self._options, workers=_WORKERS, client=self._client)
-                for other in self._steps():
-                    if other != name:
-                        delete_directory(self.place / other, self._options, client=self._client)
-            except (TransferError, UserError, OSError) as error:
-                self._report.warn(f"the checkpoint {name} is not in S3: {error}")
-            shutil.rmtree(directory, ignore_errors=True)
+    def _send(self, directory: Path) -> None:
+        name = directory.name.removeprefix(".sending-")
+        try:
+            upload_directory(directory, self.place / name, self._options, workers=_WORKERS, client=self._client)
+            for other in self._steps():
+                if other != name:
+                    delete_directory(self.place / other, self._options, client=self._client)
+        except (TransferError, UserError, OSError) as error:
+            self._report.warn(f"the checkpoint {name} is not in S3: {error}")
+        shutil.rmtree(directory, ignore_errors=True)
 
     def _steps(self) -> list[str]:
         """The checkpoints there, whole or not, newest first."""
