@@ -54,6 +54,7 @@ PIPELINE = {
 }
 SMALL = {f"{number // 50}/{number:03d}.json": 1_000 + 131 * number for number in range(300)}
 LAYOUTS = {"pipeline": PIPELINE, "small": SMALL}
+PEERS = ("aws", "s5cmd", "rclone", "crt")
 
 
 def make_directory(root: Path, files: dict[str, int]) -> Path:
@@ -238,9 +239,19 @@ def rclone_server(buckets: Path, rclone: str) -> Iterator[str]:
         process.wait()
 
 
+def peer(argument: str) -> tuple[str, str]:
+    """NAME=PATH, as a client's name and its program."""
+    name, _, path = argument.partition("=")
+    if name not in PEERS:
+        raise argparse.ArgumentTypeError(f"{argument!r}: write NAME=PATH, where NAME is one of {', '.join(PEERS)}")
+    if (program := shutil.which(path)) is None:
+        raise argparse.ArgumentTypeError(f"{argument!r}: {path!r} is no program that can be run")
+    return name, os.path.abspath(program)  # noqa: PTH100 - a venv's python is a link
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PATH", help="aws, s5cmd, rclone, crt")
+    parser.add_argument("--peer", action="append", default=[], type=peer, metavar="NAME=PATH", help=", ".join(PEERS))
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--layout", choices=LAYOUTS, action="append")
     parser.add_argument("--direction", choices=["upload", "download"], action="append")
@@ -261,7 +272,9 @@ def main() -> None:
     for name in ("aws", "s5cmd", "rclone"):
         if found := shutil.which(name, path=f"{here}{os.pathsep}{os.environ['PATH']}"):
             clients[name] = found
-    clients |= {name: os.path.abspath(path) for name, path in (peer.split("=", 1) for peer in options.peer)}  # noqa: PTH100 - a venv's python is a link
+    clients |= dict(options.peer)
+    if options.server == "rclone" and "rclone" not in clients:
+        parser.error("--server rclone: rclone was not found; name it with --peer rclone=PATH")
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="transfer-") as work:
         for layout in options.layout or LAYOUTS:
             source = make_directory(Path(work) / layout, LAYOUTS[layout])
