@@ -247,12 +247,21 @@ def check(h: Hyperparameters, contract: Contract, world: World) -> Plan:
         UserError: where the job can't run on these resources.
     """
     card = dataclasses.replace(detect_card(), count=world.size)
-    if card.is_cpu and contract.has_gpu_instance and not h.use_cpu:
-        reason = find_mismatch(find_host(), find_build()) or "its card may be broken; start the job again"
+    if h.use_cpu:
+        return make_plan(h, card)
+    if not card.is_cpu:
+        if missing := find_missing_kernels(card.name, card.capability, find_build()):
+            raise UserError(missing)
+        return make_plan(h, card)
+    host = find_host()
+    if contract.has_gpu_instance:
+        reason = find_mismatch(host, find_build()) or "its card may be broken; start the job again"
         raise UserError(f"the instance is a {contract.instance_type}, and torch sees no GPU: {reason}")
-    if not h.use_cpu and (missing := find_missing_kernels(card.name, card.capability, find_build())):
-        raise UserError(missing)
-    return make_plan(h, card)
+    plan = make_plan(h, card)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if host and not hidden and (mismatch := find_mismatch(host, find_build())):
+        plan = dataclasses.replace(plan, notes=(*plan.notes, f"on the CPU: {mismatch}"))
+    return plan
 
 
 def check_output(h: Hyperparameters) -> None:
