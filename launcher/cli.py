@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
+from unittest.mock import patch
 
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic.fields import FieldInfo
@@ -25,14 +27,18 @@ from launcher.training_request import Resources, redact
 
 # 128 + SIGINT, as a shell reports it.
 EXIT_INTERRUPTED = 130
+# Credentials of the environment, which would win over a profile.
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = vars(_parser().parse_args(arguments))
     command: Callable[..., None] = options.pop("run")
+    profile, region = options.pop("aws_profile", None), options.pop("aws_region", None)
     try:
-        command(**options)
+        with _aws_settings(profile, region):
+            command(**options)
     except UserError as error:
         for problem in error.problems:
             print(f"error: {redact(problem, os.environ)}", file=sys.stderr)
@@ -43,6 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return EXIT_OK
+
+
+@contextmanager
+def _aws_settings(profile: str | None, region: str | None) -> Iterator[None]:
+    """A profile and a region for everything that a command does; a job of this machine inherits them."""
+    chosen = {"AWS_PROFILE": profile, "AWS_DEFAULT_REGION": region, "AWS_REGION": region}
+    with patch.dict(os.environ, {name: value for name, value in chosen.items() if value}):
+        for name in _KEYS if profile else ():
+            os.environ.pop(name, None)
+        yield
 
 
 def fit(no_wait: bool, **options: Any) -> None:
@@ -104,6 +120,9 @@ def list_jobs(name_contains: str, limit: int) -> None:
         print(f"{job.created:%Y-%m-%d %H:%M}  {job.status:10}  {job.name}")
 
 
+_IN_AN_ACCOUNT = (fit, check, request, attach, logs, stop, list_jobs)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dreambooth-launcher", description="Starts and follows DreamBooth jobs.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -112,6 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     def add(run: Callable[..., None], name: str, help: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=f"{help}.", allow_abbrev=False)
         command.set_defaults(run=run)
+        if run in _IN_AN_ACCOUNT:
+            account = command.add_argument_group("AWS account")
+            account.add_argument("--profile", dest="aws_profile", help="of the AWS settings")
+            account.add_argument("--region", dest="aws_region", help="of the job, such as us-west-2")
         return command
 
     for run, help in (

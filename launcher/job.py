@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
@@ -23,6 +23,9 @@ from launcher.instances import INSTANCES
 from launcher.logs import LogReader
 from launcher.progress import Progress
 from launcher.views import Page, Pictures, Standing, choose_view
+
+if TYPE_CHECKING:
+    from boto3.session import Session
 
 ENDED = ("Completed", "Failed", "Stopped")
 # Seconds between two looks at a job: of AWS, and of this machine.
@@ -406,27 +409,37 @@ class JobSummary:
     ended: datetime | None
 
 
-def attach(name: str, clients: Clients | None = None) -> Job:
-    """A job that is running or has ended, such as one that an earlier notebook started.
+def attach(name: str, clients: Clients | None = None, *, session: Session | None = None) -> Job:
+    """A job that is running or has ended, such as one that an earlier notebook or another program started.
+
+    Args:
+        name: of the job.
+        clients: of its services; default: those of the session.
+        session: boto3's, for credentials and region; default: the standard AWS settings.
 
     Raises:
         UserError: there is no such job in this account and region.
     """
     from launcher.local import local_job
 
-    job = (local_job(name) if clients is None else None) or Job(name, clients)
+    here = local_job(name) if clients is None and session is None else None
+    job = here or Job(name, clients or Clients(session))
     job.describe()
     return job
 
 
-def list_jobs(*, name_contains: str = "", limit: int = 20, clients: Clients | None = None) -> list[JobSummary]:
+def list_jobs(
+    *, name_contains: str = "", limit: int = 20, clients: Clients | None = None, session: Session | None = None
+) -> list[JobSummary]:
     """The latest training jobs of this account and region, the newest first.
 
     Args:
         name_contains: only jobs with this in their name.
         limit: how many at most.
+        clients: of SageMaker; default: those of the session.
+        session: boto3's, for credentials and region; default: the standard AWS settings.
     """
-    clients = clients or Clients()
+    clients = clients or Clients(session)
     options = {"NameContains": name_contains} if name_contains else {}
     pages = clients("sagemaker").get_paginator("list_training_jobs")
     found = pages.paginate(

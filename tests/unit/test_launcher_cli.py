@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from launcher.cli import main
+from launcher.clients import Clients
 from launcher.estimates import documented_table
 from launcher.iam import execution_policy, notebook_policy, trust_policy
 from tests.helpers.api import refusals
@@ -184,3 +186,35 @@ def test_the_documented_table_is_current(capsys: pytest.CaptureFixture[str]) -> 
     page = (DOCS / "launcher.md").read_text(encoding="utf-8")
     _, _, rest = page.partition("<!-- estimates -->\n")
     assert rest.partition("\n<!-- end of estimates -->")[0] == documented_table()
+
+
+def test_profile_and_region_hold_for_all_that_a_command_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text("[toys]\naws_access_key_id = TOYS\naws_secret_access_key = x\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "OTHER")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
+    seen: list[tuple[str, str]] = []
+
+    class Seen(Exception):  # noqa: N818
+        pass
+
+    def look(clients: Clients, service: str) -> Any:
+        client = make(clients, service)
+        seen.append((client.meta.region_name, client._request_signer._credentials.access_key))
+        raise Seen
+
+    make = Clients._make
+    monkeypatch.setattr(Clients, "_make", look)
+    flags = ["--profile", "toys", "--region", "eu-west-1"]
+    for arguments in (["list", *flags], ["attach", "zwx", *flags], ["stop", "zwx", *flags]):
+        with pytest.raises(Seen):
+            main(arguments)
+    assert seen == [("eu-west-1", "TOYS")] * 3
+    monkeypatch.undo()
+    assert "AWS_PROFILE" not in os.environ
+    assert main(["list", "--profile", "nobody", "--region", "eu-west-1"]) == 2
+    assert "nobody" in capsys.readouterr().err
