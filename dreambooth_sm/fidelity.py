@@ -332,7 +332,10 @@ def _pixel_batches(processor: Any, pictures: Sequence[Image.Image], device: torc
 def _load_model(kind: Any, name: str, role: str) -> Any:
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(f"fidelity_encoders: {role}={name}: there is no such directory")
-    found, wanted = _load(AutoConfig, name, role).model_type, kind.config_class.model_type
+    config, wanted = _load(AutoConfig, name, role), kind.config_class.model_type
+    if getattr(config, "auto_map", None):
+        raise _own_code(name, role)
+    found = config.model_type
     if found != wanted:
         raise UserError(f"fidelity_encoders: {role}={name} is a {found} model; name a {wanted} model")
     model, info = _load(kind, name, role, dtype=torch.float32, output_loading_info=True)
@@ -343,10 +346,19 @@ def _load_model(kind: Any, name: str, role: str) -> Any:
 
 def _load(kind: Any, name: str, role: str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(name, **options)
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # a damaged directory makes the library raise nearly anything
+        if "trust_remote_code" in str(error):
+            raise _own_code(name, role) from None
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"fidelity_encoders: {role}={name} can't be loaded as {kind.__name__} ({reason}); name a hub id that can "
             "be reached, or a directory with the whole model"
         ) from error
+
+
+def _own_code(name: str, role: str) -> UserError:
+    return UserError(
+        f"fidelity_encoders: {role}={name} brings code of its own (auto_map in its configuration), which is never run; "
+        "name a model of transformers' own classes"
+    )

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from dreambooth_sm.storage import S3Uri
 
 # SageMaker's disk that outlives a job of a warm pool.
 _WARM_POOL = "SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"
+_CACHE = "dreambooth-sm-models"
 # Models that the image was built with (the Dockerfile's BASE_MODEL), as directories named by their hub ids.
 BAKED = Path("/opt/base-models")
 _SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -39,8 +41,26 @@ def is_local(name: str) -> bool:
 
 
 def cache_directory() -> Path:
-    """The warm pool's disk where there is one, or else a temporary directory of the container."""
-    return Path(os.environ.get(_WARM_POOL) or tempfile.gettempdir()) / "dreambooth-sm-models"
+    """A directory of this user's own: on the warm pool's disk where there is one, or else among temporary files.
+
+    Raises:
+        UserError: where somebody else could have put models there.
+    """
+    disk = os.environ.get(_WARM_POOL)
+    directory = Path(disk) / _CACHE if disk else Path(tempfile.gettempdir()) / f"{_CACHE}-{os.getuid()}"
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        found = directory.lstat()
+    except OSError as error:
+        raise UserError(f"{directory}, where base models are kept, can't be made: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UserError(
+            f"{directory}, where base models are kept, is not a directory that this user alone can write to; remove "
+            f"it, or set {_WARM_POOL if disk else 'TMPDIR'} to another directory"
+        )
+    return directory
 
 
 def fetch(
@@ -147,8 +167,7 @@ def _download_object(uri: S3Uri, path: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """One process of this host at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

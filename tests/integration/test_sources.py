@@ -52,6 +52,26 @@ def test_a_warm_pool_keeps_what_was_downloaded_until_it_changes(target: S3Uri, t
     assert sources.fetch(str(uri)).read_bytes() == b"two"
 
 
+def test_models_are_kept_where_nobody_else_can_put_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    directory = sources.cache_directory()
+    assert directory == sources.cache_directory()
+    assert (directory.parent, directory.stat().st_mode & 0o777) == (tmp_path, 0o700)
+    directory.chmod(0o777)
+    with pytest.raises(UserError, match=f"{directory}.* is not a directory that this user alone can write to"):
+        sources.cache_directory()
+    directory.rmdir()
+    (tmp_path / "others").mkdir()
+    directory.symlink_to(tmp_path / "others")
+    with pytest.raises(UserError, match="TMPDIR"):
+        sources.cache_directory()
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    (tmp_path / "dreambooth-sm-models-12345").mkdir(mode=0o700)  # by another user
+    with pytest.raises(UserError, match="this user alone"):
+        sources.cache_directory()
+
+
 @pytest.mark.usefixtures("aws")
 @pytest.mark.parametrize("key", ["no/such/prefix", "no/such/model.safetensors"])
 def test_nothing_there(target: S3Uri, key: str) -> None:

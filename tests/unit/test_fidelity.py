@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -393,3 +395,38 @@ def test_damaged_models(dino: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"lacks encoder\.layer\.2"):
         load_encoders(f"dino={deeper}")
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("config.json", {"auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}),
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}),
+        ("preprocessor_config.json", {"auto_map": {"AutoImageProcessor": "own.Own"}, "image_processor_type": "Own"}),
+    ],
+)
+def test_code_that_comes_with_an_encoder_is_never_run(
+    file: str, changed: dict[str, Any], clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(shutil.copytree(clip, tmp_path / "clip"))
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    (directory / file).write_text(json.dumps(json.loads((directory / file).read_text()) | changed))
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    with pytest.raises(UserError, match=r"clip=.* brings code of its own \(auto_map"):
+        load_encoders(f"clip={directory}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_is_of_transformers_own_class(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = Path(shutil.copytree(clip, tmp_path / "clip"))
+    (directory / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    ours, theirs = (load_encoders(f"clip={each}").prompts for each in (directory, clip))
+    assert ours
+    assert theirs
+    pictures = pictures_of((255, 0, 0))
+    assert ours.agreement(pictures, ["a toy"]) == theirs.agreement(pictures, ["a toy"])
+    assert not (tmp_path / "run").exists()
