@@ -6,6 +6,7 @@ Importing it pulls in neither torch nor a SageMaker SDK.
 from launcher.fit import check, contact_sheet, estimate, estimator, fit, model_trainer, request
 from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
 from launcher.local import local_services
+from launcher.service_errors import ServiceError
 from launcher.training_request import Resources
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "JobStopped",
     "JobSummary",
     "Resources",
+    "ServiceError",
     "attach",
     "check",
     "contact_sheet",

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"error: {redact(problem, os.environ)}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    except (launcher.JobFailed, TransferError, BotoCoreError, ClientError) as error:
+    except (launcher.JobFailed, launcher.ServiceError, TransferError, BotoCoreError, ClientError) as error:
         print(f"error: {redact(str(error), os.environ)}", file=sys.stderr)
         return EXIT_FAILURE
     except KeyboardInterrupt:

@@ -10,9 +10,23 @@ from dreambooth_sm.storage import s3_client
 
 if TYPE_CHECKING:
     from boto3.session import Session
+    from botocore.config import Config
 
-# Polling meets CloudWatch's and SageMaker's request limits sooner or later: botocore waits and tries again.
+# Polling meets CloudWatch's and SageMaker's request limits sooner or later: botocore waits and tries again, alike for
+# all services.
 _ATTEMPTS = 10
+_CONNECT_S, _READ_S = 10, 60
+
+
+def retrying() -> Config:
+    """How every client tries again, but for that of S3, which has the same figures and more."""
+    from botocore.config import Config
+
+    return Config(
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        connect_timeout=_CONNECT_S,
+        read_timeout=_READ_S,
+    )
 
 
 class Clients:
@@ -38,15 +52,13 @@ class Clients:
 
     def _make(self, service: str) -> Any:
         import boto3.session
-        from botocore.config import Config
         from botocore.exceptions import BotoCoreError, NoRegionError
 
         try:
             session: Any = self._session or boto3.session.Session()
             if service == "s3":
-                return s3_client(session)
-            config = Config(retries={"mode": "standard", "total_max_attempts": _ATTEMPTS})
-            return session.client(service, config=config)
+                return s3_client(session, attempts=_ATTEMPTS, timeout=_READ_S)
+            return session.client(service, config=retrying())
         except NoRegionError:
             raise UserError("no AWS region is set: set AWS_DEFAULT_REGION, such as us-west-2") from None
         except (BotoCoreError, ValueError) as error:

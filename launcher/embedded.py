@@ -19,7 +19,7 @@ from typing import Any
 
 from dreambooth_sm import __version__
 from dreambooth_sm.embedded import REGION, Application, EmbeddedS3, embedded_s3
-from launcher.clients import Clients
+from launcher.clients import Clients, retrying
 from launcher.local import ENTRYPOINT
 from launcher.training import GRACE, Training
 
@@ -267,7 +267,7 @@ class EmbeddedClients(Clients):
     def _make(self, service: str) -> Any:
         if service != "s3":
             session: Any = self._server.session()
-            return session.client(service, endpoint_url=self._server.endpoint_url)
+            return session.client(service, endpoint_url=self._server.endpoint_url, config=retrying())
         return self._server.client() if self._with_s3 else super()._make(service)
 
 

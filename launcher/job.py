@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -22,7 +23,8 @@ from launcher.clients import Clients
 from launcher.instances import INSTANCES
 from launcher.logs import LogReader
 from launcher.progress import Progress
-from launcher.views import Page, Pictures, Standing, choose_view
+from launcher.service_errors import Kind, ServiceError, asking
+from launcher.views import Display, Page, Pictures, Standing, choose_view
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -32,6 +34,8 @@ ENDED = ("Completed", "Failed", "Stopped")
 _POLL, _POLL_LOCAL = 2.0, 0.25
 # CloudWatch shows a line some seconds after it was written: how long an ended job's log has to stay silent.
 _SETTLE = 8.0
+# How long SageMaker, and a service of this machine, may give no answer before a job is not followed any further.
+_PATIENCE, _PATIENCE_LOCAL = 900.0, 10.0
 _LAST_LINES = 12
 
 
@@ -91,6 +95,8 @@ class Job:
         self._progress: Progress | None = None
         self._ended: dict[str, Any] | None = None
         self._log_is_whole = False
+        # Whether it is of no use to ask for it.
+        self._log_is_off = False
 
     def __repr__(self) -> str:
         return f"Job({self.name!r})"
@@ -102,14 +108,16 @@ class Job:
 
         Raises:
             UserError: there is no such job in this account and region.
+            ServiceError: AWS can't be reached, or not with these credentials.
         """
         if self._ended:
             return self._ended
         sagemaker = self._clients("sagemaker")
         try:
-            description: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=self.name)
-        except sagemaker.exceptions.ClientError as error:
-            if "not found" in error.response["Error"].get("Message", "").lower():
+            with asking(f"{self.name} can't be looked at"):
+                description: dict[str, Any] = sagemaker.describe_training_job(TrainingJobName=self.name)
+        except ServiceError as error:
+            if error.kind is Kind.MISSING:
                 raise UserError(f"there is no training job {self.name!r} in {sagemaker.meta.region_name}") from None
             raise
         if description["TrainingJobStatus"] in ENDED:
@@ -129,14 +137,22 @@ class Job:
     # Log
 
     def lines(self) -> list[str]:
-        """All lines of the log so far."""
+        """All lines of the log so far.
+
+        Raises:
+            ServiceError: the log can't be read.
+        """
         self._read_log()
         return list(self._lines)
 
     def logs(self, *, follow: bool = False) -> Iterator[str]:
-        """The lines of the log; with ``follow``, also those that come until the job has ended."""
+        """The lines of the log; with ``follow``, also those that come until the job has ended.
+
+        Raises:
+            ServiceError: the log can't be read.
+        """
         shown = 0
-        for _ in self._polls() if follow else [self._read_log()]:
+        for _ in self._polls(self._read_log) if follow else [self._read_log()]:
             yield from self._lines[shown:]
             shown = len(self._lines)
 
@@ -163,8 +179,10 @@ class Job:
     def wait(self, log: Callable[[str], None] | None = None) -> Job:
         """Follows the job until it has ended.
 
-        Ctrl-C leaves a job on AWS running and says how to go on; a job of this machine is stopped by it, with a
-        checkpoint.
+        Ctrl-C leaves a job on AWS running and says how to follow it again; a job of this machine is stopped by it,
+        with a checkpoint. Nothing else that goes wrong here stops a job: without rights to the log its status alone
+        is followed, a network that is away is waited for, and where the display or ``log`` fails, following goes on
+        without it, with a warning.
 
         Args:
             log: gets each line of the log. Default: lines with a progress display, as terminal and notebook can.
@@ -175,56 +193,110 @@ class Job:
         Raises:
             JobFailed: with the job's own reason, the last lines of its log and what to do.
             JobStopped: somebody stopped it, or its time was up.
+            ServiceError: the job can't be followed any further, and keeps running: credentials have expired, say.
         """
         shown = 0
-        view = choose_view(self.name, log)
+        display = Display(choose_view(self.name, log))
+
+        def read_log() -> list[str]:
+            try:
+                return self._read_log()
+            except ServiceError as error:
+                # What SageMaker answers decides about credentials and the network.
+                if error.kind is not Kind.CREDENTIALS and not error.kind.passes:
+                    self._log_is_off = True
+                    display.say(f"the log can't be read, so this follows the status alone: {error}")
+                return []
+
         try:
-            with view:
-                for description in self._polls():
+            with display:
+                for description in self._polls(read_log, display.say):
                     for line in self._lines[shown:]:
-                        view.say(line)
+                        display.say(line)
                     shown = len(self._lines)
-                    view.show(self._standing(description))
-        except BaseException as error:
-            self._leave(error)
+                    display.show(partial(self._standing, description))
+        except KeyboardInterrupt:
+            self._interrupted()
             raise
         return self._end(description)
 
     def stop(self) -> None:
-        """Asks SageMaker to stop the job, which saves a checkpoint first; :meth:`wait` waits until it has ended."""
-        sagemaker = self._clients("sagemaker")
-        try:
-            sagemaker.stop_training_job(TrainingJobName=self.name)
-        except sagemaker.exceptions.ClientError as error:
-            if self.status not in ENDED:
-                raise UserError(f"{self.name} can't be stopped: {error.response['Error']['Message']}") from error
+        """Asks SageMaker to stop the job, which saves a checkpoint first; :meth:`wait` waits until it has ended.
 
-    def _polls(self) -> Iterator[dict[str, Any]]:
-        """The job's description, each time with all the log that there is, until the job has ended."""
+        Raises:
+            UserError: there is no such job.
+            ServiceError: AWS can't be reached, or not with these credentials.
+        """
+        try:
+            with asking(f"{self.name} can't be stopped"):
+                self._clients("sagemaker").stop_training_job(TrainingJobName=self.name)
+        except ServiceError as error:
+            if error.kind in (Kind.MISSING, Kind.OTHER) and self.status in ENDED:
+                return
+            raise
+
+    def _polls(
+        self, read_log: Callable[[], object], notice: Callable[[str], None] = lambda line: None
+    ) -> Iterator[dict[str, Any]]:
+        """The job's description, each time after the log was read, until the job has ended.
+
+        Raises:
+            ServiceError: the job can't be followed any further.
+        """
         pause = _POLL_LOCAL if self.is_local else _POLL
-        while (description := self.describe())["TrainingJobStatus"] not in ENDED:
-            self._read_log()
+        while (description := self._describe_patiently(notice))["TrainingJobStatus"] not in ENDED:
+            read_log()
             yield description
             time.sleep(pause)
         silent_since = time.monotonic()
         while True:
-            if self._read_log():
+            if read_log():
                 silent_since = time.monotonic()
             yield description
-            if self.is_local or _ended_long_ago(description) or time.monotonic() - silent_since >= _SETTLE:
+            silent = self._log_is_off or time.monotonic() - silent_since >= _SETTLE
+            if self.is_local or silent or _ended_long_ago(description):
                 self._log_is_whole = True
                 return
             time.sleep(pause)
 
-    def _leave(self, error: BaseException) -> None:
-        """What becomes of the job when following it ends early."""
-        if self.is_local:  # it lives no longer than this process
-            self.stop()
-            for _ in self._polls():
-                pass
-        elif isinstance(error, KeyboardInterrupt):
+    def _describe_patiently(self, notice: Callable[[str], None]) -> dict[str, Any]:
+        """The job's description; AWS that does not answer is asked again for a while."""
+        patience = _PATIENCE_LOCAL if self.is_local else _PATIENCE
+        since = time.monotonic()
+        told = False
+        while True:
+            try:
+                return self.describe()
+            except ServiceError as error:
+                if not error.kind.passes or time.monotonic() - since >= patience:
+                    raise ServiceError(
+                        f"the job {self.name} keeps running{'' if self.is_local else ' on SageMaker'}, and can't be "
+                        f"followed from here ({error.reason}): {error.advice or 'put that right'}, then "
+                        f'launcher.attach("{self.name}").wait() follows it again',
+                        error.kind,
+                        error.reason,
+                        error.advice,
+                    ) from error
+                if not told:
+                    notice(f"no answer from SageMaker, trying again: {error.reason}")
+                told = True
+                time.sleep(_POLL)
+
+    def _interrupted(self) -> None:
+        """What becomes of the job on Ctrl-C."""
+        if not self.is_local:
             print(
-                f"{self.name} goes on: launcher.attach({self.name!r}).wait() follows it again, .stop() ends it.",
+                f"{self.name} keeps running: launcher.attach({self.name!r}).wait() follows it again, .stop() ends it.",
+                flush=True,
+            )
+            return
+        self.stop()  # it lives no longer than this process
+        for _ in self._polls(lambda: None):
+            pass
+        if self.directory and list(self.directory.glob("checkpoints/step-*")):
+            print(
+                f"{self.name} is stopped. Its checkpoint is in {self.directory / 'checkpoints'}: the same call with "
+                f"directory={str(self.directory)!r} resumes from it.",
                 flush=True,
             )
 
@@ -232,7 +304,7 @@ class Job:
         status, last = description["TrainingJobStatus"], self._lines[-_LAST_LINES:]
         if status == "Completed":
             return self
-        reason = description.get("FailureReason") or description["SecondaryStatus"]
+        reason = description.get("FailureReason") or description.get("SecondaryStatus", status)
         if status == "Stopped":
             raise JobStopped(self.name, f"the job was stopped ({reason})", last, advice_for(reason))
         raise JobFailed(self.name, reason, last, advice_for("\n".join([reason, *last])))
@@ -240,14 +312,14 @@ class Job:
     def _standing(self, description: dict[str, Any]) -> Standing:
         return Standing(
             status=description["TrainingJobStatus"],
-            doing=description["SecondaryStatus"],
+            doing=description.get("SecondaryStatus", ""),
             progress=self._follow_progress(description, read=False),
             seconds=_seconds(description),
             cost=self._cost(description),
         )
 
     def _cost(self, description: dict[str, Any]) -> float | None:
-        resources = description["ResourceConfig"]
+        resources = description.get("ResourceConfig", {})
         instance = INSTANCES.get(resources.get("InstanceType", ""))
         price = self.price or (instance.usd_per_hour if instance else None)
         if price is None or self.is_local:
@@ -257,11 +329,12 @@ class Job:
 
     def _read_log(self) -> list[str]:
         """What is new in the log."""
-        if self._log_is_whole:
+        if self._log_is_whole or self._log_is_off:
             return []
         if self._reader is None:
             self._reader = LogReader(self._clients("logs"), self.name)
-        new = self._reader.read()
+        with asking(f"the log of {self.name} can't be read"):
+            new = self._reader.read()
         self._lines += new
         if self._progress:
             for line in new:
@@ -359,7 +432,8 @@ class Job:
         """Where the job itself uploads its model, if it does."""
         hyperparameters = self.describe().get("HyperParameters", {})
         for name in ("manual_upload_model_path", "manul_upload_model_path"):
-            if target := hyperparameters.get(name, "").strip('"'):
+            target = hyperparameters.get(name, "").strip('"')
+            if target.startswith("s3://"):  # another image may mean something else by it
                 return S3Uri.parse(target)
         return None
 
@@ -445,22 +519,28 @@ def list_jobs(
     found = pages.paginate(
         SortBy="CreationTime", SortOrder="Descending", PaginationConfig={"MaxItems": limit}, **options
     )
-    return [
-        JobSummary(job["TrainingJobName"], job["TrainingJobStatus"], job["CreationTime"], job.get("TrainingEndTime"))
-        for page in found
-        for job in page["TrainingJobSummaries"]
-    ]
+    with asking("the jobs can't be listed"):
+        return [
+            JobSummary(
+                job["TrainingJobName"], job["TrainingJobStatus"], job["CreationTime"], job.get("TrainingEndTime")
+            )
+            for page in found
+            for job in page["TrainingJobSummaries"]
+        ]
 
 
 def _ended_long_ago(description: dict[str, Any]) -> bool:
-    return datetime.now(UTC) - description["LastModifiedTime"] > timedelta(minutes=1)
+    ended = description.get("TrainingEndTime") or description.get("LastModifiedTime")
+    return ended is not None and datetime.now(UTC) - ended > timedelta(minutes=1)
 
 
 def _steps(hyperparameters: dict[str, str]) -> int | None:
+    """Training steps in all; None where a length in epochs, or a job of another image, does not say it."""
     steps = hyperparameters.get("max_train_steps", "").strip('"')
-    if steps.isdecimal():
+    if steps.isascii() and steps.isdecimal():
         return int(steps)
-    return None if "num_train_epochs" in hyperparameters else DEFAULT_TRAIN_STEPS
+    ours = any(name in hyperparameters for name in ("instance_prompt", "concepts_list"))
+    return DEFAULT_TRAIN_STEPS if ours and "num_train_epochs" not in hyperparameters else None
 
 
 def _seconds(description: dict[str, Any]) -> float:

@@ -51,7 +51,12 @@ _SECRET_NAME = re.compile(
     r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE|SECRET)_KEY)(_|$)", re.IGNORECASE
 )
 _NO_SECRET_ENDINGS = ("_PATH", "_FILE", "_DIR", "_NAME", "_ARN", "_URL")
-_SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+# The user and password of an address.
+_USER = re.compile(r"(?<=://)[^/\s?#'\"]*@")
+_SECRET_VALUE = re.compile(
+    r"(?<=://)[^/\s?#'\":]*:[^/\s?#'\"]+(?=@)"
+    r"|hf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 
 
 class Resources(BaseModel):
@@ -306,7 +311,7 @@ def redact(text: str, environment: Mapping[str, str]) -> str:
     """A text without secrets of this process or what looks like one."""
     for value in _secrets_of(environment):
         text = text.replace(value, "***")
-    return _SECRET_VALUE.sub("***", text)
+    return _SECRET_VALUE.sub("***", _USER.sub("***@", text))
 
 
 def _secrets_of(environment: Mapping[str, str]) -> list[str]:

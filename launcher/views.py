@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -86,6 +87,47 @@ class View(AbstractContextManager["View"]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """The job has ended, or nobody follows it any more."""
+
+
+class Display(AbstractContextManager["Display"]):
+    """A view whose own errors end nothing but itself: the job that it shows goes on, and so does following it.
+
+    Args:
+        view: where the job is shown.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view: View | None = view
+
+    def __enter__(self) -> Display:
+        self._try(lambda view: view.__enter__())
+        return self
+
+    def say(self, line: str) -> None:
+        """A line of the job's log, or about following it."""
+        self._try(lambda view: view.say(line))
+
+    def show(self, standing: Callable[[], Standing]) -> None:
+        """Where the job stands now."""
+        self._try(lambda view: view.show(standing()))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._try(lambda view: view.__exit__(kind, error, trace))
+
+    def _try(self, part: Callable[[View], object]) -> None:
+        if self._view is None:
+            return
+        try:
+            part(self._view)
+        except Exception as error:
+            self._view = None
+            warnings.warn(
+                f"the job's lines can't be shown ({type(error).__name__}: {error}); it is followed without them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 class TerminalView(View):

@@ -261,3 +261,24 @@ def test_secrets_of_the_environment_are_found_and_hidden() -> None:
     assert "horse" not in problem
     assert redact("see correct-horse-battery in /home/somebody", environment) == "see *** in /home/somebody"
     assert redact(f"token {HF_TOKEN}, key {AWS_KEY}", {}) == "token ***, key ***"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:hunter2@s3.example.com/x", "https://***@s3.example.com/x"),
+        ('connect to "http://me:p@ss@[::1]:9000/" failed', 'connect to "http://***@[::1]:9000/" failed'),
+        ("proxy http://token@proxy:8080", "proxy http://***@proxy:8080"),
+        ("mail me@example.com about https://example.com/a@b", "mail me@example.com about https://example.com/a@b"),
+    ],
+)
+def test_passwords_of_addresses_are_not_shown(text: str, shown: str) -> None:
+    assert redact(text, {}) == shown
+
+
+def test_an_address_with_a_password_is_a_secret() -> None:
+    endpoint = {"HyperParameters": {"s3_endpoint_url": "https://me:hunter2@s3.example.com"}}
+    (problem,) = find_secrets(endpoint)
+    assert problem.startswith("request.HyperParameters.s3_endpoint_url holds a secret")
+    assert "hunter2" not in problem
+    assert find_secrets({"HyperParameters": {"s3_endpoint_url": "https://s3.example.com:9000"}}) == []

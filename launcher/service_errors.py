@@ -1,0 +1,149 @@
+"""What AWS answers instead of an answer: of which kind it is, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+from launcher.advice import advice_for
+from launcher.training_request import redact
+
+
+class Kind(Enum):
+    """Why there is no answer, and what to do about it where the answer itself says nothing more special."""
+
+    CREDENTIALS = "renew your credentials (`aws sso login`, `aws configure`, or set AWS_PROFILE)"
+    CLOCK = "set this machine's clock: AWS takes requests of the last few minutes only"
+    DENIED = "allow the action to your own credentials (`dreambooth-launcher iam` prints the policy)"
+    MISSING = "correct the name, the region or the account"
+    BUSY = "try again in a few minutes"
+    NETWORK = "check the network, the proxy and AWS_ENDPOINT_URL"
+    OTHER = ""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the same request may well be answered a little later."""
+        return self in (Kind.BUSY, Kind.NETWORK)
+
+
+_KINDS = {
+    Kind.CREDENTIALS: """
+        ExpiredToken ExpiredTokenException ExpiredTokenIdException InvalidClientTokenId InvalidToken InvalidAccessKeyId
+        UnrecognizedClientException UnrecognizedClient AuthFailure MissingAuthenticationToken
+        MissingAuthenticationTokenException IncompleteSignature SignatureDoesNotMatch InvalidSignatureException
+        InvalidIdentityToken TokenRefreshRequired NotAuthorizedException UnauthorizedException InvalidGrantException
+    """,
+    Kind.CLOCK: "RequestTimeTooSkewed RequestExpired RequestInTheFuture",
+    Kind.DENIED: """
+        AccessDenied AccessDeniedException UnauthorizedOperation AuthorizationError Forbidden 403 OptInRequired
+    """,
+    Kind.MISSING: """
+        NoSuchEntity NoSuchEntityException RepositoryNotFoundException ImageNotFoundException ResourceNotFound
+        ResourceNotFoundException NoSuchResourceException NoSuchBucket NoSuchKey NotFound 404
+    """,
+    Kind.BUSY: """
+        Throttling ThrottlingException ThrottledException Throttled RequestThrottled RequestThrottledException
+        TooManyRequestsException ProvisionedThroughputExceededException RequestLimitExceeded BandwidthLimitExceeded
+        LimitExceededException PriorRequestNotComplete SlowDown InternalFailure InternalServerError InternalError
+        InternalServiceError InternalServerException ServiceUnavailable ServiceUnavailableException RequestTimeout
+        RequestTimeoutException TransactionInProgressException
+    """,
+}
+_KIND_OF_CODE = {code: kind for kind, codes in _KINDS.items() for code in codes.split()}
+# botocore's own errors, by the names of their classes or of those that they are made from.
+_KIND_OF_CLASS = {
+    "NoCredentialsError": Kind.CREDENTIALS,
+    "PartialCredentialsError": Kind.CREDENTIALS,
+    "CredentialRetrievalError": Kind.CREDENTIALS,
+    "MetadataRetrievalError": Kind.CREDENTIALS,
+    "TokenRetrievalError": Kind.CREDENTIALS,
+    "NoAuthTokenError": Kind.CREDENTIALS,
+    "SSOError": Kind.CREDENTIALS,
+    "UnauthorizedSSOTokenError": Kind.CREDENTIALS,
+    "SSOTokenLoadError": Kind.CREDENTIALS,
+    "LoginError": Kind.CREDENTIALS,
+    "RefreshWithMFAUnsupportedError": Kind.CREDENTIALS,
+    "HTTPClientError": Kind.NETWORK,
+    "ConnectionError": Kind.NETWORK,
+    "ResponseStreamingError": Kind.NETWORK,
+    "IncompleteReadError": Kind.NETWORK,
+    # An answer that is none of AWS's: a proxy's or a hotel's page.
+    "ResponseParserError": Kind.NETWORK,
+}
+
+
+class ServiceError(RuntimeError):
+    """AWS does not do what it was asked: for want of valid credentials, rights or a network, or for a fault of its own.
+
+    Attributes:
+        kind: of the reason.
+        reason: in AWS's or botocore's words.
+        advice: what to do about it; empty where nothing is known.
+    """
+
+    def __init__(self, message: str, kind: Kind, reason: str, advice: str) -> None:
+        self.kind, self.reason, self.advice = kind, reason, advice
+        super().__init__(message)
+
+    @classmethod
+    def of(cls, doing: str, error: Exception) -> ServiceError:
+        """What became of ``doing``, for an error of boto3 or botocore."""
+        kind, reason = kind_of(error), reason_of(error)
+        special = advice_for(reason) if kind in (Kind.OTHER, Kind.DENIED) else None
+        advice = special or kind.value
+        return cls(f"{doing}: {reason}" + (f"; {advice}" if advice else ""), kind, reason, advice)
+
+
+def kind_of(error: Exception) -> Kind:
+    """The kind of an error of boto3 or botocore."""
+    answer: dict[str, Any] = getattr(error, "response", None) or {}
+    code = str(answer.get("Error", {}).get("Code", ""))
+    message = str(answer.get("Error", {}).get("Message", ""))
+    # A signature that is too old or too new has the code of one that is wrong.
+    if any(words in message for words in ("Signature expired", "Signature not yet current", "clock")):
+        return Kind.CLOCK
+    if found := _KIND_OF_CODE.get(code):
+        return found
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if status >= 500 or status == 429:
+        return Kind.BUSY
+    if code == "ValidationException" and "not found" in message.lower():
+        return Kind.MISSING
+    if "still expired" in str(error):
+        return Kind.CREDENTIALS
+    names = [base.__name__ for base in type(error).__mro__]
+    return next((_KIND_OF_CLASS[name] for name in names if name in _KIND_OF_CLASS), Kind.OTHER)
+
+
+def reason_of(error: Exception) -> str:
+    """What AWS or botocore said, in one line and without secrets."""
+    answer = getattr(error, "response", None)
+    if answer:
+        found = answer.get("Error", {})
+        text = ": ".join(str(found[name]) for name in ("Code", "Message") if found.get(name)) or str(error)
+    else:
+        text = str(error) or type(error).__name__
+    return redact(" ".join(text.split()), os.environ)
+
+
+@contextmanager
+def asking(doing: str) -> Iterator[None]:
+    """What AWS refuses inside the block becomes a :class:`ServiceError`.
+
+    Args:
+        doing: what was tried, for the message.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError, ResponseParserError) as error:
+        raise ServiceError.of(doing, error) from error
+    except RuntimeError as error:
+        if "still expired" not in str(error):  # botocore's word on credentials that were renewed too late
+            raise
+        raise ServiceError.of(doing, error) from error
