@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The two SageMaker SDKs can't be installed together: the tests run each in an environment of its own (280 MB, 20 s).
 SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
+# Older versions of diffusers, which have to read what is written here (140 MB each; torch is .venv's).
+READERS := .venv-diffusers-0.27/.installed .venv-diffusers-0.32/.installed
 
 .PHONY: demo test lint lock clean
 
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
 
-test: $(STAMP) $(SDKS)
+test: $(STAMP) $(SDKS) $(READERS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 lint: $(STAMP)
@@ -38,5 +40,12 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps -r $<
 	touch $@
 
+PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+.venv-diffusers-%/.installed: requirements/diffusers-%.txt $(STAMP)
+	$(BIN)/python -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps -r $<
+	$(BIN)/python $(PURELIB) > "$$($(@D)/bin/python $(PURELIB))/shared.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-sdk2 .venv-sdk3 demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-sdk2 .venv-sdk3 .venv-diffusers-0.27 .venv-diffusers-0.32 demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -75,7 +75,7 @@ def save_tiny_xl_pipeline(
         scheduler_options, seed: as of :func:`save_tiny_pipeline`.
     """
     second_tokenizer = byte_tokenizer()
-    second_tokenizer.pad_token = "!"
+    second_tokenizer.add_special_tokens({"pad_token": "!"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionXLPipeline(

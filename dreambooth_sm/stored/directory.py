@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, open_tensors, write_safetensors
 from dreambooth_sm.stored.layout import PARTS
 from dreambooth_sm.stored.model import (
+    Pipeline,
     Progress,
     StoredModel,
     check_complete,
@@ -29,6 +31,10 @@ from dreambooth_sm.stored.model import (
 _TEXT_PREFIX = "text_model."
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _ADVICE = "copy the directory again"
+# Of a token that was added to a vocabulary, what its configuration says.
+_ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+# What transformers 5 writes about how it loaded a tokenizer.
+_LOADING = ("is_local", "local_files_only")
 
 
 def read_directory(directory: Path) -> StoredModel:
@@ -120,7 +126,7 @@ def write_directory(
     dtype: torch.dtype | None = torch.float16,
     progress: Progress = no_progress,
 ) -> None:
-    """Writes a pipeline directory that every version of diffusers and transformers reads.
+    """Writes a pipeline directory that diffusers reads with transformers 4 and 5, with and without a ``dtype``.
 
     Args:
         dtype: of the weights; None keeps each as it is.
@@ -132,20 +138,55 @@ def write_directory(
         folder = directory / part
         folder.mkdir(exist_ok=True)
         if part.startswith("text_encoder"):
-            _text_config(getattr(pipeline, part), dtype).save_pretrained(folder)
+            _write_json(folder / "config.json", _text_config(getattr(pipeline, part)))
         else:
             getattr(pipeline, part).save_config(folder)
         prefix = _TEXT_PREFIX if part == "text_encoder" else ""
         tensors = {prefix + name: tensor for name, tensor in stored.items()}
         write_safetensors(folder / f"{_weights_name(part)}.safetensors", tensors, dtype=dtype, progress=progress)
-    for name in (*tokenizers_of(model.tensors), "scheduler", "feature_extractor"):
+    for name in tokenizers_of(model.tensors):
+        write_tokenizer(getattr(pipeline, name), directory / name)
+    for name in ("scheduler", "feature_extractor"):
         if (part_of := getattr(pipeline, name)) is not None:
             part_of.save_pretrained(directory / name)
+    _write_index(pipeline, directory)
+
+
+def _write_index(pipeline: Pipeline, directory: Path) -> None:
     pipeline.save_config(directory)
+    if pipeline.feature_extractor is not None:
+        # Where torchvision is missing, transformers 5 calls its class by a name that transformers 4 does not know.
+        path = directory / "model_index.json"
+        index = json.loads(path.read_text(encoding="utf-8"))
+        _write_json(path, index | {"feature_extractor": ["transformers", "CLIPImageProcessor"]})
 
 
-def _text_config(text_encoder: Any, dtype: torch.dtype | None) -> CLIPTextConfig:
+def _text_config(text_encoder: Any) -> dict[str, Any]:
+    """What the libraries load the text encoder as when they are told no type: diffusers loads its own modules in
+    float32 then, and transformers 5 in the type that the configuration names (4 calls it ``torch_dtype``)."""
     values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__]}
-    if dtype is not None:
-        values["dtype"] = str(dtype).removeprefix("torch.")
-    return CLIPTextConfig.from_dict(values)
+    said: dict[str, Any] = json.loads(CLIPTextConfig.from_dict(values).to_json_string())
+    return said | {"dtype": "float32"}
+
+
+def write_tokenizer(tokenizer: CLIPTokenizer, directory: Path) -> None:
+    """Writes a tokenizer that transformers 4 reads as well: it wants the vocabulary and the merges as files of their
+    own, and tokens that were added in the configuration."""
+    tokenizer.save_pretrained(directory)
+    tokenizer.backend_tokenizer.model.save(str(directory))
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    added = {str(number): {name: getattr(token, name) for name in _ADDED_TOKEN} for number, token in _added(tokenizer)}
+    _write_json(path, {key: config[key] for key in config if key not in _LOADING} | {"added_tokens_decoder": added})
+    _write_json(directory / "special_tokens_map.json", tokenizer.special_tokens_map)
+    vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
+    if own := {token.content: number for number, token in _added(tokenizer) if token.content not in vocabulary}:
+        _write_json(directory / "added_tokens.json", own)
+
+
+def _added(tokenizer: CLIPTokenizer) -> list[tuple[int, Any]]:
+    return sorted(tokenizer.added_tokens_decoder.items())
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -152,7 +152,7 @@ def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
     """CLIP's tokenizer, as the encoders of CLIP (padded with ``<|endoftext|>``) and of OpenCLIP (with ``!``) use it."""
     merges = gzip.decompress(files(__package__).joinpath("clip_merges.txt.gz").read_bytes()).decode()
     tokenizer = bpe_tokenizer(merges.splitlines())
-    tokenizer.pad_token = pad_token
+    tokenizer.add_special_tokens({"pad_token": pad_token})  # as on the hub: a prompt's "!" is the pad token as well
     return tokenizer
 
 

@@ -23,6 +23,8 @@ from dreambooth_sm.quiet import quiet_libraries
 # isort: split
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 
+from dreambooth_sm.stored.directory import write_directory
+from dreambooth_sm.stored.model import StoredModel
 from dreambooth_sm.toybox import toys
 from dreambooth_sm.toybox.examine import examine_judge, examine_pipeline, psnr
 from dreambooth_sm.toybox.judge import Judge, identity_loss, label_loss, load_judge, save_judge
@@ -128,8 +130,7 @@ def make_all(out: Path, settings: Settings, device: torch.device) -> dict[str, A
         latents = encode_latents(vae, training.pixels)
         pipeline = make_pipeline(vae, make_unet(), *_text_parts(settings.seed)).to(device)
         figures["unet"] = train_unet(pipeline, latents, training.captions, timetable, settings.unet_batch).figures()
-        pipeline.to(dtype=torch.float16).save_pretrained(base)
-        pipeline.to(dtype=torch.float32)
+        write_directory(StoredModel.of("toybox", pipeline), base)
 
         judge = Judge().to(device)
         lessons = training.and_also(rare)

@@ -1,0 +1,38 @@
+"""Draws with trained models in an environment of its own: ``python draw.py TARGET NAME=DIRECTORY...``.
+
+Writes the pixels of a picture for each model and each type that it is loaded in, as float arrays, to TARGET.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+LOADS: dict[str, dict[str, torch.dtype]] = {
+    "bare": {},
+    "float32": {"torch_dtype": torch.float32},
+    "float16": {"torch_dtype": torch.float16},
+}
+# Upper case, a sign that is SDXL's padding, letters of two and four bytes, and a word that is spelled.
+PROMPT = "Photo of ZWX toy! café, 🦆"
+
+torch.set_num_threads(1)
+pictures = {}
+for argument in sys.argv[2:]:
+    name, directory = argument.split("=", 1)
+    for load, options in LOADS.items():
+        pipeline = DiffusionPipeline.from_pretrained(directory, **options)
+        pipeline.set_progress_bar_config(disable=True)
+        drawn = pipeline(
+            PROMPT,
+            num_inference_steps=3,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(1),
+            output_type="np",
+        )
+        pictures[f"{name} {load}"] = drawn.images[0]
+np.savez(sys.argv[1], **pictures)
