@@ -45,10 +45,10 @@ SETTINGS = {
     "seed": "7",
 }
 _SERVER = """
-import time
+import json, time
 from dreambooth_sm.embedded import embedded_s3
 with embedded_s3() as server:
-    print(server.endpoint_url, flush=True)
+    print(json.dumps(server.environment()), flush=True)
     time.sleep(1e9)
 """
 
@@ -111,8 +111,7 @@ def main() -> None:
     chance = random.Random(options.seed)
     server = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True)
     assert server.stdout
-    os.environ |= {"AWS_ENDPOINT_URL": server.stdout.readline().strip(), "AWS_ACCESS_KEY_ID": "embedded"}
-    os.environ |= {"AWS_SECRET_ACCESS_KEY": "embedded-secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= json.loads(server.stdout.readline())
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
         with tempfile.TemporaryDirectory(prefix="kills-") as work:

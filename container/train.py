@@ -7,16 +7,10 @@ Exit codes: 0 done; 2 bad input; 143 stopped on request, with a checkpoint; 1 an
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from pathlib import Path
 
-# Before torch is imported: fragmentation costs small cards gigabytes. What the user has set wins.
-if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
-# OpenMP's threads spin while they wait: two jobs that share a machine's cores would slow each other down tenfold.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 from dreambooth_sm import distributed, sagemaker
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError

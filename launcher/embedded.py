@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm import __version__
-from dreambooth_sm.embedded import REGION, Application, EmbeddedS3, embedded_s3
+from dreambooth_sm.embedded import REGION, EmbeddedS3, embedded_s3
+from dreambooth_sm.signatures import REGION_KEY, Application
 from launcher.clients import Clients, retrying
-from launcher.local import ENTRYPOINT
+from launcher.job_environment import HUB_TOKENS, loader_variables, own_credentials, own_settings
+from launcher.local import CONTAINER, ENTRYPOINT
 from launcher.training import GRACE, Training
 
 ACCOUNT = "123456789012"  # moto's
 _REPOSITORY = _ROLE = "dreambooth-sm"  # the repository as build_and_push.sh names it
 _TARGET = "SageMaker."
 _QUOTAS = "ServiceQuotasV20190624.ListServiceQuotas"
+# What answers a request that is signed for a region.
+Operation = Callable[[dict[str, Any], str], dict[str, Any]]
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 
 
@@ -43,42 +47,45 @@ class RequestError(Exception):
 
 
 class EmbeddedSageMaker:
-    """Training jobs by name.
+    """Training jobs, each of the region that its request is signed for.
 
     Args:
         directory: where jobs lay out their ``/opt/ml`` trees.
-        clients: makes those of S3 and CloudWatch Logs that a job uses.
-        environment: of each job, over this process's own.
+        server: that jobs keep their logs on, and their files where ``with_s3``.
+        with_s3: False lets jobs use this process's AWS settings.
         entrypoint: program that jobs run as a process.
         grace: seconds between SIGTERM and SIGKILL.
+
+    Attributes:
+        jobs: by their ARN.
     """
 
     def __init__(
         self,
         directory: Path,
-        clients: Callable[[], Clients],
-        environment: Mapping[str, str],
+        server: EmbeddedS3,
         *,
+        with_s3: bool = True,
         entrypoint: Path = ENTRYPOINT,
         grace: float = GRACE,
     ) -> None:
         self.jobs: dict[str, Training] = {}
         self._directory = directory
-        self._clients = clients
-        self._environment = dict(environment)
+        self._server = server
+        self._with_s3 = with_s3
         self._entrypoint = entrypoint
         self._grace = grace
         self._tags: dict[str, dict[str, str]] = {}
-        self._operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-            "CreateTrainingJob": self.create,
-            "DescribeTrainingJob": lambda request: self._find(request).describe(),
+        self._operations: dict[str, Operation] = {
+            "CreateTrainingJob": lambda request, region: self.create(request, region=region),
+            "DescribeTrainingJob": lambda request, region: self._find(request, region).describe(),
             "ListTrainingJobs": self._list,
             "StopTrainingJob": self._stop,
         }
-        self._tag_operations: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        self._tag_operations: dict[str, Operation] = {
             "AddTags": self._add_tags,
             "DeleteTags": self._delete_tags,
-            "ListTags": lambda request: {"Tags": _pairs(self._tags[request["ResourceArn"]])},
+            "ListTags": lambda request, region: {"Tags": _pairs(self._tags[request["ResourceArn"]])},
         }
 
     def answer(
@@ -87,33 +94,47 @@ class EmbeddedSageMaker:
         """Answers a WSGI request that concerns training jobs, and passes every other one on."""
         target = environ.get("HTTP_X_AMZ_TARGET", "")
         if target == _QUOTAS:
-            return _respond(start_response, lambda request: {"Quotas": []}, {})  # a laptop has none
+            return _respond(start_response, lambda request, region: {"Quotas": []}, {}, REGION)  # a laptop has none
         if not target.startswith(_TARGET):
             return _pass_on(application, environ, start_response)
         operation = target.removeprefix(_TARGET)
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        request = json.loads(body or b"{}")
-        own_tags = request.get("ResourceArn") in self._tags
+        try:
+            request = json.loads(body or b"{}")
+            own_tags = request.get("ResourceArn") in self._tags
+        except (ValueError, AttributeError, TypeError):
+            return _send(
+                start_response, "400 Bad Request", RequestError("malformed", "SerializationException").answer()
+            )
         handler = self._tag_operations.get(operation) if own_tags else self._operations.get(operation)
         if handler is None:
             return _pass_on(application, environ | {"wsgi.input": io.BytesIO(body)}, start_response)
-        return _respond(start_response, handler, request)
 
-    def create(self, request: dict[str, Any], *, directory: Path | None = None) -> dict[str, Any]:
+        def checked(request: dict[str, Any], region: str) -> dict[str, Any]:
+            _check_shape(operation, request)
+            return handler(request, region)
+
+        return _respond(start_response, checked, request, environ[REGION_KEY])
+
+    def create(
+        self, request: dict[str, Any], *, region: str = REGION, directory: Path | None = None, own: bool = False
+    ) -> dict[str, Any]:
         """Starts a job.
 
         Args:
             request: of CreateTrainingJob. Besides ``s3://``, channels, output and checkpoints may be ``file://``
                 locations; InstanceType ``local-container`` runs the image, any other a process.
+            region: that the job belongs to.
             directory: for the job's ``/opt/ml`` tree, kept when the services end.
+            own: whether the job is this process's own, and gets its token of the model hub.
 
         Raises:
             RequestError: as SageMaker would answer, or for what only SageMaker can do.
         """
         _check(request)
         name = request["TrainingJobName"]
-        arn = f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-job/{name}"
-        if name in self.jobs:
+        arn = _arn(name, region)
+        if arn in self.jobs:
             raise RequestError(
                 f"Job name must be unique within an AWS account and region, and a job with this name already exists "
                 f"({arn})",
@@ -122,13 +143,13 @@ class EmbeddedSageMaker:
         job = Training(
             request,
             arn,
-            directory or self._directory / name,
-            clients=self._clients(),
-            environment=self._environment,
+            directory or self._directory / region / name,
+            clients=EmbeddedClients(self._server, with_s3=self._with_s3, region=region),
+            environment=self._environment(region, request["ResourceConfig"].get("InstanceType") == CONTAINER, own),
             entrypoint=self._entrypoint,
             grace=self._grace,
         )
-        self.jobs[name] = job
+        self.jobs[arn] = job
         self._tags[arn] = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
         job.start()
         return {"TrainingJobArn": arn}
@@ -139,7 +160,15 @@ class EmbeddedSageMaker:
         Raises:
             ValueError: it is no spot job, or does not run.
         """
-        self.jobs[name].interrupt()
+        self.named(name).interrupt()
+
+    def named(self, name: str) -> Training:
+        """The job of this name, the latest of several regions.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {job.name: job for job in self.jobs.values()}[name]
 
     def close(self) -> None:
         """Stops the jobs that still run, and waits for their end."""
@@ -149,41 +178,50 @@ class EmbeddedSageMaker:
         for job in running:
             job.join()
 
-    def _find(self, request: dict[str, Any]) -> Training:
+    def _environment(self, region: str, in_container: bool, own: bool) -> dict[str, str]:
+        if self._with_s3:
+            tokens = {name: value for name, value in own_settings().items() if name in HUB_TOKENS}
+            return {**self._server.environment(region), **(tokens if own else {})}
+        return own_credentials() if in_container else own_settings()
+
+    def _find(self, request: dict[str, Any], region: str) -> Training:
         try:
-            return self.jobs[request["TrainingJobName"]]
+            return self.jobs[_arn(request["TrainingJobName"], region)]
         except KeyError:
             raise RequestError("Requested resource not found.") from None
 
-    def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _stop(self, request: dict[str, Any], region: str) -> dict[str, Any]:
         try:
-            self._find(request).stop()
+            self._find(request, region).stop()
         except ValueError as error:
             raise RequestError(f"The request was rejected because {error}.") from None
         return {}
 
-    def _list(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _list(self, request: dict[str, Any], region: str) -> dict[str, Any]:
         jobs = [
             job.summary()
-            for job in self.jobs.values()
-            if request.get("NameContains", "") in job.name
+            for job in list(self.jobs.values())
+            if job.region == region
+            and request.get("NameContains", "") in job.name
             and request.get("StatusEquals", job.status) == job.status
             and request.get("CreationTimeAfter", 0) <= job.created <= request.get("CreationTimeBefore", float("inf"))
         ]
         keys = {"Name": "TrainingJobName", "Status": "TrainingJobStatus"}
         key = keys.get(request.get("SortBy", ""), "CreationTime")
         jobs.sort(key=lambda job: job[key], reverse=request.get("SortOrder", "Descending") == "Descending")
-        start = int(request.get("NextToken", 0))
+        if not (token := request.get("NextToken", "0")).isdecimal():
+            raise RequestError("NextToken is not one of ListTrainingJobs")
+        start = int(token)
         end = start + request.get("MaxResults", 100)
         more = {"NextToken": str(end)} if end < len(jobs) else {}
         return {"TrainingJobSummaries": jobs[start:end], **more}
 
-    def _add_tags(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _add_tags(self, request: dict[str, Any], region: str) -> dict[str, Any]:
         tags = self._tags[request["ResourceArn"]]
         tags.update({tag["Key"]: tag["Value"] for tag in request["Tags"]})
         return {"Tags": _pairs(tags)}
 
-    def _delete_tags(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _delete_tags(self, request: dict[str, Any], region: str) -> dict[str, Any]:
         for key in request["TagKeys"]:
             self._tags[request["ResourceArn"]].pop(key, None)
         return {}
@@ -199,10 +237,10 @@ def _pass_on(application: Application, environ: dict[str, Any], start_response: 
 
 
 def _respond(
-    start_response: Callable[..., Any], handler: Callable[[dict[str, Any]], dict[str, Any]], request: dict[str, Any]
+    start_response: Callable[..., Any], handler: Operation, request: dict[str, Any], region: str
 ) -> list[bytes]:
     try:
-        return _send(start_response, "200 OK", handler(request))
+        return _send(start_response, "200 OK", handler(request, region))
     except RequestError as error:
         return _send(start_response, "400 Bad Request", error.answer())
 
@@ -213,21 +251,24 @@ def _send(start_response: Callable[..., Any], status: str, answer: dict[str, Any
     return [body]
 
 
-def _check(request: dict[str, Any]) -> None:
-    """Raises RequestError for what SageMaker refuses, and for what a laptop can't do."""
+def _check_shape(operation: str, request: dict[str, Any]) -> None:
+    """Raises RequestError for what botocore's model of SageMaker does not know."""
     import botocore.session
     from botocore.validate import ParamValidator
 
-    shape = (
-        botocore.session.get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob").input_shape
-    )
+    shape = botocore.session.get_session().get_service_model("sagemaker").operation_model(operation).input_shape
     assert shape is not None
     report = ParamValidator().validate(request, shape)
-    problems = [report.generate_report()] if report.has_errors() else []
-    if not problems:
-        if not _NAME.fullmatch(request["TrainingJobName"]) or len(request["TrainingJobName"]) > 63:
-            problems.append(f"TrainingJobName {request['TrainingJobName']!r}: at most 63 letters, digits and hyphens")
-        problems += _beyond_a_laptop(request)
+    if report.has_errors():
+        raise RequestError(report.generate_report())
+
+
+def _check(request: dict[str, Any]) -> None:
+    """Raises RequestError for what SageMaker refuses, and for what a laptop can't do."""
+    _check_shape("CreateTrainingJob", request)
+    problems = list(_beyond_a_laptop(request))
+    if not _NAME.fullmatch(request["TrainingJobName"]) or len(request["TrainingJobName"]) > 63:
+        problems.insert(0, f"TrainingJobName {request['TrainingJobName']!r}: at most 63 letters, digits and hyphens")
     if problems:
         raise RequestError("; ".join(problems))
 
@@ -243,9 +284,25 @@ def _beyond_a_laptop(request: dict[str, Any]) -> Iterator[str]:
             yield f"channel {channel['ChannelName']}: the embedded SageMaker reads S3 prefixes only"
         if channel.get("InputMode") == "Pipe":
             yield f"channel {channel['ChannelName']}: the embedded SageMaker has no Pipe mode"
+    unsafe = (
+        [] if resources.get("InstanceType") == CONTAINER else sorted(loader_variables(request.get("Environment", {})))
+    )
+    if unsafe:
+        yield (
+            f"Environment: {', '.join(unsafe)}: decides which code of this machine runs; leave it out, or set "
+            f"InstanceType to {CONTAINER}"
+        )
     local = request.get("CheckpointConfig", {}).get("LocalPath", "/opt/ml/checkpoints")
     if not local.startswith("/opt/ml/"):
         yield f"CheckpointConfig.LocalPath {local}: the embedded SageMaker keeps checkpoints below /opt/ml"
+
+
+def _arn(name: str, region: str) -> str:
+    return f"arn:{_partition(region)}:sagemaker:{region}:{ACCOUNT}:training-job/{name}"
+
+
+def _partition(region: str) -> str:
+    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
 
 
 def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
@@ -258,17 +315,21 @@ class EmbeddedClients(Clients):
     Args:
         server: the services' address and credentials.
         with_s3: S3 as well; False takes the S3 of the standard AWS settings.
+        region: that requests are signed for.
     """
 
-    def __init__(self, server: EmbeddedS3, *, with_s3: bool = True) -> None:
+    def __init__(self, server: EmbeddedS3, *, with_s3: bool = True, region: str = REGION) -> None:
         super().__init__()
-        self._server, self._with_s3 = server, with_s3
+        self._server, self._with_s3, self._region = server, with_s3, region
 
     def _make(self, service: str) -> Any:
+        from botocore.config import Config
+
         if service != "s3":
-            session: Any = self._server.session()
-            return session.client(service, endpoint_url=self._server.endpoint_url, config=retrying())
-        return self._server.client() if self._with_s3 else super()._make(service)
+            session: Any = self._server.session(self._region)
+            config = retrying().merge(Config(proxies={}))  # this machine is not behind a proxy
+            return session.client(service, endpoint_url=self._server.endpoint_url, config=config)
+        return self._server.client(self._region) if self._with_s3 else super()._make(service)
 
 
 @dataclass(frozen=True)
@@ -288,13 +349,13 @@ class EmbeddedServices(EmbeddedS3):
         """ARN of the execution role that :meth:`set_up_account` makes."""
         return f"arn:aws:iam::{ACCOUNT}:role/{_ROLE}"
 
-    def clients(self) -> Clients:
+    def clients(self, region: str = REGION) -> Clients:
         """Clients of the services that jobs use."""
-        return EmbeddedClients(self, with_s3=self.with_s3)
+        return EmbeddedClients(self, with_s3=self.with_s3, region=region)
 
-    def set_up_account(self) -> None:
+    def set_up_account(self, region: str = REGION) -> None:
         """Makes what an account needs for jobs: an execution role, this version's image, the SDKs' bucket."""
-        clients = EmbeddedClients(self)
+        clients = EmbeddedClients(self, region=region)
         trust = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}
         policy = json.dumps({"Version": "2012-10-17", "Statement": [trust]})
         manifest = {
@@ -311,7 +372,8 @@ class EmbeddedServices(EmbeddedS3):
         with _unless_there():
             clients("ecr").put_image(**image)
         with _unless_there():
-            clients("s3").create_bucket(Bucket=f"sagemaker-{REGION}-{ACCOUNT}")
+            elsewhere = {"CreateBucketConfiguration": {"LocationConstraint": region}} if region != REGION else {}
+            clients("s3").create_bucket(Bucket=f"sagemaker-{region}-{ACCOUNT}", **elsewhere)
 
 
 @contextmanager
@@ -351,14 +413,8 @@ def embedded_services(
         return lambda environ, start_response: sagemaker.answer(application, environ, start_response)
 
     with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as directory, embedded_s3(front) as server:
-        sagemaker = EmbeddedSageMaker(
-            Path(directory),
-            lambda: EmbeddedClients(server, with_s3=with_s3),
-            server.environment() if with_s3 else {},
-            entrypoint=entrypoint,
-            grace=grace,
-        )
+        sagemaker = EmbeddedSageMaker(Path(directory), server, with_s3=with_s3, entrypoint=entrypoint, grace=grace)
         try:
-            yield EmbeddedServices(server.endpoint_url, sagemaker, with_s3)
+            yield EmbeddedServices(server.endpoint_url, server.access_key, server.secret_key, sagemaker, with_s3)
         finally:
             sagemaker.close()

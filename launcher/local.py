@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -99,7 +99,7 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
     base = Path(directory or tempfile.mkdtemp(prefix="dreambooth-sm-")).resolve()
     services = _services()
     try:
-        services.sagemaker.create(dict(request), directory=base)
+        services.sagemaker.create(dict(request), directory=base, own=True)
     except RequestError as error:
         raise UserError(str(error)) from error
     return Job(request["TrainingJobName"], services.clients(), directory=base)
@@ -113,8 +113,9 @@ def docker() -> str:
 def local_job(name: str) -> Job | None:
     """A job that this process runs, by its name."""
     for services in _running:
-        if job := services.sagemaker.jobs.get(name):
-            return Job(name, services.clients(), directory=job.tree)
+        with suppress(KeyError):
+            job = services.sagemaker.named(name)
+            return Job(name, services.clients(job.region), directory=job.tree)
     return None
 
 
@@ -129,13 +130,24 @@ def local_services() -> Iterator[EmbeddedServices]:
     """
     from launcher.embedded import embedded_services
 
-    with embedded_services() as services, patch.dict(os.environ, services.environment()):
+    with embedded_services() as services, _environment_of(services):
         services.set_up_account()
         _running.append(services)
         try:
             yield services
         finally:
             _running.remove(services)
+
+
+@contextmanager
+def _environment_of(services: EmbeddedServices) -> Iterator[None]:
+    """The services' AWS settings instead of the user's own, whose credentials must not reach them."""
+    own = services.environment()
+    for name in ("NO_PROXY", "no_proxy"):
+        own[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    with patch.dict(os.environ, {**kept, **own}, clear=True):
+        yield
 
 
 # The embedded services of this process; jobs go to the last.

@@ -25,6 +25,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
 from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list_objects
 from launcher.clients import Clients
+from launcher.job_environment import inherited, isolated, loader_variables
 from launcher.local import CONTAINER, docker, lay_out
 from launcher.logs import LOG_GROUP
 
@@ -46,13 +47,6 @@ _MESSAGES = {
     "Stopped": "Training job stopped",
     "MaxRuntimeExceeded": "The training job reached its maximal run time",
 }
-_CREDENTIALS = re.compile(r"AWS_(ACCESS_KEY_ID|SECRET_ACCESS_KEY|SESSION_TOKEN|PROFILE|.*_FILE|CONTAINER_.*|ROLE_ARN)")
-
-_NO_CREDENTIALS = {
-    "AWS_EC2_METADATA_DISABLED": "true",
-    "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    "AWS_CONFIG_FILE": os.devnull,
-}
 
 
 class Training:
@@ -63,7 +57,7 @@ class Training:
         arn: of the job.
         directory: where the ``/opt/ml`` tree is laid out.
         clients: of S3 and CloudWatch Logs.
-        environment: of the job, over this process's own.
+        environment: of the job, besides what its request names.
         entrypoint: program that runs as a process, where the image's would run in a container.
         grace: seconds between SIGTERM and SIGKILL.
     """
@@ -82,6 +76,7 @@ class Training:
         self.request = request
         self.name: str = request["TrainingJobName"]
         self.arn = arn
+        self.region = arn.split(":")[3]
         self.tree = directory
         self.created = time.time()
         self._clients = clients
@@ -237,6 +232,8 @@ class Training:
         process = subprocess.Popen(
             self._command(),
             env=self._process_environment(),
+            process_group=0,  # Ctrl-C in a terminal is for whoever follows the job, who then stops it
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -286,8 +283,10 @@ class Training:
         command += [f"--network={'none' if isolated else 'host'}", f"--user={os.getuid()}:{os.getgid()}"]
         if shutil.which("nvidia-smi"):
             command.append("--gpus=all")
-        for name in self._job_environment():
+        environment = self._job_environment()
+        for name in environment.keys() - (seen := set(loader_variables(environment))):
             command.append(f"--env={name}")  # the value comes from docker's own environment, not from its arguments
+        command += [f"--env={name}={environment[name]}" for name in seen]  # docker would heed these itself
         command += [f"--volume={self.tree}:/opt/ml", f"--volume={self.tree / 'input'}:/opt/ml/input:ro"]
         return [*command, self.request["AlgorithmSpecification"]["TrainingImage"], "train"]
 
@@ -295,18 +294,16 @@ class Training:
         """What the platform gives to a container."""
         environment = {**self._environment, **self.request.get("Environment", {})}
         if self.request.get("EnableNetworkIsolation"):
-            environment = {k: v for k, v in environment.items() if not _CREDENTIALS.fullmatch(k)}
-            environment |= {"HF_HUB_OFFLINE": "1", **_NO_CREDENTIALS}
-        elif self._in_container:
-            environment = {**_aws_settings(), **environment}
+            environment = isolated(environment)
         return {**environment, "TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
 
     def _process_environment(self) -> dict[str, str]:
-        inherited = dict(os.environ)
-        if self.request.get("EnableNetworkIsolation"):
-            inherited = {k: v for k, v in inherited.items() if not _CREDENTIALS.fullmatch(k)}
-        own = {} if self._in_container else {"SAGEMAKER_BASE_DIR": str(self.tree)}
-        return {**inherited, **self._job_environment(), **own}
+        """Of the entrypoint; with a container, of the Docker client, which hands some of it on."""
+        environment = self._job_environment()
+        if self._in_container:
+            unsafe = set(loader_variables(environment))
+            return {**os.environ, **{k: v for k, v in environment.items() if k not in unsafe}}
+        return {**inherited(), **environment, "SAGEMAKER_BASE_DIR": str(self.tree)}
 
     def _signal(self, process: subprocess.Popen[str], name: str) -> bool:
         """Returns whether the job got it: a container takes a moment to be there."""
@@ -472,19 +469,3 @@ def _stats(directory: Path) -> dict[str, tuple[int, int]]:
                 stat = path.stat()
                 found[path.relative_to(directory).as_posix()] = (stat.st_size, stat.st_mtime_ns)
     return found
-
-
-def _aws_settings() -> dict[str, str]:
-    """This process's AWS settings for a container, which has no files of a profile to read."""
-    import boto3.session
-
-    session = boto3.session.Session()
-    settings = {k: v for k, v in os.environ.items() if k.startswith("AWS_") and not _CREDENTIALS.fullmatch(k)}
-    if session.region_name:
-        settings["AWS_DEFAULT_REGION"] = session.region_name
-    if credentials := session.get_credentials():
-        frozen = credentials.get_frozen_credentials()
-        values = (frozen.access_key, frozen.secret_key, frozen.token)
-        names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-        settings |= {name: value for name, value in zip(names, values, strict=True) if value}
-    return settings

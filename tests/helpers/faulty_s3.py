@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dreambooth_sm.checksums import checksum_of, encoded
+from dreambooth_sm.embedded import EmbeddedS3
 from tests.helpers.s3_proxy import RESET, Answer, Request, s3_proxy
 
 KINDS = (
@@ -65,8 +66,8 @@ class FaultySchedule:
 
 
 @contextmanager
-def faulty(endpoint: str, schedule: FaultySchedule) -> Iterator[str]:
-    """Runs the proxy in front of the server at ``endpoint``; its address."""
+def faulty(server: EmbeddedS3, schedule: FaultySchedule) -> Iterator[str]:
+    """Runs the proxy in front of a server; its address."""
     # Between a request and its answer, which the same thread handles.
     met = threading.local()
 
@@ -96,7 +97,7 @@ def faulty(endpoint: str, schedule: FaultySchedule) -> Iterator[str]:
         if met.kind == "short answer" and answer.body:
             answer.cut = int(len(answer.body) * met.where)
 
-    with s3_proxy(endpoint, before, after) as address:
+    with s3_proxy(server, before, after) as address:
         yield address
 
 

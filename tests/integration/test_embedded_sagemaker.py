@@ -354,7 +354,7 @@ while not (base / "go").exists(): time.sleep(0.05)
     eventually(lambda: workplace.keys("state") == {"kept", "below/new"})
     assert job.status == "InProgress"
     assert workplace.body("state/kept") == b"changed"
-    (workplace.services.sagemaker.jobs[job.name].tree / "go").touch()
+    (workplace.services.sagemaker.named(job.name).tree / "go").touch()
     assert ended(job)["TrainingJobStatus"] == "Completed"
     assert job.lines() == ["kept removed"]
 

@@ -90,7 +90,7 @@ def test_a_server_that_fails_only_warns_and_the_upload_brings_the_pictures(
     lay_out_job: Callable[..., JobTree], target: S3Uri, s3: EmbeddedS3
 ) -> None:
     outage = Outage()
-    with faulty(s3.endpoint_url, outage) as url:
+    with faulty(s3, outage) as url:
         job = lay_out_job(**DRAWING, manual_upload_model_path=str(target), max_train_steps="60")
         process = JobTree(job.base, {**job.environment, "AWS_ENDPOINT_URL": url, "AWS_ENDPOINT_URL_S3": url}).start()
         log = read_until(process, "^phase=load_base state=started")

@@ -94,7 +94,7 @@ def test_through_a_proxy(
         request.headers["host"] = urlsplit(s3.endpoint_url).netloc  # moto would take "s3" for the bucket's name
         seen[request.operation] += 1
 
-    with s3_proxy(s3.endpoint_url, note) as address:
+    with s3_proxy(s3, note) as address:
         monkeypatch.setenv("HTTP_PROXY", address)
         there_and_back(tree, target, tmp_path / "copy", s3_client(s3.session(), endpoint_url="http://s3.example:9000"))
     assert seen["PutObject"] == 5 + 1

@@ -108,7 +108,7 @@ def followed(
 
 def _find(services: EmbeddedServices, name: str) -> Any:
     """The job, once it is there; the SDK 3 adds the time to its name."""
-    found = [each for each in list(services.sagemaker.jobs) if each.startswith(name)]
+    found = [job.name for job in list(services.sagemaker.jobs.values()) if job.name.startswith(name)]
     return Job(found[0], services.clients()) if found else None
 
 
@@ -171,6 +171,6 @@ def test_an_interrupted_spot_job_is_seen_through_to_the_same_weights(followed: F
 def test_planted_secrets_stay_where_they_are(followed: Followed, services: EmbeddedServices) -> None:
     texts = [*followed.shown.values()]
     for job in followed.jobs.values():
-        texts += [json.dumps(services.sagemaker.jobs[job.name].request), *job.lines()]
+        texts += [json.dumps(services.sagemaker.named(job.name).request), *job.lines()]
     for secret in (*SECRETS.values(), services.environment()["AWS_SECRET_ACCESS_KEY"]):
         assert not [text for text in texts if secret in text]

@@ -30,12 +30,11 @@ SCHEDULES = 200
 SMALL = {f"part-{number}/config.json": bytes([number]) * (40 * number) for number in range(6)}
 # Two parts; S3 takes none that are smaller, so that few schedules can have them.
 LARGE = {"unet/weights.safetensors": bytes(range(256)) * (PART // 256) + b"end"}
-KEYS = {"aws_access_key_id": "embedded", "aws_secret_access_key": "embedded-secret", "region_name": "us-east-1"}
 
 
 @pytest.fixture(scope="module")
-def account() -> boto3.session.Session:
-    return boto3.session.Session(**KEYS)
+def account(s3: EmbeddedS3) -> boto3.session.Session:
+    return s3.session()
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def test_a_schedule_of_faults(
     schedule = FaultySchedule(seed, checksums=seed % 4 != 3)
     files = SMALL | (LARGE if seed % 10 == 0 else {})
     model = write(tmp_path / "model", files)
-    with faulty(s3.endpoint_url, schedule) as url:
+    with faulty(s3, schedule) as url:
         client = s3_client(account, endpoint_url=url, attempts=4, timeout=5)
         failure = ""
         try:
