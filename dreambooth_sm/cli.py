@@ -5,24 +5,50 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dreambooth_sm import __version__, storage
+from pydantic.fields import FieldInfo
+
+from dreambooth_sm import __version__, command_line, storage
+from dreambooth_sm.command_line import add_options, joined, read_options
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.data.check import check_folder
 from dreambooth_sm.data.sheet import contact_sheet, table
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, UserError
-from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table, split_arguments
-from dreambooth_sm.plan import find_card, make_plan, tier_table
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK
+from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table
+from dreambooth_sm.plan import find_card, make_plan, tier_rows, tier_table
 
 # Stand-ins for what a plan does not depend on.
 _ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
+# `check` takes the directory as a word of its own.
+_FIELDS = {name: field for name, field in Hyperparameters.model_fields.items() if name != "instance_data_dir"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="dreambooth-sm", description="DreamBooth on SageMaker, or on a laptop.")
+    return command_line.run(_run, arguments, (storage.TransferError,))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = _parser(everything="--help-all" in arguments).parse_args(arguments)
+    if options.command == "hyperparameters":
+        print(markdown_table())
+    elif options.command == "plan":
+        print_plan(options.gpu, _hyperparameters(options), as_json=options.json)
+    elif options.command == "convert":
+        run_convert(options)
+    elif options.command == "check":
+        return print_check(options.directory, _hyperparameters(options), sheet=options.sheet, as_json=options.json)
+    elif options.command == "verify":
+        return verify_upload(options.uri, as_json=options.json, requester_pays=options.requester_pays)
+    else:
+        return run_demo(options.output)
+    return EXIT_OK
+
+
+def _parser(*, everything: bool) -> command_line.Parser:
+    parser = command_line.Parser(prog="dreambooth-sm", description="DreamBooth on SageMaker, or on a laptop.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("hyperparameters", help="print every hyperparameter as a Markdown table")
@@ -31,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = commands.add_parser(
         "plan",
         help="print the settings that a card gets",
-        description="Prints the settings that a card gets, without the card. Hyperparameters follow as --name value.",
+        description="Prints the settings that a card gets, without the card. Hyperparameters are flags as well.",
     )
     plan.add_argument(
         "--gpu", help="T4, A10G, L4, V100, L40S, A100-40, H100, ... or a size such as 8GB; all if left out"
@@ -53,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser(
         "check",
         help="check a folder of pictures as a job would, and show what the model will see of it",
-        description="Checks a folder of pictures as a job would. Hyperparameters follow as --name value.",
+        description="Checks a folder of pictures as a job would. Hyperparameters are flags as well.",
     )
     check.add_argument("directory", type=Path, help="folder with the pictures of the subject")
     check.add_argument("--sheet", type=Path, help="PNG to draw what the model will see into")
@@ -66,34 +92,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verify.add_argument("uri", help="s3://bucket/prefix that a model was uploaded to")
     verify.add_argument("--json", action="store_true", help="as JSON")
     verify.add_argument("--requester-pays", action="store_true", help="pay for the requests yourself")
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("plan", "check"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        if options.command == "hyperparameters":
-            print(markdown_table())
-        elif options.command == "plan":
-            print_plan(options.gpu, rest, as_json=options.json)
-        elif options.command == "convert":
-            return run_convert(options)
-        elif options.command == "check":
-            print_check(options.directory, rest, sheet=options.sheet, as_json=options.json)
-        elif options.command == "verify":
-            return verify_upload(options.uri, as_json=options.json, requester_pays=options.requester_pays)
-        else:
-            return run_demo(options.output)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    return EXIT_OK
+    for command in (plan, check):
+        add_options(command, _FIELDS, lambda name, field: _group(field), everything=everything)
+        command.usage = f"{command.prog} {'[--gpu GPU]' if command is plan else 'DIRECTORY [--sheet PNG]'} [--json] "
+        command.usage += "[--NAME VALUE] ..."
+    return parser
 
 
-def print_plan(gpu: str | None, arguments: Sequence[str], *, as_json: bool) -> None:
+def _group(field: FieldInfo) -> str:
+    assert isinstance(field.json_schema_extra, dict)
+    return str(field.json_schema_extra["group"])
+
+
+def _hyperparameters(options: argparse.Namespace) -> dict[str, str]:
+    return {name: joined(words) for name, words in read_options(vars(options), _FIELDS).items()}
+
+
+def print_plan(gpu: str | None, hyperparameters: Mapping[str, str], *, as_json: bool) -> None:
     """Prints the plan for one card, or the table of all tiers."""
-    h = Hyperparameters.parse({**_ANY_PROMPTS, **split_arguments(arguments)})
+    h = Hyperparameters.parse({**_ANY_PROMPTS, **hyperparameters})
     if gpu is None:
-        print(tier_table(h))
+        print(json.dumps(tier_rows(h), indent=2) if as_json else tier_table(h))
         return
     plan = make_plan(h, find_card(gpu))
     if as_json:
@@ -105,62 +124,50 @@ def print_plan(gpu: str | None, arguments: Sequence[str], *, as_json: bool) -> N
         print(f"- {note}")
 
 
-def run_convert(options: argparse.Namespace) -> int:
-    """Converts a model; 1 where a download failed."""
+def run_convert(options: argparse.Namespace) -> None:
+    """Converts a model, and prints where it lies."""
     from dreambooth_sm.quiet import quiet_libraries
-    from dreambooth_sm.storage import TransferError
 
     quiet_libraries()
     from dreambooth_sm.convert import convert  # imports torch
 
-    try:
-        remarks = convert(
-            options.source,
-            options.target,
-            precision=options.precision,
-            use_ema=options.use_ema,
-            prediction_type=options.prediction_type,
-        )
-    except TransferError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+    remarks = convert(
+        options.source,
+        options.target,
+        precision=options.precision,
+        use_ema=options.use_ema,
+        prediction_type=options.prediction_type,
+    )
     for remark in remarks:
         print(f"warning: {remark}", file=sys.stderr)
     print(options.target)
-    return EXIT_OK
 
 
-def print_check(directory: Path, arguments: Sequence[str], *, sheet: Path | None, as_json: bool) -> None:
-    """Prints what a job would find in a folder.
-
-    Raises:
-        UserError: where a job can't use it; what was found is printed all the same.
-    """
-    given = {"instance_data_dir": str(directory), **split_arguments(arguments)}
+def print_check(directory: Path, hyperparameters: Mapping[str, str], *, sheet: Path | None, as_json: bool) -> int:
+    """Prints what a job would find in a folder; 2 where it can't use it."""
+    given = {"instance_data_dir": str(directory), **hyperparameters}
     h = Hyperparameters.parse({**_ANY_PROMPTS, **read_dataset_info(directory), **given})
     found = check_folder(directory, h)
-    if as_json:
-        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:0128x}"} for p in found.pictures]
-        print(json.dumps({"errors": found.errors, "warnings": found.warnings, "pictures": rows}, indent=2))
-    else:
-        print(table(found.pictures, directory), *(f"warning: {line}" for line in found.warnings), sep="\n")
+    errors = list(found.errors)
     if sheet and found.pictures:
         try:
             contact_sheet(found.pictures).save(sheet, format="PNG")
         except OSError as error:
-            raise UserError([*found.errors, f"--sheet: {sheet} can't be written: {error.strerror}"]) from None
-    if found.errors:
-        raise UserError(found.errors)
+            errors.append(f"--sheet: {sheet} can't be written: {error.strerror}")
+    if as_json:
+        rows = [{**vars(p), "path": str(p.path), "look": f"{p.look:0128x}"} for p in found.pictures]
+        print(json.dumps({"errors": errors, "warnings": found.warnings, "pictures": rows}, indent=2))
+    else:
+        print(table(found.pictures, directory), *(f"warning: {line}" for line in found.warnings), sep="\n")
+    for problem in errors:
+        print(f"error: {problem}", file=sys.stderr)
+    return EXIT_BAD_INPUT if errors else EXIT_OK
 
 
 def verify_upload(uri: str, *, as_json: bool, requester_pays: bool) -> int:
     """Prints how the objects differ from their manifest; 1 where they do."""
     source, options = storage.S3Uri.parse(uri), storage.S3Options(requester_pays=requester_pays)
-    try:
-        found = storage.verify(source, options)
-    except storage.TransferError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+    found = storage.verify(source, options)
     findings = {"missing": found.missing, "different": found.different, "unknown": found.unknown}
     manifest = found.manifest
     if as_json:
@@ -179,12 +186,11 @@ def verify_upload(uri: str, *, as_json: bool, requester_pays: bool) -> int:
 def run_demo(output: Path) -> int:
     """Runs the demo; 1 where anything of it failed."""
     from dreambooth_sm import demo  # imports torch
-    from dreambooth_sm.storage import TransferError
     from launcher import JobFailed
 
     try:
         demo.main(output)
-    except (demo.DemoFailed, JobFailed, TransferError) as error:
+    except (demo.DemoFailed, JobFailed, storage.TransferError) as error:
         print(f"error: the demo failed: {error}", file=sys.stderr)
         return EXIT_FAILURE
     return EXIT_OK

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
 
@@ -15,9 +17,10 @@ from botocore.exceptions import BotoCoreError, ClientError
 from pydantic.fields import FieldInfo
 
 import launcher
-from dreambooth_sm import __version__
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, Problems, UserError
-from dreambooth_sm.hyperparameters import ALIASES, Hyperparameters
+from dreambooth_sm import __version__, command_line
+from dreambooth_sm.command_line import add_options, joined, read_options
+from dreambooth_sm.errors import EXIT_OK, Problems
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri, TransferError
 from launcher.estimates import documented_table, table
 from launcher.iam import execution_policy, notebook_policy, trust_policy
@@ -25,29 +28,24 @@ from launcher.job import ENDED
 from launcher.options import Data, all_options, split_options
 from launcher.training_request import Resources, redact
 
-# 128 + SIGINT, as a shell reports it.
-EXIT_INTERRUPTED = 130
 # Credentials of the environment, which would win over a profile.
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
+_FAILURES = (launcher.JobFailed, launcher.ServiceError, TransferError, BotoCoreError, ClientError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    options = vars(_parser().parse_args(arguments))
+    return command_line.run(_run, arguments, _FAILURES, lambda text: redact(text, os.environ))
+
+
+def _run(arguments: Sequence[str]) -> int:
+    options = vars(_parser(everything="--help-all" in arguments).parse_args(arguments))
     command: Callable[..., None] = options.pop("run")
     profile, region = options.pop("aws_profile", None), options.pop("aws_region", None)
-    try:
-        with _aws_settings(profile, region):
-            command(**options)
-    except UserError as error:
-        for problem in error.problems:
-            print(f"error: {redact(problem, os.environ)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except (launcher.JobFailed, launcher.ServiceError, TransferError, BotoCoreError, ClientError) as error:
-        print(f"error: {redact(str(error), os.environ)}", file=sys.stderr)
-        return EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    with _aws_settings(profile, region):
+        command(**options)
     return EXIT_OK
 
 
@@ -61,8 +59,8 @@ def _aws_settings(profile: str | None, region: str | None) -> Iterator[None]:
         yield
 
 
-def fit(no_wait: bool, **options: Any) -> None:
-    job = launcher.fit(**_read(options), wait=not no_wait)
+def fit(no_wait: bool, directory: Path | None, **options: Any) -> None:
+    job = launcher.fit(**_read(options), directory=directory, wait=not no_wait)
     print(f"model: {job.model_uri}" if not no_wait else f"started: dreambooth-launcher attach {job.name}")
 
 
@@ -115,21 +113,25 @@ def stop(name: str) -> None:
     print(f"{name} is asked to stop; it saves a checkpoint first")
 
 
+def download(name: str, directory: Path) -> None:
+    print(launcher.attach(name).download(directory))
+
+
 def list_jobs(name_contains: str, limit: int) -> None:
     for job in launcher.list_jobs(name_contains=name_contains, limit=limit):
         print(f"{job.created:%Y-%m-%d %H:%M}  {job.status:10}  {job.name}")
 
 
-_IN_AN_ACCOUNT = (fit, check, request, attach, logs, stop, list_jobs)
+_IN_AN_ACCOUNT = (fit, check, request, attach, logs, stop, download, list_jobs)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="dreambooth-launcher", description="Starts and follows DreamBooth jobs.")
+def _parser(*, everything: bool) -> command_line.Parser:
+    parser = command_line.Parser(prog="dreambooth-launcher", description="Starts and follows DreamBooth jobs.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(run: Callable[..., None], name: str, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=f"{help}.", allow_abbrev=False)
+        command = commands.add_parser(name, help=help, description=f"{help}.")
         command.set_defaults(run=run)
         if run in _IN_AN_ACCOUNT:
             account = command.add_argument_group("AWS account")
@@ -137,11 +139,11 @@ def _parser() -> argparse.ArgumentParser:
             account.add_argument("--region", dest="aws_region", help="of the job, such as us-west-2")
         return command
 
-    for run, help in (
-        (fit, "Check everything, start a job and follow it"),
-        (check, "Check everything, and start nothing"),
-        (estimate, "Print plan, memory, minutes and dollars for one instance type, or for all"),
-        (request, "Print the job's request as JSON"),
+    for run, function, help in (
+        (fit, launcher.fit, "Check everything, start a job and follow it"),
+        (check, launcher.check, "Check everything, and start nothing"),
+        (estimate, launcher.estimate, "Print plan, memory, minutes and dollars for one instance type, or for all"),
+        (request, launcher.request, "Print the job's request as JSON"),
     ):
         command = add(run, run.__name__, help)
         images = "[IMAGES ...]" if run is estimate else "IMAGES ..."
@@ -149,9 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "images", nargs="*" if run is estimate else "+", help=Data.model_fields["images"].description
         )
-        _add_options(command)
+        default = inspect.signature(function).parameters["instance_type"].default
+        add_options(command, _fields(), _group, everything=everything, defaults={"instance_type": default})
         if run is fit:
             command.add_argument("--no_wait", action="store_true", help="only start the job")
+            command.add_argument("--directory", type=Path, help="of a job on this machine, which keeps its files there")
 
     add(instances, "instances", "Print what usual jobs need on each instance type, as a Markdown table")
     policies = add(iam, "iam", "Print the least policies of the notebook's role and of the execution role")
@@ -167,23 +171,17 @@ def _parser() -> argparse.ArgumentParser:
     log.add_argument("name", help="of the job")
     log.add_argument("--follow", action="store_true", help="go on until the job has ended")
     add(stop, "stop", "Stop a job, which saves a checkpoint first").add_argument("name", help="of the job")
+    fetch = add(download, "download", "Fetch the model of a job that has ended, each file checked")
+    fetch.add_argument("name", help="of the job")
+    fetch.add_argument("directory", type=Path, help="where the diffusers directory is to lie")
     jobs = add(list_jobs, "list", "List the latest jobs")
     jobs.add_argument("--name_contains", default="", help="only jobs with this in their name")
     jobs.add_argument("--limit", type=_count, default=20, help="how many at most")
     return parser
 
 
-def _add_options(command: argparse.ArgumentParser) -> None:
-    """A flag for each option; words up to the next flag belong to one value."""
-    groups: dict[str, Any] = {}
-    for name, field in all_options().items():
-        if name == "images":
-            continue
-        title = _group(name, field)
-        group = groups.setdefault(title, command.add_argument_group(title))
-        text = f"{field.description} Default: {field.default}.".replace("%", "%%")
-        spellings = [f"--{each}" for each in (name, *(alias for alias, own in ALIASES.items() if own == name))]
-        group.add_argument(*spellings, dest=name, nargs="*", help=text, metavar=_metavar(name, field))
+def _fields() -> dict[str, FieldInfo]:
+    return {name: field for name, field in all_options().items() if name != "images"}
 
 
 def _group(name: str, field: FieldInfo) -> str:
@@ -199,14 +197,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _metavar(name: str, field: FieldInfo) -> str:
-    return "NAME=VALUE" if name in ("tags", "environment") else "TRUE|FALSE" if field.annotation is bool else "VALUE"
-
-
-def _read(options: dict[str, Any]) -> dict[str, Any]:
+def _read(options: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were given, as the values that Python code would give."""
-    given = {name: words for name, words in options.items() if words is not None and (words or name != "images")}
-    return {name: _value(name, words) for name, words in given.items()}
+    images = {"images": options["images"]} if options.get("images") else {}
+    return {name: _value(name, words) for name, words in {**images, **read_options(options, _fields())}.items()}
 
 
 def _value(name: str, words: list[str]) -> Any:
@@ -216,7 +210,7 @@ def _value(name: str, words: list[str]) -> Any:
         return [each for word in words for each in word.split(",")]
     if name in ("tags", "environment"):
         return dict(word.split("=", 1) for word in words) if all("=" in word for word in words) else words
-    text = " ".join(words) if words else "true"
+    text = joined(words)
     if name not in Resources.model_fields:
         return text  # the schema reads text as SageMaker hands it over
     kinds = {Resources.model_fields[name].annotation, *get_args(Resources.model_fields[name].annotation)}

@@ -101,7 +101,7 @@ def contact_sheet(images: str | Path, **options: Any) -> Image:
     return draw_sheet(findings.pictures)
 
 
-@with_options(instance_type="auto")
+@with_options(instance_type=LOCAL)
 def check(
     images: Images, *, log: Callable[[str], None] = print, session: Session | None = None, **options: Any
 ) -> None:
@@ -110,8 +110,8 @@ def check(
     Raises:
         UserError: with everything that is in the way of the job.
     """
-    options = {"images": images, **options}
-    if options.get("instance_type") in ON_THIS_MACHINE:
+    options = {"images": images, "instance_type": LOCAL, **options}
+    if options["instance_type"] in ON_THIS_MACHINE:
         for warning in read_local(options).warnings:
             log(redact(f"warning: {warning}", os.environ))
         log("pictures and hyperparameters are in order")

@@ -148,7 +148,9 @@ def test_what_aws_refuses_is_one_line(
     assert ": Unable to locate credentials; renew your credentials" in line
 
 
-@pytest.mark.parametrize("command", ["fit", "check", "estimate", "request", "iam", "attach", "logs", "stop", "list"])
+@pytest.mark.parametrize(
+    "command", ["fit", "check", "estimate", "request", "iam", "attach", "logs", "stop", "list", "download"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -1,0 +1,203 @@
+"""What both command lines share: flags that are spelled out, near names, errors for people and as JSON, exit codes.
+
+0: done. 1: it failed. 2: bad input. 130 and 141, as a shell reports them: Ctrl-C; whoever read the output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from pydantic.fields import FieldInfo
+
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
+from dreambooth_sm.hyperparameters import ALIASES, expected
+
+EXIT_INTERRUPTED, EXIT_READER_GONE = 130, 141
+# What people set; --help shows these, and --help-all every option.
+COMMON = (
+    "base_model",
+    "class_images",
+    "instance_prompt",
+    "class_prompt",
+    "resolution",
+    "max_train_steps",
+    "train_batch_size",
+    "learning_rate",
+    "train_text_encoder",
+    "num_class_images",
+    "validation_prompt",
+    "seed",
+    "instance_type",
+    "max_minutes",
+    "spot",
+    "output",
+    "bucket",
+    "role",
+    "image_uri",
+    "name",
+)
+Redact = Callable[[str], str]
+
+
+class UsageError(UserError):
+    """A command line that can't be read."""
+
+
+class _Once(argparse.Action):
+    """A value that is given once."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        seen = namespace.__dict__.setdefault("given_flags", set())
+        if option_string and self.dest in seen:
+            parser.error(f"{option_string} is given twice; keep one")
+        seen.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviated flags and none twice, and names the nearest of a flag that it does not know."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"allow_abbrev": False, **options})
+        self.register("action", None, _Once)
+        self.set_defaults(command_parser=self)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, rest = self.parse_known_args(args, namespace)
+        command: Parser = options.__dict__.pop("command_parser", self)
+        options.__dict__.pop("given_flags", None)
+        if rest:
+            raise UsageError([*command._unknown(rest)])
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += _near(choice[1], re.findall(r"[\w-]+", choice[2]))
+        raise UsageError(f"{message} ({self._how})")
+
+    @property
+    def _how(self) -> str:
+        return " ".join(self.format_usage().split())
+
+    def _unknown(self, rest: Sequence[str]) -> list[str]:
+        names = [word.partition("=")[0] for word in rest if word.startswith("-") and len(word) > 1]
+        flags = [f"{name}: unknown flag{self._instead_of(name)}" for name in dict.fromkeys(names)]
+        return flags or [f"{rest[0]!r} is one word too many ({self._how})"]
+
+    def _instead_of(self, name: str) -> str:
+        near = _near(name.lower().replace("-", "_").strip("_"), self._option_string_actions)
+        return near or f"; {self.prog} --help lists those that exist"
+
+
+def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    plain = {name.lstrip("-").replace("-", "_"): name for name in known}
+    found = difflib.get_close_matches(word, plain, n=1, cutoff=0.6)
+    return f"; did you mean {plain[found[0]]}?" if found else ""
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    fields: Mapping[str, FieldInfo],
+    group_of: Callable[[str, FieldInfo], str],
+    *,
+    everything: bool,
+    defaults: Mapping[str, object] | None = None,
+) -> None:
+    """A flag for each option; words up to the next flag belong to one value.
+
+    Args:
+        everything: show all of them in the help text, and not only what people set.
+        defaults: those that differ from the fields' own.
+    """
+    groups: dict[str, Any] = {}
+    for name, field in fields.items():
+        title = group_of(name, field)
+        group = groups.setdefault(title, parser.add_argument_group(title))
+        default = {**{name: field.default}, **(defaults or {})}[name]
+        said = f" Default: {str(default).lower() if isinstance(default, bool) else default}."
+        text = f"{field.description}{said if default not in (None, (), {}, '') else ''}".replace("%", "%%")
+        spellings = [f"--{each}" for each in (name, *(alias for alias, own in ALIASES.items() if own == name))]
+        metavar = "TRUE|FALSE" if field.annotation is bool else "VALUE"
+        shown = text if everything or name in COMMON else argparse.SUPPRESS
+        group.add_argument(*spellings, dest=name, nargs="*", help=shown, metavar=metavar)
+    parser.add_argument("--help-all", action="help", help="show every option, and exit")
+
+
+def read_options(options: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> dict[str, list[str]]:
+    """The words of each option that was given.
+
+    Raises:
+        UserError: one that is no switch stands alone.
+    """
+    given = {name: words for name, words in options.items() if name in fields and words is not None}
+    alone = [name for name, words in given.items() if not words and "true" not in expected(fields[name])]
+    if alone:
+        raise UserError([f"--{name} needs a value" for name in alone])
+    return given
+
+
+def joined(words: Sequence[str]) -> str:
+    """Words as one value; a switch that stands alone is on."""
+    return " ".join(words) if words else "true"
+
+
+def run(
+    command: Callable[[Sequence[str]], int],
+    arguments: Sequence[str] | None,
+    failures: tuple[type[Exception], ...],
+    redact: Redact = str,
+) -> int:
+    """Runs a command line; returns its exit code.
+
+    Args:
+        command: gets the arguments; returns an exit code.
+        arguments: default: those of this process.
+        failures: what ends with exit code 1 and a line, without a traceback.
+        redact: takes secrets out of what is shown.
+
+    Raises:
+        SystemExit: with 2, for a command line that can't be read; with 0, after ``--help`` and ``--version``.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    expected_failures: tuple[type[Exception], ...] = (*failures, OSError)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # file names, on an ASCII terminal
+
+    def tell(problems: Sequence[str]) -> None:
+        shown = [redact(problem) for problem in problems]
+        print(*(f"error: {problem}" for problem in shown), sep="\n", file=sys.stderr)
+        if "--json" in given:
+            print(json.dumps({"errors": shown}, indent=2))
+
+    try:
+        try:
+            return command(given)
+        except UsageError as error:
+            tell(error.problems)
+            raise SystemExit(EXIT_BAD_INPUT) from None
+        except UserError as error:
+            tell(error.problems)
+            return EXIT_BAD_INPUT
+        except BrokenPipeError:
+            raise
+        except expected_failures as error:
+            tell([str(error)])
+            return EXIT_FAILURE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+        return EXIT_READER_GONE
