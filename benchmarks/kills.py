@@ -44,6 +44,8 @@ SETTINGS = {
     "lr_scheduler": "cosine",
     "seed": "7",
 }
+# Seconds after which a job is taken to hang, however loaded the machine is.
+_PATIENCE = 1800.0
 _SERVER = """
 import json, time
 from dreambooth_sm.embedded import embedded_s3
@@ -135,7 +137,7 @@ def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
 
     started = time.monotonic()
     reference = S3Uri("kills", "reference")
-    code = wait(start(base, channels, reference, synced=None, half=False), 300)
+    code = wait(start(base, channels, reference, synced=None, half=False), _PATIENCE)
     seconds = time.monotonic() - started
     assert code == 0, (base / "log").read_text()
     wanted = weights_in(reference)
@@ -162,7 +164,7 @@ def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
                 sent = time.monotonic()
                 killed[kind.name] += 1
                 phases[phase_of(base)] += 1
-                code = wait(process, 60)
+                code = wait(process, _PATIENCE)
                 if kind is signal.SIGTERM:
                     slowest = max(slowest, time.monotonic() - sent)
                 # -SIGTERM: before the job had begun to listen.

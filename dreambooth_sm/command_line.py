@@ -1,6 +1,7 @@
 """What both command lines share: flags that are spelled out, near names, errors for people and as JSON, exit codes.
 
-0: done. 1: it failed. 2: bad input. 130 and 141, as a shell reports them: Ctrl-C; whoever read the output went away.
+0: done. 1: it failed. 2: bad input. As a shell reports signals: 130, Ctrl-C; 141, whoever read the output went away;
+129 and 143, SIGHUP and SIGTERM.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
@@ -180,7 +183,8 @@ def run(
 
     try:
         try:
-            return command(given)
+            with _ended_in_order():
+                return command(given)
         except UsageError as error:
             tell(error.problems)
             raise SystemExit(EXIT_BAD_INPUT) from None
@@ -201,3 +205,21 @@ def run(
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
         return EXIT_READER_GONE
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A closed terminal and a request to end stop a job of this machine first, as they would without this process."""
+    before: dict[int, Any] = {}
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+            before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic.fields import FieldInfo
 import launcher
 from dreambooth_sm import __version__, command_line
 from dreambooth_sm.command_line import add_options, joined, read_options
-from dreambooth_sm.errors import EXIT_OK, Problems
+from dreambooth_sm.errors import EXIT_OK, Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri, TransferError
 from launcher.estimates import documented_table, table
@@ -209,7 +210,10 @@ def _value(name: str, words: list[str]) -> Any:
     if name == "vpc":
         return [each for word in words for each in word.split(",")]
     if name in ("tags", "environment"):
-        return dict(word.split("=", 1) for word in words) if all("=" in word for word in words) else words
+        pairs = [word.partition("=")[::2] for word in words]
+        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+            raise UserError([f"{name}: {key} is given twice; keep one" for key in twice])
+        return dict(pairs) if all("=" in word for word in words) else words
     text = joined(words)
     if name not in Resources.model_fields:
         return text  # the schema reads text as SageMaker hands it over

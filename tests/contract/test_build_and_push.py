@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from dreambooth_sm import __version__
+from tests.helpers.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "build_and_push.sh"
@@ -90,7 +91,7 @@ class Shell:
             "DIGEST": DIGEST,
             "MEDIA_TYPE": f"application/{media_type}.distribution.manifest",
         }
-        done = subprocess.run([str(SCRIPT), *options], env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([str(SCRIPT), *options], env=env, capture_output=True, text=True, timeout=PATIENCE)
         calls = self.calls.read_text().splitlines() if self.calls.exists() else []
         return Outcome(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), calls)
 

@@ -24,6 +24,7 @@ from dreambooth_sm import __version__
 from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
 from dreambooth_sm.signatures import Application
 from tests.helpers.containers import BASE_IMAGE, DOCKER, ROOT, docker, needs_engine
+from tests.helpers.patience import PATIENCE
 
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKERFILE = 'ARG BASE_IMAGE\nFROM scratch\nCOPY build_and_push.sh /\nARG VERSION\nLABEL version="${VERSION}"\n'
@@ -46,7 +47,7 @@ def registry(tmp_path: Path) -> Iterator[str]:
     config.write_text(json.dumps({"version": 0.1, "storage": storage, "http": {"addr": address}}))
     with (tmp_path / "registry.log").open("w") as log:
         process = subprocess.Popen(["docker-registry", "serve", str(config)], stdout=log, stderr=log)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while True:
         try:
             urllib.request.urlopen(f"http://{address}/v2/").close()
@@ -123,7 +124,7 @@ def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
     uris = []
     for _ in range(2):  # the second finds the repository, and pushes nothing new
         command = ["./build_and_push.sh", "--repository", repository, "--base-image", BASE_IMAGE]
-        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         uris += done.stdout.splitlines()
         assert ("creating the ECR repository" in done.stderr) == (len(uris) == 1)

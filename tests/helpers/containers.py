@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dreambooth_sm import __version__
+from tests.helpers.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = os.environ.get("DOCKER", "docker")
@@ -29,7 +30,7 @@ needs_engine = pytest.mark.skipif(
 
 def docker(*command: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"DOCKER_BUILDKIT": "1"}
-    return subprocess.run([DOCKER, *command], env=env, capture_output=True, text=True, timeout=1800)
+    return subprocess.run([DOCKER, *command], env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def build(*build_args: str, tag: str = TAG) -> subprocess.CompletedProcess[str]:

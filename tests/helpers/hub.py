@@ -10,6 +10,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from tests.helpers.patience import PATIENCE
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
@@ -79,4 +81,6 @@ class Hub:
             "HF_TOKEN": "hf_test",
             "HF_HUB_DISABLE_XET": "1",
         }
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )

@@ -14,6 +14,7 @@ from typing import Any
 
 from dreambooth_sm.report import parse_metrics
 from launcher.local import ENTRYPOINT, lay_out
+from tests.helpers.patience import PATIENCE
 
 # The smallest job that goes through every phase.
 SMALL = {
@@ -155,7 +156,7 @@ class JobTree:
 def end(process: subprocess.Popen[str], log: str = "") -> Ended:
     """Waits for a job; ``log`` is what was read of it before."""
     try:
-        rest, _ = process.communicate(timeout=120)
+        rest, _ = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     return Ended(process.returncode, log + rest)

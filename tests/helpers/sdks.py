@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 PYTHONS = {
     "boto3": Path(sys.executable),
@@ -46,7 +48,7 @@ def run_script(
     """
     process = start_script(backend, script, arguments, directory, services, standard_input=standard_input)
     try:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)

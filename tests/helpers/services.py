@@ -12,6 +12,7 @@ from dreambooth_sm.storage import S3Uri, list_objects, upload_directory
 from launcher.embedded import EmbeddedServices
 from launcher.job import Job
 from tests.helpers.jobs import SMALL
+from tests.helpers.patience import PATIENCE
 
 ROLE = "arn:aws:iam::123456789012:role/dreambooth-sm"
 
@@ -67,9 +68,9 @@ class Workplace:
         return self.start(channels, {**SMALL, **hyperparameters}, **more)
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def eventually(condition: Callable[[], Any]) -> Any:
     """The first true value of a condition."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not (value := condition()):
         assert time.monotonic() < deadline, "it did not come true"
         time.sleep(0.05)

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from dreambooth_sm import cli, demo
+from tests.helpers.patience import PATIENCE
 
 
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dreambooth_sm.cli", "demo", "--output", str(tmp_path)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"model     {demo.MODEL}" in run.stdout
     for file in ("model_index.json", "unet/diffusion_pytorch_model.safetensors", "manifest.json"):

@@ -412,7 +412,7 @@ needs_aws = pytest.mark.skipif(not AWS, reason="needs the AWS CLI: pip install a
 
 def aws(services: EmbeddedServices, region: str) -> Callable[..., Any]:
     """The AWS CLI with nothing but the services' variables and a region of the user's choice."""
-    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **services.environment()}
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "AWS_PAGER": "", **services.environment()}
     # Before 2.13 it does not read AWS_ENDPOINT_URL.
     always = ["--endpoint-url", services.endpoint_url, "--region", region, "--output", "json"]
 

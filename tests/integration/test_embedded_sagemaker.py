@@ -236,7 +236,7 @@ RunProgram = Callable[..., Job]
 def run_program(tmp_path: Path) -> Iterator[RunProgram]:
     """Starts a job whose program is the given one, on services of its own."""
     program = tmp_path / "train.py"
-    with embedded_services(entrypoint=program, grace=1) as services:
+    with embedded_services(entrypoint=program, grace=5) as services:
         workplace = Workplace(services)
 
         def run(code: str, **more: Any) -> Job:
@@ -327,7 +327,7 @@ def test_a_job_that_does_not_heed_the_stop_is_killed(run_program: RunProgram) ->
 
 
 def test_the_time_limit(run_program: RunProgram) -> None:
-    job = run_program("time.sleep(60)", StoppingCondition={"MaxRuntimeInSeconds": 1})
+    job = run_program("time.sleep(3600)", StoppingCondition={"MaxRuntimeInSeconds": 1})
     with pytest.raises(JobStopped, match="MaxRuntimeExceeded") as caught:
         job.wait(log=lambda line: None)
     assert "more minutes" in (caught.value.advice or "")
@@ -383,7 +383,7 @@ def test_every_line_of_a_talkative_job_is_there_once(run_program: RunProgram) ->
 
 def test_only_spot_jobs_are_interrupted(run_program: RunProgram) -> None:
     workplace: Workplace = run_program.workplace  # type: ignore[attr-defined]
-    job = run_program("time.sleep(60)")
+    job = run_program("time.sleep(3600)")
     with pytest.raises(ValueError, match="no spot job"):
         workplace.services.sagemaker.interrupt(job.name)
 
@@ -393,7 +393,7 @@ def test_jobs_that_run_are_stopped_with_the_services(tmp_path: Path) -> None:
     program.write_text(
         f"import os, time, pathlib; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
     )
-    program.write_text(program.read_text() + "time.sleep(60)")
+    program.write_text(program.read_text() + "time.sleep(3600)")
     with embedded_services(entrypoint=program, grace=1) as services:
         Workplace(services).start()
         eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())

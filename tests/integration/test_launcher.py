@@ -19,6 +19,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Uri, list_objects, upload_directory
 from launcher.local import lay_out
 from tests.helpers.jobs import SMALL, read_weights, same_weights
+from tests.helpers.patience import PATIENCE
 
 OPTIONS = {name: SMALL[name] for name in ("resolution", "center_crop", "max_train_steps", "learning_rate", "seed")}
 PROMPT = "photo of zwx toy"
@@ -163,7 +164,7 @@ def test_ctrl_c_stops_the_job_with_a_checkpoint(pictures: Path, tiny_base: Path,
         log = next((line for line in process.stdout if line.startswith("step=2 ")), "")
         assert log, "the job ended before its second step"
         os.killpg(process.pid, signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     assert process.returncode not in (0, None)
@@ -188,7 +189,7 @@ def test_an_error_in_the_log_function_costs_the_log_alone(pictures: Path, tiny_b
 
 def assert_ended(directory: Path) -> None:
     """No job runs on this tree any more."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while running := [pid for pid in Path("/proc").iterdir() if pid.name.isdigit() and _runs_on(pid, directory)]:
         assert time.monotonic() < deadline, running
         time.sleep(0.05)

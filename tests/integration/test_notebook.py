@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from dreambooth_sm.embedded import EmbeddedS3
+from tests.helpers.patience import PATIENCE
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ENGLISH, CHINESE = NOTEBOOKS / "dreambooth.ipynb", NOTEBOOKS / "dreambooth_zh.ipynb"
@@ -35,7 +36,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[nbformat.NotebookNod
         environment.setenv("NOTEBOOK_SETTINGS", json.dumps(SHORT))
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         environment.setenv("HF_TOKEN", TOKEN)
-        client = NotebookClient(notebook, timeout=400, kernel_name="python3")
+        client = NotebookClient(notebook, timeout=int(PATIENCE), startup_timeout=int(PATIENCE), kernel_name="python3")
         client.execute(cwd=str(tmp_path_factory.mktemp("elsewhere")))
     return code_cells(notebook)
 

@@ -14,6 +14,7 @@ from PIL import Image
 from dreambooth_sm.errors import EXIT_OK
 from dreambooth_sm.models import load_base
 from tests.helpers.jobs import JobTree
+from tests.helpers.patience import PATIENCE
 from tests.helpers.training import hyperparameters, same, weights
 
 CHROMIUM = next(
@@ -85,8 +86,9 @@ def test_the_page_in_a_browser(model: Path, tmp_path: Path) -> None:
 
     page_alone = Path(shutil.copy(model / "report.html", tmp_path))
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=PATIENCE * 1000)
         page = browser.new_page()
+        page.set_default_timeout(PATIENCE * 1000)
         said: list[str] = []
         requests: list[str] = []
         page.on("console", lambda message: said.append(message.text))

@@ -14,6 +14,7 @@ from dreambooth_sm.storage import S3Uri, list_objects
 from launcher.embedded import EmbeddedServices
 from launcher.job import Job
 from tests.helpers.jobs import SMALL, read_weights, same_weights
+from tests.helpers.patience import PATIENCE
 from tests.helpers.sdks import start_script
 from tests.helpers.services import eventually
 
@@ -26,8 +27,6 @@ JOBS: dict[str, dict[str, Any]] = {
     "stopped": {"class_prompt": None, "max_train_steps": 5000},
     "failing": {"class_prompt": None},
 }
-# Seconds: the SDK 2 looks every ten, and eight processes share the machine.
-_PATIENCE = 120
 SECRETS = {"HF_TOKEN": "hf_" + "aBcDeFgHiJ" * 3, "AWS_SESSION_TOKEN": "planted-session-token-of-aws"}
 
 
@@ -83,16 +82,16 @@ def followed(
             standard_input=list(requests.values()),
         )
         try:
-            spot = eventually(lambda: _find(services, names["spot"]), _PATIENCE)
-            eventually(lambda: "step=2 " in "\n".join(spot.lines()), _PATIENCE)
+            spot = eventually(lambda: _find(services, names["spot"]))
+            eventually(lambda: "step=2 " in "\n".join(spot.lines()))
             services.sagemaker.interrupt(spot.name)
-            stopped = eventually(lambda: _find(services, names["stopped"]), _PATIENCE)
+            stopped = eventually(lambda: _find(services, names["stopped"]))
             log = directory / f"{names['stopped']}.log"
             # The job would go on for thousands of steps: only a log that is shown live gets so far.
-            eventually(lambda: "step=2 loss=" in log.read_text() or stopped.status != "InProgress", _PATIENCE)
+            eventually(lambda: "step=2 loss=" in log.read_text() or stopped.status != "InProgress")
             shown_live = log.read_text()
             stopped.stop()
-            output, errors = process.communicate(timeout=180)
+            output, errors = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
     assert process.returncode == 0, errors

@@ -286,7 +286,7 @@ def test_unreachable_endpoint_is_told_in_time(monkeypatch: pytest.MonkeyPatch, l
         start = time.monotonic()
         with pytest.raises(UserError, match=r"s3://models/toy: .*check the network"):
             check_writable(S3Uri("models", "toy"))
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 60, "as long as a single try would take by boto3's own settings"
 
 
 def test_transient_faults_are_retried(

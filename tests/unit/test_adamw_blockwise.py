@@ -33,6 +33,7 @@ from dreambooth_sm.training.adamw_blockwise import (
     split_bfloat16,
     split_float16,
 )
+from tests.helpers.patience import PATIENCE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = DTYPES[1:]
@@ -777,7 +778,7 @@ def test_kernel_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count("differ") == 5 * 2 * len(FORMATS)

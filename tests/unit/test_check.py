@@ -19,6 +19,7 @@ from dreambooth_sm.cli import main
 from dreambooth_sm.data.check import BLURRED, FEWEST, NEAR, Findings, check_folder, difference_hash, sharpness
 from dreambooth_sm.data.pictures import list_pictures, open_picture
 from dreambooth_sm.hyperparameters import Hyperparameters
+from tests.helpers.patience import PATIENCE
 
 PROMPT = "photo of zwx toy"
 EXAMPLES = Path(__file__).parents[1] / "data" / "duck_toy"
@@ -286,7 +287,7 @@ def test_without_the_package_for_heic_all_else_is_read(photos: Path, tmp_path: P
     command = [sys.executable, "-m", "dreambooth_sm.cli", "check", str(photos), "--on_bad_image", "skip"]
     path = os.pathsep.join([str(tmp_path / "none"), str(Path(__file__).parents[2])])
     environment = {**os.environ, "PYTHONPATH": path}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "phone.heic is HEIC, which needs the package pillow-heif" in ended.stdout
     assert "4 pictures: 4 in " in ended.stdout
@@ -353,7 +354,7 @@ def test_the_command_needs_no_torch(photos: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -18,6 +18,7 @@ from dreambooth_sm import cli
 from dreambooth_sm.command_line import COMMON, EXIT_INTERRUPTED, EXIT_READER_GONE, run
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
 from launcher.options import all_options
+from tests.helpers.patience import PATIENCE
 from tests.helpers.services import eventually
 
 Main = Callable[[list[str]], int]
@@ -186,18 +187,31 @@ def test_names_that_an_ascii_terminal_can_not_show() -> None:
     assert ended.stdout == "K\\xe4tzchen \\u5b50\\u732b\n"
 
 
-def test_ctrl_c_is_no_traceback(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGINT, EXIT_INTERRUPTED, "interrupted\n"),
+        (signal.SIGTERM, 128 + signal.SIGTERM, ""),
+        (signal.SIGHUP, 128 + signal.SIGHUP, ""),
+    ],
+)
+def test_signals_end_it_in_order_and_without_a_traceback(
+    tmp_path: Path, number: signal.Signals, code: int, said: str
+) -> None:
     reached = tmp_path / "reached"
-    code = (
-        "import sys, time, pathlib; from dreambooth_sm.command_line import run\n"
+    program = (
+        "import atexit, sys, time, pathlib; from dreambooth_sm.command_line import run\n"
+        "atexit.register(print, 'jobs are stopped')\n"
         f"def command(given): pathlib.Path({str(reached)!r}).touch(); time.sleep(3600)\n"
         "sys.exit(run(command, [], ()))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    eventually(reached.exists, 600)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=600)
-    assert (process.returncode, output, errors) == (EXIT_INTERRUPTED, "", "interrupted\n")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    eventually(reached.exists)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, output, errors) == (code, "jobs are stopped\n", said)
 
 
 class Broken(Exception):  # noqa: N818

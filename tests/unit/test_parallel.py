@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from dreambooth_sm.parallel import in_parallel
+from tests.helpers.patience import PATIENCE
 
 
 def test_every_task_is_run_once_and_few_are_taken_ahead() -> None:
@@ -70,7 +71,7 @@ def test_leaving_the_block_waits_for_what_runs() -> None:
 
 def test_tasks_that_wait_get_all_threads() -> None:
     """Twenty that wait for one another can only end when they run together."""
-    together = threading.Barrier(20, timeout=60)
+    together = threading.Barrier(20, timeout=PATIENCE)
     with in_parallel([together.wait] * 20, 20) as results:
         assert sorted(results) == list(range(20))
 

@@ -13,6 +13,7 @@ import pytest
 from dreambooth_sm import sagemaker
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import Contract, read_contract, write_failure
+from tests.helpers.patience import PATIENCE
 
 HYPERPARAMETERS = {"instance_prompt": "photo of zwx toy", "use_ema": "True"}
 RESOURCES = {
@@ -189,4 +190,4 @@ def test_sigterm_asks_for_a_stop_and_ends_nothing() -> None:
     stop = sagemaker.stop_event()
     assert not stop.is_set()
     signal.raise_signal(signal.SIGTERM)
-    assert stop.wait(5)
+    assert stop.wait(PATIENCE)
