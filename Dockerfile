@@ -4,10 +4,16 @@
 ARG BASE_IMAGE=pytorch/pytorch:2.10.0-cuda12.8-cudnn9-runtime
 FROM ${BASE_IMAGE} AS dependencies
 
+# A mirror with /ubuntu or /debian below it.
+ARG APT_MIRROR
 # Triton compiles its launchers when a job runs; not every runtime image has the compiler and headers for that.
 # hadolint ignore=DL3008
 RUN command -v gcc >/dev/null || { \
-        apt-get update \
+        if [ -n "${APT_MIRROR:-}" ]; then \
+            find /etc/apt -type f '(' -name '*.list' -o -name '*.sources' ')' -exec sed -i -E \
+                "s#https?://(archive|security|deb)\.(ubuntu\.com|debian\.org)#${APT_MIRROR%/}#" '{}' +; \
+        fi \
+        && apt-get update \
         && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
         && rm -rf /var/lib/apt/lists/*; \
     }
@@ -16,10 +22,16 @@ RUN command -v gcc >/dev/null || { \
 ARG WITH_BITSANDBYTES=1
 # `attention=xformers`. Its wheel fits one torch and CUDA: change requirements/xformers.in together with BASE_IMAGE.
 ARG WITH_XFORMERS=0
+# A mirror of the package index. One with a password goes in as the build secret `pip.conf`, pip's own settings: build
+# arguments can be read in the image's history.
+ARG PIP_INDEX_URL
+ARG PIP_TRUSTED_HOST
 # The base's torch is a constraint, so no dependency can replace it; what would break a job breaks the build instead.
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=bind,source=requirements,target=/mnt \
+    --mount=type=secret,id=pip.conf \
     set -eu; \
+    export PIP_CONFIG_FILE=/run/secrets/pip.conf; \
     base_torch() { python -c 'from importlib.metadata import version; print("torch==" + version("torch"))'; }; \
     base_torch >/root/base-torch.txt; \
     set -- --requirement /mnt/image.txt; \
@@ -29,7 +41,11 @@ RUN --mount=type=cache,target=/root/.cache/pip \
         --constraint /root/base-torch.txt "$@"; \
     [ "$(base_torch)" = "$(cat /root/base-torch.txt)" ]; \
     python -c 'from diffusers import StableDiffusionPipeline'; \
-    if [ "$WITH_BITSANDBYTES" = 1 ]; then python -c 'import bitsandbytes'; fi; \
+    if [ "$WITH_BITSANDBYTES" = 1 ]; then \
+        python -c 'import ctypes, torch, bitsandbytes.cextension as b; from bitsandbytes.cuda_specs import CUDASpecs; \
+cuda = torch.version.cuda; \
+cuda and ctypes.CDLL(b.get_cuda_bnb_library_path(CUDASpecs((9, 0), cuda.replace(".", ""), tuple(map(int, cuda.split("."))))))'; \
+    fi; \
     if [ "$WITH_XFORMERS" = 1 ]; then \
         python -c 'import torch, importlib.util as u; torch.ops.load_library(u.find_spec("xformers._C").origin)'; \
     fi; \
@@ -42,11 +58,14 @@ ARG BASE_MODEL_REVISION=""
 # A mirror of the hub.
 ARG HF_ENDPOINT
 WORKDIR /src
-COPY dreambooth_sm/__init__.py dreambooth_sm/checksums.py dreambooth_sm/errors.py dreambooth_sm/manifest.py \
-    dreambooth_sm/http_answer.py dreambooth_sm/parallel.py dreambooth_sm/s3_wire.py dreambooth_sm/sources.py \
-    dreambooth_sm/storage.py dreambooth_sm/
-RUN mkdir -p /opt/base-models \
+COPY dreambooth_sm/ dreambooth_sm/
+# A change of our code runs this again; the model then comes from the builder's cache, and the image's layer stays as it
+# was. A model that asks for a token finds it as the build secret `hf_token`.
+RUN --mount=type=cache,target=/root/.cache/huggingface \
+    --mount=type=secret,id=hf_token \
+    mkdir -p /opt/base-models \
     && if [ -n "$BASE_MODEL" ]; then \
+        HF_HOME=/root/.cache/huggingface HF_TOKEN_PATH=/run/secrets/hf_token \
         python -c 'import shutil, sys; from dreambooth_sm import sources; \
 name, revision = sys.argv[1:]; \
 shutil.copytree(sources.fetch(name, revision=revision or None), sources.BAKED / name)' \

@@ -8,13 +8,17 @@ SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
 # Older versions of diffusers, which have to read what is written here (140 MB each; torch is .venv's).
 READERS := .venv-diffusers-0.27/.installed .venv-diffusers-0.32/.installed
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test test-cuda-image lint lock clean
 
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
 
 test: $(STAMP) $(SDKS) $(READERS)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+# The image on the CUDA build of torch that the package index has: 2.7 GB to fetch, 6 GB of Docker's disk.
+test-cuda-image: $(STAMP)
+	base=$$(tests/cuda_base.sh) && CUDA_BASE_IMAGE=$$base $(BIN)/python -m pytest -q tests/integration/test_image_cuda.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -16,7 +16,10 @@ The last line on standard output is the image's URI with its digest.
   --tag TAG               tag beside the git revision and `latest` (default: the package's version)
   --base-image IMAGE      base image instead of the Dockerfile's
   --build-arg NAME=VALUE  build argument of the Dockerfile, such as WITH_XFORMERS=1; may be repeated
-  --dry-run               print what would be done, and call neither AWS nor Docker
+  --secret id=ID,src=FILE
+                          build secret: pip.conf (pip's settings) or hf_token (the model hub's token); may be repeated
+  --engine ENGINE         docker or podman (default: the first of them on PATH)
+  --dry-run               print what would be done, and change nothing
   --help                  print this text
 USAGE
 }
@@ -24,22 +27,71 @@ USAGE
 say() { echo "build_and_push: $*" >&2; }
 fail() { say "error: $*"; exit 1; }
 
+# advice TEXT: what helps against a failure whose output is TEXT, to follow its message; nothing for what is not known.
+advice() {
+  case $1 in
+    *"no space left on device"*) echo "; free space with '$engine system prune', or give $engine a larger disk" ;;
+    *"exec format error"*) echo "; nothing here runs programs for amd64: install the emulation of it" \
+      "('$engine run --privileged --rm tonistiigi/binfmt --install amd64'), or build on an amd64 machine" ;;
+    *"authorization token has expired"*) echo "; a login to a registry has expired: '$engine logout HOST', and try again" ;;
+    *toomanyrequests*) echo "; log in to that registry ('$engine login'), or name a mirror of the base with --base-image" ;;
+    *ExpiredToken* | *"token is expired"* | *"Token has expired"*) echo "; renew them, with 'aws sso login' for SSO" ;;
+    *"permission denied"*".sock"*) echo "; join the group 'docker', or run this with sudo" ;;
+    *"ing credentials - err"*) echo "; the credential helper does not work that ~/.docker/config.json names" \
+      "(credsStore, credHelpers): mend it, or take it out there" ;;
+  esac
+}
+
 # attempt WHAT COMMAND...: runs the command; a failure becomes one line, WHAT with the command's last line of error.
 attempt() {
   local what=$1 error
   shift
   # The command keeps its standard output; its standard error is captured by way of descriptor 3.
-  { error=$("$@" 2>&1 >&3 3>&-) || fail "$what: $(grep -v '^[[:space:]]*$' <<<"$error" | tail -n 1)"; } 3>&1
+  {
+    error=$("$@" 2>&1 >&3 3>&-) \
+      || fail "$what: $(grep -v '^[[:space:]]*$' <<<"$error" | tail -n 1)$(advice "$error")"
+  } 3>&1
+}
+
+# check_build_arg NAME=VALUE, or NAME for the environment's value: fails for what must not be read in the history.
+check_build_arg() {
+  local name=${1%%=*} value=${1#*=}
+  [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "--build-arg takes NAME=VALUE, not '$name'"
+  [[ $1 == *=* ]] || value=${!name-}
+  case $name in *_proxy | *_PROXY) return ;; esac # which Docker keeps out of the history
+  if [[ $name == *TOKEN* || $name == *PASSWORD* || $value =~ ://[^/]*@ ]]; then
+    fail "--build-arg $name holds a password, and the image's history would show it; pass it as a build secret:" \
+      "--secret id=pip.conf,src=FILE with pip's settings, --secret id=hf_token,src=FILE with the model hub's token"
+  fi
+}
+
+# find_builder: sets `build` to the command that makes plain Docker manifests, the only kind that SageMaker takes.
+find_builder() {
+  local version
+  version=$("$engine" --version 2>/dev/null || true)
+  build=("$engine" build)
+  if [[ $version == *podman* ]]; then
+    build+=(--format docker)
+  elif "$engine" buildx version >/dev/null 2>&1; then
+    # Into the local image store, whatever the builder; the store may be containerd's, which prefers OCI.
+    build=("$engine" buildx build --output "type=docker,oci-mediatypes=false")
+  elif [[ $version =~ ^Docker\ version\ ([0-9]+) ]] && ((BASH_REMATCH[1] >= 23)); then
+    fail "this Docker can't build: install its buildx plugin (docker-buildx-plugin, or docker-buildx on Debian)"
+  fi
+  # Attestations would wrap the image in an index. The variable is Docker's --provenance=false, also where that is unknown.
+  export DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1
 }
 
 region=${AWS_REGION:-${AWS_DEFAULT_REGION:-}}
 repository=dreambooth-sm
 tag=
 dry_run=
+engine=docker
+command -v docker >/dev/null || ! command -v podman >/dev/null || engine=podman
 build_args=()
 while (($#)); do
   case $1 in
-    --region | --profile | --repository | --tag | --base-image | --build-arg)
+    --region | --profile | --repository | --tag | --base-image | --build-arg | --secret | --engine)
       [[ -n ${2-} ]] || fail "$1 needs a value"
       case $1 in
         --region) region=$2 ;;
@@ -47,7 +99,9 @@ while (($#)); do
         --repository) repository=$2 ;;
         --tag) tag=$2 ;;
         --base-image) build_args+=(--build-arg "BASE_IMAGE=$2") ;;
-        --build-arg) build_args+=(--build-arg "$2") ;;
+        --build-arg) check_build_arg "$2" && build_args+=(--build-arg "$2") ;;
+        --secret) build_args+=(--secret "$2") ;;
+        --engine) engine=$2 ;;
       esac
       shift 2
       ;;
@@ -63,10 +117,9 @@ version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' dreambooth_sm/__init__.py)
 revision=$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || true)
 tag=${tag:-$version}
 tags=("$tag" ${revision:+"$revision"} latest)
-build=(docker build --platform linux/amd64 ${build_args[@]+"${build_args[@]}"}
+find_builder
+build+=(--platform linux/amd64 ${build_args[@]+"${build_args[@]}"}
   --build-arg "VERSION=$version" --build-arg "REVISION=${revision:-unknown}")
-# SageMaker takes plain Docker manifests only: attestations would wrap the image in an OCI index.
-export DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1
 
 if [[ $dry_run ]]; then
   echo "would create the ECR repository '$repository' in ${region:-the configured region} if it is missing"
@@ -75,10 +128,10 @@ if [[ $dry_run ]]; then
   exit
 fi
 
-for tool in docker aws; do
+for tool in "$engine" aws; do
   command -v "$tool" >/dev/null || fail "'$tool' is not installed, or not on PATH"
 done
-attempt "Docker is not running, or not yours to use" docker version >/dev/null
+attempt "$engine is not running, or not yours to use" "$engine" version >/dev/null
 region=${region:-$(aws configure get region || true)}
 [[ $region ]] || fail "no AWS region: pass --region, or set one with 'aws configure'"
 export AWS_REGION=$region AWS_DEFAULT_REGION=$region
@@ -101,19 +154,29 @@ if ! uri=$(attempt "cannot read the ECR repository '$repository'" "${describe[@]
       "action": {"type": "expire"}}]}' >/dev/null
 fi
 
+host=${uri%%/*}
 password=$(attempt "cannot get a login for ECR" aws ecr get-login-password)
-attempt "cannot log Docker in to ${uri%%/*}" \
-  docker login --username AWS --password-stdin "${uri%%/*}" <<<"$password" >/dev/null
+# ECR's credential helper keeps no logins: newer ones ignore this one, older ones refuse it, and all log in by themselves.
+export AWS_ECR_IGNORE_CREDS_STORAGE=true
+if ! refused=$(attempt "cannot log $engine in to $host" \
+  "$engine" login --username AWS --password-stdin "$host" 2>&1 >/dev/null <<<"$password"); then
+  [[ $refused == *"not implemented"* ]] || { echo "$refused" >&2 && exit 1; }
+  say "the credential helper for $host keeps no logins, and logs in by itself"
+fi
 
-"${build[@]}" "${tags[@]/#/--tag=$uri:}" . >&2 || fail "the build failed; its own messages are above"
+# Shown as it comes, and kept to find what helps.
+if ! log=$("${build[@]}" "${tags[@]/#/--tag=$uri:}" . 2>&1 \
+  | while IFS= read -r line || [[ $line ]]; do echo "$line" >&2 && echo "$line"; done); then
+  fail "the build failed; its own messages are above$(advice "$log")"
+fi
 for each in "${tags[@]}"; do
   say "pushing $uri:$each"
-  attempt "cannot push $uri:$each" docker push "$uri:$each" >&2
+  attempt "cannot push $uri:$each" "$engine" push "$uri:$each" >&2
 done
 
 pushed=$(attempt "cannot read the digest of $uri:$tag" aws ecr describe-images --repository-name "$repository" \
   --image-ids "imageTag=$tag" --query 'imageDetails[0].[imageDigest,imageManifestMediaType]' --output text)
 read -r digest media_type <<<"$pushed"
-[[ $media_type != *vnd.oci* ]] || say "warning: stored as $media_type, which SageMaker may refuse;" \
-  "turn off Docker's containerd image store and push again"
+[[ $media_type == *vnd.docker.distribution.manifest.v2* ]] || fail "ECR holds $uri:$tag as $media_type, which SageMaker" \
+  "refuses; build it with Docker's buildx plugin or with podman, which can be told to make plain Docker manifests"
 echo "$uri@$digest"

@@ -1,12 +1,14 @@
 """SageMaker's ``train``: reads the contract, runs the job, answers by exit code and failure file.
 
-``serve``, which SageMaker calls for an endpoint, is answered with where to serve the model instead.
+``serve``, which SageMaker calls for an endpoint, is answered with where to serve the model instead, and any other
+command with how to run it.
 
 Exit codes: 0 done; 2 bad input; 143 stopped on request, with a checkpoint; 1 anything else.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -18,8 +20,17 @@ from dreambooth_sm.hyperparameters import Hyperparameters, split_arguments
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
 
+USAGE = (
+    "docker run IMAGE [train] [--name value ...]: trains on what is mounted at /opt/ml as SageMaker mounts it; options "
+    "go over /opt/ml/input/config/hyperparameters.json, and "
+    "`docker run --entrypoint python IMAGE -m dreambooth_sm.hyperparameters` lists them"
+)
+
 
 def main(arguments: list[str]) -> int:
+    if {"--help", "-h"} & {*arguments} or arguments == ["help"]:
+        print(USAGE)
+        return EXIT_OK
     base = sagemaker.base_directory()
     stop = sagemaker.stop_event()
     report = Reporter()
@@ -29,7 +40,14 @@ def main(arguments: list[str]) -> int:
                 "this image trains and serves no endpoint: what it writes is a diffusers pipeline directory; serve it "
                 "with an image that loads one, such as an AWS inference container for PyTorch"
             )
-        options = split_arguments(arguments[1:] if arguments[:1] == ["train"] else arguments)
+        if arguments[:1] == ["train"]:
+            arguments = arguments[1:]
+        elif arguments and shutil.which(arguments[0]):
+            raise UserError(
+                "this image trains, with `train` or without a command; run another program of it with "
+                f"`docker run --entrypoint {arguments[0]} IMAGE ...`"
+            )
+        options = split_arguments(arguments)
         contract = sagemaker.read_contract(base, need_hyperparameters=not options)
         hyperparameters = Hyperparameters.parse(
             {**contract.hyperparameters, **options},
@@ -56,6 +74,8 @@ def main(arguments: list[str]) -> int:
 
 def fail(base: Path, reason: str, code: int) -> int:
     print(f"error: {reason}", file=sys.stderr, flush=True)
+    if not base.is_dir():  # no platform reads the failure file
+        return code
     try:
         sagemaker.write_failure(base, reason)
     except OSError as error:

@@ -5,6 +5,7 @@ To be imported before diffusers and transformers are; it imports neither.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 
@@ -18,6 +19,8 @@ for name, value in {
     os.environ.setdefault(name, value)
 # tqdm's, in a notebook without ipywidgets.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# It asks every job on a newer CPU for a package that only its 4-bit inference would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

@@ -84,7 +84,7 @@ def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             if required:
-                problems.append(f"{path} is missing; SageMaker writes it, and a local run has to as well")
+                problems.append(f"{path} is missing; mount it as SageMaker does, or pass --name value options")
             return {}
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{path} can't be read as JSON: {error}")

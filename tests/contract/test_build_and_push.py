@@ -1,4 +1,4 @@
-"""`build_and_push.sh` against stand-ins for `docker`, `aws` and `git` that record how they are called."""
+"""`build_and_push.sh` against stand-ins for `docker`, `podman`, `aws` and `git` that record how they are called."""
 
 from __future__ import annotations
 
@@ -45,9 +45,20 @@ AWS = (
 esac
 """
 )
-DOCKER = RECORD + '[[ $1 != login ]] || read -r password\n[[ $1 != login ]] || echo "stdin $password" >>"$CALLS"\n'
+ENGINE = (
+    RECORD
+    + """case $1 in
+  --version) echo "$ENGINE_VERSION" ;;
+  login) read -r password; echo "stdin $password" >>"$CALLS" ;;
+  build | buildx) echo "$BUILD_LOG" >&2; [[ -z $BUILD_LOG || $2 == version ]] || exit 1 ;;
+esac
+"""
+)
+DOCKER_26, DOCKER_20, PODMAN = "Docker version 26.1.5, build a72d7cd", "Docker version 20.10.24", "podman version 4.3.1"
 GIT = f"#!/bin/bash\necho {REVISION}\n"
 
+# How the engine is told to build is asked of its client alone.
+LOCAL = ["docker --version", "docker buildx"]
 NO_REPOSITORY = "aws ecr describe-repositories|An error occurred (RepositoryNotFoundException): it does not exist"
 
 
@@ -57,6 +68,11 @@ class Outcome:
     out: list[str]
     err: list[str]
     calls: list[str]
+
+    @property
+    def build(self) -> str:
+        (build,) = (call for call in self.calls if " --tag=" in call)
+        return build
 
     @property
     def verbs(self) -> list[str]:
@@ -75,12 +91,23 @@ class Shell:
             path = shutil.which(tool)
             assert path, f"{tool} is needed to run the script"
             (self.bin / tool).symlink_to(path)
-        for name, body in {"aws": AWS, "docker": DOCKER, "git": GIT}.items():
-            (self.bin / name).write_text(body)
-            (self.bin / name).chmod(0o755)
+        for name, body in {"aws": AWS, "docker": ENGINE, "git": GIT}.items():
+            self.add(name, body)
+
+    def add(self, name: str, body: str) -> Shell:
+        (self.bin / name).write_text(body)
+        (self.bin / name).chmod(0o755)
+        return self
 
     def __call__(
-        self, *options: str, region: str = "us-west-2", fails: str = "", media_type: str = "vnd.docker"
+        self,
+        *options: str,
+        region: str = "us-west-2",
+        fails: str = "",
+        media_type: str = "vnd.docker.distribution.manifest.v2+json",
+        version: str = DOCKER_26,
+        build_log: str = "",
+        **variables: str,
     ) -> Outcome:
         env = {
             "PATH": str(self.bin),
@@ -89,7 +116,10 @@ class Shell:
             "PROFILE_REGION": region,
             "HOST": HOSTS.get(region, ""),
             "DIGEST": DIGEST,
-            "MEDIA_TYPE": f"application/{media_type}.distribution.manifest",
+            "MEDIA_TYPE": f"application/{media_type}",
+            "ENGINE_VERSION": version,
+            "BUILD_LOG": build_log,
+            **variables,
         }
         done = subprocess.run([str(SCRIPT), *options], env=env, capture_output=True, text=True, timeout=PATIENCE)
         calls = self.calls.read_text().splitlines() if self.calls.exists() else []
@@ -118,6 +148,7 @@ def test_first_push_makes_the_repository_and_prints_the_uri(shell: Shell) -> Non
     outcome = shell(fails=NO_REPOSITORY)
     assert outcome.code == 0, outcome.err
     assert outcome.verbs == [
+        *LOCAL,
         "docker version",
         "aws configure get",
         "aws sts get-caller-identity",
@@ -127,7 +158,7 @@ def test_first_push_makes_the_repository_and_prints_the_uri(shell: Shell) -> Non
         "aws ecr get-login-password",
         "docker login",
         "stdin the-password",
-        "docker build",
+        "docker buildx",
         *["docker push"] * 3,
         "aws ecr describe-images",
     ]
@@ -140,7 +171,7 @@ def test_the_build_is_labelled_and_pushed_with_three_tags(shell: Shell) -> None:
     outcome = shell()
     image = f"{HOSTS['us-west-2']}/dreambooth-sm"
     tags = [__version__, REVISION, "latest"]
-    build = next(call for call in outcome.calls if call.startswith("docker build"))
+    build = outcome.build
     for expected in (
         "--platform linux/amd64",
         f"--build-arg VERSION={__version__}",
@@ -186,7 +217,7 @@ def test_options_override_what_is_configured(shell: Shell) -> None:
     outcome = shell(*(word for option in options.items() for word in option))
     assert outcome.out == [f"{HOSTS['us-west-2']}/team/dreambooth@{DIGEST}"]
     assert "aws configure get" not in outcome.verbs
-    build = next(call for call in outcome.calls if call.startswith("docker build"))
+    build = outcome.build
     assert "--build-arg BASE_IMAGE=registry/base:1 --build-arg WITH_XFORMERS=1" in build
     assert f"docker push {HOSTS['us-west-2']}/team/dreambooth:candidate" in outcome.calls
 
@@ -194,9 +225,14 @@ def test_options_override_what_is_configured(shell: Shell) -> None:
 def test_a_dry_run_calls_nothing(shell: Shell) -> None:
     outcome = shell("--dry-run", "--region", "eu-west-1", "--repository", "mine")
     assert outcome.code == 0
-    assert outcome.calls == []
+    assert outcome.verbs == LOCAL
     plan = "\n".join(outcome.out)
-    for expected in ("'mine' in eu-west-1", "docker build --platform linux/amd64", f"{__version__} {REVISION}"):
+    for expected in (
+        "'mine' in eu-west-1",
+        "docker buildx build",
+        "--platform linux/amd64",
+        f"{__version__} {REVISION}",
+    ):
         assert expected in plan
 
 
@@ -204,14 +240,100 @@ def test_help_names_every_option(shell: Shell) -> None:
     outcome = shell("--help")
     assert outcome.code == 0
     assert outcome.calls == []
-    for option in ("--region", "--profile", "--repository", "--tag", "--base-image", "--build-arg", "--dry-run"):
+    assert "--secret" in "\n".join(outcome.out)
+    for option in (
+        "--dry-run",
+        "--engine",
+        "--region",
+        "--profile",
+        "--repository",
+        "--tag",
+        "--base-image",
+        "--build-arg",
+    ):
         assert option in "\n".join(outcome.out)
 
 
-def test_an_image_that_sagemaker_may_refuse_is_pointed_out(shell: Shell) -> None:
-    outcome = shell(media_type="vnd.oci")
-    assert outcome.code == 0
-    assert "SageMaker may refuse" in outcome.err[-1]
+@pytest.mark.parametrize(
+    ("engine", "version", "fails", "expected"),
+    [
+        ("docker", DOCKER_26, "", "docker buildx build --output type=docker,oci-mediatypes=false --platform"),
+        ("docker", DOCKER_20, "docker buildx|not a command", "docker build --platform"),
+        ("docker", PODMAN, "", "docker build --format docker --platform"),  # the package podman-docker
+        ("podman", PODMAN, "", "podman build --format docker --platform"),
+    ],
+)
+def test_each_engine_is_told_to_make_a_docker_manifest(
+    shell: Shell, engine: str, version: str, fails: str, expected: str
+) -> None:
+    outcome = shell.without("docker").add(engine, ENGINE)(version=version, fails=fails)
+    assert outcome.code == 0, outcome.err
+    assert outcome.build.startswith(expected)
+    assert {call.split()[0] for call in outcome.calls if "push" in call or "login" in call} == {engine, "aws"}
+
+
+def test_the_engine_can_be_named(shell: Shell) -> None:
+    outcome = shell.add("podman", ENGINE)("--engine", "podman", version=PODMAN)
+    assert outcome.code == 0, outcome.err
+    assert not [call for call in outcome.calls if call.startswith("docker")]
+
+
+def test_a_docker_without_buildkit_is_told_what_to_install(shell: Shell) -> None:
+    outcome = shell(fails="docker buildx|docker: 'buildx' is not a docker command.")
+    assert_failed(outcome, "install its buildx plugin")
+    assert outcome.verbs == LOCAL
+
+
+@pytest.mark.parametrize(
+    "media_type",
+    [
+        "vnd.oci.image.manifest.v1+json",
+        "vnd.oci.image.index.v1+json",
+        "vnd.docker.distribution.manifest.list.v2+json",
+    ],
+)
+def test_an_image_that_sagemaker_refuses_is_refused(shell: Shell, media_type: str) -> None:
+    assert_failed(shell(media_type=media_type), f"as application/{media_type}, which SageMaker refuses")
+
+
+def test_a_credential_helper_that_keeps_no_logins_is_no_obstacle(shell: Shell) -> None:
+    message = "Error saving credentials: error storing credentials - err: exit status 1, out: `not implemented`"
+    outcome = shell(fails=f"docker login|{message}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == [f"{HOSTS['us-west-2']}/dreambooth-sm@{DIGEST}"]
+    assert any("logs in by itself" in line for line in outcome.err)
+
+
+@pytest.mark.parametrize(
+    ("argument", "variables"),
+    [
+        ("PIP_INDEX_URL=https://user:swordfish@mirror.example/simple", {}),
+        ("PIP_INDEX_URL=https://swordfish@mirror.example/simple", {}),
+        ("APT_MIRROR=http://user:swordfish@mirror.example", {}),
+        ("HF_TOKEN=swordfish", {}),
+        ("PIP_INDEX_URL", {"PIP_INDEX_URL": "https://user:swordfish@mirror.example/simple"}),
+    ],
+)
+def test_a_password_does_not_get_into_the_images_history(
+    shell: Shell, argument: str, variables: dict[str, str]
+) -> None:
+    outcome = shell("--build-arg", argument, **variables)
+    assert_failed(outcome, "--secret id=pip.conf,src=FILE")
+    assert "swordfish" not in "\n".join(outcome.err)
+    assert outcome.calls == []
+
+
+def test_mirrors_secrets_and_proxies_reach_the_build(shell: Shell) -> None:
+    words = [
+        *("--build-arg", "PIP_INDEX_URL=https://mirror.example/simple"),
+        *("--build-arg", "PIP_TRUSTED_HOST=mirror.example"),
+        *("--build-arg", "APT_MIRROR=http://mirror.example"),
+        *("--build-arg", "HTTPS_PROXY=http://user:password@proxy.example:3128"),  # not kept in the history
+        *("--secret", "id=pip.conf,src=/home/me/pip.conf"),
+    ]
+    outcome = shell(*words)
+    assert outcome.code == 0, outcome.err
+    assert " ".join(words) in outcome.build
 
 
 @pytest.mark.parametrize(
@@ -220,6 +342,7 @@ def test_an_image_that_sagemaker_may_refuse_is_pointed_out(shell: Shell) -> None
         (["--regoin", "us-west-2"], "unknown option '--regoin'"),
         (["us-west-2"], "unknown option 'us-west-2'"),
         (["--region"], "--region needs a value"),
+        (["--build-arg", "a b=c"], "--build-arg takes NAME=VALUE"),
     ],
 )
 def test_a_wrong_option_is_named(shell: Shell, options: list[str], reason: str) -> None:
@@ -232,7 +355,7 @@ def test_a_wrong_option_is_named(shell: Shell, options: list[str], reason: str) 
 def test_a_missing_tool_is_named(shell: Shell, tool: str) -> None:
     outcome = shell.without(tool)()
     assert_failed(outcome, f"'{tool}' is not installed")
-    assert outcome.calls == []
+    assert set(outcome.verbs) <= set(LOCAL)
 
 
 def test_a_region_is_never_guessed(shell: Shell) -> None:
@@ -242,7 +365,17 @@ def test_a_region_is_never_guessed(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("fails", "reason", "last_call"),
     [
-        ("docker version|Cannot connect to the Docker daemon", "Docker is not running", "docker version"),
+        ("docker version|Cannot connect to the Docker daemon", "docker is not running", "docker version"),
+        (
+            "docker version|permission denied while trying to connect to the socket at unix:///var/run/docker.sock",
+            "join the group 'docker'",
+            "docker version",
+        ),
+        (
+            "aws sts|An error occurred (ExpiredToken) when calling the GetCallerIdentity operation: it is expired",
+            "renew them, with 'aws sso login'",
+            "aws sts get-caller-identity",
+        ),
         (
             "aws sts|Unable to locate credentials. You can configure credentials by running 'aws configure'.",
             "no valid AWS credentials: Unable to locate credentials",
@@ -258,19 +391,43 @@ def test_a_region_is_never_guessed(shell: Shell) -> None:
             "cannot create the ECR repository 'dreambooth-sm': An error occurred (AccessDeniedException)",
             "aws ecr create-repository",
         ),
-        ("docker login|Error response: 401 Unauthorized", "cannot log Docker in to 1234", "docker login"),
-        ("docker build|failed to solve", "the build failed", "docker build"),
+        ("docker login|Error response: 401 Unauthorized", "cannot log docker in to 1234", "docker login"),
+        (
+            'docker login|error getting credentials - err: exec: "docker-credential-desktop": not found, out: ``',
+            "(credsStore, credHelpers): mend it",
+            "docker login",
+        ),
         (
             "docker push|denied: not authorized to perform: ecr:InitiateLayerUpload",
             f"dreambooth-sm:{__version__}: denied: not authorized",
             "docker push",
         ),
+        ("docker push|denied: Your authorization token has expired.", "'docker logout HOST'", "docker push"),
+        ("docker push|write /var/lib/docker: no space left on device", "docker system prune", "docker push"),
     ],
 )
 def test_a_failure_is_one_line_and_ends_the_run(shell: Shell, fails: str, reason: str, last_call: str) -> None:
     outcome = shell(fails=fails)
     assert_failed(outcome, reason)
     assert outcome.verbs[-1] == last_call
+
+
+@pytest.mark.parametrize(
+    ("log", "advice"),
+    [
+        ("ERROR: failed to solve: pytorch/pytorch:9: not found", ""),
+        ("ERROR: failed to solve: write /var/lib/docker/x: no space left on device\n", "'docker system prune'"),
+        ("exec /bin/sh: exec format error\nERROR: failed to solve: exit code: 1", "emulation"),
+        ("toomanyrequests: You have reached your pull rate limit.", "--base-image"),
+        ("denied: Your authorization token has expired. Reauthenticate and try again.", "docker logout"),
+    ],
+)
+def test_a_failed_build_is_shown_and_ends_in_one_line(shell: Shell, log: str, advice: str) -> None:
+    outcome = shell(build_log=log)
+    assert_failed(outcome, "the build failed; its own messages are above")
+    assert advice in outcome.err[-1]
+    assert set(log.splitlines()) < set(outcome.err)
+    assert outcome.verbs[-1] == "docker buildx"
 
 
 @pytest.mark.parametrize(("linter", "file"), [("shellcheck", SCRIPT), ("hadolint", ROOT / "Dockerfile")])

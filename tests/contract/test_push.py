@@ -1,6 +1,6 @@
-"""`build_and_push.sh` with the real `docker`, `aws` and a real registry; only ECR's own API is a stand-in, on loopback.
+"""`build_and_push.sh` with real engines, `aws` and a real registry; only ECR's own API is a stand-in, on loopback.
 
-Needs a Docker engine, the AWS CLI, and the registry of the package `docker-registry`.
+Needs a Docker engine, the AWS CLI, and the registry of the package `docker-registry`; and Podman for its own case.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from tests.helpers.containers import BASE_IMAGE, DOCKER, ROOT, docker, needs_eng
 from tests.helpers.patience import PATIENCE
 
 MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+# Answers as ECR's credential helper does: it keeps no logins, and knows this registry without one.
+CREDENTIAL_HELPER = """#!/bin/sh
+case $1 in get) echo '{"ServerURL": "", "Username": "AWS", "Secret": "x"}' ;; *) echo 'not implemented'; exit 1 ;; esac
+"""
 DOCKERFILE = 'ARG BASE_IMAGE\nFROM scratch\nCOPY build_and_push.sh /\nARG VERSION\nLABEL version="${VERSION}"\n'
 
 pytestmark = [
@@ -100,8 +104,16 @@ def ecr(registry: str) -> Iterator[EmbeddedS3]:
         yield services
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "docker",
+        "docker with ECR's credential helper",
+        pytest.param("podman", marks=pytest.mark.skipif(not shutil.which("podman"), reason="needs Podman")),
+    ],
+)
 def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
-    ecr: EmbeddedS3, registry: str, tmp_path: Path
+    engine: str, ecr: EmbeddedS3, registry: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     checkout = tmp_path / "checkout"
     (checkout / "dreambooth_sm").mkdir(parents=True)
@@ -110,24 +122,42 @@ def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
         shutil.copy(ROOT / name, checkout / name)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "docker").symlink_to(shutil.which(DOCKER) or DOCKER)
+
+    def add(name: str, script: str) -> None:
+        path = tmp_path / "bin" / name
+        path.write_text(script)
+        path.chmod(0o755)
+
     # Before 2.13 the AWS CLI does not read AWS_ENDPOINT_URL.
-    cli = tmp_path / "bin" / "aws"
-    cli.write_text(f'#!/bin/sh\nexec {shutil.which("aws")} --endpoint-url "$AWS_ENDPOINT_URL" "$@"\n')
-    cli.chmod(0o755)
+    add("aws", f'#!/bin/sh\nexec {shutil.which("aws")} --endpoint-url "$AWS_ENDPOINT_URL" "$@"\n')
+    options = []
+    if engine == "podman":
+        options = ["--engine", "podman"]
+        runroot = tmp_path_factory.mktemp("run")  # its path has to be short
+        storage = f"--root={tmp_path}/storage --runroot={runroot} --storage-driver=vfs"
+        add("podman", f'#!/bin/sh\nexec {shutil.which("podman")} {storage} "$@"\n')
+        (tmp_path / "registries.conf").write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
+    elif engine != "docker":
+        add("docker-credential-ecr-login", CREDENTIAL_HELPER)
+        (tmp_path / "docker").mkdir()
+        (tmp_path / "docker" / "config.json").write_text(json.dumps({"credHelpers": {registry: "ecr-login"}}))
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
         **ecr.environment(),
         "DOCKER_CONFIG": str(tmp_path / "docker"),
+        "CONTAINERS_REGISTRIES_CONF": str(tmp_path / "registries.conf"),
+        "REGISTRY_AUTH_FILE": str(tmp_path / "auth.json"),
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
     }
     repository = f"push-{os.urandom(4).hex()}"
     uris = []
     for _ in range(2):  # the second finds the repository, and pushes nothing new
-        command = ["./build_and_push.sh", "--repository", repository, "--base-image", BASE_IMAGE]
+        command = ["./build_and_push.sh", *options, "--repository", repository, "--base-image", BASE_IMAGE]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         uris += done.stdout.splitlines()
         assert ("creating the ECR repository" in done.stderr) == (len(uris) == 1)
+        assert ("logs in by itself" in done.stderr) == ("credential helper" in engine)
     digest, media_type = stored(registry, repository, "latest")
     assert uris == [f"{registry}/{repository}@{digest}"] * 2
     assert media_type == MANIFEST

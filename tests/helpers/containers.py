@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,11 +33,13 @@ def docker(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([DOCKER, *command], env=env, capture_output=True, text=True, timeout=PATIENCE)
 
 
-def build(*build_args: str, tag: str = TAG) -> subprocess.CompletedProcess[str]:
+def build(
+    *build_args: str, tag: str = TAG, options: Sequence[str] = (), context: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Builds the image; layers of an earlier build are used again."""
     settings = (f"BASE_IMAGE={BASE_IMAGE}", f"VERSION={__version__}", "WITH_BITSANDBYTES=0", *build_args)
-    options = [f"--build-arg={setting}" for setting in settings]
-    return docker("build", "--network=host", *options, f"--tag={tag}", str(ROOT))
+    arguments = [f"--build-arg={setting}" for setting in settings]
+    return docker("build", "--network=host", *arguments, *options, f"--tag={tag}", str(context))
 
 
 def python_in(image: str, code: str) -> str:

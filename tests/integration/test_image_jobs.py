@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
 from dreambooth_sm.training.checkpoint import latest_checkpoint
-from tests.helpers.containers import STRICT, TAG, build, docker, mounts, needs_engine, running
+from tests.helpers.containers import ROOT, STRICT, TAG, build, docker, mounts, needs_engine, running
 from tests.helpers.hub import Hub
 from tests.helpers.jobs import JobTree, end, read_until, read_weights
 
@@ -79,13 +81,41 @@ def test_a_gpu_instance_without_its_driver_is_told_of_it(image: str, lay_out_job
     assert "the instance is a ml.g4dn.xlarge, and torch sees no GPU: no NVIDIA driver" in (job.failure or "")
 
 
-def test_a_base_model_that_is_baked_in_is_found_by_its_id(hub: Hub, lay_out_job: Callable[..., JobTree]) -> None:
+def test_a_base_model_that_is_baked_in_is_found_by_its_id(
+    hub: Hub, lay_out_job: Callable[..., JobTree], tmp_path: Path
+) -> None:
     tag = f"{TAG}-baked"
-    done = build("BASE_MODEL=owner/model", f"HF_ENDPOINT={hub.url}", tag=tag)
+    (tmp_path / "token").write_text("hf_swordfish\n")
+    secret = f"--secret=id=hf_token,src={tmp_path}/token"
+    done = build("BASE_MODEL=owner/model", f"HF_ENDPOINT={hub.url}", tag=tag, options=[secret])
     assert done.returncode == 0, done.stderr[-4000:]
+    assert hub.tokens == {"Bearer hf_swordfish"}
+    assert "swordfish" not in docker("history", "--no-trunc", tag).stdout
     job = lay_out_job(pretrained_model_name_or_path="owner/model", class_prompt="None")
     with running(*STRICT, *mounts(job.base), tag, "train") as container:
         ended = end(container.process)
     docker("rmi", tag)
     assert ended.code == EXIT_OK, ended.log
     assert read_weights(job.model, "unet")
+
+
+def test_a_change_of_our_code_neither_fetches_the_base_model_again_nor_makes_its_layer_again(
+    hub: Hub, tmp_path: Path
+) -> None:
+    context = tmp_path / "context"
+    for name in ("container", "dreambooth_sm", "requirements"):
+        shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Dockerfile", "LICENSE"):
+        shutil.copy(ROOT / name, context / name)
+    tag, layers = f"{TAG}-changed", []
+    for change in ("first", "second"):
+        hub.fetched.clear()
+        (context / "dreambooth_sm" / "checksums.py").open("a").write(f"# {change}\n")
+        done = build("BASE_MODEL=owner/model", f"HF_ENDPOINT={hub.url}", tag=tag, context=context)
+        assert done.returncode == 0, done.stderr[-4000:]
+        layers.append(json.loads(docker("image", "inspect", "--format={{json .RootFS.Layers}}", tag).stdout))
+    docker("rmi", tag)
+    assert not {name for name in hub.fetched if name.endswith(".safetensors")}
+    changed = [one != other for one, other in zip(*layers, strict=True)]
+    assert changed == sorted(changed), "the layers of our code are the last"
+    assert changed.count(True) == 2, "our code, and its bytecode"
