@@ -390,11 +390,12 @@ def _unless_there() -> Iterator[None]:
 
 @contextmanager
 def embedded_services(
-    *, with_s3: bool = True, entrypoint: Path = ENTRYPOINT, grace: float = GRACE
+    *, with_account: bool = False, with_s3: bool = True, entrypoint: Path = ENTRYPOINT, grace: float = GRACE
 ) -> Iterator[EmbeddedServices]:
     """Runs the services until the block ends, which stops the jobs that still run.
 
     Args:
+        with_account: make what :meth:`EmbeddedServices.set_up_account` does, in each region that is asked for.
         with_s3: False lets jobs use the S3 of the standard AWS settings, credentials and all.
         entrypoint: program that jobs run as a process, in the place of the image's.
         grace: seconds between a job's SIGTERM and SIGKILL.
@@ -407,14 +408,22 @@ def embedded_services(
         ...     services.clients()("sagemaker").list_training_jobs()["TrainingJobSummaries"]
         []
     """
-    sagemaker: EmbeddedSageMaker
+    services: EmbeddedServices
+    known: set[str] = set()
 
     def front(application: Application) -> Application:
-        return lambda environ, start_response: sagemaker.answer(application, environ, start_response)
+        def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            if with_account and (region := environ[REGION_KEY]) not in known:
+                known.add(region)
+                services.set_up_account(region)
+            return services.sagemaker.answer(application, environ, start_response)
+
+        return answer
 
     with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as directory, embedded_s3(front) as server:
         sagemaker = EmbeddedSageMaker(Path(directory), server, with_s3=with_s3, entrypoint=entrypoint, grace=grace)
+        services = EmbeddedServices(server.endpoint_url, server.access_key, server.secret_key, sagemaker, with_s3)
         try:
-            yield EmbeddedServices(server.endpoint_url, server.access_key, server.secret_key, sagemaker, with_s3)
+            yield services
         finally:
             sagemaker.close()

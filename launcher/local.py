@@ -130,8 +130,7 @@ def local_services() -> Iterator[EmbeddedServices]:
     """
     from launcher.embedded import embedded_services
 
-    with embedded_services() as services, _environment_of(services):
-        services.set_up_account()
+    with embedded_services(with_account=True) as services, _environment_of(services):
         _running.append(services)
         try:
             yield services

@@ -404,6 +404,15 @@ def test_the_users_own_credentials_are_neither_needed_nor_sent(monkeypatch: pyte
     assert dict(os.environ) == before
 
 
+def test_the_account_is_set_up_in_whatever_region_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with launcher.local_services() as services:
+        assert boto3.client("iam").get_role(RoleName="dreambooth-sm")["Role"]["Arn"] == services.role
+        for region in ("us-east-1", "ap-northeast-1"):
+            images = boto3.client("ecr", region_name=region).describe_images(repositoryName="dreambooth-sm")
+            assert images["imageDetails"][0]["imageTags"]
+            boto3.client("s3", region_name=region).head_bucket(Bucket=f"sagemaker-{region}-123456789012")
+
+
 # --- Other programs than boto3 ---------------------------------------------------------------------------------------
 
 AWS = shutil.which("aws")
