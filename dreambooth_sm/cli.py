@@ -12,15 +12,12 @@ from pydantic.fields import FieldInfo
 
 from dreambooth_sm import __version__, command_line, storage
 from dreambooth_sm.command_line import add_options, joined, read_options
-from dreambooth_sm.data.captions import read_dataset_info
-from dreambooth_sm.data.check import check_folder
+from dreambooth_sm.data.check import ANY_PROMPTS, check_folder, for_folder
 from dreambooth_sm.data.sheet import contact_sheet, table
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK
 from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table
 from dreambooth_sm.plan import find_card, make_plan, tier_rows, tier_table
 
-# Stand-ins for what a plan does not depend on.
-_ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 # `check` takes the directory as a word of its own.
 _FIELDS = {name: field for name, field in Hyperparameters.model_fields.items() if name != "instance_data_dir"}
 
@@ -110,7 +107,7 @@ def _hyperparameters(options: argparse.Namespace) -> dict[str, str]:
 
 def print_plan(gpu: str | None, hyperparameters: Mapping[str, str], *, as_json: bool) -> None:
     """Prints the plan for one card, or the table of all tiers."""
-    h = Hyperparameters.parse({**_ANY_PROMPTS, **hyperparameters})
+    h = Hyperparameters.parse({**ANY_PROMPTS, **hyperparameters})
     if gpu is None:
         print(json.dumps(tier_rows(h), indent=2) if as_json else tier_table(h))
         return
@@ -146,8 +143,7 @@ def run_convert(options: argparse.Namespace) -> None:
 def print_check(directory: Path, hyperparameters: Mapping[str, str], *, sheet: Path | None, as_json: bool) -> int:
     """Prints what a job would find in a folder; 2 where it can't use it."""
     given = {"instance_data_dir": str(directory), **hyperparameters}
-    h = Hyperparameters.parse({**_ANY_PROMPTS, **read_dataset_info(directory), **given})
-    found = check_folder(directory, h)
+    found = check_folder(directory, for_folder(directory, given))
     errors = list(found.errors)
     if sheet and found.pictures:
         try:

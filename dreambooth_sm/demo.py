@@ -137,7 +137,7 @@ def draw_grid(pictures: Path, trained: Path, target: Path) -> Path:
     from dreambooth_sm.sampling import draw
     from dreambooth_sm.toybox.networks import SIDE
 
-    rows = [Image.open(path).convert("RGB") for path in sorted(pictures.iterdir())][: len(_PLACES)]
+    rows = [Image.open(path, formats=["PNG"]).convert("RGB") for path in sorted(pictures.iterdir())][: len(_PLACES)]
     instances = [f"{INSTANCE_PROMPT} {place}".strip() for place in _PLACES]
     for model, prompts in (
         (toybox.BASE, instances),

@@ -302,7 +302,7 @@ def _pictures(samples: Sequence[Mapping[str, Any]], directory: Path) -> str:
 
 
 def _picture(sample: Mapping[str, Any], directory: Path) -> str:
-    with Image.open(directory / sample["file"]) as picture:
+    with Image.open(directory / sample["file"], formats=["PNG"]) as picture:
         small = picture.convert("RGB")
     small.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
     content = BytesIO()

@@ -79,9 +79,8 @@ class Examiner:
     ) -> None:
         self._base, self._subjects, self._encoders, self._h, self._plan = base, subjects, encoders, h, plan
         self._report = report
-        self._real = [
-            [crop(open_picture(path), (h.resolution, h.resolution), View()) for path in s.pictures] for s in subjects
-        ]
+        square = (h.resolution, h.resolution)
+        self._real = [[crop(open_picture(path, square), square, View()) for path in s.pictures] for s in subjects]
         self._before = self._measure()
         self.examine(0)
 

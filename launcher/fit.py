@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher import backends
 from launcher.account import Account
@@ -81,7 +80,7 @@ def contact_sheet(images: str | Path, **options: Any) -> Image:
 
     Args:
         images: folder with 4 to 20 pictures.
-        options: of :func:`fit`.
+        options: of :func:`fit`; none is needed, prompts neither.
 
     Returns:
         a picture, which a notebook shows.
@@ -89,13 +88,14 @@ def contact_sheet(images: str | Path, **options: Any) -> Image:
     Raises:
         UserError: where a job could not use the folder, with everything that is wrong with it.
     """
-    from dreambooth_sm.data.check import check_folder
+    from dreambooth_sm.data.check import check_folder, for_folder
     from dreambooth_sm.data.sheet import contact_sheet as draw_sheet
 
     problems = Problems()
-    _, _, values = split_options(options, problems)
+    data, _, values = split_options(options, problems)
     problems.raise_any()
-    findings = check_folder(Path(images), Hyperparameters.parse(values), name="images")
+    base = str(data["base_model"]) if "base_model" in data else None
+    findings = check_folder(Path(images), for_folder(Path(images), values), name="images", base=base)
     if findings.errors:
         raise UserError(findings.errors)
     return draw_sheet(findings.pictures)

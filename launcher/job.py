@@ -413,9 +413,11 @@ class Job:
 
         from PIL import Image
 
+        from dreambooth_sm.data.pictures import FORMATS
+
         place = self._samples_place()
         names = sorted(name for name in self._names(place) if re.fullmatch(r"samples/.+\.(png|jpg|webp)", name))
-        return Pictures(Image.open(io.BytesIO(self._read(place, name))) for name in names)
+        return Pictures(Image.open(io.BytesIO(self._read(place, name)), formats=FORMATS) for name in names)
 
     def report(self) -> Page:
         """The job's report page, text in HTML; a notebook shows it.

@@ -13,8 +13,9 @@ from typing import Any
 
 from dreambooth_sm import toybox
 from dreambooth_sm.architecture import find_architecture
-from dreambooth_sm.data.check import check_folder
-from dreambooth_sm.data.pictures import SUFFIXES, list_pictures
+from dreambooth_sm.data.captions import read_dataset_info
+from dreambooth_sm.data.check import ClassFindings, Findings, check_class_folder, check_folder, printable
+from dreambooth_sm.data.folder import list_pictures
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
@@ -83,22 +84,16 @@ class Draft:
 
     Attributes:
         sources: channels to S3 locations, or files of this machine.
+        pictures: how many there are of the subject.
         problems, warnings: what was found so far.
     """
 
     hyperparameters: Hyperparameters | None = None
     resources: Resources = field(default_factory=Resources)
     sources: dict[str, S3Uri | Files] = field(default_factory=dict)
+    pictures: int = _USUAL_PICTURES
     problems: Problems = field(default_factory=Problems)
     warnings: list[str] = field(default_factory=list)
-
-    @property
-    def pictures(self) -> int:
-        """How many there are of the subject."""
-        images = self.sources.get(IMAGES_CHANNEL)
-        if images is None or isinstance(images, S3Uri):
-            return _USUAL_PICTURES
-        return sum(PurePosixPath(name).suffix.lower() in SUFFIXES for name in images)
 
     def raise_any(self) -> None:
         """Raises UserError with everything that was found, without secrets."""
@@ -173,6 +168,10 @@ def describe(
     for name, source in draft.sources.items():
         if isinstance(source, S3Uri):
             channels[name] = source
+        elif odd := [file for file in source if not _is_utf8(file)]:
+            draft.problems.found += [
+                f"the name of {printable(file)} is not UTF-8, as names in S3 are; rename it" for file in odd
+            ]
         else:
             # A digest reads everything, gigabytes of a base model perhaps: not for an estimate.
             channels[name] = resources.workspace / name / (digest(source) if account else "unsent")
@@ -183,6 +182,14 @@ def describe(
     draft.problems.found += find_secrets(request, os.environ)
     draft.raise_any()
     return Order(request, chosen, files, (*draft.warnings, *(account.warnings if account else ())))
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_account(account: Account, resources: Resources, draft: Draft) -> None:
@@ -227,11 +234,17 @@ def _read(options: Mapping[str, Any]) -> Draft:
                 draft.sources[MODEL_CHANNEL] = source
                 if find_architecture(str(Path(data["base_model"]).expanduser())) == "sdxl":
                     values.setdefault("base_architecture", "sdxl")  # the channel's name does not say it
+    folder = data.get("images")
+    beside = Path(folder) if IMAGES_CHANNEL in draft.sources and isinstance(folder, str | Path) else None
     with draft.problems.collected():
-        draft.hyperparameters = Hyperparameters.parse(values)
-    images = draft.sources.get(IMAGES_CHANNEL)
-    if images is not None and not isinstance(images, S3Uri):
-        _check_pictures(data["images"], images, draft)
+        draft.hyperparameters = Hyperparameters.parse(
+            values, dataset_info=lambda directory: read_dataset_info(beside) if beside else {}
+        )
+    for channel in (IMAGES_CHANNEL, CLASS_IMAGES_CHANNEL):
+        files = draft.sources.get(channel)
+        if files is not None and not isinstance(files, S3Uri):
+            images = data["images" if channel == IMAGES_CHANNEL else "class_images"]
+            _check_pictures(channel, images, files, draft, base=str(data.get("base_model", "")) or None)
     return draft
 
 
@@ -254,20 +267,27 @@ def _find_pictures(name: str, images: Images) -> S3Uri | Files:
     return picture_files(Path(images))
 
 
-def _check_pictures(images: Images, files: Files, draft: Draft) -> None:
-    """What the container will find in the pictures, and what is odd about them."""
+def _check_pictures(channel: str, images: Images, files: Files, draft: Draft, base: str | None) -> None:
+    """What the container will find in the pictures, and what is odd about them.
+
+    Args:
+        base: the base model, where it lies now.
+    """
     h = draft.hyperparameters or Hyperparameters()
-    if isinstance(images, str | Path):
-        findings = check_folder(Path(images), h, name="images")
-        errors, warnings = findings.errors, findings.warnings
-    else:
-        with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as scratch:
-            lay_out_files(files, Path(scratch))
-            findings = check_folder(Path(scratch), h, name="images")
-            texts = (findings.errors, findings.warnings)
-            errors, warnings = (tuple(text.replace(f"{scratch}/", "") for text in each) for each in texts)
-    draft.problems.found += errors
-    draft.warnings += warnings
+    with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as scratch:
+        directory = Path(images) if isinstance(images, str | Path) else Path(scratch)
+        if directory == Path(scratch):
+            lay_out_files(files, directory)
+        findings: Findings | ClassFindings
+        if channel == IMAGES_CHANNEL:
+            findings = check_folder(directory, h, name="images", base=base)
+            draft.pictures = len(findings.pictures) or _USUAL_PICTURES
+        elif h.prior_preservation and h.prior == "images":
+            findings = check_class_folder(directory, h, name="class_images")
+        else:
+            return
+        draft.problems.found += [text.replace(f"{scratch}/", "") for text in findings.errors]
+        draft.warnings += [text.replace(f"{scratch}/", "") for text in findings.warnings]
 
 
 def _read_base_model(base_model: str | Path) -> tuple[S3Uri | Files | None, str]:

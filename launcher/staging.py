@@ -8,29 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreambooth_sm.data.pictures import SUFFIXES
+from dreambooth_sm.data.folder import scan
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, upload_directory
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-# What belongs to pictures beside the pictures: captions and their tables.
-_BESIDE_PICTURES = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv"})
-
 # Names in S3 to files here, or to what they hold.
 Files = Mapping[str, Path | bytes]
 
 
 def picture_files(images: Path | Sequence[Path]) -> dict[str, Path]:
-    """The pictures of a folder, with the captions beside them, or those of a list, by the names they get in S3.
+    """What a job reads of a folder (pictures, masks, captions), or the files of a list, by the names they get in S3.
 
     Raises:
         UserError: two files of a list have the same name; a file is missing.
     """
     if isinstance(images, Path):
-        wanted = SUFFIXES | _BESIDE_PICTURES
-        return {name: path for name, path in all_files(images).items() if path.suffix.lower() in wanted}
+        folder = scan(images)
+        return {path.relative_to(images).as_posix(): path for path in sorted({*folder.pictures, *folder.companions})}
     problems = [f"images: there is no file {path}" for path in images if not path.is_file()]
     named = {path.name: path for path in images}
     if len(named) < len(images):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -11,12 +11,16 @@ from pathlib import Path
 from PIL import Image, ImageFilter, ImageStat
 
 from dreambooth_sm.data.buckets import enlargement, plan_buckets
-from dreambooth_sm.data.captions import DATASET_INFO, fill, read_captions, read_dataset_info, words_of
+from dreambooth_sm.data.captions import caption_files, fill, read_captions, read_dataset_info, words_of
+from dreambooth_sm.data.folder import DATASET_INFO, scan, shortened
 from dreambooth_sm.data.masks import Box, read_mask, subject_box
-from dreambooth_sm.data.pictures import Shape, list_pictures, open_picture, read_size
+from dreambooth_sm.data.pictures import Shape, open_picture, problems_of, read_size
+from dreambooth_sm.data.tokens import find_vocabulary, too_long
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import FILEWORDS, Hyperparameters
 
+# Stand-ins for prompts, where nothing depends on what they say.
+ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 FEWEST, MOST = 4, 100
 # Times that a picture may be enlarged, a side; more is no picture of the subject any more, but blocks.
 MOST_ENLARGED = 4.0
@@ -26,6 +30,8 @@ NEAR = 50
 # Variance of the Laplacian (8 bits a pixel) in the sharpest sixteenth of a picture. Real photos have 250 to 6,000;
 # blurred by 2 pixels, none has more than 40.
 BLURRED = 40.0
+# No base model takes fewer tokens: the toybox's limit.
+_FEWEST_TOKENS = 30
 # Side at which sharpness is measured.
 _SIDE = 512
 _LAPLACIAN = ImageFilter.Kernel((3, 3), (0, 1, 0, 1, -4, 1, 0, 1, 0), scale=1, offset=128)
@@ -75,50 +81,116 @@ class Findings:
     pictures: tuple[Picture, ...]
 
 
-def check_folder(directory: Path, h: Hyperparameters, *, name: str = "instance_data_dir") -> Findings:
+@dataclass(frozen=True)
+class ClassFindings:
+    """What was found in a folder of class pictures; ``errors`` and ``warnings`` as in :class:`Findings`.
+
+    Attributes:
+        pictures: those that are used, at most as many as are wanted.
+    """
+
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+    pictures: tuple[Path, ...]
+
+
+def for_folder(directory: Path, values: Mapping[str, object]) -> Hyperparameters:
+    """Hyperparameters for :func:`check_folder` of a folder whose prompts may not be known yet.
+
+    Args:
+        values: as :meth:`Hyperparameters.parse` takes them; prompts may be left out.
+
+    Raises:
+        UserError: with everything that is wrong with them.
+    """
+    given = {**read_dataset_info(directory), **values}
+    h = Hyperparameters.parse({**ANY_PROMPTS, **given})
+    return h.model_copy(update={name: None for name in ANY_PROMPTS if given.get(name) is None})
+
+
+def check_folder(
+    directory: Path, h: Hyperparameters, *, name: str = "instance_data_dir", base: str | None = None
+) -> Findings:
     """Reads every picture of the subject, its caption and its prompt, and says what is wrong and what is odd.
 
     Args:
         name: the hyperparameter that errors about the directory speak of.
+        base: the base model, where it does not lie where the hyperparameters say.
     """
-    errors: list[str] = []
-    warnings: list[str] = []
-    paths = list_pictures(directory)
-    if not directory.is_dir() or not paths:
-        return Findings((f"{name}: {_nothing_in(directory)}",), (), ())
+    folder = scan(directory)
+    errors, warnings = list(folder.unreadable), folder.warnings()
+    if not folder.pictures:
+        found = [*errors, f"{name}: {_nothing_in(directory)}"]
+        return Findings(tuple(map(printable, found)), tuple(map(printable, warnings)), ())
+    uses_captions = FILEWORDS in (h.instance_prompt or "")
     captions: dict[Path, str] = {}
     try:
-        captions = read_captions(directory, paths)
+        captions = read_captions(directory, folder.pictures)
+    except UserError as error:
+        errors += error.problems if uses_captions else []
+    try:
         warnings += _other_prompts(directory, h)
     except UserError as error:
         errors += error.problems
     pictures: list[Picture] = []
     unusable: list[str] = []
-    for path in paths:
+    for path in folder.pictures:
         try:
-            pictures.append(_examine(path, h, captions.get(path)))
+            pictures.append(_examine(path, h, captions.get(path), warnings.append))
         except UserError as error:
             unusable += error.problems
     if h.on_bad_image == "error" or not pictures:
         errors += unusable
     else:
         warnings += [f"left out: {line}" for line in unusable]
+    errors += _too_long(pictures, h, base or h.pretrained_model_name_or_path)
     pictures = _in_shapes(pictures, h)
-    if captions and FILEWORDS not in (h.instance_prompt or ""):
+    if h.instance_prompt and not uses_captions and (beside := captions or caption_files(folder.pictures)):
         warnings.append(
-            f"{len(captions)} pictures have captions, which are not used: write {FILEWORDS} in instance_prompt where a "
+            f"{len(beside)} pictures have captions, which are not used: write {FILEWORDS} in instance_prompt where a "
             f'caption is to stand, such as "photo of zwx toy, {FILEWORDS}"'
         )
     without = sum(picture.subject is None for picture in pictures)
     if h.background_weight is not None and without:
         warnings.append(f"{without} of {len(pictures)} pictures have no mask: background_weight has no part in them")
     warnings += _odd(pictures, directory, h)
-    return Findings(tuple(errors), tuple(map(printable, warnings)), tuple(pictures))
+    return Findings(tuple(map(printable, errors)), tuple(map(printable, warnings)), tuple(pictures))
+
+
+def check_class_folder(directory: Path, h: Hyperparameters, *, name: str = "class_data_dir") -> ClassFindings:
+    """Reads the class pictures that a job will use: the first ``num_class_images`` that can be read.
+
+    Args:
+        name: the hyperparameter that errors about the directory speak of.
+    """
+    if directory.is_file():
+        return ClassFindings((f"{name}: {directory} is a file; name a directory",), (), ())
+    if not directory.is_dir():
+        return ClassFindings((), (), ())
+    folder = scan(directory)
+    errors, warnings = list(folder.unreadable), folder.warnings()
+    usable: list[Path] = []
+    for path in folder.pictures:
+        if len(usable) == h.num_class_images:
+            warnings.append(
+                f"of {len(folder.pictures)} class pictures in {directory} the first {h.num_class_images} by name are "
+                f"used; set num_class_images={len(folder.pictures)} to use all of them"
+            )
+            break
+        unreadable = problems_of(path, (h.resolution, h.resolution))
+        if h.on_bad_image == "error":
+            errors += unreadable
+        else:
+            warnings += [f"left out: {line}" for line in unreadable]
+        if not unreadable:
+            usable.append(path)
+    return ClassFindings(tuple(map(printable, errors)), tuple(map(printable, warnings)), tuple(usable))
 
 
 def printable(text: str) -> str:
-    """A text with file names in it that may be no UTF-8, as one that any stream takes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """A text with file names in it, which may be no UTF-8 and hold line ends and escape sequences, as one harmless line
+    that any stream takes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _nothing_in(directory: Path) -> str:
@@ -145,9 +217,26 @@ def _other_prompts(directory: Path, h: Hyperparameters) -> list[str]:
     ]
 
 
-def _examine(path: Path, h: Hyperparameters, caption: str | None) -> Picture:
+def _too_long(pictures: Sequence[Picture], h: Hyperparameters, base: str) -> list[str]:
+    """A line for each prompt that has more tokens than the job will encode."""
+    prompts = {picture.prompt: f"{picture.path}: its prompt" for picture in reversed(pictures)}
+    prompts |= {h.class_prompt: "class_prompt"} if h.class_prompt and h.instance_prompt else {}
+    # A token has a byte at least: nobody's usual prompts need a vocabulary.
+    if all(len(prompt.encode(errors="replace")) <= _FEWEST_TOKENS for prompt in prompts):
+        return []
+    if (vocabulary := find_vocabulary(base)) is None:
+        return []
+    counts = {prompt: vocabulary.count(prompt) for prompt in prompts}
+    return [
+        too_long(f"{what} {prompt!r}", counts[prompt], h.max_token_length, vocabulary.limit(h.max_token_length))
+        for prompt, what in prompts.items()
+        if counts[prompt] > vocabulary.limit(h.max_token_length)
+    ]
+
+
+def _examine(path: Path, h: Hyperparameters, caption: str | None, warn: Callable[[str], None]) -> Picture:
     """Raises UserError where the picture can't be used."""
-    picture = open_picture(path, (_SIDE // 2, _SIDE // 2))
+    picture = open_picture(path, (_SIDE // 2, _SIDE // 2), warn)
     size, square = read_size(path), (h.resolution, h.resolution)
     if enlargement(size, square) > MOST_ENLARGED:
         raise UserError(
@@ -156,10 +245,10 @@ def _examine(path: Path, h: Hyperparameters, caption: str | None) -> Picture:
         )
     prompt = fill(h.instance_prompt or "", words_of(path) if caption is None else caption)
     if h.instance_prompt and not prompt:
-        raise UserError(
-            f"{path} has no caption and no words in its name, which leaves nothing for {FILEWORDS}; add one"
-        )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        lacking = "no caption and no words in its name" if caption is None else "an empty caption"
+        raise UserError(f"{path} has {lacking}, which leaves nothing for {FILEWORDS}; add one")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     mask = read_mask(path)
     subject = subject_box(mask) if mask else None
     return Picture(path, size, square, prompt, digest, difference_hash(picture), sharpness(picture), subject)
@@ -231,7 +320,4 @@ def _odd(pictures: list[Picture], directory: Path, h: Hyperparameters) -> list[s
 
 
 def _listed(items: list[str], what: str) -> list[str]:
-    if not items:
-        return []
-    rest = f" and {len(items) - 5} more" if len(items) > 5 else ""
-    return [f"{what}: {', '.join(items[:5])}{rest}"]
+    return [f"{what}: {shortened(items)}"] if items else []

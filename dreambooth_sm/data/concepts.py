@@ -10,8 +10,9 @@ from pathlib import Path
 
 from dreambooth_sm.data.buckets import assign, class_shapes
 from dreambooth_sm.data.captions import fill
-from dreambooth_sm.data.check import check_folder, picture_shapes
-from dreambooth_sm.data.pictures import Shape, list_pictures, problems_of, read_size
+from dreambooth_sm.data.check import check_class_folder, check_folder, picture_shapes
+from dreambooth_sm.data.folder import list_pictures
+from dreambooth_sm.data.pictures import Shape, read_size
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, clean_concepts
 
@@ -138,12 +139,13 @@ def _find(
     problems += findings.errors
     for line in findings.warnings:
         warn(line)
-    class_pictures: list[Path] = []
-    uses_images = h.prior_preservation and h.prior == "images"
-    if uses_images and class_directory.is_file():
-        problems.append(f"class_data_dir: {class_directory} is a file; name a directory")
-    elif uses_images and class_directory.is_dir():
-        class_pictures = _usable(list_pictures(class_directory), h, problems, warn)
+    class_pictures: tuple[Path, ...] = ()
+    if h.prior_preservation and h.prior == "images":
+        of_class = check_class_folder(class_directory, h)
+        class_pictures = of_class.pictures
+        problems += of_class.errors
+        for line in of_class.warnings:
+            warn(line)
     if not findings.pictures or h.instance_prompt is None:
         return None
     return Subject(
@@ -151,23 +153,6 @@ def _find(
         prompt=fill(h.instance_prompt, "") or findings.pictures[0].prompt,
         class_prompt=h.class_prompt if h.prior_preservation else None,
         class_directory=class_directory,
-        class_pictures=tuple(class_pictures),
+        class_pictures=class_pictures,
         prompts=tuple(picture.prompt for picture in findings.pictures),
     )
-
-
-def _usable(pictures: list[Path], h: Hyperparameters, problems: list[str], warn: Callable[[str], None]) -> list[Path]:
-    """The first ``num_class_images`` of them that can be read."""
-    usable: list[Path] = []
-    for path in pictures:
-        if len(usable) == h.num_class_images:
-            break
-        unreadable = problems_of(path)
-        if h.on_bad_image == "error":
-            problems += unreadable
-        else:
-            for line in unreadable:
-                warn(f"left out: {line}")
-        if not unreadable:
-            usable.append(path)
-    return usable

@@ -1,6 +1,6 @@
 """Where the subject is in a picture: its mask, and crops that keep it. No torch.
 
-A picture's mask is ``NAME-mask.png`` beside it (white: the subject), or else its alpha channel.
+A picture's mask lies beside it (``NAME-mask.png`` for example; white: the subject), or is its alpha channel.
 """
 
 from __future__ import annotations
@@ -9,15 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_sm.data.pictures import (
-    MASK_SUFFIX,
-    Shape,
-    View,
-    has_transparency,
-    load_picture,
-    open_picture,
-    read_size,
-)
+from dreambooth_sm.data.folder import masks_of
+from dreambooth_sm.data.pictures import Shape, View, has_transparency, load_picture, on_background, read_size
 from dreambooth_sm.errors import UserError
 
 Box = tuple[float, float, float, float]  # left, top, right and bottom, as shares of the picture's sides
@@ -33,18 +26,22 @@ def read_mask(path: Path) -> Image.Image | None:
     Raises:
         UserError: where the mask can't be read, is of another shape than its picture, or shows no subject.
     """
-    source = path.with_name(path.stem + MASK_SUFFIX)
-    if source.exists():
-        mask, size = open_picture(source).convert("L"), read_size(path)
-        if abs(mask.width * size[1] / (mask.height * size[0]) - 1) > _SLACK:
+    beside, needed = masks_of(path), (_SIDE // 4, _SIDE // 4)
+    if beside:
+        source, size = beside[0], read_size(path)
+        # White on nothing is how drawing programs export a mask: nothing is black.
+        mask = on_background(load_picture(source, needed), "black").convert("L")
+        (width, height) = read_size(source)
+        if abs(width * size[1] / (height * size[0]) - 1) > _SLACK:
             raise UserError(
-                f"{source} has {mask.width} x {mask.height} pixels and its picture {size[0]} x {size[1]}; "
-                "make a mask of the same shape"
+                f"{source} has {width} x {height} pixels and its picture {size[0]} x {size[1]}; make a mask of the "
+                "same shape, or give it another name if it is a picture"
             )
     elif has_transparency(path):
-        source, mask = path, load_picture(path).convert("RGBA").getchannel("A")
-        if mask.getextrema()[0] == 255:
+        source, layers = path, load_picture(path, needed)
+        if layers.mode != "RGBA" or layers.getchannel("A").getextrema()[0] == 255:
             return None
+        mask = layers.getchannel("A")
     else:
         return None
     mask.thumbnail((_SIDE, _SIDE), Image.Resampling.BOX)

@@ -1,37 +1,53 @@
-"""Picture files: which files of a folder are pictures, reading them, and the views the model trains on. No torch."""
+"""Picture files: reading them, and the views the model trains on. No torch.
+
+What a file holds decides what it is, not its name.
+"""
 
 from __future__ import annotations
 
-import io
-import os
+import stat
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from dreambooth_sm.data.colours import to_8_bits, to_srgb
 from dreambooth_sm.errors import UserError
 
+# The formats that are read. Pillow knows more, and starts Ghostscript for one of them.
+FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
 try:
     from pillow_heif import register_heif_opener
 except ImportError:  # a platform that it has no wheel for
-    _HEIC_SUFFIXES = frozenset({".heic", ".heif"})
+    _HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 else:
-    _HEIC_SUFFIXES = frozenset()
+    _HEIC_BRANDS = frozenset()
     register_heif_opener()
+    FORMATS.append("HEIF")
 
 Shape = tuple[int, int]  # width and height, in pixels
 
 SUFFIXES = frozenset(
     f".{kind}" for kind in ("jpg", "jpeg", "jfif", "png", "webp", "heic", "heif", "avif", "gif", "bmp", "tif", "tiff")
 )
-# Beside ``duck.jpg``, ``duck-mask.png`` is its mask and no picture of its own.
-MASK_SUFFIX = "-mask.png"
-# What archives and operating systems leave behind; hidden files and folders are left out as well.
-_LITTER = frozenset({"__MACOSX", "$RECYCLE.BIN"})
+# Pixels that are decoded at most, half a gigabyte of memory. Baseline JPEGs, which are decoded at a fraction of their
+# size, may have twice as many: phones make 108 and 200 million. Pillow refuses any file of more than twice its limit.
+Image.MAX_IMAGE_PIXELS = 1 << 27
+# Image generators write their whole workflow into PNGs: megabytes of text, of which Pillow reads one.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 1 << 27
 _ORIENTATION = 0x0112  # EXIF
-# JPEGs are decoded at a fraction of their size where that leaves this many times the pixels a side that are needed.
+# What the first picture in a camera's raw file, a TIFF, says: a preview, or Adobe's DNG.
+_NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706
+# Pictures are decoded at a fraction of their size where that leaves this many times the pixels a side that are needed.
 _SPARE = 4
+
+
+def _say_nothing(line: str) -> None:
+    """Takes a warning that nobody asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,107 +64,147 @@ class View:
     mirrored: bool = False
 
 
-def list_pictures(directory: Path) -> list[Path]:
-    """The picture files below a directory, sorted; left out are hidden files and folders, litter, and masks."""
-    found: list[Path] = []
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in _LITTER]
-        pictures = [n for n in names if not n.startswith(".") and Path(n).suffix.lower() in SUFFIXES]
-        masks = {Path(name).stem + MASK_SUFFIX for name in pictures}
-        found += [Path(folder, name) for name in pictures if name not in masks]
-    return sorted(found)
-
-
-def open_picture(path: Path, needed: Shape | None = None) -> Image.Image:
+def open_picture(path: Path, needed: Shape | None = None, warn: Callable[[str], None] = _say_nothing) -> Image.Image:
     """Reads one picture: as :func:`load_picture`, in RGB, transparency on white."""
-    picture = load_picture(path, needed)
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(canvas, layer).convert("RGB")
-    return picture.convert("RGB")
+    return on_background(load_picture(path, needed, warn), "white")
 
 
-def load_picture(path: Path, needed: Shape | None = None) -> Image.Image:
-    """Reads one picture: upright (EXIF), in sRGB where it has a colour profile, the first frame, of whatever mode.
+def on_background(picture: Image.Image, colour: str) -> Image.Image:
+    """A picture of :func:`load_picture` in RGB, before a background of one colour."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, colour), picture).convert("RGB")
+
+
+def load_picture(path: Path, needed: Shape | None = None, warn: Callable[[str], None] = _say_nothing) -> Image.Image:
+    """Reads one picture: upright (EXIF), in sRGB, the first frame, as RGB, or RGBA where anything is transparent.
 
     Args:
-        needed: width and height that are enough; a JPEG of many times that size is decoded at a fraction of its own.
+        needed: width and height that are enough; a picture of many times that size is read at a fraction of its own.
+        warn: gets a line where a colour profile can't be used.
 
     Raises:
-        UserError: where the file is no picture, or is damaged.
+        UserError: where the file is no picture, is damaged or too large.
     """
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise UserError(f"{path} is no file; remove it")
-    if path.suffix.lower() in _HEIC_SUFFIXES:
-        raise UserError(f"{path} is HEIC, which needs the package pillow-heif; install it, or save it as JPEG or PNG")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
-                if needed:
-                    file.draft(None, (_SPARE * max(needed), _SPARE * max(needed)))
-                return _to_srgb(_to_8_bits(ImageOps.exif_transpose(file), path))
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is no picture, whatever its name says; remove or replace it") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{path} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down") from None
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is damaged and can't be read ({reason}); replace it") from None
+    with _opened(path) as file:
+        if needed:
+            file.draft(None, (_SPARE * max(needed), _SPARE * max(needed)))
+        if file.width * file.height > _most_pixels():
+            raise UserError(_too_large(path))
+        ImageOps.exif_transpose(file, in_place=True)
+        try:
+            picture = to_8_bits(file)
+        except ValueError:
+            raise UserError(
+                f"{path} has 32 bits a pixel, of a range that it does not name; save it as 8-bit JPEG or PNG"
+            ) from None
+        if needed and (fraction := min(picture.size) // (_SPARE * max(needed))) > 1:
+            picture = picture.reduce(fraction)
+        return to_srgb(picture, lambda line: warn(f"{path}: {line}"))
 
 
 def read_size(path: Path) -> Shape:
-    """Width and height of a picture, known to be readable, when it is upright; reads its header alone."""
-    with Image.open(path) as file:
-        turned = file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    """Width and height of a picture when it is upright.
+
+    Raises:
+        UserError: where the file is no picture.
+    """
+    status = path.stat()
+    return _size_of(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=1024)  # a PNG's orientation may come after its pixels, and needs all of them
+def _size_of(path: Path, *version: int) -> Shape:
+    with _opened(path) as file:
+        # Pillow turns TIFFs by itself, size and all.
+        turned = file.format != "TIFF" and file.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
         return (file.height, file.width) if turned else file.size
 
 
 def has_transparency(path: Path) -> bool:
-    """Whether a picture, known to be readable, has an alpha channel or a transparent colour; reads its header alone."""
-    with Image.open(path) as file:
+    """Whether a picture has an alpha channel or a transparent colour; reads its header alone.
+
+    Raises:
+        UserError: where the file is no picture.
+    """
+    with _opened(path) as file:
         return file.has_transparency_data
 
 
-def _to_8_bits(picture: Image.Image, path: Path) -> Image.Image:
-    """Scales 16-bit greyscale down; Pillow's own conversion cuts it off at 255, which leaves a white picture."""
-    if picture.mode.startswith("I;16"):
-        return picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if picture.mode in ("I", "F"):
-        raise UserError(f"{path} has 32 bits a pixel, of a range that it does not name; save it as 8-bit JPEG or PNG")
-    return picture
-
-
-def _to_srgb(picture: Image.Image) -> Image.Image:
-    """Converts from the picture's colour profile; one that is damaged or of another mode is ignored."""
-    profile = picture.info.get("icc_profile")
-    if not profile or picture.mode not in ("RGB", "RGBA", "CMYK"):
-        return picture
+def is_picture(path: Path) -> bool:
+    """Whether a file holds a picture, by its header; it may be damaged after that."""
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(source):
-            return picture
-        colours = picture.convert("RGB") if picture.mode == "RGBA" else picture
-        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return picture
-    if picture.mode == "RGBA":
-        converted.putalpha(picture.getchannel("A"))
-    return converted
+        with _opened(path):
+            return True
+    except UserError:
+        return False
 
 
-def check_pictures(paths: list[Path]) -> list[str]:
-    """Reads every picture in full; one line for each that can't be used."""
-    return [line for path in paths for line in problems_of(path)]
-
-
-def problems_of(path: Path) -> list[str]:
-    """Reads a picture in full; why it can't be used, nothing where it can."""
+@contextmanager
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """A picture file, for a block in which whatever goes wrong is a UserError."""
     try:
-        open_picture(path)
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"{path} is not a file; remove it")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which have limits of their own here
+            with Image.open(path, formats=FORMATS) as file:
+                _check_header(path, file)
+                yield file
+    except UnidentifiedImageError:
+        raise UserError(_unidentified(path)) from None
+    except Image.DecompressionBombError:
+        raise UserError(_too_large(path)) from None
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist, or is a link to nothing; remove or replace it") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path} can't be read: {error.strerror}") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged and can't be read ({reason}); replace it") from None
+
+
+def _check_header(path: Path, file: ImageFile.ImageFile) -> None:
+    if min(file.size) < 1:
+        raise UserError(f"{path} is damaged and can't be read (it has {file.width} x {file.height} pixels); replace it")
+    progressive = "progressive" in file.info  # all of it has to be in memory before any of it can be decoded
+    if file.width * file.height > _most_pixels() and (file.format not in ("JPEG", "MPO") or progressive):
+        raise UserError(_too_large(path))
+    tags = getattr(file, "tag_v2", {}) if file.format == "TIFF" else {}
+    if tags and (tags.get(_NEW_SUBFILE_TYPE, 0) == 1 or _DNG_VERSION in tags or _begins(path)[8:10] == b"CR"):
+        raise UserError(f"{path} is a camera's raw file, whose preview alone could be read; develop it and save a JPEG")
+
+
+def _most_pixels() -> int:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    return Image.MAX_IMAGE_PIXELS
+
+
+def _too_large(path: Path) -> str:
+    return f"{path} has more than {_most_pixels():,} pixels; scale it down"
+
+
+def _unidentified(path: Path) -> str:
+    begin = _begins(path)
+    if begin[4:8] == b"ftyp" and begin[8:12] in _HEIC_BRANDS:
+        return f"{path} is HEIC, which needs the package pillow-heif; install it, or save it as JPEG or PNG"
+    return (
+        f"{path} is no picture, whatever its name says; remove or replace it "
+        f"(what is read: {', '.join(FORMATS[:-1])} and {FORMATS[-1]})"
+    )
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(16)
+
+
+def problems_of(path: Path, needed: Shape | None = None) -> list[str]:
+    """Reads a picture to its end; why it can't be used, nothing where it can."""
+    try:
+        open_picture(path, needed)
     except UserError as error:
         return error.problems
     return []

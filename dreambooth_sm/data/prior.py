@@ -83,7 +83,8 @@ class ClassImages:
         cache = ClassCache(directory, self._remote, self._report)
         recipes = {number: self._recipe(subject.class_prompt, shapes[number]) for number in numbers}
         names = {number: recipe.name(first + number) for number, recipe in recipes.items()}
-        found: dict[str, bytes] = self._world.first(cache.find(names.values()) if self._world.is_main else {})
+        latents = {names[number]: self._latent_shape(shapes[number]) for number in numbers}
+        found: dict[str, bytes] = self._world.first(cache.find(latents) if self._world.is_main else {})
         missing = [number for number in numbers if names[number] not in found]
         if found:
             self._report.say(f"class_images found={len(found)} missing={len(missing)}")
@@ -94,7 +95,7 @@ class ClassImages:
         if self._world.is_main:
             cache.share(made)
         for name, content in (found | made).items():
-            if not (directory / name).is_file():  # another host has it
+            if not cache.holds(name, content):  # another host does
                 cache.write(name, content)
         return dataclasses.replace(
             subject,
@@ -132,6 +133,10 @@ class ClassImages:
     def _show(self, latents: torch.Tensor, number: int) -> None:
         self._shown.mkdir(parents=True, exist_ok=True)
         decode(self._pipeline, latents[None])[0].save(self._shown / f"class-{number}.png")
+
+    def _latent_shape(self, size: Shape) -> tuple[int, int, int]:
+        width, height = (side // self._pipeline.vae_scale_factor for side in size)
+        return self._pipeline.unet.config.in_channels, height, width
 
     def _recipe(self, prompt: str, size: Shape) -> Recipe:
         return Recipe(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dreambooth_sm.data.tokens import too_long
 from dreambooth_sm.errors import UserError
 
 # Orders of a prompt's tags that are kept for `shuffle_tags`.
@@ -31,14 +32,13 @@ def tokenize(tokenizer: Any, prompts: list[str], *, max_tokens: int = 75, pad: b
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     words = [tokenizer(p, add_special_tokens=False, truncation=False, verbose=False).input_ids for p in prompts]
     limit = max_tokens // 75 * window
-    too_long = {
-        f"the prompt {prompt!r} has {len(ids)} tokens and max_token_length={max_tokens} allows {limit}; "
-        "shorten it or set max_token_length to 150 or 225"
+    problems = {
+        too_long(f"the prompt {prompt!r}", len(ids), max_tokens, limit)
         for prompt, ids in zip(prompts, words, strict=True)
         if len(ids) > limit
     }
-    if too_long:
-        raise UserError(sorted(too_long))
+    if problems:
+        raise UserError(sorted(problems))
     longest = max(len(ids) for ids in words)
     chunks = max(1, -(-longest // window))
     length = window if pad or chunks > 1 else longest

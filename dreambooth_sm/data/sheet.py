@@ -14,8 +14,8 @@ from dreambooth_sm.data.check import Picture, printable
 from dreambooth_sm.data.masks import keep_subject
 from dreambooth_sm.data.pictures import View, crop, open_picture
 
-# Pixels: side of the square that a picture has for itself, its margin, and a line of text.
-_CELL, _MARGIN, _LINE = 256, 8, 16
+# Pixels: longest side of a picture, least width of a tile, margin, and height of a line of text.
+_SIDE, _NARROWEST, _MARGIN, _LINE = 256, 96, 8, 16
 _LINES = 5
 _COLUMNS = 5
 
@@ -23,30 +23,44 @@ _COLUMNS = 5
 def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     """The pictures row by row, each cropped to its shape, with its prompt; of random crops the centre is shown.
 
+    All tiles are as large as the largest picture and the longest text need.
+
     Raises:
         ValueError: where there is no picture.
     """
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")
+    seen = [_as_seen(picture) for picture in pictures]
+    width = max(_NARROWEST, *(view.width for view in seen))
+    font = ImageFont.load_default(size=12)
+    letters = int(width / (font.getlength("photo of a toy") / 14))
+    texts = [_words(picture, letters) for picture in pictures]
+    high, lines = max(view.height for view in seen), max(map(len, texts))
+    tile = (width + 2 * _MARGIN, high + lines * _LINE + 2 * _MARGIN)
     columns = min(_COLUMNS, len(pictures))
-    width, height = _CELL + 2 * _MARGIN, _CELL + _LINES * _LINE + 2 * _MARGIN
-    sheet = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for number, picture in enumerate(pictures):
+    sheet = Image.new("RGB", (columns * tile[0], -(-len(pictures) // columns) * tile[1]), "white")
+    for number, (view, words) in enumerate(zip(seen, texts, strict=True)):
+        drawn = Image.new("RGB", tile, "white")
+        drawn.paste(view, ((tile[0] - view.width) // 2, _MARGIN + (high - view.height) // 2))
+        ImageDraw.Draw(drawn).multiline_text((_MARGIN, _MARGIN + high), "\n".join(words), "black", font)
         row, column = divmod(number, columns)
-        left, top = column * width + _MARGIN, row * height + _MARGIN
-        view = View()
-        if picture.subject:
-            view = keep_subject(view, picture.subject, picture.size, picture.shape)
-        seen = crop(open_picture(picture.path, picture.shape), picture.shape, view)
-        seen.thumbnail((_CELL, _CELL), Image.Resampling.LANCZOS)
-        sheet.paste(seen, (left + (_CELL - seen.width) // 2, top + (_CELL - seen.height) // 2))
-        shape = "{} x {}".format(*picture.shape)
-        prompt = textwrap.wrap(picture.prompt, 42, max_lines=_LINES - 1)
-        pen.multiline_text(
-            (left, top + _CELL), "\n".join([printable(f"{picture.path.name}: {shape}")[:42], *prompt]), "black", font
-        )
+        sheet.paste(drawn, (column * tile[0], row * tile[1]))
     return sheet
+
+
+def _as_seen(picture: Picture) -> Image.Image:
+    view = View()
+    if picture.subject:
+        view = keep_subject(view, picture.subject, picture.size, picture.shape)
+    seen = crop(open_picture(picture.path, picture.shape), picture.shape, view)
+    seen.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    return seen
+
+
+def _words(picture: Picture, letters: int) -> list[str]:
+    """Name, shape and prompt in lines of at most so many letters."""
+    title = f"{printable(picture.path.name)}: {picture.shape[0]} x {picture.shape[1]}"
+    return [*textwrap.wrap(title, letters)[:2], *textwrap.wrap(picture.prompt, letters, max_lines=_LINES - 2)]
 
 
 def table(pictures: Sequence[Picture], directory: Path) -> str:

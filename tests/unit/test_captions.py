@@ -36,7 +36,7 @@ def test_a_text_beside_each_picture(folder: Path) -> None:
     (folder / "deep" / "c.txt").write_bytes("\ufeffеще утка\r\n".encode())
     (folder / "b.txt").write_text(" \n")
     (folder / "notes.txt").write_text("remember the milk")
-    assert captions(folder) == {"a.jpg": "a duck on a table", "deep/c.jpg": "еще утка"}
+    assert captions(folder) == {"a.jpg": "a duck on a table", "b.png": "", "deep/c.jpg": "еще утка"}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])

@@ -17,7 +17,8 @@ from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from dreambooth_sm.cli import main
 from dreambooth_sm.data.check import BLURRED, FEWEST, NEAR, Findings, check_folder, difference_hash, sharpness
-from dreambooth_sm.data.pictures import list_pictures, open_picture
+from dreambooth_sm.data.folder import list_pictures
+from dreambooth_sm.data.pictures import open_picture
 from dreambooth_sm.hyperparameters import Hyperparameters
 from tests.helpers.patience import PATIENCE
 
@@ -57,8 +58,11 @@ def deep(picture: Image.Image) -> Image.Image:
     return Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
 
 
+SRGB, LAB = (ImageCms.createProfile(space) for space in ("sRGB", "LAB"))  # type: ignore[arg-type]
+
+
 def lab_profile() -> bytes:
-    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    return ImageCms.ImageCmsProfile(LAB).tobytes()
 
 
 def animation(kind: str, **options: object) -> bytes:
@@ -98,6 +102,9 @@ GOOD: dict[str, Callable[[int], bytes]] = {
     "deep/er/inside.jfif": lambda n: content(blocks(n), "JPEG"),
     "named wrongly.png": lambda n: content(blocks(n), "JPEG"),
     "tall.jpg": lambda n: content(blocks(n, (90, 200)), "JPEG"),
+    "no suffix": lambda n: content(blocks(n), "JPEG"),
+    "another suffix.jpe": lambda n: content(blocks(n), "JPEG"),
+    "lab.tif": lambda n: content(ImageCms.profileToProfile(blocks(n), SRGB, LAB, outputMode="LAB"), "TIFF"),
 }
 LEFT_OUT = {
     **dict.fromkeys([".DS_Store", "Thumbs.db", "desktop.ini", "notes.txt", "readme.md", "a.jpg.part"], b"x"),
@@ -106,8 +113,12 @@ LEFT_OUT = {
     ".ipynb_checkpoints/plain-checkpoint.jpg": b"x",
     "__MACOSX/plain.jpg": b"x",
     "plain-mask.png": content(Image.new("L", (120, 90), 255), "PNG"),
-    "no suffix": content(blocks(60), "JPEG"),
+    "deep/plain.txt": b"of a picture that lies elsewhere",
+    "clip.mp4": b"\0\0\0\x18ftypmp42",
+    "@eaDir/plain.jpg/SYNOPHOTO_THUMB_M.jpg": content(blocks(60), "JPEG"),
 }
+# Of those, what people may think is used.
+NAMED = ["a.jpg.part", "clip.mp4", "deep/plain.txt", "notes.txt", "readme.md"]
 BAD = {
     "text.jpg": (b"remember to add pictures", "is no picture"),
     "page.png": (b"<!DOCTYPE html>", "is no picture"),
@@ -138,7 +149,12 @@ def write(path: Path, its: bytes) -> None:
 def test_more_than_thirty_awkward_pictures_are_read(awkward: Path) -> None:
     assert len(GOOD) >= 30
     found = check(awkward)
-    assert found.errors == found.warnings == ()
+    assert found.errors == ()
+    left_out, *profiles = found.warnings
+    assert left_out.endswith(": " + ", ".join(NAMED))
+    assert [line.split(": ")[0] for line in profiles] == [
+        str(awkward / f"{kind} profile.jpg") for kind in ("broken", "other")
+    ]
     seen = {picture.path.relative_to(awkward).as_posix(): picture for picture in found.pictures}
     assert seen.keys() == GOOD.keys()
     turned = {"turned.jpg": (90, 120), "tall.jpg": (90, 200)}
@@ -159,7 +175,7 @@ def test_each_picture_that_can_not_be_used_is_named_with_its_reason(awkward: Pat
         assert "\n" not in line
     skipping = check(awkward, on_bad_image="skip")
     assert skipping.errors == ()
-    assert skipping.warnings == tuple(f"left out: {line}" for line in found.errors)
+    assert skipping.warnings == (*found.warnings, *(f"left out: {line}" for line in found.errors))
     assert skipping.pictures == found.pictures
     assert len(found.pictures) == len(GOOD)
 
@@ -323,8 +339,8 @@ def test_the_command_prints_a_table_and_draws_a_sheet(awkward: Path, capsys: pyt
     assert line.endswith("zwx ente на столе")
     assert f"{len(GOOD)} pictures: " in out
     with Image.open(sheet) as drawn:
-        assert drawn.width > 5 * 256
-        assert drawn.height > len(GOOD) // 5 * 256
+        assert drawn.width > 5 * 72
+        assert drawn.height > len(GOOD) // 5 * 72
         assert len(drawn.getcolors(maxcolors=1 << 24) or []) > 1000
 
 
@@ -359,3 +375,17 @@ def test_the_command_needs_no_torch(photos: Path, tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert "4 pictures: 4 in " in ended.stdout
+
+
+def test_a_contact_sheet_needs_no_prompt_and_no_more_room_than_it_shows(tmp_path: Path) -> None:
+    import launcher
+
+    for number in range(3):
+        blocks(number, (64, 64)).save(tmp_path / f"{number}.png")
+    sheet = launcher.contact_sheet(tmp_path, resolution=64, base_model="toybox")
+    assert sheet.width < 3 * 130, "pictures of 64 pixels and their names need no 256"
+    assert sheet.height < 64 + 2 * 8 + 2 * 16 + 1
+    with_prompt = launcher.contact_sheet(tmp_path, resolution=64, instance_prompt="photo of zwx toy in a meadow")
+    assert (with_prompt.width, with_prompt.height > sheet.height) == (sheet.width, True)
+    large = launcher.contact_sheet(EXAMPLES)
+    assert large.width > 4 * 256

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import io
+import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
-from dreambooth_sm.data import prior
+from dreambooth_sm.data import class_cache, prior
 from dreambooth_sm.data.class_cache import Recipe, fingerprint, read_latents, unpack
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
@@ -22,7 +26,7 @@ from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.storage import S3Uri, list_objects, put_object
+from dreambooth_sm.storage import S3Uri, get_object, list_objects, put_object
 from tests.helpers.training import make_subject
 
 WANTED = 3
@@ -260,9 +264,81 @@ def test_a_fingerprint_sees_places_and_signs() -> None:
     assert of(*rows[0]) == of(*rows[0])
 
 
-def test_what_is_no_latents_counts_as_damaged() -> None:
-    assert unpack(b"") is None
-    assert unpack(b"\xff" * 64) is None
+GOOD = torch.zeros(4, 32, 32, dtype=torch.float16)
+
+
+def packed(tensor: torch.Tensor, key: str = "latents") -> bytes:
+    """A file as a job writes it, checksum and all, but for what is in it."""
+    digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    return safetensors.torch.save({key: tensor.contiguous()}, {"sha256": digest})
+
+
+BAD = {
+    "nothing": b"",
+    "noise": b"\xff" * 64,
+    "text": b"remember the milk",
+    "a pickle": pickle.dumps({"latents": [1.0]}),
+    "another name": packed(GOOD, "pixels"),
+    "no checksum": safetensors.torch.save({"latents": GOOD}),
+    "a list for a header": (2).to_bytes(8, "little") + b"[]",
+    "a deep header": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "a header without end": (2**63 - 1).to_bytes(8, "little") + b"{}",
+    "another size": packed(GOOD[:, :16]),
+    "other channels": packed(GOOD.repeat(4, 1, 1)),
+    "a batch": packed(GOOD[None]),
+    "a number": packed(GOOD[0, 0, 0]),
+    "single precision": packed(GOOD.float()),
+    "integers": packed(GOOD.short()),
+    "NaN": packed(GOOD / 0),
+    "one NaN": packed(torch.where(torch.arange(4096).view(4, 32, 32) == 7, torch.nan, GOOD).half()),
+    "infinity": packed(GOOD + torch.inf),
+    "huge values": packed(GOOD + 1e4),
+    "too many bytes": packed(GOOD) + bytes(1 << 20),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_not_latents_counts_as_damaged(kind: str) -> None:
+    assert unpack(packed(GOOD), (4, 32, 32)) is not None
+    assert unpack(BAD[kind], (4, 32, 32)) is None
+
+
+def test_bad_objects_cost_time_and_not_the_job(
+    base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3
+) -> None:
+    first = Made(base, subject, tmp_path, remote=CACHE, sizes=[(64, 64)] * len(BAD))
+    expected = first.latents
+    for path, content in zip(first.paths, BAD.values(), strict=True):
+        put_object(CACHE / path.name, content)
+        path.write_bytes(content)
+    (first.paths[0]).unlink()
+    os.mkfifo(first.paths[0].with_name("pipe"))
+    first.paths[0].with_name("pipe").rename(first.paths[0])
+    second = Made(base, subject, tmp_path, remote=CACHE, sizes=[(64, 64)] * len(BAD))
+    assert second.drawn == len(BAD)
+    assert torch.equal(second.latents, expected)
+    here, there = [line for line in second.log.splitlines() if line.startswith("warning: class_cache: damaged")]
+    assert here.endswith(f"and {len(BAD) - 6} more")
+    assert there.endswith(f"and {len(BAD) - 5} more")
+    third = Made(base, moved(subject, tmp_path / "third"), tmp_path, remote=CACHE, sizes=[(64, 64)] * len(BAD))
+    assert (third.drawn, "class_cache" in third.log) == (0, False)
+
+
+def test_an_object_that_is_too_large_is_not_read(
+    base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(base, subject, tmp_path, remote=CACHE)
+    put_object(CACHE / made.paths[0].name, bytes(1 << 20))
+    read: list[str] = []
+
+    def reading(uri: S3Uri, **options: object) -> bytes | None:
+        read.append(str(uri))
+        return get_object(uri, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(class_cache, "get_object", reading)
+    again = Made(base, moved(subject, tmp_path / "elsewhere"), tmp_path, remote=CACHE)
+    assert again.drawn == 1
+    assert sorted(read) == sorted(str(CACHE / path.name) for path in made.paths[1:])
 
 
 def test_recipes_name_files() -> None:
