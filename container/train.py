@@ -17,6 +17,7 @@ from dreambooth_sm import distributed, sagemaker
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, split_arguments
+from dreambooth_sm.printing import safe, survive_streams
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
 
@@ -67,13 +68,17 @@ def main(arguments: list[str]) -> int:
         report.say(f"stopped: {request}")
         return EXIT_STOPPED
     except Exception as error:
-        traceback.print_exc()
-        return fail(base, f"{type(error).__name__}: {error}", EXIT_FAILURE)
+        for line in "".join(traceback.format_exception(error)).splitlines():
+            print(f"| {safe(line)}", file=sys.stderr)
+        words = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+        return fail(base, "; ".join(words), EXIT_FAILURE)
     return EXIT_OK
 
 
 def fail(base: Path, reason: str, code: int) -> int:
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+    """Says why the job failed, a line a problem, in the log and in the failure file."""
+    for line in reason.split("\n"):
+        print(f"error: {safe(line)}", file=sys.stderr, flush=True)
     if not base.is_dir():  # no platform reads the failure file
         return code
     try:
@@ -84,4 +89,5 @@ def fail(base: Path, reason: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    survive_streams()
     sys.exit(main(sys.argv[1:]))

@@ -109,8 +109,9 @@ def run_workers(command: Sequence[str], contract: Contract, processes: int) -> i
         for worker in workers:
             worker.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
     failed = 0
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from dreambooth_sm.printing import safe
+
 EXIT_OK = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -17,11 +19,12 @@ class UserError(Exception):
 
     Args:
         problems: one sentence a problem: what is wrong, where, and what to write instead.
-            All problems that are known at this point belong into one error.
+            All problems that are known at this point belong into one error. Each becomes one line that is safe to
+            print, whatever names and values from outside it quotes.
     """
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [safe(problem) for problem in ([problems] if isinstance(problems, str) else problems)]
         if not self.problems:
             raise ValueError("a UserError needs at least one problem")
         super().__init__("\n".join(self.problems))

@@ -15,7 +15,8 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -24,11 +25,19 @@ from pydantic.fields import FieldInfo
 
 from dreambooth_sm.architecture import RESOLUTIONS, Architecture, find_architecture
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.printing import has_userinfo
 from dreambooth_sm.storage import S3Options, S3Uri
+from dreambooth_sm.toybox import NAME as TOYBOX
 
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Ge(1)]
-NonNegativeInt = Annotated[int, Ge(0)]
+# Steps or epochs: more would take years.
+Steps = Annotated[int, Ge(1), Le(10_000_000)]
+StepsOrNone = Annotated[int, Ge(0), Le(10_000_000)]
+# What random generators take.
+Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
+# What is held in memory at a time, or drawn one by one.
+Few = Annotated[int, Ge(1), Le(1_000)]
 PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
@@ -45,12 +54,24 @@ FILEWORDS = "[filewords]"
 ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
 # Keys that SageMaker and its SDKs add by themselves.
 _ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s*")
+_PLAIN = re.compile(r"[\w.-]{1,100}")
+_LONGEST_NAME = 64
+# Unknown names that get a line of their own.
+_MOST_UNKNOWN = 20
+# A model of the hub: its owner and its name.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _PLATFORM_KEY = re.compile(r"sagemaker_\w+|_tuning_\w+")
 _TEXT_FIELDS = {"instance_prompt", "class_prompt", "validation_prompt"}
 
 
-def _knob(default: Any, group: str, help: str) -> Any:
-    return Field(default, description=help, json_schema_extra={"group": group})
+def _knob(default: Any, group: str, help: str, *, resume: Literal["same", "free"] = "same") -> Any:
+    """
+    Args:
+        resume: whether a job that is resumed from a checkpoint must have the value of the one that wrote it. ``free``
+            is for what leaves the weights as they would have been (places, names, logs, memory and speed), and for
+            what is compared otherwise (pictures by their content, the number of steps by the schedule).
+    """
+    return Field(default, description=help, json_schema_extra={"group": group, "resume": resume})
 
 
 class Concept(BaseModel):
@@ -85,6 +106,7 @@ class Hyperparameters(BaseModel):
         "Model",
         "Kind of the base model, by which memory and resolution are planned before anything is downloaded: Stable "
         "Diffusion 1 and 2, or XL. auto: as its files or its name (`xl` in it) say.",
+        resume="free",
     )
     pretrained_vae_name_or_path: str | None = _knob(
         None, "Model", "Replacement for the base model's VAE: as above; a file may hold the VAE alone."
@@ -98,6 +120,7 @@ class Hyperparameters(BaseModel):
         "Model",
         "Name of the AWS Secrets Manager secret that holds the hub's token. A token in the environment (HF_TOKEN) "
         "needs none; never write a token here.",
+        resume="free",
     )
     use_ema_weights: bool = _knob(
         False, "Model", "Start from the average (EMA) that a single-file checkpoint carries beside its weights."
@@ -109,24 +132,33 @@ class Hyperparameters(BaseModel):
         "aws-trained-dreambooth-model",
         "Model",
         "Name of the trained model, as the log gives it.",
+        resume="free",
     )
     models_path: str = _knob(
-        DEFAULT_MODELS_PATH, "Model", "Directory in the container that the trained pipeline is written to."
+        DEFAULT_MODELS_PATH,
+        "Model",
+        "Directory in the container that the trained pipeline is written to.",
+        resume="free",
     )
     export: Literal["diffusers", "single_file", "both"] = _knob(
         "diffusers",
         "Model",
         "What the trained model is written as: a diffusers directory, one `.safetensors` file in the original layout "
         "for WebUI and ComfyUI, or both.",
+        resume="free",
     )
     export_precision: Literal["fp16", "bf16", "fp32"] = _knob(
-        "fp16", "Model", "Precision of the trained weights' files."
+        "fp16",
+        "Model",
+        "Precision of the trained weights' files.",
+        resume="free",
     )
     manual_upload_model_path: str | None = _knob(
         None,
         "Model",
         "`s3://bucket/prefix`: upload the pipeline directory there, recursively, and leave nothing for "
         "SageMaker to pack. Also accepted as `manul_upload_model_path`.",
+        resume="free",
     )
     output_mode: Literal["auto", "direct", "uncompressed", "archive"] = _knob(
         "auto",
@@ -134,28 +166,39 @@ class Hyperparameters(BaseModel):
         "How the model leaves the instance. direct: the job uploads it to manual_upload_model_path; uncompressed, "
         "archive: the job leaves it in models_path, and SageMaker uploads it as files or as model.tar.gz, whichever "
         "the job's output configuration says. auto: direct if there is a manual_upload_model_path.",
+        resume="free",
     )
-    s3_kms_key_id: str | None = _knob(None, "Model", "Id or ARN of the KMS key that encrypts what the job uploads.")
+    s3_kms_key_id: str | None = _knob(
+        None, "Model", "Id or ARN of the KMS key that encrypts what the job uploads.", resume="free"
+    )
     s3_acl: (
         Literal["private", "bucket-owner-full-control", "bucket-owner-read", "authenticated-read", "public-read"] | None
-    ) = _knob(None, "Model", "Canned ACL of what the job uploads.")
-    s3_tags: str | None = _knob(None, "Model", "Tags of what the job uploads, at most 10: `team=toys,stage=test`.")
+    ) = _knob(None, "Model", "Canned ACL of what the job uploads.", resume="free")
+    s3_tags: str | None = _knob(
+        None, "Model", "Tags of what the job uploads, at most 10: `team=toys,stage=test`.", resume="free"
+    )
     s3_storage_class: (
         Literal["STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY"]
         | None
-    ) = _knob(None, "Model", "Storage class of what the job uploads; None: the bucket's.")
-    s3_requester_pays: bool = _knob(False, "Model", "Pay for requests to buckets whose requesters pay.")
+    ) = _knob(None, "Model", "Storage class of what the job uploads; None: the bucket's.", resume="free")
+    s3_requester_pays: bool = _knob(False, "Model", "Pay for requests to buckets whose requesters pay.", resume="free")
     s3_endpoint_url: str | None = _knob(
-        None, "Model", "S3-compatible server that the job uploads to: `https://minio.example:9000`; None: AWS."
+        None,
+        "Model",
+        "S3-compatible server that the job uploads to: `https://minio.example:9000`; None: AWS.",
+        resume="free",
     )
 
     # Pictures and prompts
-    instance_data_dir: str = _knob(DEFAULT_INSTANCE_DATA_DIR, "Data", "Directory with the pictures of the subject.")
+    instance_data_dir: str = _knob(
+        DEFAULT_INSTANCE_DATA_DIR, "Data", "Directory with the pictures of the subject.", resume="free"
+    )
     class_data_dir: str = _knob(
         DEFAULT_CLASS_DATA_DIR,
         "Data",
         "Directory with class images; missing ones are generated, and kept there as latents (or in a scratch "
         "directory if this one is read-only).",
+        resume="free",
     )
     instance_prompt: str | None = _knob(
         None,
@@ -169,6 +212,7 @@ class Hyperparameters(BaseModel):
         "Data",
         "Several subjects in one run: path of a JSON file, or the JSON itself: a list of {instance_data_dir, "
         "class_data_dir, instance_prompt, class_prompt}.",
+        resume="free",
     )
     resolution: Annotated[int, Ge(64), Le(2048)] = _knob(
         RESOLUTIONS["sd"],
@@ -186,7 +230,10 @@ class Hyperparameters(BaseModel):
         64, "Data", "Sides of these shapes are multiples of this; 8 cuts off less and makes more shapes."
     )
     on_bad_image: Literal["error", "skip"] = _knob(
-        "error", "Data", "A picture that can't be used ends the job before anything is downloaded, or is left out."
+        "error",
+        "Data",
+        "A picture that can't be used ends the job before anything is downloaded, or is left out.",
+        resume="free",
     )
     hflip: bool = _knob(False, "Data", "Mirror pictures at random.")
     max_token_length: Literal[75, 150, 225] = _knob(
@@ -220,10 +267,12 @@ class Hyperparameters(BaseModel):
         "noised pictures of the subject; no class images are made or read.",
     )
     prior_loss_weight: NonNegativeFloat = _knob(0.5, "Prior preservation", "Weight of the class images' loss.")
-    num_class_images: PositiveInt = _knob(
+    num_class_images: Annotated[int, Ge(1), Le(100_000)] = _knob(
         50, "Prior preservation", "Class images wanted; those that are missing are generated."
     )
-    sample_batch_size: PositiveInt | Auto = _knob("auto", "Prior preservation", "Class images generated at a time.")
+    sample_batch_size: Few | Auto = _knob(
+        "auto", "Prior preservation", "Class images generated at a time.", resume="free"
+    )
     sample_guidance_scale: Annotated[float, Ge(1)] = _knob(
         7.5,
         "Prior preservation",
@@ -234,19 +283,21 @@ class Hyperparameters(BaseModel):
         None,
         "Prior preservation",
         "s3://bucket/prefix that keeps generated class images for later jobs of the same base model and class prompt.",
+        resume="free",
     )
 
     # How long, and how fast
-    max_train_steps: PositiveInt | None = _knob(
+    max_train_steps: Steps | None = _knob(
         None,
         "Training",
         f"Optimizer steps. Wins over num_train_epochs; {DEFAULT_TRAIN_STEPS} if neither is given.",
+        resume="free",
     )
-    num_train_epochs: PositiveInt | None = _knob(None, "Training", "Passes over the instance pictures.")
-    train_batch_size: PositiveInt = _knob(
+    num_train_epochs: Steps | None = _knob(None, "Training", "Passes over the instance pictures.", resume="free")
+    train_batch_size: Few = _knob(
         1, "Training", "Instance pictures a step; prior preservation adds as many class images."
     )
-    gradient_accumulation_steps: PositiveInt = _knob(1, "Training", "Batches an optimizer step is made of.")
+    gradient_accumulation_steps: Few = _knob(1, "Training", "Batches an optimizer step is made of.")
     learning_rate: PositiveFloat = _knob(2e-6, "Training", "Peak learning rate.")
     scale_lr: bool = _knob(
         False, "Training", "Multiply the learning rate by batch size, accumulation steps and processes."
@@ -254,14 +305,12 @@ class Hyperparameters(BaseModel):
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = _knob("constant", "Training", "Learning-rate schedule.")
-    lr_warmup_steps: NonNegativeInt = _knob(0, "Training", "Steps over which the learning rate rises from 0.")
+    lr_warmup_steps: StepsOrNone = _knob(0, "Training", "Steps over which the learning rate rises from 0.")
     train_text_encoder: bool | Auto = _knob("auto", "Training", "Train the text encoder as well as the UNet.")
     snr_gamma: PositiveFloat | None = _knob(
         None, "Training", "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
     )
-    seed: NonNegativeInt | None = _knob(
-        None, "Training", "Seed of everything random in the job; None draws one and logs it."
-    )
+    seed: Seed | None = _knob(None, "Training", "Seed of everything random in the job; None draws one and logs it.")
 
     # Optimizer
     optimizer: Literal["auto", "blockwise", "adamw"] = _knob(
@@ -291,68 +340,100 @@ class Hyperparameters(BaseModel):
         "auto", "Memory and speed", "Precision of the forward and backward pass."
     )
     attention: Literal["auto", "default", "xformers", "flash_attention"] = _knob(
-        "auto", "Memory and speed", "Attention kernels; default is torch's SDPA."
+        "auto",
+        "Memory and speed",
+        "Attention kernels; default is torch's SDPA.",
+        resume="free",
     )
     gradient_checkpointing: bool | Auto = _knob(
-        "auto", "Memory and speed", "Recompute activations in the backward pass instead of keeping them."
+        "auto",
+        "Memory and speed",
+        "Recompute activations in the backward pass instead of keeping them.",
+        resume="free",
     )
     not_cache_latents: bool | Auto = _knob(
         "auto",
         "Memory and speed",
         "True: encode the pictures at each step; False: encode them once, before training.",
+        resume="free",
     )
     torch_compile: bool | Auto = _knob(
         "auto",
         "Memory and speed",
         "Compile the UNet's blocks: some minutes at the start for faster steps. auto: no, until jobs are long.",
+        resume="free",
     )
     cuda_graph: bool | Auto = _knob(
         "auto",
         "Memory and speed",
         "Capture the training step as a CUDA graph and replay it. auto: wherever the optimizer allows it.",
+        resume="free",
     )
-    num_processes: PositiveInt | Auto = _knob(
-        "auto", "Memory and speed", "Processes of each instance that train together. auto: one a GPU."
+    num_processes: Few | Auto = _knob(
+        "auto",
+        "Memory and speed",
+        "Processes of each instance that train together. auto: one a GPU.",
+        resume="free",
     )
-    use_cpu: bool = _knob(False, "Memory and speed", "Train on the CPU although there is a GPU.")
-    use_lora: bool = _knob(False, "Memory and speed", "Accepted for the seed's notebooks; only False works.")
+    use_cpu: bool = _knob(False, "Memory and speed", "Train on the CPU although there is a GPU.", resume="free")
+    use_lora: bool = _knob(
+        False, "Memory and speed", "Accepted for the seed's notebooks; only False works.", resume="free"
+    )
 
     # Checkpoints and logs
-    save_steps: NonNegativeInt = _knob(
+    save_steps: StepsOrNone = _knob(
         0,
         "Checkpoints and logs",
         "Save a checkpoint every so many steps (or epochs, see save_use_epochs); 0: only when stopped.",
+        resume="free",
     )
-    save_use_epochs: bool = _knob(False, "Checkpoints and logs", "Count save_steps in epochs.")
-    checkpoints_total_limit: PositiveInt = _knob(2, "Checkpoints and logs", "Checkpoints kept; older ones are removed.")
+    save_use_epochs: bool = _knob(False, "Checkpoints and logs", "Count save_steps in epochs.", resume="free")
+    checkpoints_total_limit: Few = _knob(
+        2, "Checkpoints and logs", "Checkpoints kept; older ones are removed.", resume="free"
+    )
     resume_from_checkpoint: Literal["latest", "no"] = _knob(
-        "latest", "Checkpoints and logs", "Go on from the newest whole checkpoint, if there is one."
+        "latest",
+        "Checkpoints and logs",
+        "Go on from the newest whole checkpoint, if there is one.",
+        resume="free",
     )
-    logging_steps: PositiveInt = _knob(10, "Checkpoints and logs", "Steps between two metric lines.")
+    logging_steps: Steps = _knob(10, "Checkpoints and logs", "Steps between two metric lines.", resume="free")
     validation_prompt: str | None = _knob(
         None,
         "Checkpoints and logs",
         "Draw this prompt before and after training, and the class prompt beside it; several are separated by `|`.",
+        resume="free",
     )
-    validation_steps: NonNegativeInt = _knob(
-        0, "Checkpoints and logs", "Draw validation_prompt every so many steps as well; 0: before and after training."
+    validation_steps: StepsOrNone = _knob(
+        0,
+        "Checkpoints and logs",
+        "Draw validation_prompt every so many steps as well; 0: before and after training.",
+        resume="free",
     )
-    num_validation_images: PositiveInt = _knob(
-        1, "Checkpoints and logs", "Pictures of each validation prompt, always with the same seeds."
+    num_validation_images: Few = _knob(
+        1,
+        "Checkpoints and logs",
+        "Pictures of each validation prompt, always with the same seeds.",
+        resume="free",
     )
     validation_guidance_scale: Annotated[float, Ge(1)] = _knob(
-        7.5, "Checkpoints and logs", "Guidance of the validation pictures."
+        7.5,
+        "Checkpoints and logs",
+        "Guidance of the validation pictures.",
+        resume="free",
     )
     fidelity_encoders: str | None = _knob(
         None,
         "Checkpoints and logs",
         "Measure how well the subject was learned, and what that cost, with these encoders: "
         "`dino=facebook/dinov2-base clip=openai/clip-vit-large-patch14`, one of them, or `judge` for the toybox model.",
+        resume="free",
     )
     select_best: bool = _knob(
         False,
         "Checkpoints and logs",
         "Export the best of the kept checkpoints and the last state, as measured with fidelity_encoders.",
+        resume="free",
     )
 
     @property
@@ -423,15 +504,16 @@ class Hyperparameters(BaseModel):
                 values out of range, values that can't work together.
         """
         problems: list[str] = []
+        unknown: list[str] = []
         values: dict[str, object] = {}
         origins: dict[str, str] = {}
         refused: set[str] = set()
-        own = {key: value for key, value in raw.items() if key not in platform_keys(raw)}
+        own = {key: value for key, value in raw.items() if not _PLATFORM_KEY.fullmatch(key)}
         for key, value in own.items():
             name = ALIASES.get(key, key)
             field = cls.model_fields.get(name)
             if field is None:
-                problems.append(_unknown(key, cls.model_fields))
+                unknown.append(key)
                 continue
             decoded = _decode(name, value, field)
             if name in values and values[name] != decoded:
@@ -443,6 +525,9 @@ class Hyperparameters(BaseModel):
                 continue
             values[name] = decoded
             origins[name] = key
+        problems += [_unknown(key, cls.model_fields) for key in unknown[:_MOST_UNKNOWN]]
+        if len(unknown) > _MOST_UNKNOWN:
+            problems.append(f"{len(unknown) - _MOST_UNKNOWN} more unknown hyperparameters")
         try:
             beside = dataset_info(str(values.get("instance_data_dir", DEFAULT_INSTANCE_DATA_DIR)))
             values |= {name: text for name, text in beside.items() if values.get(name) is None}
@@ -455,7 +540,7 @@ class Hyperparameters(BaseModel):
             problems += _readable(error, cls, values)
             # What the valid values say about each other is worth knowing at once as well.
             parsed = cls.model_validate({name: value for name, value in values.items() if name not in refused})
-        problems += [line for line in _conflicts(parsed) if not any(name in line for name in refused)]
+        problems += [conflict.text for conflict in _conflicts(parsed) if refused.isdisjoint(conflict.names)]
         if problems:
             raise UserError(problems)
         return parsed
@@ -509,7 +594,7 @@ def unescape_prompt(text: str) -> str:
     >>> unescape_prompt(r"photo\\ of\\ zwx\\  toy")
     'photo of zwx toy'
     """
-    return " ".join(re.sub(r"\\+(?=\s|$)", " ", text).split())
+    return " ".join(re.sub(r"(?<!\\)\\++(?=\s|$)", " ", text).split())
 
 
 def _decode(name: str, value: object, field: FieldInfo) -> object:
@@ -637,10 +722,15 @@ def expected(field: FieldInfo) -> str:
 
 
 def _unknown(key: str, fields: Mapping[str, object]) -> str:
-    known = [*fields, *ALIASES]
-    near = difflib.get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else "`python -m dreambooth_sm.hyperparameters` lists those that exist"
-    return f"{key}: unknown hyperparameter; {hint}"
+    near = near_name(key.lower().replace("-", "_"), [*fields, *ALIASES])
+    hint = f"did you mean {near}?" if near else "`python -m dreambooth_sm.hyperparameters` lists those that exist"
+    return f"{key if re.fullmatch(_PLAIN, key) else _short(key)}: unknown hyperparameter; {hint}"
+
+
+def near_name(name: str, known: Sequence[str]) -> str | None:
+    """The known name that somebody who wrote ``name`` probably meant. Longer texts are not misspelled names."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
+    return near[0] if near else None
 
 
 def _readable(error: ValidationError, model: type[BaseModel], values: Mapping[str, object]) -> list[str]:
@@ -686,145 +776,231 @@ def _tags(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _conflicts(h: Hyperparameters) -> list[str]:
-    """Values that are each fine and can't work together."""
-    problems: list[str] = []
+@dataclass(frozen=True)
+class _Conflict:
+    """Values that can't work, or not together.
 
-    def check(broken: bool, problem: str) -> None:
+    Attributes:
+        names: of the knobs whose values were looked at.
+    """
+
+    names: tuple[str, ...]
+    text: str
+
+
+def _conflicts(h: Hyperparameters) -> list[_Conflict]:
+    """Values that are each fine by their type and can't work, or not together."""
+    problems: list[_Conflict] = []
+
+    def check(broken: bool, text: str, *names: str) -> None:
         if broken:
-            problems.append(problem)
+            problems.append(_Conflict(names, text))
 
     concepts = h.inline_concepts
     check(
         h.concepts_list is None and not h.instance_prompt,
         'instance_prompt is missing; write the prompt of your subject with a rare token, such as "photo of zwx toy"',
+        "instance_prompt",
+        "concepts_list",
     )
     check(
         any(FILEWORDS in prompt for prompt in (h.class_prompt, *(c.class_prompt for c in concepts)) if prompt),
         f"class_prompt: {FILEWORDS} stands for the caption of a picture of the subject; leave it out",
+        "class_prompt",
+        "concepts_list",
     )
     check(
         h.with_prior_preservation is True and h.concepts_list is None and not h.class_prompt,
         "with_prior_preservation=true needs class_prompt; write the prompt of the class, such as "
         '"photo of a toy", or set with_prior_preservation=false',
+        "class_prompt",
+        "concepts_list",
+        "with_prior_preservation",
     )
     check(
         isinstance(h.concepts_list, tuple) and not concepts,
         "concepts_list is empty; name at least one concept or leave it out",
+        "concepts_list",
     )
     check(
         isinstance(h.concepts_list, str) and h.concepts_list.startswith("["),
         f"concepts_list: {_short(h.concepts_list)} is no valid JSON; write a JSON list of "
         f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
+        "concepts_list",
     )
     for number, concept in enumerate(concepts):
         check(
             not (concept.instance_prompt or h.instance_prompt),
             f"concepts_list: concept {number} has no instance_prompt",
+            "instance_prompt",
+            "concepts_list",
         )
         check(
             h.prior_preservation and not (concept.class_prompt or h.class_prompt),
             f"concepts_list: concept {number} has no class_prompt, which prior preservation needs",
+            "class_prompt",
+            "concepts_list",
+            "with_prior_preservation",
         )
     check(
         h.instance_prompt is not None and h.instance_prompt == h.class_prompt,
         "instance_prompt and class_prompt are the same; the instance prompt needs a rare token, such as zwx",
+        "instance_prompt",
+        "class_prompt",
     )
     check(
         h.output_mode == "direct" and h.manual_upload_model_path is None,
         "output_mode=direct needs manual_upload_model_path; write s3://bucket/prefix there, or leave output_mode out",
+        "manual_upload_model_path",
+        "output_mode",
     )
     check(
         h.output_mode in ("uncompressed", "archive") and h.manual_upload_model_path is not None,
         f"output_mode={h.output_mode} leaves the upload to SageMaker; leave manual_upload_model_path out, or set "
         "output_mode=direct",
+        "manual_upload_model_path",
+        "output_mode",
     )
     if h.s3_tags is not None:
         try:
             _tags(h.s3_tags)
         except ValueError:
-            problems.append(
-                f"s3_tags: {_short(h.s3_tags)} is not valid; write at most 10 different tags as team=toys,stage=test"
-            )
+            text = f"s3_tags: {_short(h.s3_tags)} is not valid; write at most 10 different tags as team=toys,stage=test"
+            problems.append(_Conflict(("s3_tags",), text))
     check(
         h.s3_endpoint_url is not None and not re.match(r"https?://[^/\s]+", h.s3_endpoint_url),
         f"s3_endpoint_url: {_short(h.s3_endpoint_url)} is no address; write https://host:port",
+        "s3_endpoint_url",
     )
+    check(
+        h.s3_endpoint_url is not None and has_userinfo(h.s3_endpoint_url),
+        "s3_endpoint_url holds a user's name or password, which job descriptions and logs would show; write "
+        "https://host:port, and give credentials by the job's role or as AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+        "s3_endpoint_url",
+    )
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path"):
+        if not _may_be_model(model := getattr(h, name) or TOYBOX):
+            near = near_name(model.lower(), [TOYBOX]) if name == "pretrained_model_name_or_path" else None
+            hint = f"did you mean {near}?" if near else "write owner/name, s3://bucket/prefix or an absolute path"
+            text = f"{name}: {_short(model)} is neither a path that exists nor a model hub's id; {hint}"
+            problems.append(_Conflict((name,), text))
     nearest = max(64, round(h.resolution / 8) * 8)
-    check(h.resolution % 8 != 0, f"resolution={h.resolution} is no multiple of 8; write {nearest}")
-    check(h.use_lora, "use_lora=true: this job trains the full model; leave use_lora out or set it to false")
+    check(h.resolution % 8 != 0, f"resolution={h.resolution} is no multiple of 8; write {nearest}", "resolution")
+    check(
+        h.use_lora, "use_lora=true: this job trains the full model; leave use_lora out or set it to false", "use_lora"
+    )
     check(
         h.use_cpu and h.mixed_precision == "fp16",
         "use_cpu=true can't train in fp16; set mixed_precision to no, bf16 or auto",
+        "mixed_precision",
+        "use_cpu",
     )
     check(
         h.use_cpu and h.attention in ("xformers", "flash_attention"),
         f"use_cpu=true can't run attention={h.attention}, which needs a GPU; set attention to default or auto",
+        "attention",
+        "use_cpu",
     )
     check(
         h.use_cpu and h.use_8bit_adam is True,
         "use_cpu=true can't run use_8bit_adam=true, which needs a GPU; set use_8bit_adam to false or auto",
+        "use_8bit_adam",
+        "use_cpu",
     )
     check(
         h.use_8bit_adam is True and h.optimizer != "auto",
         f"use_8bit_adam=true and optimizer={h.optimizer} are two optimizers; set one of them to auto",
+        "optimizer",
+        "use_8bit_adam",
     )
     check(
         h.max_train_steps is not None and h.lr_warmup_steps > h.max_train_steps,
         f"lr_warmup_steps={h.lr_warmup_steps} is more than max_train_steps={h.max_train_steps}; "
         "the learning rate would never reach its value",
+        "max_train_steps",
+        "lr_warmup_steps",
     )
     check(
         h.lr_scheduler == "constant" and h.lr_warmup_steps > 0,
         "lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0",
+        "lr_scheduler",
+        "lr_warmup_steps",
     )
     check(
         h.validation_steps > 0 and h.validation_prompt is None,
         f"validation_steps={h.validation_steps} draws nothing without validation_prompt; write a prompt, such as "
         '"photo of zwx toy on the beach"',
+        "validation_prompt",
+        "validation_steps",
     )
     check(
         h.select_best and h.fidelity_encoders is None,
         "select_best=true needs fidelity_encoders to measure with; write fidelity_encoders=dino=facebook/dinov2-base",
+        "fidelity_encoders",
+        "select_best",
     )
     check(
         h.select_best and h.save_steps == 0,
         "select_best=true chooses between checkpoints and save_steps=0 writes none; set save_steps, such as 100",
+        "save_steps",
+        "select_best",
     )
     check(
         h.fidelity_encoders is not None and not _ENCODERS.fullmatch(h.fidelity_encoders),
         f"fidelity_encoders: can't understand {h.fidelity_encoders!r}; write judge, or dino=MODEL clip=MODEL or one of "
         "them, hub ids or directories without blanks",
+        "fidelity_encoders",
     )
     check(
         h.export != "diffusers" and not re.fullmatch(r"[^/\0]{1,200}", h.model_name),
         f"model_name={_short(h.model_name)} names the file that export={h.export} writes, and can't be a file's name",
+        "model_name",
+        "export",
     )
     check(
         h.hf_token_secret is not None and h.hf_token_secret.startswith("hf_"),
         "hf_token_secret takes the name of a secret, and this looks like a token, which job descriptions would show; "
         "revoke it, store a new one in AWS Secrets Manager and write the secret's name",
+        "hf_token_secret",
     )
     for name in ("manual_upload_model_path", "class_cache"):
         try:
             S3Uri.parse(getattr(h, name) or "s3://none")
         except UserError as error:
-            problems.append(f"{name}: {error}; write s3://bucket/prefix")
+            problems.append(_Conflict((name,), f"{name}: {error}; write s3://bucket/prefix"))
     check(
         h.instance_data_dir.rstrip("/") == h.class_data_dir.rstrip("/"),
         f"instance_data_dir and class_data_dir are the same directory, {h.instance_data_dir}; give each its own",
+        "instance_data_dir",
+        "class_data_dir",
     )
     check(
         PurePosixPath(h.instance_data_dir).is_relative_to(h.models_path),
         f"models_path={h.models_path} holds instance_data_dir, and would be uploaded and emptied with the model; "
         f"give the model a directory of its own, such as {DEFAULT_MODELS_PATH}",
+        "models_path",
+        "instance_data_dir",
     )
     check(
         PurePosixPath(h.pretrained_model_name_or_path) == PurePosixPath(h.models_path),
         f"models_path and pretrained_model_name_or_path are the same directory, {h.models_path}: the trained model "
         "would be written over the base model; give each its own",
+        "pretrained_model_name_or_path",
+        "models_path",
     )
     return problems
+
+
+def _may_be_model(name: str) -> bool:
+    """Whether a model can lie where ``name`` says: what only the network or the container knows, it may."""
+    if name == TOYBOX or "://" in name or name.startswith(("/", ".", "~")):
+        return True
+    if _HUB_ID.fullmatch(name) and not re.search(r"\.\.|--|(\.git|[.-])(/|$)", name):
+        return True
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def markdown_table() -> str:

@@ -46,7 +46,7 @@ from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.live_samples import RemoteSamples, SyncedSamples
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
-from dreambooth_sm.report import Reporter
+from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.results import gather_facts, write_results
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.sampling import sampling_pipeline
@@ -142,7 +142,7 @@ def _run(
     previous = find_checkpoint(h, checkpoints, remote, world, report)
     seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
     seed = world.first(seed)
-    report.say(f"model_name={h.model_name}")
+    report.say(format_metrics(model_name=h.model_name))
     report.metrics(seed=seed, processes=world.size)
     identity = make_identity(h, plan, subjects, seed, world)
     if previous:

@@ -1,16 +1,18 @@
 """What a running job tells people: phases, metric lines, progress.
 
-Everything is one line of ``key=value`` pairs, so that CloudWatch's metric regexes, the demo and the tests read the
-same stream; on a terminal a progress bar is drawn as well.
+Numbers are lines of nothing but ``key=value`` pairs, so that CloudWatch's metric regexes, the demo and the tests read
+the same stream. Words begin otherwise, and are made safe first: no file name or prompt in them passes for a number.
+On a terminal a progress bar is drawn as well.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,8 +20,13 @@ from typing import Any, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from dreambooth_sm.printing import redact, safe
+
 Item = TypeVar("Item")
-_PAIR = re.compile(r"(\w+)=(\S+)")
+# A pair with the blank behind it; a value with blanks or quotes in it is a JSON text. Possessive: no line takes longer
+# than its length.
+_PAIR = re.compile(r'(\w++)=("(?:[^"\\]|\\.)*+"|[^\s"]\S*+)(?: |$)', re.ASCII)
+_BARE = re.compile(r'[^\s"]\S*')
 # What a metrics line of training can hold; the client makes CloudWatch metrics of them.
 TRAINING_METRICS = ("step", "loss", "instance_loss", "prior_loss", "lr", "steps_per_s", "vram_gb")
 # Off a terminal a progress line is due when this share of the work is done.
@@ -28,18 +35,40 @@ _PROGRESS_SHARE = 0.25
 
 def format_metrics(**values: object) -> str:
     """``step=120 loss=0.0831 lr=2e-06``: floats in four significant digits, None left out."""
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in values.items() if v is not None}
-    return " ".join(f"{key}={value}" for key, value in shown.items())
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else safe(v) for k, v in values.items() if v is not None}
+    return " ".join(f"{key}={_quoted(value)}" for key, value in shown.items())
+
+
+def _quoted(value: str) -> str:
+    return value if _BARE.fullmatch(value) else json.dumps(value, ensure_ascii=False)
 
 
 def parse_metrics(line: str) -> dict[str, str]:
-    """The ``key=value`` pairs of a line."""
-    return dict(_PAIR.findall(line))
+    """The pairs of a line of :func:`format_metrics`; none of any other line. Takes time in proportion to its length."""
+    line = line.strip()
+    pairs: dict[str, str] = {}
+    position = 0
+    while position < len(line):
+        pair = _PAIR.match(line, position)
+        if pair is None:
+            return {}
+        name, value = pair.groups()
+        if value.startswith('"'):
+            try:
+                value = str(json.loads(value))
+            except ValueError:
+                return {}
+        pairs[name] = value
+        position = pair.end()
+    return pairs
 
 
 def metric_pattern(name: str) -> str:
-    """A regular expression whose group is the number of ``name`` in a line of :func:`format_metrics`."""
-    return rf"(?:^|\s){name}=([-+]?[0-9]\S*)"
+    """A regular expression whose group is the number of ``name`` in a metrics line of training, and no other."""
+    pairs = r"(?: \w+=[^\s\"]+)*"
+    if name == "step":
+        return rf"^step=([0-9]\S*) loss=[^\s\"]+{pairs}\s*$"
+    return rf"^step=[0-9]\S*{pairs} {name}=([-+]?[0-9][^\s\"]*){pairs}\s*$"
 
 
 @dataclass(frozen=True)
@@ -101,14 +130,18 @@ class Reporter:
         self._running: dict[str, float] = {}
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=self.stream)
-        self.stream.flush()
+        """Writes a line; a stream that can take no more costs the line, not the job."""
+        line = safe(text)
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        with suppress(OSError):
+            tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=self.stream)
+            self.stream.flush()
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {text}")
 
     def verdict(self, text: str) -> None:
-        self.verdicts.append(text)
+        self.verdicts.append(redact(text))
         self.say(f"verdict: {text}")
 
     def metrics(self, **values: object) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.printing import safe
 
 STANDARD_BASE = PurePosixPath("/opt/ml")
 # DescribeTrainingJob shows no more than this of the failure file.
@@ -99,14 +100,18 @@ def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
     channels = read("inputdataconfig.json")
     hosts = resources.get("hosts") or ["algo-1"]
     if not isinstance(hosts, list) or not all(isinstance(host, str) for host in hosts):
-        problems.append(f"{config / 'resourceconfig.json'}: hosts is no list of names: {hosts!r}")
+        problems.append(f"{config / 'resourceconfig.json'}: hosts is not a list of names: {hosts!r}")
+        hosts = []
+    current = resources.get("current_host") or (hosts or ["algo-1"])[0]
+    if hosts and current not in hosts:
+        problems.append(f"{config / 'resourceconfig.json'}: current_host {current!r} is not one of hosts: {hosts!r}")
     if problems:
         raise UserError(problems)
     return Contract(
         base=base,
         hyperparameters=hyperparameters,
         channels={name: base / "input" / "data" / name for name in channels},
-        current_host=resources.get("current_host") or hosts[0],
+        current_host=current,
         hosts=tuple(hosts),
         instance_type=str(resources.get("current_instance_type") or ""),
         job_name=os.environ.get("TRAINING_JOB_NAME") or "local",
@@ -118,8 +123,7 @@ def write_failure(base: Path, reason: str) -> None:
     """Writes the reason that SageMaker shows as FailureReason, at most 1024 characters."""
     path = base / "output" / "failure"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A file name in another encoding is no UTF-8, and must not cost the reason.
-    reason = reason.encode("utf-8", "backslashreplace").decode("utf-8")
+    reason = "\n".join(safe(line) for line in reason.split("\n"))
     if len(reason) > FAILURE_LENGTH:
         reason = reason[: FAILURE_LENGTH - 2] + " …"
     path.write_text(reason, encoding="utf-8")
@@ -128,8 +132,8 @@ def write_failure(base: Path, reason: str) -> None:
 def stop_event() -> threading.Event:
     """An event that asks the job to stop.
 
-    SageMaker sends SIGTERM, and 120 s later SIGKILL. Ctrl-C does the same as SIGTERM; the second one ends the job
-    where it is.
+    SageMaker sends SIGTERM, and 120 s later SIGKILL. A terminal that is closed (SIGHUP) and Ctrl-C do the same as
+    SIGTERM; the second Ctrl-C ends the job where it is. Under ``nohup`` the job outlives its terminal.
     """
     event = threading.Event()
 
@@ -138,5 +142,7 @@ def stop_event() -> threading.Event:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     signal.signal(signal.SIGTERM, lambda *_: event.set())
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: event.set())
     signal.signal(signal.SIGINT, interrupt)
     return event

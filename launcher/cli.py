@@ -22,12 +22,13 @@ from dreambooth_sm import __version__, command_line
 from dreambooth_sm.command_line import add_options, joined, read_options
 from dreambooth_sm.errors import EXIT_OK, Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
 from launcher.estimates import documented_table, table
 from launcher.iam import execution_policy, notebook_policy, trust_policy
 from launcher.job import ENDED
 from launcher.options import Data, all_options, split_options
-from launcher.training_request import Resources, redact
+from launcher.training_request import Resources
 
 # Credentials of the environment, which would win over a profile.
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
@@ -38,7 +39,7 @@ _FAILURES = (launcher.JobFailed, launcher.ServiceError, TransferError, BotoCoreE
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    return command_line.run(_run, arguments, _FAILURES, lambda text: redact(text, os.environ))
+    return command_line.run(_run, arguments, _FAILURES, redact)
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri
 from launcher import backends
 from launcher.account import Account
@@ -20,7 +20,6 @@ from launcher.local import run_locally
 from launcher.options import Images, split_options, with_options
 from launcher.order import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
 from launcher.staging import lay_out_files
-from launcher.training_request import redact
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -113,7 +112,7 @@ def check(
     options = {"images": images, "instance_type": LOCAL, **options}
     if options["instance_type"] in ON_THIS_MACHINE:
         for warning in read_local(options).warnings:
-            log(redact(f"warning: {warning}", os.environ))
+            log(redact(f"warning: {warning}"))
         log("pictures and hyperparameters are in order")
     else:
         _tell(describe(options, Account(Clients(session))), log)
@@ -188,7 +187,7 @@ def _staged(options: Mapping[str, Any], session: Session | None) -> Order:
 
 def _tell(order: Order, say: Callable[[str], None]) -> None:
     for line in order.lines():
-        say(redact(line, os.environ))
+        say(redact(line))
 
 
 def _fit_locally(
@@ -197,7 +196,7 @@ def _fit_locally(
     draft = read_local(options)
     assert draft.hyperparameters is not None
     for warning in draft.warnings:
-        (log or print)(redact(f"warning: {warning}", os.environ))
+        (log or print)(redact(f"warning: {warning}"))
     # A job that nobody waits for reads its channels later.
     scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
     atexit.register(scratch.cleanup)

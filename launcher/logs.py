@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dreambooth_sm.printing import printable
+
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 
 
@@ -34,7 +36,7 @@ class LogReader:
         """
         for stream in self._streams():
             for page in self._pages(stream):
-                self._unsaid += [(event["timestamp"], event["message"].rstrip("\n")) for event in page]
+                self._unsaid += [(event["timestamp"], printable(event["message"].rstrip("\r\n"))) for event in page]
         lines = [text for _, text in sorted(self._unsaid, key=lambda line: line[0])]
         self._unsaid = []
         return lines

@@ -18,6 +18,7 @@ from dreambooth_sm.data.check import ClassFindings, Findings, check_class_folder
 from dreambooth_sm.data.folder import list_pictures
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri
 from launcher.account import Account
 from launcher.estimates import Estimate, choose_instance, estimate_on
@@ -36,7 +37,6 @@ from launcher.training_request import (
     Resources,
     find_secrets,
     move_long_values,
-    redact,
     refused_resources,
     training_job,
     uploads_by_itself,
@@ -97,7 +97,7 @@ class Draft:
 
     def raise_any(self) -> None:
         """Raises UserError with everything that was found, without secrets."""
-        self.problems.found = [redact(problem, os.environ) for problem in self.problems.found]
+        self.problems.found = [redact(problem) for problem in self.problems.found]
         self.problems.raise_any()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from dreambooth_sm.report import parse_metrics
+
+# Larger counts are no job's; floats would not hold them either.
+_MOST = 2**53
 
 
 @dataclass
@@ -27,18 +31,20 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def read(self, line: str) -> None:
+        """Takes a line in; one that says nothing of this kind, or not in numbers, is passed over."""
         pairs = parse_metrics(line)
-        match pairs:
-            case {"step": step, "loss": _}:
+        numbers = _numbers(pairs)
+        match pairs, numbers:
+            case _, {"step": step, "loss": _} if _is_count(step):
                 # After an interruption the job does the steps since its checkpoint again.
-                while self.history and self.history[-1]["step"] >= float(step):
+                while self.history and self.history[-1]["step"] >= step:
                     self.history.pop()
-                self.history.append(_numbers(pairs))
-            case {"phase": phase, "state": "started"}:
+                self.history.append(numbers)
+            case {"phase": phase, "state": "started"}, _:
                 self.phase, self.done, self.total = phase, 0, 0
-            case {"phase": phase, "state": "ended", "seconds": seconds}:
-                self.seconds[phase] = self.seconds.get(phase, 0.0) + float(seconds)
-            case {"progress": _, "done": done, "total": total}:
+            case {"phase": phase, "state": "ended"}, {"seconds": seconds} if math.isfinite(seconds):
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            case {"progress": _}, {"done": done, "total": total} if _is_count(done) and _is_count(total):
                 self.done, self.total = int(done), int(total)
 
     @property
@@ -57,8 +63,12 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """Until training ends, at the speed of the last steps; None before the first."""
-        rate = self.history[-1].get("steps_per_s") if self.history else None
-        return (self.steps - self.step) / rate if self.steps and rate else None
+        rate = self.history[-1].get("steps_per_s", 0.0) if self.history else 0.0
+        return max(0, self.steps - self.step) / rate if self.steps and 1e-9 < rate < math.inf else None
+
+
+def _is_count(number: float) -> bool:
+    return 0 <= number <= _MOST and number == int(number)
 
 
 def _numbers(pairs: dict[str, str]) -> dict[str, float]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
+from dreambooth_sm.printing import redact
 from launcher.advice import advice_for
-from launcher.training_request import redact
 
 
 class Kind(Enum):
@@ -126,7 +125,7 @@ def reason_of(error: Exception) -> str:
         text = ": ".join(str(found[name]) for name in ("Code", "Message") if found.get(name)) or str(error)
     else:
         text = str(error) or type(error).__name__
-    return redact(" ".join(text.split()), os.environ)
+    return redact(" ".join(text.split()))
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters, PositiveInt, expected
+from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
 from dreambooth_sm.report import TRAINING_METRICS, metric_pattern
 from dreambooth_sm.storage import S3Uri
 from launcher.instances import find_instance
@@ -45,18 +46,6 @@ _VARIABLE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,511}")
 _KMS = re.compile(r"[a-zA-Z0-9:/_-]{1,2048}")
 _TAG = re.compile(r"[\w .:/=+@-]*")
 _VPC_ID = re.compile(r"(subnet|sg)-[0-9a-zA-Z]{1,26}")
-
-# Names of variables that hold secrets, and what secrets look like.
-_SECRET_NAME = re.compile(
-    r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|(ACCESS|PRIVATE|SECRET)_KEY)(_|$)", re.IGNORECASE
-)
-_NO_SECRET_ENDINGS = ("_PATH", "_FILE", "_DIR", "_NAME", "_ARN", "_URL")
-# The user and password of an address.
-_USER = re.compile(r"(?<=://)[^/\s?#'\"]*@")
-_SECRET_VALUE = re.compile(
-    r"(?<=://)[^/\s?#'\":]*:[^/\s?#'\"]+(?=@)"
-    r"|hf_[A-Za-z0-9]{20,}|\b(AKIA|ASIA)[A-Z0-9]{16}\b|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
 
 
 class Resources(BaseModel):
@@ -291,31 +280,20 @@ def find_secrets(request: object, environment: Mapping[str, str] | None = None) 
     Args:
         environment: variables of this process, whose secrets are looked for as well.
     """
-    known = _secrets_of(environment or {})
+    known = secrets_of(environment or {})
     found = [
         f"{place} holds a secret, which whoever may describe the job could read; leave it out, and name the AWS "
         "secret that holds the hub's token with hf_token_secret"
         for place, text in _texts(request)
-        if _SECRET_VALUE.search(text) or any(value in text for value in known)
+        if SECRET_VALUE.search(text) or any(value in text for value in known)
     ]
     if isinstance(request, Mapping):
         found += [
             f"environment: {name} is the name of a secret, and whoever may describe the job could read it; leave it out"
             for name in request.get("Environment", {})
-            if _names_secret(name)
+            if names_secret(name)
         ]
     return found
-
-
-def redact(text: str, environment: Mapping[str, str]) -> str:
-    """A text without secrets of this process or what looks like one."""
-    for value in _secrets_of(environment):
-        text = text.replace(value, "***")
-    return _SECRET_VALUE.sub("***", _USER.sub("***@", text))
-
-
-def _secrets_of(environment: Mapping[str, str]) -> list[str]:
-    return [value for name, value in environment.items() if _names_secret(name) and len(value) >= 12]
 
 
 def _channel(name: str, uri: S3Uri) -> dict[str, Any]:
@@ -463,7 +441,3 @@ def _texts(value: object, place: str = "request") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for number, each in enumerate(value):
             yield from _texts(each, f"{place}[{number}]")
-
-
-def _names_secret(name: str) -> bool:
-    return bool(_SECRET_NAME.search(name)) and not name.upper().endswith(_NO_SECRET_ENDINGS)

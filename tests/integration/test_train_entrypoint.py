@@ -120,7 +120,9 @@ def test_the_seed_notebooks_hyperparameters(
     assert job.failure is None
 
     # "False" is not true, and a checkpoint is written where save_steps says so, not each epoch.
-    plan = parse_metrics(next(line for line in ended.log.splitlines() if "train_text_encoder=" in line))
+    plan = parse_metrics(
+        next(line for line in ended.log.splitlines() if "train_text_encoder=" in line).removeprefix("plan: ")
+    )
     assert plan["train_text_encoder"] == "False"
     assert plan["gradient_checkpointing"] == "True"
     assert plan["cache_latents"] == "False"

@@ -139,9 +139,31 @@ def test_steps_that_an_interrupted_job_does_again_count_once() -> None:
     assert [(entry["step"], entry["loss"]) for entry in again.history] == [(1, 3), (2, 2), (3, 0.5)]
 
 
-@given(st.lists(st.text(alphabet="step=los 0123.-x", max_size=20)))
+NUMBERS = st.sampled_from(["1", "-1", "0.5", "nan", "inf", "-inf", "1e999", "one", "9" * 400, "1_0", '"', '"a b"', ""])
+PAIRS = st.tuples(
+    st.sampled_from(["step", "loss", "steps_per_s", "phase", "state", "seconds", "progress", "done", "total"]),
+    NUMBERS | st.sampled_from(["started", "ended", "train"]),
+).map("=".join)
+
+
+@given(st.lists(st.text(alphabet="step=los 0123.-x", max_size=20) | st.lists(PAIRS, max_size=5).map(" ".join)))
 def test_no_line_breaks_it(lines: list[str]) -> None:
-    progress_of(*lines)
+    progress = progress_of(*lines)
+    assert progress.fraction is None or 0 <= progress.fraction <= 1
+    assert standing(progress).words()
+
+
+def test_names_that_look_like_numbers_are_none() -> None:
+    progress = progress_of(
+        "step=1 loss=0.5", "warning: duck step=one loss=low.png", "error: x step=9 loss=1", "step=2 loss=low"
+    )
+    assert [row["step"] for row in progress.history] == [1]
+
+
+def test_lines_of_the_log_are_safe_to_show() -> None:
+    logs = PagingLogs([])
+    logs.streams["toy/algo-1-1"] = [{"timestamp": 0, "message": "duck\x1b[2J.png\r\n"}]
+    assert LogReader(logs, "toy").read() == ["duck\\x1b[2J.png"]
 
 
 # --- What is shown ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -469,6 +470,11 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     """Any valid value of a field, as Python has it."""
     special: dict[str, st.SearchStrategy[Any]] = {
         "resolution": st.integers(8, 256).map(lambda n: n * 8),
+        "pretrained_model_name_or_path": paths.map("/models{}".format)
+        | st.sampled_from(["toybox", "a/b", "s3://abc/d"]),
+        "pretrained_vae_name_or_path": st.none()
+        | paths.map("/models{}".format)
+        | st.sampled_from(["a/b", "s3://abc/d"]),
         "manual_upload_model_path": st.from_regex(r"s3://[a-z0-9]{3,9}(/[a-z][a-z ]{0,9}[a-z])?", fullmatch=True),
         "instance_data_dir": paths.map("/instance{}".format),
         "class_data_dir": paths.map("/class{}".format),
@@ -490,7 +496,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         if kind is bool:
             choices.append(st.booleans())
         elif kind is int:
-            choices.append(st.integers(1, 10**6))
+            choices.append(st.integers(1, 1_000))
         elif kind is float:
             choices.append(st.floats(1e-12, 0.999))
         elif kind is str:
@@ -569,6 +575,98 @@ def test_no_json_is_worth_a_traceback(raw: dict[str, Any], sdk: Any) -> None:
 def test_nasty_values_of_every_field(name: str) -> None:
     for value in NASTY:
         reads_or_refuses({name: value})
+
+
+# What is long, large or secret
+
+
+def test_a_problem_of_another_knob_is_told_although_it_names_a_refused_one() -> None:
+    told = problems({"class_prompt": "photo of a toy", "optimizer": "sgd", "use_cpu": "1", "use_8bit_adam": "true"})
+    assert sorted(line.split(" ")[0].split(":")[0] for line in told) == ["instance_prompt", "optimizer", "use_cpu=true"]
+    # This one names "instance_prompt" in its advice, and says nothing about the refused "prior".
+    told = problems({"prior": "none", "class_prompt": PROMPT, "instance_prompt": PROMPT})
+    assert len(told) == 2
+    assert any("are the same" in line for line in told)
+
+
+def test_a_problem_that_a_refused_value_makes_is_not_told() -> None:
+    (line,) = problems({"concepts_list": '[{"instance_promt": "a"}]'})
+    assert "is no key of a concept" in line
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_counts_have_an_upper_limit(name: str) -> None:
+    line = problem(**{name: 10**30})
+    assert line.startswith(f"{name}: ")
+    assert "at most" in line
+
+
+@pytest.mark.parametrize("name", ["num_class_images", "train_batch_size", "num_validation_images", "max_train_steps"])
+def test_a_thousand_million_is_no_count(name: str) -> None:
+    assert "at most" in problem(**{name: 10**9})
+
+
+def seconds_of(call: Any) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda length: unescape_prompt("\\" * length + "x"),
+        lambda length: problems({"\\" * length: "1"}),
+        lambda length: problems({"learning_rate" * (length // 13): "1"}),
+        lambda length: problems({f"learning_rat{number}": "1" for number in range(length // 10)}),
+        lambda length: parse(instance_prompt='"' * length + "x"),
+    ],
+)
+def test_long_values_take_time_in_proportion(read: Any) -> None:
+    """Sixteen times the length; a quadratic routine takes 256 times the time."""
+    short = min(seconds_of(lambda: read(4_000)) for _ in range(3))
+    assert seconds_of(lambda: read(64_000)) < 80 * max(short, 0.002)
+
+
+@pytest.mark.parametrize("url", ["https://me:hunter2@s3.example.com", "http://token@host:9000", "https://a:b@c@host"])
+def test_an_address_with_a_password_is_refused_and_not_repeated(url: str) -> None:
+    line = problem(s3_endpoint_url=url)
+    assert "s3_endpoint_url holds a user's name or password" in line
+    for word in ("hunter2", "token@", "b@c"):
+        assert word not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("toy-box", "did you mean toybox?"),
+        ("Toybox", "did you mean toybox?"),
+        ("stable diffusion 1.5", "owner/name"),
+        ("a/b/c", "owner/name"),
+        ("owner//name", "owner/name"),
+        ("owner/na..me", "owner/name"),
+        ("stable-diffusion-v1-5", "owner/name"),
+        ("owner/name?x=1", "owner/name"),
+    ],
+)
+def test_names_that_no_base_model_can_have(name: str, said: str) -> None:
+    line = problem(pretrained_model_name_or_path=name)
+    assert line.startswith(f"pretrained_model_name_or_path: {name!r} is neither a path that exists nor")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    "name", ["toybox", "runwayml/stable-diffusion-v1-5", "./model", "/opt/x", "s3://abc/d", "tests"]
+)
+def test_names_that_a_base_model_may_have(name: str) -> None:
+    assert parse(pretrained_model_name_or_path=name).pretrained_model_name_or_path == name
+
+
+def test_every_knob_says_whether_a_resumed_job_may_change_it() -> None:
+    kinds = {name: field.json_schema_extra["resume"] for name, field in FIELDS.items()}  # type: ignore[index, call-overload]
+    assert set(kinds.values()) == {"same", "free"}
+    for name in ("prediction_type", "snr_gamma", "hflip", "ema_decay", "sample_guidance_scale", "max_token_length"):
+        assert kinds[name] == "same"
 
 
 # The schema as documents show it

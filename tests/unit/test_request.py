@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dreambooth_sm.data.concepts import read_concepts
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.printing import redact
 from dreambooth_sm.report import TRAINING_METRICS, Reporter
 from dreambooth_sm.storage import S3Uri
 from launcher.training_request import (
@@ -22,7 +23,6 @@ from launcher.training_request import (
     find_secrets,
     metric_definitions,
     move_long_values,
-    redact,
     training_job,
 )
 from tests.helpers.api import refusals

@@ -114,6 +114,14 @@ def test_hosts(base: Path, resources: dict[str, object], hosts: tuple[str, ...],
     assert (contract.hosts, contract.current_host) == (hosts, current)
 
 
+@pytest.mark.parametrize("current", ["algo-3", 7, ["algo-1"]])
+def test_a_host_that_is_not_among_the_hosts_is_told(base: Path, current: object) -> None:
+    resources = {"hosts": ["algo-1", "algo-2"], "current_host": current}
+    (base / "input/config/resourceconfig.json").write_text(json.dumps(resources))
+    with pytest.raises(UserError, match=r"current_host .* is not one of hosts"):
+        read_contract(base)
+
+
 @pytest.mark.parametrize(
     ("instance_type", "expected"),
     [("ml.g4dn.xlarge", True), ("ml.p4d.24xlarge", True), ("ml.m5.large", False), ("ml.c5.xlarge", False), ("", False)],
@@ -172,6 +180,26 @@ def test_a_file_name_that_is_no_utf_8_does_not_cost_the_reason(tmp_path: Path) -
     assert (tmp_path / "output" / "failure").read_text(encoding="utf-8") == "caf\\udce9.jpg is damaged"
 
 
+def test_a_reason_carries_no_password_and_no_command(tmp_path: Path) -> None:
+    write_failure(tmp_path, "https://me:hunter2@host \x1b[2J\nstep=1 loss=0")
+    assert (tmp_path / "output" / "failure").read_text() == "https://***@host \\x1b[2J\nstep=1 loss=0"
+
+
+@pytest.mark.usefixtures("_sigterm_restored")
+def test_a_closed_terminal_asks_for_a_stop() -> None:
+    stop = sagemaker.stop_event()
+    signal.raise_signal(signal.SIGHUP)
+    assert stop.wait(5)
+
+
+@pytest.mark.usefixtures("_sigterm_restored")
+def test_under_nohup_the_terminal_does_not_matter() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = sagemaker.stop_event()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.is_set()
+
+
 def test_a_second_reason_replaces_the_first(tmp_path: Path) -> None:
     write_failure(tmp_path, "long " * 100)
     write_failure(tmp_path, "short")
@@ -180,9 +208,10 @@ def test_a_second_reason_replaces_the_first(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _sigterm_restored() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("_sigterm_restored")
