@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
         run(hyperparameters, contract, report=report, stop=stop)
     except UserError as error:
-        return fail(base, "\n".join(error.problems), EXIT_BAD_INPUT)
+        return fail(base, "\n".join([*error.problems, *getattr(error, "__notes__", ())]), EXIT_BAD_INPUT)
     except StopRequested as request:
         report.say(f"stopped: {request}")
         return EXIT_STOPPED

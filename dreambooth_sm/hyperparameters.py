@@ -32,8 +32,9 @@ from dreambooth_sm.toybox import NAME as TOYBOX
 Auto = Literal["auto"]
 PositiveInt = Annotated[int, Ge(1)]
 # Steps or epochs: more would take years.
-Steps = Annotated[int, Ge(1), Le(10_000_000)]
-StepsOrNone = Annotated[int, Ge(0), Le(10_000_000)]
+MOST_STEPS = 10_000_000
+Steps = Annotated[int, Ge(1), Le(MOST_STEPS)]
+StepsOrNone = Annotated[int, Ge(0), Le(MOST_STEPS)]
 # What random generators take.
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 # What is held in memory at a time, or drawn one by one.
@@ -384,7 +385,8 @@ class Hyperparameters(BaseModel):
     save_steps: StepsOrNone = _knob(
         0,
         "Checkpoints and logs",
-        "Save a checkpoint every so many steps (or epochs, see save_use_epochs); 0: only when stopped.",
+        "Save a checkpoint every so many steps (or epochs, see save_use_epochs) and at the end; 0: only when stopped "
+        "and at the end.",
         resume="free",
     )
     save_use_epochs: bool = _knob(False, "Checkpoints and logs", "Count save_steps in epochs.", resume="free")
@@ -394,7 +396,8 @@ class Hyperparameters(BaseModel):
     resume_from_checkpoint: Literal["latest", "no"] = _knob(
         "latest",
         "Checkpoints and logs",
-        "Go on from the newest whole checkpoint, if there is one.",
+        "latest: resume from the newest whole checkpoint, if there is one; the job has to be the same as far as the "
+        "weights can tell, and may take more steps. no: start again.",
         resume="free",
     )
     logging_steps: Steps = _knob(10, "Checkpoints and logs", "Steps between two metric lines.", resume="free")

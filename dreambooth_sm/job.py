@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,20 @@ from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.results import gather_facts, write_results
+from dreambooth_sm.resume import (
+    BASE,
+    check_resumable,
+    find_other_rates,
+    fingerprint,
+    first_that_fits,
+    make_identity,
+)
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.sampling import sampling_pipeline
 from dreambooth_sm.selection import Examiner
+from dreambooth_sm.space import Space
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint
+from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, undamaged_checkpoints
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 from dreambooth_sm.validation import SAMPLES, Validator, take_over_pictures, validation_prompts
@@ -64,29 +73,6 @@ _PATHS = (
     "models_path",
     "instance_data_dir",
     "class_data_dir",
-)
-# What a job has to have in common with the one whose checkpoint it goes on from.
-_IDENTITY = (
-    "pretrained_model_name_or_path",
-    "instance_prompt",
-    "class_prompt",
-    "resolution",
-    "bucket_step",
-    "caption_dropout",
-    "background_weight",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "prior",
-    "prior_loss_weight",
-    "lr_scheduler",
-    # These are restored from the checkpoint: another value would be ignored without a word.
-    "lr_warmup_steps",
-    "learning_rate",
-    "scale_lr",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "adam_weight_decay",
 )
 
 
@@ -119,7 +105,7 @@ def _run(
     report: Reporter,
     stop: threading.Event,
 ) -> Path | S3Uri:
-    h = localize(h, contract)
+    asked, h = h, localize(h, contract)
     with report.phase("check"):
         # Not collected: without the concepts there is little to check, and their file names places as well.
         h = localize(read_concepts(h), contract)
@@ -133,25 +119,24 @@ def _run(
         with problems.collected():
             check_output(h)
         with problems.collected():
+            check_checkpoints(contract)
+        with problems.collected():
             target = check_target(h) if world.is_main else None
         problems.raise_any()
     for line in plan.lines():
         report.say(f"plan: {line}")
     checkpoints = checkpoint_directory(h, contract)
     remote = remote_checkpoints(h, contract, target, world, report)
-    previous = find_checkpoint(h, checkpoints, remote, world, report)
+    found = find_checkpoints(h, checkpoints, remote, world, report)
+    previous = next(found, None)
     seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
     seed = world.first(seed)
     report.say(format_metrics(model_name=h.model_name))
     report.metrics(seed=seed, processes=world.size)
-    identity = make_identity(h, plan, subjects, seed, world)
+    identity = make_identity(h, asked, plan, subjects, seed, world)
+    schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
     if previous:
-        previous.check_identity(identity)
-    samples = Path(h.models_path) / SAMPLES
-    if world.is_main:
-        take_over_pictures(previous.pictures if previous else None, samples)
-    if previous:
-        report.go_on(previous.record, previous.step, samples)
+        check_resumable(previous, identity, schedule)
     device = torch.device(plan.device)
 
     with report.phase("load_base"):
@@ -162,9 +147,23 @@ def _run(
         for remark in base.remarks:
             report.warn(remark)
         check_prompts(base, subjects, h)
+        space = Space.needed(base, h, plan, checkpoints)
+        if warning := space.check(h.checkpoints_total_limit if h.save_steps else 1):
+            report.warn(warning)
+        identity[BASE] = fingerprint(base)
+        previous = first_that_fits(previous, found, base, plan, report)
+        if previous:
+            check_resumable(previous, identity, schedule)
+            if difference := find_other_rates(previous, h, schedule):
+                report.warn(difference)
         # Before class images are made: encoders that can't be had end the job here. On the CPU: the card's memory is
         # planned for training.
         encoders = load_encoders(h.fidelity_encoders) if h.fidelity_encoders and world.is_main else None
+    samples = Path(h.models_path) / SAMPLES
+    if world.is_main:
+        take_over_pictures(previous.pictures if previous else None, samples)
+    if previous:
+        report.go_on(previous.record, previous.step, samples)
     _stop_if_asked(stop, world)
     with report.phase("class_images"):
         subjects = make_class_images(base, subjects, h, plan, report=report, stop=stop, world=world)
@@ -185,7 +184,6 @@ def _run(
     if encoders:
         with report.phase("measure_base"):
             examiner = Examiner(base, subjects, encoders, h, plan, report)
-    schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
     with report.phase("train"), remote or contextlib.nullcontext():
         on_save = remote.send if remote else None
         train(
@@ -198,6 +196,7 @@ def _run(
             previous,
             checkpoints,
             on_save,
+            keep_last=space.has_room_for_last,
             validator=validator,
             report=report,
             stop=stop,
@@ -213,7 +212,7 @@ def _run(
     if validator:
         with report.phase("validate"):
             validator.draw(schedule.steps)
-    with report.phase("save"):
+    with report.phase("save"), _with_checkpoint_named(checkpoints, identity, schedule.steps):
         directory = save(base, h, checkpoints)
         write_results(gather_facts(base.name, subjects, h, plan, report, schedule.steps, directory), directory)
     if target is None:
@@ -274,6 +273,20 @@ def check_output(h: Hyperparameters) -> None:
         raise UserError(f"models_path: {directory} can't be written to: {error.strerror}") from None
 
 
+def check_checkpoints(contract: Contract) -> None:
+    """Raises UserError unless checkpoints can be written to the directory that SageMaker syncs, where there is one."""
+    directory = contract.checkpoint_directory
+    if not directory.is_dir():
+        return
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(
+            f"{directory}, which is for checkpoints, can't be written to: {error.strerror}; mount it writable, or "
+            "leave it out"
+        ) from None
+
+
 def check_prompts(base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparameters) -> None:
     """Raises UserError for prompts that are too long, before class images are made for them."""
     prompts = [prompt for s in subjects for prompt in (s.prompt, s.class_prompt, *s.prompts) if prompt]
@@ -326,16 +339,16 @@ def live_samples(
     return SyncedSamples(synced) if synced.is_dir() else None
 
 
-def find_checkpoint(
+def find_checkpoints(
     h: Hyperparameters, checkpoints: Path, remote: RemoteCheckpoints | None, world: World, report: Reporter
-) -> Checkpoint | None:
-    """The checkpoint that the job goes on from, if it is to and there is one."""
+) -> Iterator[Checkpoint]:
+    """The checkpoints that the job may be resumed from, the newest first; none where it is to start again."""
     if h.resume_from_checkpoint == "no":
-        return None
+        return iter(())
     if remote:
         remote.fetch(checkpoints)
     world.first(None)  # the others wait for what was fetched
-    return latest_checkpoint(checkpoints, report.warn)
+    return undamaged_checkpoints(checkpoints, report.warn)
 
 
 def make_class_images(
@@ -492,6 +505,7 @@ def train(
     checkpoints: Path,
     on_save: Callable[[Path], object] | None = None,
     *,
+    keep_last: Callable[[], bool] = lambda: True,
     validator: Validator | None = None,
     report: Reporter,
     stop: threading.Event,
@@ -518,7 +532,7 @@ def train(
             elif previous is not None:
                 trainer.resume(previous)
                 report.say(f"going on after step {previous.step}, from {previous.directory}")
-            return trainer.train(checkpoints, stop, validator)
+            return trainer.train(checkpoints, stop, validator, keep_last)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         # Not inside the except clause: the exception's frames hold what has to be freed.
@@ -534,24 +548,6 @@ def train(
         report.warn(f"out of memory ({reason}); going on after step {rescued[1] if rescued else 0} with a smaller plan")
         plan = smaller
         report.say(f"plan: {plan.lines()[0]}")
-
-
-def make_identity(
-    h: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...], seed: int, world: World
-) -> dict[str, object]:
-    """What makes a checkpoint one of this job."""
-    return {
-        **h.model_dump(include=set(_IDENTITY), mode="json"),
-        "seed": seed,
-        "processes": world.size,
-        "aspect_ratio_buckets": h.buckets,
-        "pictures": sorted(path.name for subject in subjects for path in subject.pictures),
-        "train_text_encoder": plan.train_text_encoder,
-        "use_ema": plan.use_ema,
-        "precision": plan.precision,
-        "weights": plan.weights,
-        "optimizer": f"{plan.optimizer} {plan.state_bits} bits",
-    }
 
 
 def measure(
@@ -605,6 +601,18 @@ def upload(directory: Path, target: S3Uri, h: Hyperparameters, step: int, contra
         if not any(folder.iterdir()):
             folder.rmdir()
     pointer.write_text(f"{target}\n")
+
+
+@contextlib.contextmanager
+def _with_checkpoint_named(checkpoints: Path, identity: dict[str, Any], step: int) -> Iterator[None]:
+    """Adds to any error where what was trained is, if it is in a checkpoint of this job and step."""
+    try:
+        yield
+    except Exception as error:
+        for checkpoint in all_checkpoints(checkpoints):
+            if checkpoint.identity == identity and checkpoint.step == step:
+                error.add_note(f"what was trained is in {checkpoint.directory}; the same job is resumed from it")
+        raise
 
 
 def _stop_if_asked(stop: threading.Event, world: World) -> None:

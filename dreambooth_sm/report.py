@@ -16,8 +16,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, StringConstraints
 from tqdm import tqdm
 
 from dreambooth_sm.printing import redact, safe
@@ -104,6 +106,37 @@ class Attempt:
     peak_host_memory_gb: float
 
 
+class _Row(BaseModel):
+    """A metrics line of training: numbers."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    __pydantic_extra__: dict[str, int | float]
+
+    step: Annotated[int, Ge(0)]
+    loss: float
+
+
+class _SampleRecord(BaseModel):
+    """A :class:`Sample` whose path is a plain name, as this project gives it: no other file is meant."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    step: Annotated[int, Ge(0)]
+    prompt: str
+    seed: int
+    path: Annotated[str, StringConstraints(pattern=r"^step-[0-9]+-prompt-[0-9]+-seed-[0-9]+-[0-9a-f]{8}\.png$")]
+
+
+class Record(BaseModel):
+    """What :meth:`Reporter.record` gives, for checking one that was perhaps written by others."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    steps: list[_Row] = []
+    attempts: list[Attempt] = []
+    samples: list[_SampleRecord] = []
+
+
 class Reporter:
     """Writes the job's lines, and remembers what they say, over all attempts of the job.
 
@@ -175,7 +208,10 @@ class Reporter:
         return [*self.earlier, Attempt(self._started, self._first_step, step, rounded, memory)]
 
     def record(self, step: int) -> dict[str, Any]:
-        """What :meth:`go_on` needs in an attempt that goes on after ``step``, as JSON's types; the pictures by name."""
+        """What :meth:`go_on` needs in an attempt that is resumed after ``step``, as JSON's types; the pictures by name.
+
+        See :class:`Record`.
+        """
         return {
             "steps": self.training_rows,
             "attempts": [asdict(attempt) for attempt in self.attempts(step)],

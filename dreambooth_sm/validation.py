@@ -45,6 +45,8 @@ def take_over_pictures(earlier: Path | None, directory: Path) -> None:
     for other in directory.glob(_NAMES):
         other.unlink()
     for picture in sorted(earlier.glob(_NAMES)) if earlier else []:
+        if picture.is_symlink() or not picture.is_file():
+            continue
         if picture.stem.endswith(_digest(picture.read_bytes())):
             directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, directory / picture.name)

@@ -3,10 +3,14 @@
 Random choices are functions of the seed and the step (see :mod:`dreambooth_sm.data.training_set`), so weights,
 optimizer state, averages and the step are everything.
 
-A checkpoint is a directory ``step-00000800``: ``tensors.pt``, and ``state.json`` with the step, the job's identity,
-what the job has to tell so far, and the size and CRC-32 of both. CRC-32, because it is there to find damage, not
-forgery, and costs half of what SHA-256 costs, or a fifth on processors without instructions for that. The pictures that
-were drawn so far lie beside them, in ``samples``; one that is missing costs a picture, not the checkpoint.
+A checkpoint is a directory ``step-00000800``: ``tensors.pt``, and ``state.json`` with the format's number, the step,
+the job's identity, what the job has to tell so far, and the size and CRC-32 of both. CRC-32, because it is there to
+find damage, not forgery, and costs half of what SHA-256 costs, or a fifth on processors without instructions for that.
+The pictures that were drawn so far lie beside them, in ``samples``; one that is missing costs a picture, not the
+checkpoint.
+
+What is read was perhaps written by others: it is checked against the types and ranges that this module writes, tensors
+are loaded without running code, and what does not fit is passed over.
 """
 
 from __future__ import annotations
@@ -15,19 +19,52 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Annotated, Any, BinaryIO, cast
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import MOST_STEPS, Seed
+from dreambooth_sm.report import Record
+
+# Of what is written here. 1: before numbers were written; its identity leaves out most of the hyperparameters.
+FORMAT = 2
 
 _STATE = "state.json"
 _TENSORS = "tensors.pt"
 _PICTURES = "samples"
+_NAME = re.compile("step-([0-9]{8})")
 _CHUNK = 2**20
+# A record of a million metric lines has a sixth of this.
+_LARGEST_STATE = 2**30
+# Differences of one kind that are named.
+_MOST_NAMED = 5
+
+
+class _Identity(BaseModel):
+    """What every identity holds, beside other values."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    seed: Seed
+
+
+class _State(BaseModel):
+    """``state.json``, but for its own checksum."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: int
+    step: Annotated[int, Ge(0), Le(MOST_STEPS)]
+    identity: _Identity
+    bytes: Annotated[int, Ge(0)]
+    crc32: Annotated[int, Ge(0), Le(2**32 - 1)]
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -38,7 +75,8 @@ class Checkpoint:
         step: optimizer steps done.
         identity: what a resumed job has to have in common with the one that wrote this.
         crc32: of the tensors' file.
-        record: what the job had to tell, as JSON's types; empty where an earlier version wrote the checkpoint.
+        record: what the job had to tell, as JSON's types.
+        format: see :data:`FORMAT`; of a checkpoint in another format only this and the step are known.
     """
 
     directory: Path
@@ -46,6 +84,7 @@ class Checkpoint:
     identity: dict[str, Any]
     crc32: int
     record: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
 
     @property
     def pictures(self) -> Path:
@@ -54,6 +93,8 @@ class Checkpoint:
 
     def is_undamaged(self) -> bool:
         """Whether the tensors' file holds what was written; reads all of it."""
+        if self.format != FORMAT:
+            return True  # as far as anybody knows here
         crc32 = 0
         with (self.directory / _TENSORS).open("rb") as stream:
             while chunk := stream.read(_CHUNK):
@@ -61,21 +102,46 @@ class Checkpoint:
         return crc32 == self.crc32
 
     def check_identity(self, identity: dict[str, Any]) -> None:
-        """Raises UserError, naming each difference, unless a job with ``identity`` can go on from here."""
+        """Raises UserError, naming each difference, unless a job with ``identity`` can be resumed from here."""
+        if self.format != FORMAT:
+            raise UserError(
+                f"the checkpoint {self.directory} has format {self.format}, and this version reads format {FORMAT}; "
+                "finish the job with the version that wrote it, or set resume_from_checkpoint=no to start again"
+            )
         differences = [
-            f"{name} was {self.identity.get(name)!r} and is {identity.get(name)!r}"
+            _difference(name, self.identity.get(name), identity.get(name))
             for name in sorted(self.identity.keys() | identity.keys())
             if self.identity.get(name) != identity.get(name)
         ]
         if differences:
             raise UserError(
-                f"the checkpoint {self.directory} can't be continued: {'; '.join(differences)}; "
-                "put the values back, or set resume_from_checkpoint=no to start anew"
+                f"the job can't be resumed from the checkpoint {self.directory}: {'; '.join(differences)}; "
+                "put the values back, or set resume_from_checkpoint=no to start again"
             )
 
     def load(self) -> dict[str, Any]:
         """The tensors, on the CPU, as they were given to :func:`save_checkpoint`."""
         return torch.load(self.directory / _TENSORS, map_location="cpu", weights_only=True)
+
+    def find_misfit(self, shapes: Mapping[str, Mapping[str, torch.Size]]) -> str | None:
+        """Why the tensors can't be those of a model; None where they can. Reads no more of them than their names.
+
+        Args:
+            shapes: of the parameters that are trained, by module and name.
+        """
+        try:
+            state = torch.load(self.directory / _TENSORS, map_location="cpu", weights_only=True, mmap=True)
+            weights, ema = state["weights"], state["ema"]
+            found = {part: {name: value.shape for name, value in its.items()} for part, its in weights.items()}
+            average = [value.shape for value in ema["average"]] if ema else None
+            named = {key for key in ("step", "window") if isinstance(state[key], dict)}
+        except Exception as error:  # whatever a file of anybody's can cause
+            return f"its tensors can't be read ({type(error).__name__})"
+        if found != shapes:
+            return "its tensors are not those of this model"
+        if average is not None and average != [shape for its in shapes.values() for shape in its.values()]:
+            return "its average is not one of this model"
+        return None if len(named) == 2 else "its optimizer's state is missing"
 
 
 def save_checkpoint(
@@ -98,42 +164,70 @@ def save_checkpoint(
     final = root / f"step-{step:08d}"
     partial = root / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with (partial / _TENSORS).open("wb") as stream:
+    try:
+        crc32 = _write(partial, step, identity, tensors, record, pictures)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    whole = all_checkpoints(root)
+    # Later steps are those of a run that this one has replaced, and would be taken for the newest of this one.
+    replaced = [checkpoint for checkpoint in whole if checkpoint.step > step]
+    own = [checkpoint for checkpoint in whole if checkpoint.step <= step]
+    for checkpoint in (*replaced, *own[:-keep]):
+        shutil.rmtree(checkpoint.directory, ignore_errors=True)
+    return Checkpoint(final, step, identity, crc32, record)
+
+
+def _write(
+    directory: Path,
+    step: int,
+    identity: dict[str, Any],
+    tensors: dict[str, Any],
+    record: dict[str, Any],
+    pictures: Iterable[Path],
+) -> int:
+    """Writes all files of a checkpoint; the CRC-32 of its tensors."""
+    directory.mkdir(parents=True)
+    with (directory / _TENSORS).open("wb") as stream:
         written = _Checksummed(stream)
-        torch.save(tensors, cast("BinaryIO", written))
+        try:
+            torch.save(tensors, cast("BinaryIO", written))
+        except RuntimeError:
+            if written.error:  # torch hides it
+                raise written.error from None
+            raise
     for picture in pictures:
-        (partial / _PICTURES).mkdir(exist_ok=True)
-        shutil.copyfile(picture, partial / _PICTURES / picture.name)
+        (directory / _PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(picture, directory / _PICTURES / picture.name)
     state = {
+        "format": FORMAT,
         "step": step,
         "identity": identity,
         "bytes": written.bytes,
         "crc32": written.crc32,
         "record": record,
     }
-    (partial / _STATE).write_text(json.dumps(state | {"state_crc32": _crc32_of(state)}, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    whole = all_checkpoints(root)
-    # Later steps are those of a run that this one has replaced, and would be taken for the newest of this one.
-    replaced = [checkpoint for checkpoint in whole if checkpoint.step > step]
-    own = [checkpoint for checkpoint in whole if checkpoint.step <= step]
-    for checkpoint in (*replaced, *own[:-keep]):
-        shutil.rmtree(checkpoint.directory)
-    return Checkpoint(final, step, identity, written.crc32, record)
+    (directory / _STATE).write_text(json.dumps(state | {"state_crc32": _crc32_of(state)}, indent=1))
+    return written.crc32
 
 
 class _Checksummed:
-    """A file that sums up what is written to it, so that it need not be read again."""
+    """A file that computes the checksum of what is written to it, so that it need not be read again."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.bytes, self.crc32 = stream, 0, 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
         self.bytes += len(data)
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._stream.flush()
@@ -143,28 +237,84 @@ def _crc32_of(state: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
-def all_checkpoints(root: Path) -> list[Checkpoint]:
-    """The whole checkpoints below ``root``, oldest first; one that was copied half-way does not count.
+def _difference(name: str, was: Any, now: Any) -> str:
+    """One difference between two identities, in words."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return f"{name} was {was!r} and is {now!r}"
+    kinds = {
+        "changed": [key for key in now if key in was and was[key] != now[key]],
+        "new": [key for key in now if key not in was],
+        "gone": [key for key in was if key not in now],
+    }
+    words = [
+        f"{', '.join(keys[:_MOST_NAMED])}{f' and {len(keys) - _MOST_NAMED} more' if keys[_MOST_NAMED:] else ''} {kind}"
+        for kind, keys in kinds.items()
+        if keys
+    ]
+    return f"{name}: {'; '.join(words)}"
+
+
+def _read(directory: Path) -> Checkpoint:
+    """The checkpoint in a directory.
+
+    Raises:
+        ValueError: there is none that is whole; the message says why.
+    """
+    name = _NAME.fullmatch(directory.name)
+    assert name is not None
+    if directory.is_symlink() or (directory / _STATE).is_symlink() or (directory / _TENSORS).is_symlink():
+        raise ValueError("it is a link")
+    try:
+        if (directory / _STATE).stat().st_size > _LARGEST_STATE:
+            raise ValueError(f"{_STATE} is too large")
+        text = (directory / _STATE).read_text(encoding="utf-8")
+        state = json.loads(text)
+        if not isinstance(state, dict) or state.pop("state_crc32", None) != _crc32_of(state):
+            raise ValueError(f"{_STATE} is not what was written")
+        number = state.get("format", 1)
+        if type(number) is int and number != FORMAT:
+            return Checkpoint(directory, int(name[1]), {}, 0, format=number)
+        _State.model_validate_json(json.dumps(state))
+        size = (directory / _TENSORS).stat().st_size
+    except ValidationError as error:
+        where = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ValueError(f"{_STATE}: {where} is not valid") from None
+    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if state["step"] != int(name[1]):
+        raise ValueError(f"{_STATE} is of step {state['step']}")
+    if size != state["bytes"]:
+        raise ValueError(f"{_TENSORS} has {size} of {state['bytes']} bytes")
+    return Checkpoint(directory, state["step"], state["identity"], state["crc32"], state["record"])
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+def all_checkpoints(root: Path, warn: Callable[[str], object] = _ignore) -> list[Checkpoint]:
+    """The whole checkpoints below ``root``, oldest first; ``warn`` is told of those that are not whole.
 
     Of the tensors only the size is looked at; see :meth:`Checkpoint.is_undamaged`.
     """
     found: list[Checkpoint] = []
-    for directory in sorted(path for path in root.glob("step-*") if re.fullmatch(r"step-\d+", path.name)):
+    for directory in sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name)):
         try:
-            state = json.loads((directory / _STATE).read_text())
-            undamaged = state.pop("state_crc32") == _crc32_of(state)
-            if undamaged and (directory / _TENSORS).stat().st_size == state["bytes"]:
-                record = state.get("record", {})
-                found.append(Checkpoint(directory, state["step"], state["identity"], state["crc32"], record))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue
+            found.append(_read(directory))
+        except ValueError as error:
+            warn(f"the checkpoint {directory} is damaged and passed over: {error}")
     return found
 
 
-def latest_checkpoint(root: Path, warn: Callable[[str], object] = lambda text: None) -> Checkpoint | None:
-    """The newest of :func:`all_checkpoints` that is undamaged; ``warn`` is told of those that are not."""
-    for checkpoint in reversed(all_checkpoints(root)):
+def undamaged_checkpoints(root: Path, warn: Callable[[str], object] = _ignore) -> Iterator[Checkpoint]:
+    """Those of :func:`all_checkpoints` that are undamaged, the newest first; ``warn`` is told of the others."""
+    for checkpoint in reversed(all_checkpoints(root, warn)):
         if checkpoint.is_undamaged():
-            return checkpoint
-        warn(f"the checkpoint {checkpoint.directory} is damaged: going back to the one before")
-    return None
+            yield checkpoint
+        else:
+            warn(f"the checkpoint {checkpoint.directory} is damaged: going back to the one before")
+
+
+def latest_checkpoint(root: Path, warn: Callable[[str], object] = _ignore) -> Checkpoint | None:
+    """The first of :func:`undamaged_checkpoints`."""
+    return next(undamaged_checkpoints(root, warn), None)

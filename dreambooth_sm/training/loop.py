@@ -19,7 +19,7 @@ from dreambooth_sm.data.conditioning import Conditioning
 from dreambooth_sm.data.prompts import encode
 from dreambooth_sm.data.training_set import Batch, Dice, Latents, PictureSizes, SubjectWeights
 from dreambooth_sm.distributed import World
-from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
@@ -29,6 +29,7 @@ from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
 from dreambooth_sm.training.step import GradientAverage, Inputs, attention_context, make_step
+from dreambooth_sm.training.trend import find_rise
 from dreambooth_sm.validation import Validator
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,6 +83,19 @@ def make_schedule(h: Hyperparameters, instance_pictures: int, default_steps: int
     steps = h.max_train_steps or (h.num_train_epochs or 0) * steps_per_epoch or default_steps
     rate = h.learning_rate * (batch if h.scale_lr else 1)
     return Schedule(steps, h.save_steps * (steps_per_epoch if h.save_use_epochs else 1), rate)
+
+
+def make_rate(h: Hyperparameters, schedule: Schedule) -> Callable[[int], float]:
+    """The learning rate of the step that follows so many steps: a function of the schedule and of nothing before."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=schedule.learning_rate)
+    factor = _scheduler(h, schedule, optimizer).lr_lambdas[0]
+    return lambda done: float(schedule.learning_rate * factor(done))
+
+
+def _scheduler(h: Hyperparameters, schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
+    return get_scheduler(
+        h.lr_scheduler, optimizer, num_warmup_steps=h.lr_warmup_steps, num_training_steps=schedule.steps
+    )
 
 
 @dataclass
@@ -186,12 +200,7 @@ class Trainer:
         self.make_step.shapes = len(data.dice.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
-        self.scheduler = get_scheduler(
-            h.lr_scheduler,
-            self.make_step.optimizer,
-            num_warmup_steps=h.lr_warmup_steps,
-            num_training_steps=schedule.steps,
-        )
+        self.scheduler = _scheduler(h, schedule, self.make_step.optimizer)
         if plan.use_ema:
             on_cpu = plan.ema == "cpu" and device.type != "cpu"
             self.make_step.ema = Ema(
@@ -207,7 +216,13 @@ class Trainer:
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
+        self._rise_told = False
         self._skipped = 0
+        # Whether all losses were finite, and how many were before one was not; on the device, so that no step waits.
+        self._is_finite = torch.ones((), dtype=torch.bool, device=device)
+        self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._started_after = 0
+        self._last_saved: Path | None = None
         self._window = _Window()
 
     @property
@@ -222,7 +237,6 @@ class Trainer:
                 for name, module in self.modules.items()
             },
             "step": self.make_step.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "window": self._window.state(),
         }
@@ -230,7 +244,8 @@ class Trainer:
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Goes on from another trainer's :meth:`state`, after ``step`` optimizer steps.
 
-        Adam's moments start anew where they have another format: the other trainer had run out of memory, or has.
+        Learning rates are those of this trainer's schedule at that step. Adam's moments start anew where they have
+        another format: the other trainer had run out of memory, or has.
         """
         for name, module in self.modules.items():
             for key, parameter in module.named_parameters():
@@ -239,42 +254,70 @@ class Trainer:
             self.make_step.load_state_dict(state["step"])
         else:
             self.report.warn("Adam's moments have another format than this plan's and start anew")
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, rate in zip(self.make_step.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+        rate = make_rate(self.h, self.schedule)(step)
+        now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate]}
+        self.scheduler.load_state_dict(self.scheduler.state_dict() | now)
+        for group in self.make_step.optimizer.param_groups:
             group["lr"] = rate
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
-        self.step = step
-        # A checkpoint of an earlier version has no window: its metric line covers the steps since.
-        self._window = _Window.going_on(state["window"], self.device) if "window" in state else _Window()
+        self.step = self._started_after = step
+        self._finite_steps.zero_()
+        self._window = _Window.going_on(state["window"], self.device)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on where ``checkpoint`` was written.
 
         Raises:
-            UserError: where the job differs from the one that wrote it.
+            UserError: where the job differs from the one that wrote it, or its tensors can't be used.
         """
         checkpoint.check_identity(self.identity)
-        self.load_state(checkpoint.load(), checkpoint.step)
+        try:
+            self.load_state(checkpoint.load(), checkpoint.step)
+        except torch.OutOfMemoryError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint {checkpoint.directory} can't be used ({type(error).__name__}: {error}); remove it, or "
+                "set resume_from_checkpoint=no to start again"
+            ) from error
+        self._last_saved = checkpoint.directory
         self._checked = True
 
     def save(self, root: Path) -> Path | None:
-        """Writes a checkpoint, on the main process alone: all hold the same state."""
+        """Writes a checkpoint, on the main process alone: all hold the same state. Where it can't be written, a line
+        says so, and those that are there stay.
+
+        Raises:
+            TrainingError: where the weights are not finite: no good checkpoint gives way to them.
+        """
         self._window.share(self.world)
+        self._check_finite()
         if not self.world.is_main:
             return None
-        saved = save_checkpoint(
-            root,
-            self.step,
-            self.identity,
-            self.state(),
-            keep=self.h.checkpoints_total_limit,
-            record=self.report.record(self.step),
-            pictures=[sample.path for sample in self.report.samples],
-        ).directory
-        if self.on_save:
+        is_last = self.step == self.schedule.steps
+        try:
+            saved = save_checkpoint(
+                root,
+                self.step,
+                self.identity,
+                self.state(),
+                # The last one is no candidate of select_best, and takes no candidate's place.
+                keep=self.h.checkpoints_total_limit + (self.h.select_best and is_last),
+                record=self.report.record(self.step),
+                pictures=[sample.path for sample in self.report.samples],
+            ).directory
+        except OSError as error:
+            reason = error.strerror or str(error)
+            self.report.warn(f"the checkpoint of step {self.step} could not be written: {reason}; {self._kept()}")
+            return None
+        self._last_saved = saved
+        if self.on_save and not is_last:  # the model itself is about to follow
             self.on_save(saved)
         return saved
+
+    def _kept(self) -> str:
+        return f"the last checkpoint is {self._last_saved}" if self._last_saved else "there is no checkpoint before it"
 
     def weights_now(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """What :meth:`finish` would put into the modules, one parameter at a time: module, name, full-precision value,
@@ -284,11 +327,18 @@ class Trainer:
             for key, _ in module.named_parameters():
                 yield name, key, next(values)
 
-    def train(self, checkpoints: Path, stop: threading.Event, validator: Validator | None = None) -> None:
-        """Runs all remaining steps, then :meth:`finish`.
+    def train(
+        self,
+        checkpoints: Path,
+        stop: threading.Event,
+        validator: Validator | None = None,
+        keep_last: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Runs all remaining steps, saves a checkpoint of the last one, then :meth:`finish`.
 
         Args:
             validator: draws pictures on the way; the steps are the same, to the bit, with and without it.
+            keep_last: whether there is room for the last checkpoint; asked when it is due.
 
         Raises:
             StopRequested: when ``stop`` is set; the steps done are in a checkpoint.
@@ -307,9 +357,13 @@ class Trainer:
                 self._window.started += time.monotonic() - paused
             if not last and self._asked_to_stop(stop):
                 saved = self.save(checkpoints)
-                raise StopRequested(f"after step {self.step} of {self.schedule.steps}; saved in {saved}")
-            if self.schedule.save_every and self.step % self.schedule.save_every == 0 and not last:
-                self.report.metrics(checkpoint=self.save(checkpoints), step=self.step)
+                where = f"the checkpoint is {saved}; the same job is resumed from it" if saved else self._kept()
+                raise StopRequested(f"after step {self.step} of {self.schedule.steps}; {where}")
+            is_due = self.schedule.save_every and self.step % self.schedule.save_every == 0
+            if (keep_last() if last else is_due) and (saved := self.save(checkpoints)):
+                self.report.metrics(checkpoint=saved, step=self.step)
+        if rise := find_rise(self.report.training_rows):
+            self.report.verdict(f"worse: {rise}")
         self.finish()
 
     def _asked_to_stop(self, stop: threading.Event) -> bool:
@@ -324,9 +378,26 @@ class Trainer:
         Raises:
             TrainingError: where they are not finite.
         """
-        if broken := [name for name, value in self._fingerprints().items() if value is None]:
-            raise TrainingError(f"the trained weights of {' and '.join(broken)} are not finite; lower learning_rate")
+        self._check_finite()
         self._put_back(self.ema.average if self.ema else None)
+
+    def _check_finite(self) -> None:
+        """Raises TrainingError where a loss of the steps so far, a weight or an average is not finite."""
+        finite_steps = min(self.world.gather(self._started_after + int(self._finite_steps)))
+        if finite_steps < self.step:
+            raise TrainingError(self._diverged(f"the loss of step {finite_steps + 1} is not finite"))
+        broken = [name for name, value in self._fingerprints().items() if value is None]
+        if self.ema and not all(bool(torch.linalg.vector_norm(a, torch.inf).isfinite()) for a in self.ema.average):
+            broken.append("the average")
+        if broken:
+            words = f"the weights of {' and '.join(broken)} are not finite after step {self.step}"
+            raise TrainingError(self._diverged(words))
+
+    def _diverged(self, words: str) -> str:
+        return (
+            f"{words}; lower learning_rate, which is {self.schedule.learning_rate:.4g}, or set mixed_precision=bf16 or "
+            f"no; {self._kept()}"
+        )
 
     def rescue(self) -> dict[str, Any]:
         """After the device ran out of memory: the state, and the modules back on the CPU.
@@ -357,6 +428,8 @@ class Trainer:
             check(loss)
         self.scheduler.step()
         self.step += 1
+        self._is_finite &= loss.total.detach().isfinite()
+        self._finite_steps += self._is_finite
         return loss
 
     def loss(self, batch: Batch) -> Loss:
@@ -463,7 +536,11 @@ class Trainer:
             vram_gb=vram,
         )
         if not math.isfinite(means["loss"]):
-            raise TrainingError(f"the loss is not finite by step {self.step}; lower learning_rate")
+            self._check_finite()
+            raise TrainingError(self._diverged(f"the loss is not finite by step {self.step}"))
+        if not self._rise_told and (rise := find_rise(self.report.training_rows)):
+            self._rise_told = True
+            self.report.warn(rise)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.plan.precision == "fp32" or self.plan.weights != "fp32":

@@ -68,7 +68,7 @@ class RemoteCheckpoints:
             self._report.warn(f"the checkpoint {checkpoint.name} is not in S3: {error}")
             return
         for replaced in self._background.take_back():
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         self._background.add(linked)
 
     def _send(self, directory: Path) -> None:
@@ -97,10 +97,11 @@ class RemoteCheckpoints:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 download_directory(self.place / name, partial, self._options, client=self._client)
-            except (TransferError, UserError) as error:
+                partial.rename(root / name)
+            except (TransferError, UserError, OSError) as error:
+                shutil.rmtree(partial, ignore_errors=True)
                 self._report.warn(f"{error}: going back to the checkpoint before")
                 continue
-            partial.rename(root / name)
             self._report.say(f"checkpoint {name} came from {self.place}")
             return
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import math
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,12 @@ from hypothesis import strategies as st
 
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.training.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from dreambooth_sm.resume import check_resumable, find_other_rates
+from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint, save_checkpoint
+from dreambooth_sm.training.loop import Schedule, TrainingError
+from dreambooth_sm.training.losses import Loss
+from dreambooth_sm.training.step import Inputs
+from dreambooth_sm.training.trend import find_rise
 from tests.helpers.training import Run, same, weights
 
 IDENTITY = {"seed": 7, "instance_prompt": "photo of zwx toy", "pictures": ["a.png"], "train_text_encoder": False}
@@ -117,7 +126,7 @@ def test_a_flipped_bit_is_recognised_and_the_one_before_used(name: str, where: f
             assert found == newest
         else:
             assert found.step == 10
-            assert bool(warnings) == (name == "tensors.pt")
+            assert warnings
 
 
 def test_cut_short_and_padded_to_its_size_is_recognised(tmp_path: Path) -> None:
@@ -220,8 +229,8 @@ def test_metric_lines_cover_the_steps_before_an_interruption(base: BaseModel, tm
     whole = Run(base, tmp_path / "whole", **values).train()
     stopped = Run(base, tmp_path / "stopped", save_steps=5, **values)
     stopped.train()
-    checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
-    assert checkpoint is not None
+    checkpoint = all_checkpoints(tmp_path / "stopped" / "checkpoints")[0]
+    assert checkpoint.step == 5
     resumed = Run(base, tmp_path / "stopped", **values)
     resumed.recorder.go_on(checkpoint.record, checkpoint.step, tmp_path)
     resumed.trainer.resume(checkpoint)
@@ -234,28 +243,116 @@ def test_metric_lines_cover_the_steps_before_an_interruption(base: BaseModel, tm
     assert (first.first_step, first.last_step, second.first_step, second.last_step) == (0, 5, 5, 8)
 
 
-def test_a_checkpoint_of_an_earlier_version_is_gone_on_from(base: BaseModel, tmp_path: Path) -> None:
-    """It has no record, and no window of metrics."""
-    values = {"max_train_steps": 4, "logging_steps": 3}
-    whole = Run(base, tmp_path / "whole", **values).train()
-    before = Run(base, tmp_path / "before", save_steps=2, **values).train()
-    checkpoint = latest_checkpoint(tmp_path / "before" / "checkpoints")
-    assert checkpoint is not None
-    tensors = checkpoint.load()
-    del tensors["window"]
-    save_checkpoint(tmp_path / "early", 2, {"seed": 7}, tensors, keep=1)
-    rewrite_state(tmp_path / "early/step-00000002", lambda state: state.pop("record"))
-    early = latest_checkpoint(tmp_path / "early")
-    assert early is not None
-    assert early.step == 2
-    resumed = Run(base, tmp_path / "early", **values)
-    resumed.recorder.go_on(early.record, early.step, early.pictures)
-    resumed.trainer.resume(early)
-    resumed.train()
-    assert same(weights(resumed.base.unet), weights(whole.base.unet))
-    assert same(weights(resumed.base.unet), weights(before.base.unet))
-    assert [row["step"] for row in resumed.recorder.training_rows] == [3, 4]
-    assert [attempt.first_step for attempt in resumed.recorder.attempts(4)] == [2]
+@pytest.mark.parametrize(("number", "known"), [(None, 1), (1, 1), (99, 99)])
+def test_a_checkpoint_in_another_format_gets_a_clear_answer(tmp_path: Path, number: int | None, known: int) -> None:
+    def change(state: dict[str, Any]) -> None:
+        del state["format"]
+        state |= {"format": number} if number is not None else {}
+        state["something"] = "that this version does not know"
+
+    rewrite_state(save(tmp_path, 10).directory, change)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    with pytest.raises(
+        UserError, match=f"has format {known}, and this version reads format 2; .*resume_from_checkpoint=no"
+    ):
+        found.check_identity(IDENTITY)
+    # A job that starts again in its place replaces it.
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["step-00000005"]
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a file of the host": lambda s: s["record"].update(samples=[sample("../../etc/passwd")]),
+    "an absolute path": lambda s: s["record"].update(samples=[sample("/etc/passwd")]),
+    "another name": lambda s: s["record"].update(samples=[sample("step-1-prompt-0-seed-1-0000000g.png")]),
+    "a name with a line": lambda s: s["record"].update(samples=[sample("step-1-prompt-0-seed-1-00000000.png\n")]),
+    "a step that is none": lambda s: s["record"].update(steps=[{"step": "1", "loss": 0.5}]),
+    "a line without a loss": lambda s: s["record"].update(steps=[{"step": 1}]),
+    "a text among numbers": lambda s: s["record"].update(steps=[{"step": 1, "loss": 0.5, "lr": "<script>"}]),
+    "attempts of another kind": lambda s: s["record"].update(attempts=[{"started": 5}]),
+    "a record that is none": lambda s: s.update(record=[]),
+    "another step": lambda s: s.update(step=3),
+    "a huge step": lambda s: s.update(step=10**12),
+    "a step that is true": lambda s: s.update(step=True),
+    "no seed": lambda s: s["identity"].pop("seed"),
+    "a seed that is none": lambda s: s["identity"].update(seed="7"),
+    "no identity": lambda s: s.update(identity=None),
+    "a format that is none": lambda s: s.update(format="2"),
+    "something more": lambda s: s.update(more=1),
+    "negative bytes": lambda s: s.update(bytes=-1),
+}
+
+
+def sample(path: str) -> dict[str, Any]:
+    return {"step": 1, "prompt": "photo of zwx toy", "seed": 1, "path": path}
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_a_record_that_this_project_would_not_write_is_passed_over_with_a_line(tmp_path: Path, change: str) -> None:
+    save(tmp_path, 10)
+    rewrite_state(save(tmp_path, 20).directory, HOSTILE[change])
+    warnings: list[str] = []
+    found = latest_checkpoint(tmp_path, warnings.append)
+    assert found is not None
+    assert found.step == 10
+    (line,) = warnings
+    assert "step-00000020 is damaged and passed over" in line
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{" * 10, "null", "\x00", "9" * 10_000, '{"a": ' * 50_000])
+def test_no_json_ends_the_search(tmp_path: Path, content: str) -> None:
+    save(tmp_path, 10)
+    (save(tmp_path, 20).directory / "state.json").write_text(content)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert found.step == 10
+
+
+def test_links_are_passed_over(tmp_path: Path) -> None:
+    elsewhere = save(tmp_path / "elsewhere", 20).directory
+    save(tmp_path / "c", 10)
+    (tmp_path / "c/step-00000020").symlink_to(elsewhere)
+    found = latest_checkpoint(tmp_path / "c")
+    assert found is not None
+    assert found.step == 10
+    save(tmp_path / "c", 30, keep=1)
+    assert (elsewhere / "tensors.pt").is_file()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (print, ("code of a checkpoint ran",))
+
+
+SHAPES = {"unet": {"w": torch.Size([3])}}
+TENSORS: dict[str, tuple[Any, str | None]] = {
+    "fitting": ({"weights": {"unet": {"w": torch.ones(3)}}, "ema": None, "step": {}, "window": {}}, None),
+    "of another model": (
+        {"weights": {"unet": {"w": torch.ones(4)}}, "ema": None, "step": {}, "window": {}},
+        "not those of this model",
+    ),
+    "of another average": (
+        {"weights": {"unet": {"w": torch.ones(3)}}, "ema": {"average": [torch.ones(2)]}, "step": {}, "window": {}},
+        "average",
+    ),
+    "without the optimizer": (
+        {"weights": {"unet": {"w": torch.ones(3)}}, "ema": None, "step": None, "window": {}},
+        "optimizer",
+    ),
+    "a list": ([1], "can't be read"),
+    "code": ({"weights": Evil()}, "can't be read"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_are_looked_at_before_they_are_used(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors, said = TENSORS[kind]
+    found = save_checkpoint(tmp_path, 1, IDENTITY, tensors, keep=1).find_misfit(SHAPES)
+    assert (said is None and found is None) or said in str(found)
+    assert capsys.readouterr().out == ""
 
 
 def rewrite_state(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -280,22 +377,179 @@ def test_pictures_and_what_there_is_to_tell_come_with_a_checkpoint(tmp_path: Pat
     assert latest_checkpoint(tmp_path / "c") == found, "a picture that is missing does not cost a checkpoint"
 
 
-def test_checkpoints_are_saved_as_often_as_asked_and_not_at_the_end(base: BaseModel, tmp_path: Path) -> None:
+def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(base: BaseModel, tmp_path: Path) -> None:
     Run(base, tmp_path / "a", max_train_steps=6, save_steps=2, checkpoints_total_limit=5).train()
-    assert names(tmp_path / "a" / "checkpoints") == ["step-00000002", "step-00000004"]
-    Run(base, tmp_path / "b", pictures=2, max_train_steps=6, save_steps=1, save_use_epochs=True).train()
-    assert names(tmp_path / "b" / "checkpoints") == ["step-00000002", "step-00000004"]
+    assert names(tmp_path / "a" / "checkpoints") == ["step-00000002", "step-00000004", "step-00000006"]
+    Run(base, tmp_path / "b", pictures=2, max_train_steps=5, save_steps=1, save_use_epochs=True).train()
+    assert names(tmp_path / "b" / "checkpoints") == ["step-00000004", "step-00000005"]
     Run(base, tmp_path / "c", max_train_steps=3).train()
-    assert not (tmp_path / "c" / "checkpoints").exists()
+    assert names(tmp_path / "c" / "checkpoints") == ["step-00000003"]
 
 
-def test_a_finished_checkpoint_leaves_nothing_to_do(base: BaseModel, tmp_path: Path) -> None:
-    first = Run(base, tmp_path, max_train_steps=3, save_steps=2).train()
+def test_no_checkpoint_takes_the_room_of_the_model(base: BaseModel, tmp_path: Path) -> None:
+    run = Run(base, tmp_path, max_train_steps=3, save_steps=2)
+    run.trainer.train(tmp_path / "checkpoints", run.recorder.stop, keep_last=lambda: False)
+    assert names(tmp_path / "checkpoints") == ["step-00000002"]
+
+
+def test_a_finished_job_does_no_step_again(base: BaseModel, tmp_path: Path) -> None:
+    first = Run(base, tmp_path, max_train_steps=3, save_steps=2, use_ema=True).train()
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
-    again = Run(base, tmp_path, max_train_steps=2)
+    again = Run(base, tmp_path, max_train_steps=3, use_ema=True)
     again.trainer.resume(checkpoint)
     again.train()
     assert again.losses == []
-    assert not same(weights(again.base.unet), weights(first.base.unet))
-    assert not same(weights(again.base.unet), weights(base.unet))
+    assert same(weights(again.base.unet), weights(first.base.unet))
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_a_longer_schedule_gives_the_rates_that_it_would_have_had_from_the_start(
+    base: BaseModel, tmp_path: Path, scheduler: str
+) -> None:
+    longer = {"max_train_steps": 8, "lr_scheduler": scheduler}
+    rates = [step["lr"] for step in Run(base, tmp_path / "whole", **longer).train().recorder.steps]
+    Run(base, tmp_path, max_train_steps=4, lr_scheduler=scheduler).train()
+    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+    assert checkpoint is not None
+    resumed = Run(base, tmp_path / "resumed", **longer)
+    resumed.trainer.resume(checkpoint)
+    resumed.train()
+    assert [step["lr"] for step in resumed.recorder.steps] == rates[4:]
+    difference = find_other_rates(checkpoint, resumed.h, resumed.schedule)
+    if scheduler == "constant":
+        assert difference is None
+        assert rates == [1e-4] * 8
+    else:
+        assert difference is not None
+        assert f"lr_scheduler={scheduler} gave step" in difference
+        assert find_other_rates(checkpoint, resumed.h, replace(resumed.schedule, steps=4)) is None
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path: Path) -> None:
+    saved = save(tmp_path, 40)
+    check_resumable(saved, IDENTITY, Schedule(40, 0, 1e-4))
+    with pytest.raises(
+        UserError, match=r"has taken 40 steps, and the job is to take 39; set max_train_steps=40 or more"
+    ):
+        check_resumable(saved, IDENTITY, Schedule(39, 0, 1e-4))
+
+
+# --- Weights that are no longer numbers, disks that are full ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["loss", "weight", "average"])
+def test_no_checkpoint_of_weights_that_are_not_finite_replaces_a_good_one(
+    base: BaseModel, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metric lines are far apart: they do not notice it."""
+    run = Run(
+        base,
+        tmp_path,
+        max_train_steps=9,
+        save_steps=2,
+        logging_steps=100,
+        checkpoints_total_limit=1,
+        use_ema=True,
+        learning_rate=3e-6,
+    )
+    step = run.trainer.optimizer_step
+
+    def breaks(rate: float) -> Any:
+        loss = step(rate)
+        if run.trainer.step == 3:
+            broken = run.trainer.parameters[0] if what == "weight" else run.trainer.ema.average[0]  # type: ignore[union-attr]
+            with torch.no_grad():
+                broken.view(-1)[0] = math.inf
+        return loss
+
+    if what == "loss":
+        monkeypatch.setattr(run.trainer, "_loss", lambda inputs, real=run.trainer._loss: poisoned(run, real(inputs)))
+        run.trainer.make_step._loss = run.trainer._loss
+    else:
+        monkeypatch.setattr(run.trainer, "optimizer_step", breaks)
+    with pytest.raises(TrainingError) as caught:
+        run.train()
+    words = str(caught.value)
+    assert {"loss": "the loss of step 3 is", "weight": "the loss of step 4 is", "average": "the average are"}[
+        what
+    ] in words
+    assert "lower learning_rate, which is 3e-06" in words
+    assert str(tmp_path / "checkpoints/step-00000002") in words
+    assert names(tmp_path / "checkpoints") == ["step-00000002"]
+    good = latest_checkpoint(tmp_path / "checkpoints")
+    assert good is not None
+    assert all(value.isfinite().all() for value in good.load()["weights"]["unet"].values())
+
+
+def poisoned(run: Run, loss: Loss) -> Loss:
+    """NaN at step 3 alone, and without gradients that would show it."""
+    return loss._replace(total=loss.total + (math.nan if run.trainer.step == 2 else 0.0))
+
+
+@pytest.mark.parametrize(
+    ("losses", "rises"),
+    [
+        ([0.2] * 100, False),
+        ([0.2] * 50 + [0.55] * 50, False),
+        ([0.1] * 50 + [0.6] * 50, True),
+        ([0.3] * 10 + [258.0] * 10, True),
+        ([0.01, 0.9], False),
+        ([0.01] + [0.4] * 99, False),
+        ([0.2], False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("every", [1, 10])
+def test_a_loss_that_rose_is_told_from_noise(losses: list[float], rises: bool, every: int) -> None:
+    rows = []
+    for step in range(1, len(losses) + 1):
+        if step == 1 or step % every == 0 or step == len(losses):
+            since = losses[rows[-1]["step"] if rows else 0 : step]
+            rows.append({"step": step, "loss": sum(since) / len(since)})
+    assert (find_rise(rows) is not None) == rises
+
+
+def test_a_job_that_got_worse_says_so(base: BaseModel, tmp_path: Path) -> None:
+    run = Run(base, tmp_path, max_train_steps=40, logging_steps=5)
+    real = run.trainer._loss
+
+    def rising(inputs: Inputs) -> Loss:
+        loss = real(inputs)
+        return loss._replace(total=loss.total + (5.0 if run.trainer.step >= 20 else 0.0))
+
+    run.trainer.make_step._loss = rising
+    run.train()
+    (verdict,) = run.recorder.verdicts
+    assert verdict.startswith("worse: the loss rose from ")
+    assert "lower learning_rate" in verdict
+    log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    assert log.count("warning: the loss rose") == 1
+    assert Run(base, tmp_path / "b", max_train_steps=40, logging_steps=5).train().recorder.verdicts == []
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Run(base, tmp_path / "whole", max_train_steps=6).train()
+    run = Run(base, tmp_path, max_train_steps=6, save_steps=2, checkpoints_total_limit=1)
+
+    class Full(io.FileIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = Path.open
+
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name == "tensors.pt" and args[:1] == ("wb",) and run.trainer.step >= 4:
+            return Full(path, "wb")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", opened)
+    run.train()
+    assert same(weights(run.base.unet), weights(whole.base.unet))
+    assert names(tmp_path / "checkpoints") == ["step-00000002"]
+    log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    assert (
+        "warning: the checkpoint of step 4 could not be written: No space left on device; the last checkpoint is" in log
+    )

@@ -1,0 +1,170 @@
+"""Whether a job may be resumed from a checkpoint: it has to be the same job, as far as the weights can tell.
+
+Hyperparameters count unless their own declaration says otherwise (``resume="free"``). Files count by their content:
+pictures, masks, captions, the base model's weights. What the card decides counts as it was decided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.data.masks import read_mask
+from dreambooth_sm.distributed import World
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.training.checkpoint import Checkpoint
+from dreambooth_sm.training.loop import Schedule, make_rate
+
+# Known only once the base model is loaded.
+BASE = "base_model"
+# What of the noise scheduler's settings training depends on.
+_NOISE = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+# Values of each tensor that are compared: no two models that anybody has share them.
+_VALUES = 64
+
+
+def make_identity(
+    h: Hyperparameters, asked: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...], seed: int, world: World
+) -> dict[str, Any]:
+    """What a job has in common with the one that it is resumed from, as JSON's types; without :data:`BASE`.
+
+    Args:
+        asked: the hyperparameters before paths were moved to where this machine has them.
+    """
+    same = [name for name, field in Hyperparameters.model_fields.items() if _is_same(field.json_schema_extra)]
+    values = h.model_dump(include=set(same), mode="json")
+    places = ("pretrained_model_name_or_path", "pretrained_vae_name_or_path")
+    values |= asked.model_dump(include=set(places))
+    decided = {
+        "seed": seed,
+        "processes": world.size,
+        "aspect_ratio_buckets": h.buckets,
+        "with_prior_preservation": h.prior_preservation,
+        "train_text_encoder": plan.train_text_encoder,
+        "use_ema": plan.use_ema,
+        "mixed_precision": plan.precision,
+        "weights": plan.weights,
+        "optimizer": f"{plan.optimizer} {plan.state_bits} bits",
+        "use_8bit_adam": plan.optimizer == "adamw8bit",
+        "max_grad_norm": plan.max_grad_norm,
+    }
+    contents: dict[str, Any] = {
+        "pictures": _digests(path for subject in subjects for path in subject.pictures),
+        "class_pictures": _digests(path for subject in subjects for path in subject.class_pictures),
+    }
+    if h.concepts_list is not None:
+        contents["concepts"] = [[subject.prompt, subject.class_prompt] for subject in subjects]
+    captions = [
+        (path, prompt)
+        for subject in subjects
+        if len(set(subject.prompts)) > 1
+        for path, prompt in zip(subject.pictures, subject.prompts, strict=True)
+    ]
+    contents["captions"] = dict(zip(_names(path for path, _ in captions), (text for _, text in captions), strict=True))
+    identity: dict[str, Any] = json.loads(json.dumps(values | decided | contents))
+    return identity
+
+
+def _is_same(extra: Any) -> bool:
+    return bool(extra["resume"] == "same")
+
+
+def _names(paths: Iterable[Path]) -> list[str]:
+    """The paths from the folder on that they have in common."""
+    found = list(paths)
+    if not found:
+        return []
+    top = os.path.commonpath([path.parent for path in found])
+    return [str(path.relative_to(top)) for path in found]
+
+
+def _digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Names to digests of the pictures' files and of their masks."""
+    found = list(paths)
+    return dict(zip(_names(found), map(_digest, found), strict=True))
+
+
+def _digest(picture: Path) -> str:
+    digest = hashlib.blake2b(picture.read_bytes(), digest_size=8)
+    if mask := read_mask(picture):
+        digest.update(mask.tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint(base: BaseModel) -> dict[str, str]:
+    """A digest of each part of a base model: of some values of each tensor, and of what else training depends on."""
+    modules = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
+    if base.text_encoder_2 is not None:
+        modules["text_encoder_2"] = base.text_encoder_2
+    digests = {name: _digest_of_module(module) for name, module in modules.items()}
+    vocabulary = sorted(base.tokenizer.get_vocab().items())
+    noise = {name: base.scheduler.config.get(name) for name in _NOISE}
+    return digests | {"tokenizer": _digest_of(vocabulary), "scheduler": _digest_of(noise)}
+
+
+def _digest_of_module(module: torch.nn.Module) -> str:
+    sums = []
+    for name, tensor in module.state_dict().items():
+        some = tensor.flatten()[:: max(1, tensor.numel() // _VALUES)].double().tolist()
+        sums.append([name, list(tensor.shape), some])
+    return _digest_of(sums)
+
+
+def _digest_of(values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values, default=str).encode(), digest_size=8).hexdigest()
+
+
+def check_resumable(checkpoint: Checkpoint, identity: dict[str, Any], schedule: Schedule) -> None:
+    """Raises UserError unless the job can be resumed from ``checkpoint``.
+
+    Args:
+        identity: of the job; without :data:`BASE` where that is not known yet.
+    """
+    checkpoint.check_identity({BASE: checkpoint.identity.get(BASE)} | identity)
+    if checkpoint.step > schedule.steps:
+        raise UserError(
+            f"the checkpoint {checkpoint.directory} has taken {checkpoint.step} steps, and the job is to take "
+            f"{schedule.steps}; set max_train_steps={checkpoint.step} or more, or resume_from_checkpoint=no to start "
+            "again"
+        )
+
+
+def find_other_rates(checkpoint: Checkpoint, h: Hyperparameters, schedule: Schedule) -> str | None:
+    """In words, that the steps of ``checkpoint`` had other learning rates than this schedule gives them; None where
+    they had the same."""
+    rate = make_rate(h, schedule)
+    for row in checkpoint.record.get("steps", []):
+        then, now = row.get("lr"), rate(row["step"] - 1)
+        if then is not None and abs(then - now) > 1e-6 * schedule.learning_rate:
+            return (
+                f"the checkpoint's job had another number of steps: lr_scheduler={h.lr_scheduler} gave step "
+                f"{row['step']} the learning rate {then:.4g}, and over {schedule.steps} steps it gives {now:.4g}; the "
+                f"steps after {checkpoint.step} have the learning rates of {schedule.steps} steps"
+            )
+    return None
+
+
+def first_that_fits(
+    checkpoint: Checkpoint | None, older: Iterator[Checkpoint], base: BaseModel, plan: Plan, report: Reporter
+) -> Checkpoint | None:
+    """``checkpoint``, or the newest of ``older`` whose tensors are those of the model, with a line for each other."""
+    modules = {"unet": base.unet} | ({"text_encoder": base.text_encoder} if plan.train_text_encoder else {})
+    shapes = {part: {name: p.shape for name, p in module.named_parameters()} for part, module in modules.items()}
+    while checkpoint is not None:
+        misfit = checkpoint.find_misfit(shapes)
+        if misfit is None:
+            return checkpoint
+        report.warn(f"the checkpoint {checkpoint.directory} is passed over: {misfit}")
+        checkpoint = next(older, None)
+    return None

@@ -1,0 +1,95 @@
+"""Whether the disk has room for what a job will write."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dreambooth_sm.convert import DTYPES
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan
+
+# For pictures, reports and the file system itself.
+_SPARE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a job writes, in bytes, and where to.
+
+    Attributes:
+        model: the trained model, in all formats that are asked for.
+        checkpoint: one of them.
+    """
+
+    model: int
+    checkpoint: int
+    models_path: Path
+    checkpoints: Path
+
+    @classmethod
+    def needed(cls, base: BaseModel, h: Hyperparameters, plan: Plan, checkpoints: Path) -> Space:
+        """For a job."""
+        parts = [base.unet, base.vae, *base.text_encoders]
+        trained = [base.unet, *([base.text_encoder] if plan.train_text_encoder else [])]
+        copies = 2 if h.export == "both" else 1
+        moments = {"adamw": 8, "adamw8bit": 2}.get(plan.optimizer, plan.state_bits / 4)
+        each = 4 + moments + (4 if plan.use_ema else 0)
+        return cls(
+            _values(parts) * DTYPES[h.export_precision].itemsize * copies + _SPARE,
+            int(_values(trained) * each) + _SPARE,
+            Path(h.models_path),
+            checkpoints,
+        )
+
+    def check(self, kept: int) -> str | None:
+        """Looks before anything is trained.
+
+        Args:
+            kept: checkpoints that the job keeps.
+
+        Returns:
+            a warning where not all checkpoints fit, or None.
+
+        Raises:
+            UserError: the model does not fit.
+        """
+        free = _free(self.models_path)
+        if free < self.model:
+            raise UserError(
+                f"models_path: the trained model takes {self.model / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free at "
+                f"{self.models_path}; free some, or take an instance or a volume with a larger disk"
+            )
+        free = _free(self.checkpoints) - (self.model if self._share_a_disk() else 0)
+        wanted = (kept + 1) * self.checkpoint  # the oldest goes once the newest is there
+        if free >= wanted:
+            return None
+        return (
+            f"{kept} checkpoints and the next take {wanted / 1e9:.1f} GB, and {max(0, free) / 1e9:.1f} GB are free for "
+            f"them at {self.checkpoints}; those that don't fit are left out"
+        )
+
+    def has_room_for_last(self) -> bool:
+        """Whether a checkpoint of the finished training leaves room for the model."""
+        return _free(self.checkpoints) >= self.checkpoint + (self.model if self._share_a_disk() else 0)
+
+    def _share_a_disk(self) -> bool:
+        return _there(self.models_path).stat().st_dev == _there(self.checkpoints).stat().st_dev
+
+
+def _values(modules: list[torch.nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _there(path: Path) -> Path:
+    """The path, or the nearest directory above that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(_there(path)).free
