@@ -83,8 +83,5 @@ def survive_streams() -> None:
             continue
         stream.flush()
         raw = io.BufferedWriter(_Surviving(stream.fileno(), "wb", closefd=False))
-        encoding, buffered = stream.encoding, stream.line_buffering
-        survivor = io.TextIOWrapper(
-            raw, encoding, "backslashreplace", line_buffering=buffered, write_through=stream.write_through
-        )
+        survivor = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
         setattr(sys, name, survivor)
