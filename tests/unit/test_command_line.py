@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -243,3 +245,27 @@ def test_a_reader_that_goes_away_in_the_middle(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(sys, "stdout", Gone())
     assert run(lambda given: 0, [], ()) == EXIT_READER_GONE
+
+
+def documented() -> list[str]:
+    """Every command with arguments that a document names."""
+    root = Path(__file__).parents[2]
+    texts = [path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted((root / "docs").glob("*.md")))]
+    found = [
+        each
+        for text in texts
+        for pattern in (r"`(dreambooth-(?:sm|launcher) [^`]*)`", r"^dreambooth-(?:sm|launcher) .*")
+        for each in re.findall(pattern, text, re.MULTILINE)
+    ]
+    return sorted({each.replace("[--json]", "--json") for each in found if each.count(" ") > 1})
+
+
+@pytest.mark.parametrize("command", documented())
+def test_what_documents_name_is_taken(command: str) -> None:
+    tool, *arguments = shlex.split(command, comments=True)
+    parser = {"dreambooth-sm": cli._parser, "dreambooth-launcher": launcher.cli._parser}[tool](everything=False)
+    parser.parse_args(arguments)
+
+
+def test_documents_name_some() -> None:
+    assert len(documented()) >= 8
