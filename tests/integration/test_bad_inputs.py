@@ -13,13 +13,13 @@ import json
 import os
 import signal
 import socket
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import ModuleType
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
@@ -610,26 +610,21 @@ def test_known_before_training(
 
 
 @contextmanager
-def enforced_permissions(s3: EmbeddedS3) -> Iterator[None]:
-    """The S3 server believes every key otherwise."""
+def enforced_permissions() -> Iterator[None]:
+    """moto allows everything to everybody otherwise; this is its own switch."""
+    from moto import settings
+    from moto.core.responses import ActionAuthenticatorMixin
 
-    def free_requests(number: str) -> None:
-        url, headers = f"{s3.endpoint_url}/moto-api/reset-auth", {"Content-Type": "text/plain"}
-        request = urllib.request.Request(url, number.encode(), headers, method="POST")
-        urllib.request.urlopen(request).close()
-
-    free_requests("0")
-    try:
+    ActionAuthenticatorMixin.request_count = 0
+    with patch.object(settings, "INITIAL_NO_AUTH_ACTION_COUNT", 0.0):
         yield
-    finally:
-        free_requests("inf")
 
 
-def test_wrong_keys(job: JobTree, target: S3Uri, s3: EmbeddedS3, run_here: Callable[..., Ended]) -> None:
-    bad = Bad("", (str(target), "credentials are wrong"))
-    with enforced_permissions(s3):
-        ended = run_here(job, "train")
-    assert_refused(bad, job, ended, target, s3)
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_keys(name: str, job: JobTree, target: S3Uri, s3: EmbeddedS3, run_here: Callable[..., Ended]) -> None:
+    bad = Bad("", (str(target), "credentials are wrong"), environment={name: "mistyped"})
+    tree = bad.put_into(job)
+    assert_refused(bad, tree, run_here(tree, "train"), target, s3)
 
 
 def test_no_permission(job: JobTree, target: S3Uri, s3: EmbeddedS3, run_here: Callable[..., Ended]) -> None:
@@ -644,7 +639,7 @@ def test_no_permission(job: JobTree, target: S3Uri, s3: EmbeddedS3, run_here: Ca
         environment={"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]},
     )
     tree = bad.put_into(job)
-    with enforced_permissions(s3):
+    with enforced_permissions():
         ended = run_here(tree, "train")
     assert_refused(bad, tree, ended, target, s3)
 
