@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def read_captions(directory: Path, pictures: Sequence[Path]) -> dict[Path, str]:
     captions: dict[Path, str] = {}
     for folder in sorted({directory, *(parent for path in pictures for parent in _parents(path, directory))}):
         for name in METADATA:
-            captions |= _read_metadata(folder / name, problems)
+            captions |= _read_metadata(folder / name, frozenset(pictures), problems)
     for path, text in caption_files(pictures).items():
         try:
             captions[path] = unescape_prompt(_read_text(text, _MOST_BYTES))
@@ -122,7 +122,7 @@ def _parents(path: Path, directory: Path) -> Iterator[Path]:
             return
 
 
-def _read_metadata(path: Path, problems: list[str]) -> dict[Path, str]:
+def _read_metadata(path: Path, pictures: Set[Path], problems: list[str]) -> dict[Path, str]:
     captions: dict[Path, str] = {}
     try:
         for row in _rows(path, io.StringIO(_read_text(path, _MOST_TABLE_BYTES), newline="")):
@@ -131,6 +131,8 @@ def _read_metadata(path: Path, problems: list[str]) -> dict[Path, str]:
                 problems.append(f'{path}: {str(row)[:80]} names no "file_name" and "text"; write both')
             elif not (path.parent / name).is_file():
                 problems.append(f"{path}: {name} does not exist; file names are relative to {path.parent}")
+            elif path.parent / name not in pictures:
+                problems.append(f"{path}: {name} is not among the pictures that are read; remove the line")
             else:
                 captions[path.parent / name] = unescape_prompt(text)
     except FileNotFoundError:

@@ -65,6 +65,9 @@ def test_everything_that_is_wrong_is_told_at_once(folder: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.jpg", "text": "x"}\n{"file_name": "a.jpg"}\n')
     (folder / "metadata.csv").write_text("name,caption\na.jpg,duck\n")
     (folder / "deep" / "metadata.jsonl").write_text("[1]")
+    (folder / "notes.pdf").write_bytes(b"%PDF")
+    with (folder / "metadata.jsonl").open("a") as table:
+        table.write('{"file_name": "notes.pdf", "text": "x"}\n')
     with pytest.raises(UserError) as caught:
         captions(folder)
     told = caught.value.problems
@@ -72,12 +75,13 @@ def test_everything_that_is_wrong_is_told_at_once(folder: Path) -> None:
         "a.txt can't be read as UTF-8",
         "b.png holds a NUL",
         "gone.jpg does not exist",
+        "notes.pdf is not among the pictures that are read",
         "metadata.jsonl: {'file_name': 'a.jpg'} names no",
         "metadata.csv: {'name': 'a.jpg'",
         "deep/metadata.jsonl can't be read: line 1 is no JSON object",
     ):
         assert sum(said in line for line in told) == 1, (said, told)
-    assert len(told) == 6
+    assert len(told) == 7
 
 
 # Templates

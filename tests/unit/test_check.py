@@ -323,6 +323,19 @@ def test_a_photo_of_50_megapixels_is_decoded_at_a_fraction(tmp_path: Path) -> No
     assert (picture.size, picture.shape) == ((8160, 6120), (576, 448))
 
 
+def test_phones_largest_photos_take_little_memory(tmp_path: Path) -> None:
+    size = (16320, 12240)
+    Image.linear_gradient("L").resize(size).save(tmp_path / "phone.jpg", quality=60)
+    code = "import sys; from dreambooth_sm.cli import main; code = main(sys.argv[1:]); "
+    code += "print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0]); sys.exit(code)"
+    command = [sys.executable, "-c", code, "check", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    *_, memory = ended.stdout.split()
+    assert "16320 x 12240" in ended.stdout
+    assert int(memory) < 150_000, "KB; all of its pixels are 200,000"
+
+
 # The command
 
 

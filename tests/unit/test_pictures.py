@@ -193,6 +193,22 @@ def test_an_animation_is_its_first_frame(tmp_path: Path) -> None:
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     for name in ("a.gif", "a.webp"):
         assert open_picture(tmp_path / name).getpixel((4, 4)) == RED
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:])
+    assert open_picture(tmp_path / "a.png").getpixel((4, 4)) == RED
+
+
+def test_several_pictures_in_one_file_as_phones_make_them(tmp_path: Path) -> None:
+    """MPO: two lenses, or a second picture with the brightness of a display (Ultra HDR)."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = [Image.new("RGB", (64, 32), colour) for colour in (RED, GREEN)]
+    frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:], exif=exif)
+    with Image.open(tmp_path / "a.jpg") as file:
+        assert file.format == "MPO"
+    seen = np.asarray(open_picture(tmp_path / "a.jpg", (8, 8)))
+    assert seen.shape[0] > seen.shape[1]
+    assert np.abs(seen.astype(int) - RED).max() < 10
+    assert read_size(tmp_path / "a.jpg") == (32, 64)
 
 
 @pytest.mark.parametrize(
