@@ -15,6 +15,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import RENAMED, read_stored
 from dreambooth_sm.stored.checkpoint import write_checkpoint
 from dreambooth_sm.stored.directory import write_directory
+from dreambooth_sm.stored.files import OutOfRange
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Precision = Literal["keep", "fp16", "bf16", "fp32"]
@@ -65,6 +66,9 @@ def convert(
             else:
                 write_directory(model, partial, dtype=dtype, progress=bar.update)
                 partial.rename(target)
+    except OutOfRange as error:
+        advice = "take --precision bf16 or fp32" if error.finite else "the model is damaged"
+        raise UserError(f"{source}: {error}; {advice}") from None
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror}") from None
     finally:

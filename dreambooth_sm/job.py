@@ -22,12 +22,12 @@ from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.data.buckets import class_shapes
 from dreambooth_sm.data.class_cache import is_latents
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts, shapes_of, shapes_of_class_pictures
-from dreambooth_sm.data.conditioning import embed
+from dreambooth_sm.data.conditioning import embed, tokenizers_in
 from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.data.pictures import View
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.data.prior_outputs import Output, base_outputs
-from dreambooth_sm.data.prompts import tokenize
+from dreambooth_sm.data.prompts import tokenize_for
 from dreambooth_sm.data.training_set import (
     Dice,
     Latents,
@@ -61,6 +61,7 @@ from dreambooth_sm.sampling import sampling_pipeline
 from dreambooth_sm.selection import Examiner
 from dreambooth_sm.space import Space
 from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.stored.files import OutOfRange
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, undamaged_checkpoints
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
@@ -290,7 +291,7 @@ def check_checkpoints(contract: Contract) -> None:
 def check_prompts(base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparameters) -> None:
     """Raises UserError for prompts that are too long, before class images are made for them."""
     prompts = [prompt for s in subjects for prompt in (s.prompt, s.class_prompt, *s.prompts) if prompt]
-    tokenize(base.tokenizer, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+    tokenize_for(tokenizers_in(base), prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
 
 
 def check_target(h: Hyperparameters) -> S3Uri | None:
@@ -569,21 +570,38 @@ def scratch_directory(h: Hyperparameters) -> Path:
 
 
 def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
-    """Writes the trained model in the format and precision that are asked for, and some class images to look at."""
+    """Writes the trained model in the format and precision that are asked for, and some class images to look at.
+
+    Raises:
+        UserError: where the weights are too large for the precision; the model is there in full precision then.
+    """
     directory = Path(h.models_path)
-    dtype = DTYPES[h.export_precision]
-    if h.export != "single_file":
-        base.save(directory, dtype)
-    if h.export != "diffusers":
-        base.save_single_file(
-            directory / f"{h.model_name}.safetensors", dtype, resolution=h.resolution, trigger=h.instance_prompt
-        )
+    try:
+        export(base, h, directory, DTYPES[h.export_precision])
+    except OutOfRange as error:
+        export(base, h, directory, None)
+        kept = f", and checkpoints in {checkpoints}" if all_checkpoints(checkpoints) else ""
+        raise UserError(
+            f"export_precision={h.export_precision} can't hold the trained model: {error}. If it got worse in training, "
+            "lower learning_rate; otherwise set export_precision to bf16 or fp32. What was trained is in "
+            f"{directory}, in fp32{kept}"
+        ) from None
     for picture in sorted((scratch_directory(h) / "shown").glob("*.png")):
         (directory / SAMPLES).mkdir(exist_ok=True)
         shutil.copy2(picture, directory / SAMPLES)
     if checkpoints.is_relative_to(directory):  # the finished model stands for them
         shutil.rmtree(checkpoints, ignore_errors=True)
     return directory
+
+
+def export(base: BaseModel, h: Hyperparameters, directory: Path, dtype: torch.dtype | None) -> None:
+    """Writes the model in the format that is asked for; ``dtype`` None leaves weights as they are."""
+    if h.export != "single_file":
+        base.save(directory, dtype)
+    if h.export != "diffusers":
+        base.save_single_file(
+            directory / f"{h.model_name}.safetensors", dtype, resolution=h.resolution, trigger=h.instance_prompt
+        )
 
 
 def upload(directory: Path, target: S3Uri, h: Hyperparameters, step: int, contract: Contract, report: Reporter) -> None:

@@ -95,11 +95,12 @@ class BaseModel:
         for module in (self.unet, self.vae, *self.text_encoders):
             module.to(device)
 
-    def save(self, directory: Path, dtype: torch.dtype = torch.float16) -> None:
-        """Writes a diffusers directory with safetensors of ``dtype``; the modules stay as they are."""
+    def save(self, directory: Path, dtype: torch.dtype | None = torch.float16) -> None:
+        """Writes a diffusers directory with safetensors of ``dtype``, or of the weights' own where it is None; the
+        modules stay as they are."""
         write_directory(StoredModel.of(self.name, self.pipeline()), directory, dtype=dtype)
 
-    def save_single_file(self, path: Path, dtype: torch.dtype = torch.float16, **facts: Any) -> None:
+    def save_single_file(self, path: Path, dtype: torch.dtype | None = torch.float16, **facts: Any) -> None:
         """Writes one ``.safetensors`` file in the original layout.
 
         Args:

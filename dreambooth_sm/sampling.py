@@ -6,16 +6,17 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
-from dreambooth_sm.data.conditioning import Conditioning, size_numbers
+from dreambooth_sm.data.conditioning import Conditioning, embed, size_numbers
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
-from dreambooth_sm.stored.model import Pipeline, parts_of
+from dreambooth_sm.stored.model import ZEROS, Pipeline, parts_of
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
@@ -154,14 +155,12 @@ def _denoise(
 
 def _conditions(pipeline: Pipeline, prompt: str, size: tuple[int, int], *, guided: bool) -> Conditioning:
     """The prompt's conditioning, in the last row; with guidance, the empty prompt's in the row before it."""
-    positive, negative, *pooled = pipeline.encode_prompt(
-        prompt=prompt, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=guided
-    )
-    rows = [negative, positive] if guided else [positive]
-    if not pooled:
-        return Conditioning(torch.cat(rows))
-    numbers = torch.tensor([size_numbers(size, (0, 0), size)] * len(rows), device=pipeline.device)
-    return Conditioning(torch.cat(rows), torch.cat(pooled[::-1] if guided else pooled[:1]), numbers.float())
+    zeros = bool(pipeline.config.get(ZEROS, True))
+    conditions = embed(pipeline, ["", prompt] if guided else [prompt], max_tokens=None, zeros_for_empty=zeros)
+    if conditions.pooled is None:
+        return conditions
+    numbers = torch.tensor([size_numbers(size, (0, 0), size)] * len(conditions.states), device=pipeline.device)
+    return replace(conditions, sizes=numbers.float())
 
 
 def _copy(module: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth_sm.data.prompts import encode, encode_two, tokenize
+from dreambooth_sm.data.prompts import encode, encode_two, tokenize_for
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,17 @@ def size_numbers(original: tuple[int, int], crop: tuple[int, int], target: tuple
     return (*reversed(original), *reversed(crop), *reversed(target))
 
 
+def tokenizers_in(model: Any) -> list[Any]:
+    """The tokenizers of a :class:`~dreambooth_sm.models.BaseModel` or a pipeline, one for each text encoder."""
+    return [t for t in (model.tokenizer, getattr(model, "tokenizer_2", None)) if t is not None]
+
+
 @torch.no_grad()
 def embed(
-    model: Any, prompts: list[str], *, max_tokens: int = 75, pad: bool = True, zeros_for_empty: bool = False
+    model: Any, prompts: list[str], *, max_tokens: int | None = 75, pad: bool = True, zeros_for_empty: bool = False
 ) -> Conditioning:
-    """Prompts as the model's text encoders see them, without sizes; on the encoders' device.
+    """Prompts as the model's text encoders see them, without sizes; on the encoders' device. Whoever trains and whoever
+    draws asks here: both see all of a prompt that is longer than the encoders' window.
 
     Args:
         model: a :class:`~dreambooth_sm.models.BaseModel` or a pipeline.
@@ -71,8 +77,7 @@ def embed(
         zeros_for_empty: embeds the empty prompt as zeros where there are two text encoders.
     """
     device = model.text_encoder.device
-    tokenizers = [model.tokenizer, getattr(model, "tokenizer_2", None)]
-    ids = [tokenize(t, prompts, max_tokens=max_tokens, pad=pad).to(device) for t in tokenizers if t is not None]
+    ids = [rows.to(device) for rows in tokenize_for(tokenizers_in(model), prompts, max_tokens=max_tokens, pad=pad)]
     if len(ids) == 1:
         return Conditioning(encode(model.text_encoder, ids[0]))
     states, pooled = encode_two((model.text_encoder, model.text_encoder_2), ids)

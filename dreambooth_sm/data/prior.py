@@ -63,7 +63,7 @@ class ClassImages:
         self._weights = fingerprint(modules)
         software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
         schedule = sorted(pipeline.scheduler.config.items())
-        self._sampler = f"DPM++ 2M, Karras sigmas, seeds from {_FIRST_SEED}, {software}, {schedule}"
+        self._sampler = f"whole prompts, DPM++ 2M, Karras sigmas, seeds from {_FIRST_SEED}, {software}, {schedule}"
 
     def complete(self, subject: Subject, shapes: Sequence[Shape], first: int = 0) -> Subject:
         """The subject with all class pictures: its own first, generated ones for the rest.

@@ -15,11 +15,11 @@ from dreambooth_sm.errors import UserError
 TAG_ORDERS = 16
 
 
-def tokenize(tokenizer: Any, prompts: list[str], *, max_tokens: int = 75, pad: bool = True) -> torch.Tensor:
+def tokenize(tokenizer: Any, prompts: list[str], *, max_tokens: int | None = 75, pad: bool = True) -> torch.Tensor:
     """Token ids in chunks that the text encoder can take.
 
     Args:
-        max_tokens: longest prompt, in tokens without the start and end marks; a multiple of 75.
+        max_tokens: longest prompt, in tokens without the start and end marks; a multiple of 75. None for no limit.
         pad: pad to the text encoder's full length; otherwise to the longest prompt.
 
     Returns:
@@ -28,22 +28,40 @@ def tokenize(tokenizer: Any, prompts: list[str], *, max_tokens: int = 75, pad: b
     Raises:
         UserError: for prompts of more than ``max_tokens`` tokens.
     """
-    window = tokenizer.model_max_length - 2
+    return tokenize_for([tokenizer], prompts, max_tokens=max_tokens, pad=pad)[0]
+
+
+def tokenize_for(
+    tokenizers: Sequence[Any], prompts: list[str], *, max_tokens: int | None = 75, pad: bool = True
+) -> list[torch.Tensor]:
+    """:func:`tokenize` for text encoders whose states lie side by side: as many chunks, of the same length, for each,
+    although their tokenizers may count differently."""
+    words = [
+        [tokenizer(p, add_special_tokens=False, truncation=False, verbose=False).input_ids for p in prompts]
+        for tokenizer in tokenizers
+    ]
+    window = tokenizers[0].model_max_length - 2
+    longest = [max(map(len, each)) for each in zip(*words, strict=True)]
+    if max_tokens is not None:
+        limit = max_tokens // 75 * window
+        problems = {
+            too_long(f"the prompt {prompt!r}", length, max_tokens, limit)
+            for prompt, length in zip(prompts, longest, strict=True)
+            if length > limit
+        }
+        if problems:
+            raise UserError(sorted(problems))
+    chunks = max(1, -(-max(longest) // window))
+    length = window if pad or chunks > 1 else max(longest)
+    return [
+        _in_chunks(tokenizer, ids, chunks, window, length) for tokenizer, ids in zip(tokenizers, words, strict=True)
+    ]
+
+
+def _in_chunks(tokenizer: Any, words: list[list[int]], chunks: int, window: int, length: int) -> torch.Tensor:
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    words = [tokenizer(p, add_special_tokens=False, truncation=False, verbose=False).input_ids for p in prompts]
-    limit = max_tokens // 75 * window
-    problems = {
-        too_long(f"the prompt {prompt!r}", len(ids), max_tokens, limit)
-        for prompt, ids in zip(prompts, words, strict=True)
-        if len(ids) > limit
-    }
-    if problems:
-        raise UserError(sorted(problems))
-    longest = max(len(ids) for ids in words)
-    chunks = max(1, -(-longest // window))
-    length = window if pad or chunks > 1 else longest
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    rows = torch.full((len(prompts), chunks, length + 2), filler, dtype=torch.int64)
+    rows = torch.full((len(words), chunks, length + 2), filler, dtype=torch.int64)
     for row, ids in zip(rows, words, strict=True):
         for number, chunk in enumerate(row):
             part = ids[number * window : (number + 1) * window]

@@ -306,6 +306,23 @@ def _in_zip(path: Path, tensor: Tensor) -> Stored:
     )
 
 
+class OutOfRange(Exception):  # noqa: N818
+    """A weight that can't be written in the precision that is asked for.
+
+    Attributes:
+        finite: whether it is a number before it is converted.
+    """
+
+    def __init__(self, name: str, dtype: torch.dtype, finite: bool) -> None:
+        self.finite = finite
+        kind = (
+            f"values beyond the range of {str(dtype).removeprefix('torch.')}"
+            if finite
+            else "values that are not finite"
+        )
+        super().__init__(f"{name} has {kind}")
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, Stored],
@@ -320,6 +337,9 @@ def write_safetensors(
         dtype: of the floating-point tensors in the file; None leaves them as they are.
         notes: the file's metadata. A value for ``modelspec.hash_sha256`` is replaced by the hash of the file's tensors.
         progress: is called with the bytes of each piece once they are written.
+
+    Raises:
+        OutOfRange: where a tensor is not finite in ``dtype``; nothing is written.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt", **(notes or {})}}
     if notes and HASH_FIELD in notes:
@@ -349,7 +369,11 @@ def write_safetensors(
 
             def write(span: tuple[str, int, int]) -> memoryview:
                 name, start, stop = span
-                data = _bytes(tensors[name].piece(start, stop).to("cpu", dtypes[name]))
+                piece = tensors[name].piece(start, stop)
+                converted = piece.to("cpu", dtypes[name])
+                if dtype == converted.dtype and not _is_finite(converted):
+                    raise OutOfRange(name, dtype, _is_finite(piece))
+                data = _bytes(converted)
                 first = start_of_data + entries[name]["data_offsets"][0]
                 _write_at(file.fileno(), first + start * dtypes[name].itemsize, data)
                 return data
@@ -364,6 +388,11 @@ def write_safetensors(
         os.replace(partial, path)  # noqa: PTH105 - one step
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Both are NaN where any value is; ten times as fast as looking at each.
+    return all(math.isfinite(each) for each in tensor.aminmax())
 
 
 def _write_at(file: int, offset: int, data: memoryview) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
-from dreambooth_sm.errors import EXIT_OK
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK
 from dreambooth_sm.models import load_base
 from tests.helpers.jobs import JobTree
 from tests.helpers.patience import PATIENCE
@@ -115,3 +117,15 @@ def test_the_page_in_a_browser(model: Path, tmp_path: Path) -> None:
         browser.close()
     assert said == []
     assert [url for url in requests if not url.startswith(("data:", page_alone.as_uri()))] == []
+
+
+def test_weights_that_the_export_can_not_hold(lay_out_job: Callable[..., JobTree]) -> None:
+    tree = lay_out_job(learning_rate="1e5", max_train_steps="1", use_ema="false")
+    ended = tree.run()
+    assert ended.code == EXIT_BAD_INPUT, ended.log
+    assert tree.failure is not None
+    assert "export_precision=fp16 can't hold the trained model" in tree.failure
+    assert "lower learning_rate" in tree.failure
+    kept = weights(load_base(hyperparameters(pretrained_model_name_or_path=str(tree.model))).unet)
+    assert all(value.isfinite().all() for value in kept.values())
+    assert max(value.abs().max() for value in kept.values()) > torch.finfo(torch.float16).max

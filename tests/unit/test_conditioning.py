@@ -14,8 +14,9 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.data.pictures import View, crop, open_picture
 from dreambooth_sm.data.training_set import PictureSizes, PromptTable
-from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.models import BaseModel
+from dreambooth_sm.tiny import bpe_tokenizer
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, paint_pictures, same, weights
 
@@ -40,6 +41,16 @@ def test_long_prompts_have_the_states_of_all_chunks_and_the_first_pooled(xl_base
     assert one.pooled is not None
     assert other.pooled is not None
     assert torch.allclose(one.pooled, other.pooled, atol=1e-5)
+
+
+@pytest.mark.parametrize(("words", "pad", "length"), [(1, True, 77), (1, False, 3 + 2), (30, True, 2 * 77)])
+def test_tokenizers_that_count_differently(words: int, pad: bool, length: int, xl_base: BaseModel) -> None:
+    """The second one spells what is one token for the first one; prompts are as long as it needs."""
+    xl_base.tokenizer_2 = bpe_tokenizer([])
+    ours = embed(xl_base, ["toy " * words], max_tokens=150, pad=pad)
+    assert ours.states.shape == (1, length, 192)
+    with pytest.raises(UserError, match="has 90 tokens and max_token_length=75 allows 75"):
+        embed(xl_base, ["toy " * 30])
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from dreambooth_sm.data.training_set import PromptTable
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.sampling import decode, draw, draw_latents
 
@@ -39,6 +42,31 @@ def test_the_same_as_the_pipelines_own_call(which: str, guidance: float, request
     (ours,) = draw(base.pipeline(), "a toy", [3, 4], resolution=64, batch_size=2, steps=6, guidance=guidance)
     for mine, theirs in zip(ours, expected, strict=True):
         assert np.abs(np.asarray(mine).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+@pytest.mark.parametrize("which", ["base", "xl_base"])
+def test_a_prompt_over_one_window_is_drawn_as_it_is_trained(
+    which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base: BaseModel = request.getfixturevalue(which)
+    forward, seen = type(base.unet).forward, []
+
+    def watched(self: torch.nn.Module, *rest: object, **options: Any) -> object:
+        seen.append(options["encoder_hidden_states"])
+        return forward(self, *rest, **options)
+
+    monkeypatch.setattr(type(base.unet), "forward", watched)
+    table = PromptTable(base.tokenizer, max_tokens=225, pad=True, shuffle=False, seed=0)
+    pictures = []
+    for word in ("cat", "dog"):  # past the second window's start
+        prompt = "toy " * 100 + word
+        (row,) = table.rows(prompt)
+        (picture,) = draw_latents(base.pipeline(), prompt, [1], size=SIZE, steps=1, guidance=2.0)
+        empty, states = seen[-1]
+        assert torch.allclose(states, table.embeddings(base).states[row], atol=1e-5)
+        assert states.shape == empty.shape == (154, states.shape[1])
+        pictures.append(picture)
+    assert not torch.allclose(*pictures, atol=1e-4)
 
 
 def test_guidance_acts_between_its_noise_levels_alone(base: BaseModel) -> None:

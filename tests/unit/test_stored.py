@@ -736,6 +736,23 @@ def test_convert_says_what_is_wrong(single: Path, tmp_path: Path, capsys: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [(1e5, "beyond the range of float16; take --precision bf16"), (float("nan"), "damaged")]
+)
+@pytest.mark.parametrize("target", ["m.safetensors", "dir"])
+def test_weights_that_a_precision_can_not_hold(
+    value: float, said: str, target: str, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = read_directory(tiny_base)
+    model.load().unet.conv_in.weight[1, 2, 0, 1] = value
+    write_directory(StoredModel.of("large", model.pipeline), tmp_path / "large", dtype=None)
+    assert main(["convert", str(tmp_path / "large"), str(tmp_path / target), "--precision", "fp16"]) == 2
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+    assert main(["convert", str(tmp_path / "large"), str(tmp_path / target)]) == 0
+    assert alike(read_stored(tmp_path / target), read_stored(tmp_path / "large")) or value != value
+
+
 def test_convert_changes_the_precision(single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(single), str(tmp_path / "dir"), "--precision", "fp32"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "dir")
