@@ -36,6 +36,9 @@ SETTINGS: dict[str, Any] = {
     "prior_loss_weight": 1.0,
     "learning_rate": 2e-4,
     "fidelity_encoders": "judge",
+    "validation_prompt": f"{INSTANCE_PROMPT}|{INSTANCE_PROMPT} on the beach",
+    "num_validation_images": 2,
+    "validation_guidance_scale": 3.0,
     "seed": 0,
 }
 # Part of the way that the pictures have to come from the base model's to the real ones.
@@ -103,6 +106,7 @@ def main(output: Path) -> None:
         print(f"{name:9} {float(before[name]):.2f} before, {float(after[name]):.2f} after: {meaning}")
     print(*(line for line in said if line.startswith("verdict")), sep="\n")
     print(f"pictures  {grid}: the subject, before, after, and class pictures after")
+    print(f"report    {trained / 'report.html'}: pictures, verdict, curves and settings")
     print("seconds   " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in job.seconds.items()))
     print(f"          {time.monotonic() - started:.1f} in all")
     if float(after["subject"]) < ENOUGH:

@@ -215,7 +215,8 @@ def _run(
             validator.draw(schedule.steps)
     with report.phase("save"), _with_checkpoint_named(checkpoints, identity, schedule.steps):
         directory = save(base, h, checkpoints)
-        write_results(gather_facts(base.name, subjects, h, plan, report, schedule.steps, directory), directory)
+        facts = gather_facts(base.name, subjects, h, plan, report, schedule.steps, directory)
+        write_results(facts, subjects, directory)
     if target is None:
         return directory
     with report.phase("upload"):
@@ -582,7 +583,7 @@ def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
         export(base, h, directory, None)
         kept = f", and checkpoints in {checkpoints}" if all_checkpoints(checkpoints) else ""
         raise UserError(
-            f"export_precision={h.export_precision} can't hold the trained model: {error}. If it got worse in training, "
+            f"export_precision={h.export_precision} can't hold the trained model: {error}. If training made it worse, "
             "lower learning_rate; otherwise set export_precision to bf16 or fp32. What was trained is in "
             f"{directory}, in fp32{kept}"
         ) from None

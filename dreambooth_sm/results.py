@@ -1,27 +1,27 @@
 """What a finished job tells about itself: ``report.json``, a model card (``README.md``) and ``report.html``.
 
-The page needs nothing but itself: styles, curves and pictures are part of it.
+Both open with pictures, and fold what few people look up. The page needs nothing but itself: styles, curves and
+pictures are part of it.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from html import escape
 from importlib.metadata import version
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dreambooth_sm import __version__
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.gallery import SUBJECT_FILE, before_and_after, gallery, write_subjects
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Attempt, Reporter
@@ -29,8 +29,10 @@ from dreambooth_sm.toybox import BASE as TOYBOX
 
 Facts = dict[str, Any]
 
-REPORT_FILES = ("README.md", "loss.svg", "report.html", "report.json")
+REPORT_FILES = ("README.md", "loss.svg", "report.html", "report.json", SUBJECT_FILE)
 _CURVE_FILE = "loss.svg"
+# What is told of each subject.
+_SUBJECT = ("instance_prompt", "pictures", "class_prompt", "class_pictures")
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Licences by the start of the base model's name, as the hub gives them.
 _LICENCES = {
@@ -46,8 +48,9 @@ _TAGS = {
     "sd": "stable-diffusion, stable-diffusion-diffusers",
     "sdxl": "stable-diffusion-xl, stable-diffusion-xl-diffusers",
 }
-# Pictures in the page are at most this wide; the files beside it have all pixels.
-_PICTURE_WIDTH = 384
+# What YAML has to have escaped, beside what JSON escapes: signs that it does not print, and its further line breaks.
+_NOT_IN_YAML = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --one: #2563eb; --two: #d97706; --three: #059669; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
@@ -55,7 +58,9 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 figcaption { white-space: nowrap; } table { border-collapse: collapse; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; }
 td.n { text-align: right; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; } figure { margin: 0; } figure img { display: block; max-width: 12rem; border-radius: 4px; }
+.wide { overflow-x: auto; } figure { margin: 0; } .row { display: flex; flex-wrap: wrap; gap: .8rem; }
+figure img { display: block; max-width: 100%; border-radius: 4px; } td img, .row img { width: 12rem; max-width: none; }
+details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
 svg { width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: currentColor; }
 code { overflow-wrap: anywhere; } .bar { background: var(--one); height: .8rem; border-radius: 2px; }
 """
@@ -104,6 +109,7 @@ def gather_facts(
         "steps": steps,
         "candidates": [row for row in report.history if "candidate" in row],
         "verdicts": list(report.verdicts),
+        "class_files": sorted(path.relative_to(directory).as_posix() for path in directory.glob("samples/class-*.png")),
         "samples": [
             {
                 "step": sample.step,
@@ -131,8 +137,9 @@ def _seconds(attempts: Iterable[Attempt]) -> dict[str, float]:
     return seconds
 
 
-def write_results(facts: Facts, directory: Path) -> None:
-    """Writes the three files, and the curve that the model card shows."""
+def write_results(facts: Facts, subjects: Sequence[Subject], directory: Path) -> None:
+    """Writes the three files, the curve that the model card shows, and some pictures of the subjects."""
+    write_subjects(subjects, directory)
     (directory / _CURVE_FILE).write_text(loss_curve(facts["steps"], standalone=True), encoding="utf-8")
     (directory / "report.json").write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     (directory / "README.md").write_text(model_card(facts), encoding="utf-8")
@@ -142,12 +149,12 @@ def write_results(facts: Facts, directory: Path) -> None:
 def model_card(facts: Facts) -> str:
     """The model card, with the front matter that the model hub reads."""
     prompts = [subject["instance_prompt"] for subject in facts["subjects"]]
-    quoted = json.dumps  # every JSON text is a YAML text
+    base = facts["base_model"]
     lines = [
         "---",
         *([f"license: {facts['base_model_licence']}"] if facts["base_model_licence"] else []),
-        f"base_model: {quoted(facts['base_model'])}",
-        f"instance_prompt: {quoted(prompts[0])}",
+        *([f"base_model: {_yaml(base)}"] if _HUB_ID.fullmatch(base) else []),  # the hub takes nothing else
+        f"instance_prompt: {_yaml(prompts[0])}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
         f"tags: [{_TAGS[facts['base_architecture']]}, text-to-image, dreambooth]",
@@ -155,28 +162,36 @@ def model_card(facts: Facts) -> str:
         "",
         f"# {_markdown(facts['model_name'])}",
         "",
-        f"{_markdown(facts['base_model'])}, fine-tuned with DreamBooth. Licence of the base model: "
+        f"![the subject]({SUBJECT_FILE})",
+        "",
+        f"The subject: **{_markdown(', '.join(prompts))}**",
+    ]
+    for prompt, pairs in before_and_after(facts["samples"]).items():
+        last = pairs[0][1]["step"]
+        lines += ["", f"**{_markdown(prompt)}**", "", f"| before | after step {last} |", "|---|---|"]
+        for pair in pairs:
+            pictures = (f"![step {each['step']}, seed {each['seed']}]({each['file']})" for each in pair)
+            lines.append(f"| {' | '.join(pictures)} |")
+    if facts["class_files"]:
+        lines += ["", "Class pictures that it was trained with:", ""]
+        lines.append(" ".join(f"![class picture]({file})" for file in facts["class_files"]))
+    lines += ["", *(f"- {_markdown(verdict)}" for verdict in facts["verdicts"])]
+    lines += [
+        "",
+        f"{_markdown(base)}, fine-tuned with DreamBooth. Licence of the base model: "
         f"{facts['base_model_licence'] or 'not known; see where it came from'}.",
         "",
-        "| prompt | pictures | class prompt | class pictures |",
-        "|---|---|---|---|",
+        f"![loss over the steps]({_CURVE_FILE})",
     ]
-    for subject in facts["subjects"]:
-        cells = (subject["instance_prompt"], subject["pictures"], subject["class_prompt"], subject["class_pictures"])
-        lines.append(_row(cells))
-    for prompt, rows in _by_prompt(facts["samples"]).items():
-        first, last = rows[0], rows[-1]
-        pictures = [(f"step {sample['step']}", sample["file"]) for sample in (first, last)]
-        lines += ["", f"**{_markdown(prompt)}**, seed {first['seed']}, before and after", ""]
-        lines.append(" ".join(f"![{label}]({file})" for label, file in pictures))
-    lines += ["", "## Training", "", f"![loss over the steps]({_CURVE_FILE})", ""]
-    lines += [f"- {_markdown(verdict)}" for verdict in facts["verdicts"]]
-    lines += ["", "| | |", "|---|---|"]
-    lines += [_row(pair) for pair in _summary(facts)]
-    lines += ["", "## Seconds", "", "| phase | seconds |", "|---|---|"]
-    lines += [_row(pair) for pair in facts["phases_seconds"].items()]
-    lines += ["", "## Hyperparameters", "", "| name | value |", "|---|---|"]
-    lines += [_row(pair) for pair in facts["hyperparameters"].items() if pair[1] is not None]
+    subjects = [tuple(s[key] for key in _SUBJECT) for s in facts["subjects"]]
+    for title, head, rows in (
+        ("Data", ("prompt", "pictures", "class prompt", "class pictures"), subjects),
+        ("Training", ("", ""), _summary(facts)),
+        ("Seconds", ("phase", "seconds"), facts["phases_seconds"].items()),
+        ("Hyperparameters", ("name", "value"), [p for p in facts["hyperparameters"].items() if p[1] is not None]),
+    ):
+        lines += ["", f"<details><summary>{title}</summary>", "", _row(head), "|---" * len(head) + "|"]
+        lines += [*map(_row, rows), "", "</details>"]
     return "\n".join(lines) + "\n"
 
 
@@ -186,11 +201,14 @@ def page(facts: Facts, directory: Path) -> str:
     Args:
         directory: that the samples' files are relative to.
     """
-    sections = {
-        "Pictures": _pictures(facts["samples"], directory),
-        "Loss and learning rate": loss_curve(facts["steps"]),
+    shown = {
+        "Pictures": gallery(facts, directory),
         "Verdict": "".join(f"<p>{escape(verdict)}</p>" for verdict in facts["verdicts"])
         + _records(facts["candidates"]),
+        "Loss and learning rate": loss_curve(facts["steps"]),
+    }
+    folded = {
+        "Summary": _pairs(_summary(facts)),
         "Phases": _phases(facts["phases_seconds"]),
         "Attempts": _records([_flat(a) for a in facts["attempts"]]) if len(facts["attempts"]) > 1 else "",
         "Data": _records(facts["subjects"]),
@@ -198,13 +216,13 @@ def page(facts: Facts, directory: Path) -> str:
         "Hyperparameters": _pairs(facts["hyperparameters"].items()),
         "Versions": _pairs(facts["versions"].items()),
     }
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections.items() if content)
+    body = [f"<section><h2>{title}</h2>{content}</section>" for title, content in shown.items() if content]
+    body += [f"<details><summary>{title}</summary>{content}</details>" for title, content in folded.items() if content]
     name = escape(facts["model_name"])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>{_pairs(_summary(facts))}"
-        f"{body}</body></html>\n"
+        f"<title>{name}</title><style>{_STYLE}</style></head><body><h1>{name}</h1>{''.join(body)}</body></html>\n"
     )
 
 
@@ -273,46 +291,6 @@ def _attempts(attempts: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(attempts)}, interrupted after step{'s' if len(stops) > 1 else ''} {', '.join(stops)}"
 
 
-def _by_prompt(samples: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The first seed's pictures of each prompt, in the order of the steps."""
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    for sample in samples:
-        found = rows.setdefault(sample["prompt"], [])
-        if not found or sample["seed"] == found[0]["seed"]:
-            found.append(sample)
-    return rows
-
-
-def _pictures(samples: Sequence[Mapping[str, Any]], directory: Path) -> str:
-    """A table for each prompt: a row for each seed, a column for each step."""
-    tables: dict[str, dict[int, dict[int, Mapping[str, Any]]]] = {}
-    for sample in samples:
-        tables.setdefault(sample["prompt"], {}).setdefault(sample["seed"], {})[sample["step"]] = sample
-    html = []
-    for prompt, seeds in tables.items():
-        steps = sorted({step for found in seeds.values() for step in found})
-        rows = "".join(
-            "<tr>"
-            + "".join(f"<td>{_picture(found[step], directory) if step in found else ''}</td>" for step in steps)
-            + "</tr>"
-            for found in seeds.values()
-        )
-        html.append(f'<h3>{escape(prompt)}</h3><div class="wide"><table>{rows}</table></div>')
-    return "".join(html)
-
-
-def _picture(sample: Mapping[str, Any], directory: Path) -> str:
-    with Image.open(directory / sample["file"], formats=["PNG"]) as picture:
-        small = picture.convert("RGB")
-    small.thumbnail((_PICTURE_WIDTH, _PICTURE_WIDTH))
-    content = BytesIO()
-    small.save(content, format="JPEG", quality=88)
-    data = base64.b64encode(content.getvalue()).decode()
-    words = escape(f"{sample['prompt']}, step {sample['step']}, seed {sample['seed']}")
-    caption = f"<figcaption>step {sample['step']}</figcaption>"
-    return f'<figure><img alt="{words}" src="data:image/jpeg;base64,{data}">{caption}</figure>'
-
-
 def _phases(seconds: Mapping[str, float]) -> str:
     longest = max(seconds.values(), default=0) or 1
     rows = "".join(
@@ -360,7 +338,11 @@ def _row(cells: Iterable[Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """A text as Markdown shows it: no markup, no cell borders, no line breaks."""
-    for mark in "\\`*_[]<>|":
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    """A text as Markdown shows it: no markup, no entities, no cell borders, no line breaks, no heading or list."""
+    text = re.sub(r"([\\`*_\[\]<>|&~$])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"^(\d*)([#+.)=-])(?=\s|\2|$)", r"\1\\\2", text)
+
+
+def _yaml(text: str) -> str:
+    """A text as YAML's and JSON's quoted one, with all signs that can be shown."""
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))

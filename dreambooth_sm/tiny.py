@@ -22,6 +22,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from dreambooth_sm.stored.tokenizer import write_tokenizer
+
 _NOISE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -62,8 +64,7 @@ def save_tiny_pipeline(
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    pipeline.save_pretrained(directory, safe_serialization=True)
-    return directory
+    return _save(pipeline, directory)
 
 
 def save_tiny_xl_pipeline(
@@ -101,7 +102,15 @@ def save_tiny_xl_pipeline(
             scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **{**_NOISE, **(scheduler_options or {})}),
             add_watermarker=False,
         )
+    return _save(pipeline, directory)
+
+
+def _save(pipeline: Any, directory: Path) -> Path:
+    """With the files that models on the hub have."""
     pipeline.save_pretrained(directory, safe_serialization=True)
+    for name, part in pipeline.components.items():
+        if isinstance(part, CLIPTokenizer):
+            write_tokenizer(part, directory / name)
     return directory
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,12 @@ from dreambooth_sm.stored.model import (
     no_progress,
     tokenizers_of,
 )
+from dreambooth_sm.stored.tokenizer import write_json, write_tokenizer
 
 # Transformers wrote and read this prefix until 5.6, and still reads it; with a projection it is there in all versions.
 _TEXT_PREFIX = "text_model."
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 _ADVICE = "copy the directory again"
-# Of a token that was added to a vocabulary, what its configuration says.
-_ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-# What transformers 5 writes about how it loaded a tokenizer.
-_LOADING = ("is_local", "local_files_only")
 
 
 def read_directory(directory: Path) -> StoredModel:
@@ -138,7 +134,7 @@ def write_directory(
         folder = directory / part
         folder.mkdir(exist_ok=True)
         if part.startswith("text_encoder"):
-            _write_json(folder / "config.json", _text_config(getattr(pipeline, part)))
+            write_json(folder / "config.json", _text_config(getattr(pipeline, part)))
         else:
             getattr(pipeline, part).save_config(folder)
         prefix = _TEXT_PREFIX if part == "text_encoder" else ""
@@ -158,7 +154,7 @@ def _write_index(pipeline: Pipeline, directory: Path) -> None:
         # Where torchvision is missing, transformers 5 calls its class by a name that transformers 4 does not know.
         path = directory / "model_index.json"
         index = json.loads(path.read_text(encoding="utf-8"))
-        _write_json(path, index | {"feature_extractor": ["transformers", "CLIPImageProcessor"]})
+        write_json(path, index | {"feature_extractor": ["transformers", "CLIPImageProcessor"]})
 
 
 def _text_config(text_encoder: Any) -> dict[str, Any]:
@@ -167,26 +163,3 @@ def _text_config(text_encoder: Any) -> dict[str, Any]:
     values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__]}
     said: dict[str, Any] = json.loads(CLIPTextConfig.from_dict(values).to_json_string())
     return said | {"dtype": "float32"}
-
-
-def write_tokenizer(tokenizer: CLIPTokenizer, directory: Path) -> None:
-    """Writes a tokenizer that transformers 4 reads as well: it wants the vocabulary and the merges as files of their
-    own, and tokens that were added in the configuration."""
-    tokenizer.save_pretrained(directory)
-    tokenizer.backend_tokenizer.model.save(str(directory))
-    path = directory / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    added = {str(number): {name: getattr(token, name) for name in _ADDED_TOKEN} for number, token in _added(tokenizer)}
-    _write_json(path, {key: config[key] for key in config if key not in _LOADING} | {"added_tokens_decoder": added})
-    _write_json(directory / "special_tokens_map.json", tokenizer.special_tokens_map)
-    vocabulary = json.loads((directory / "vocab.json").read_text(encoding="utf-8"))
-    if own := {token.content: number for number, token in _added(tokenizer) if token.content not in vocabulary}:
-        _write_json(directory / "added_tokens.json", own)
-
-
-def _added(tokenizer: CLIPTokenizer) -> list[tuple[int, Any]]:
-    return sorted(tokenizer.added_tokens_decoder.items())
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,7 +17,8 @@ from dreambooth_sm import toybox
 from dreambooth_sm.convert import convert
 from dreambooth_sm.errors import EXIT_OK
 from dreambooth_sm.models import load_base
-from dreambooth_sm.stored.directory import read_directory, write_tokenizer
+from dreambooth_sm.stored.directory import read_directory
+from dreambooth_sm.stored.tokenizer import write_tokenizer
 from dreambooth_sm.tiny import byte_tokenizer, save_tiny_pipeline, save_tiny_xl_pipeline
 from tests.helpers.jobs import JobTree
 from tests.helpers.training import hyperparameters

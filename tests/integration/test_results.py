@@ -71,13 +71,15 @@ def test_the_model_card(model: Path) -> None:
     card = (model / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["instance_prompt"] == PROMPT
-    assert "# zwx & co" in text
+    assert "# zwx \\& co" in text
     assert "\\<b\\>a cat" in text
     links = re.findall(r"\]\((.+?)\)", text)
-    assert [re.sub(r"-[0-9a-f]{8}\.png", "", link) for link in links[:2]] == [
+    assert [re.sub(r"-[0-9a-f]{8}\.png", "", link) for link in links[:3]] == [
+        "subject.jpg",
         "samples/step-000000-prompt-0-seed-2000",
         "samples/step-000002-prompt-0-seed-2000",
     ]
+    assert text.index(links[0]) < text.index("before") < text.index("<details>")
     assert links[-1] == "loss.svg"
     assert all((model / link).is_file() for link in links)
 
@@ -99,18 +101,34 @@ def test_the_page_in_a_browser(model: Path, tmp_path: Path) -> None:
         page.goto(page_alone.as_uri())
         assert page.title() == "zwx & co"
         headings = page.locator("h2").all_inner_texts()
-        assert headings == [
-            "Pictures",
-            "Loss and learning rate",
+        assert headings == ["Pictures", "Loss and learning rate"]
+        folded = page.locator("details")
+        assert folded.locator("summary").all_inner_texts() == [
+            "Summary",
             "Phases",
             "Data",
             "Plan",
             "Hyperparameters",
             "Versions",
         ]
-        assert page.locator("h3").all_inner_texts() == [PROMPT, "<b>a cat</b>", "photo of toy"]
+        assert not folded.locator("table").first.is_visible()
+        folded.locator("summary").first.click()
+        assert folded.locator("table").first.is_visible()
+        assert page.locator("h3").all_inner_texts() == [
+            f"The subject: {PROMPT}",
+            f"Prompt: {PROMPT}",
+            "Prompt: <b>a cat</b>",
+            "Class prompt: photo of toy",
+            "Class pictures that it was trained with",
+        ]
+        assert page.locator("figcaption").all_inner_texts()[:3] == [
+            f"{when}, seed 2000" for when in ("before", "after step 1", "after step 2")
+        ]
         widths = page.locator("img").evaluate_all("images => images.map(image => image.naturalWidth)")
-        assert widths == [64] * 9
+        assert widths == [2 * 192 + 4] + [64] * 9 + [64] * 2
+        first = page.locator("img").first.bounding_box()
+        assert first is not None
+        assert first["y"] < 200
         curve = page.locator("svg polyline").first.bounding_box()
         assert curve is not None
         assert curve["width"] > 300
