@@ -138,7 +138,7 @@ def write_checkpoint(
     configs = model.configs
     v_prediction = configs["scheduler"]["prediction_type"] == "v_prediction"
     architecture, implementation, layer = _specification(configs, v_prediction)
-    pixels = resolution or configs["unet"]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    pixels = resolution or _pixels(configs)
     notes = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
@@ -176,6 +176,13 @@ def _specification(configs: Configs, v_prediction: bool) -> tuple[str, str, str]
     if text_prefix("text_encoder", configs) == OPEN_CLIP:
         return f"stable-diffusion-v2-{'768-v' if v_prediction else '512'}", "stablediffusion", "2"
     return "stable-diffusion-v1", "stablediffusion", "1"
+
+
+def _pixels(configs: Configs) -> int:
+    """Side of the pictures that the UNet was made for; that of its kind where it does not say."""
+    said = configs["unet"].get("sample_size") or (128 if is_xl(configs) else 64)
+    latents: int = said if isinstance(said, int) else max(said)
+    return latents * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
 
 
 def _index(model: StoredModel) -> dict[str, dict[str, Any]]:
