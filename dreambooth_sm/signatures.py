@@ -183,6 +183,8 @@ def _signature(environ: dict[str, Any], parameters: dict[str, str]) -> _Signatur
     if len(scope) != 4 or scope[-1] != "aws4_request" or stamp[:9] != f"{scope[0]}T":
         raise Refused("malformed", "Credential is not KEY/DATE/REGION/SERVICE/aws4_request with the date of X-Amz-Date")
     date, region, service, _ = scope
+    if not re.fullmatch(r"[a-z0-9-]+", region):
+        raise Refused("malformed", f"{region!r} is not a region")
     return _Signature(access_key, date, region, service, stamp, tuple(headers.split(";")), value)
 
 

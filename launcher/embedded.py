@@ -134,12 +134,6 @@ class EmbeddedSageMaker:
         _check(request)
         name = request["TrainingJobName"]
         arn = _arn(name, region)
-        if arn in self.jobs:
-            raise RequestError(
-                f"Job name must be unique within an AWS account and region, and a job with this name already exists "
-                f"({arn})",
-                "ResourceInUse",
-            )
         job = Training(
             request,
             arn,
@@ -149,7 +143,12 @@ class EmbeddedSageMaker:
             entrypoint=self._entrypoint,
             grace=self._grace,
         )
-        self.jobs[arn] = job
+        if self.jobs.setdefault(arn, job) is not job:
+            raise RequestError(
+                f"Job name must be unique within an AWS account and region, and a job with this name already exists "
+                f"({arn})",
+                "ResourceInUse",
+            )
         self._tags[arn] = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
         job.start()
         return {"TrainingJobArn": arn}
@@ -168,11 +167,11 @@ class EmbeddedSageMaker:
         Raises:
             KeyError: there is none.
         """
-        return {job.name: job for job in self.jobs.values()}[name]
+        return {job.name: job for job in list(self.jobs.values())}[name]
 
     def close(self) -> None:
         """Stops the jobs that still run, and waits for their end."""
-        running = [job for job in self.jobs.values() if not job.ended]
+        running = [job for job in list(self.jobs.values()) if not job.ended]
         for job in running:
             job.stop()
         for job in running:

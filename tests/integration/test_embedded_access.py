@@ -106,6 +106,12 @@ def test_what_was_changed_on_the_way_is_refused(signer: Any, change: dict[str, s
         verified(environ_of(signed(signer=signer), b"body", **change))
 
 
+@pytest.mark.parametrize("region", ["..", "us_west_2", " ", "Über"])
+def test_what_is_not_a_region_is_refused(region: str) -> None:
+    with pytest.raises(Refused):
+        verified(environ_of(signed(region=region), b"body"))
+
+
 def test_another_body_is_refused() -> None:
     for service in ("s3", "sagemaker"):
         verified(environ_of(signed(service=service), b"body"))
