@@ -430,7 +430,15 @@ def test_a_failed_build_is_shown_and_ends_in_one_line(shell: Shell, log: str, ad
     assert outcome.verbs[-1] == "docker buildx"
 
 
-@pytest.mark.parametrize(("linter", "file"), [("shellcheck", SCRIPT), ("hadolint", ROOT / "Dockerfile")])
+@pytest.mark.parametrize(
+    ("linter", "file"),
+    [
+        ("shellcheck", SCRIPT),
+        ("shellcheck", ROOT / "tests/cuda_base.sh"),
+        ("shellcheck", ROOT / ".ci/run"),
+        ("hadolint", ROOT / "Dockerfile"),
+    ],
+)
 def test_the_linters_have_nothing_to_say(linter: str, file: Path) -> None:
     # The virtual environment's own linters come first; it need not be activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -105,7 +105,7 @@ def test_a_change_of_our_code_neither_fetches_the_base_model_again_nor_makes_its
     context = tmp_path / "context"
     for name in ("container", "dreambooth_sm", "requirements"):
         shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Dockerfile", "LICENSE"):
+    for name in (".dockerignore", "Dockerfile", "LICENSE"):
         shutil.copy(ROOT / name, context / name)
     tag, layers = f"{TAG}-changed", []
     for change in ("first", "second"):
@@ -118,4 +118,4 @@ def test_a_change_of_our_code_neither_fetches_the_base_model_again_nor_makes_its
     assert not {name for name in hub.fetched if name.endswith(".safetensors")}
     changed = [one != other for one, other in zip(*layers, strict=True)]
     assert changed == sorted(changed), "the layers of our code are the last"
-    assert changed.count(True) == 2, "our code, and its bytecode"
+    assert changed.count(True) == 3, "the package, the entrypoint and their bytecode"
