@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from dreambooth_sm import __version__
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.storage import S3Uri, TransferError, check_writable, list_objects
+from dreambooth_sm.storage import S3Uri, check_writable
 from launcher.clients import Clients
+from launcher.roles import reserved_for, role_of_notebook, trusts_sagemaker
+from launcher.service_errors import Kind, ServiceError, asking
 from launcher.training_request import Resources
 
-REPOSITORY = "dreambooth-sm"  # as build_and_push.sh names it
-_MISSING = {"NoSuchEntity", "RepositoryNotFoundException", "ImageNotFoundException"}
+# The repository as build_and_push.sh names it, and the execution role as `dreambooth-launcher iam` does.
+REPOSITORY = ROLE = "dreambooth-sm"
 # SageMaker notebooks and Studio spaces describe themselves here.
 _NOTEBOOK_METADATA = Path("/opt/ml/metadata/resource-metadata.json")
 _ECR = re.compile(
     r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.[a-z0-9.]+/(?P<repository>[^@:]+)"
     r"(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]+))?"
 )
-
-Answer = TypeVar("Answer")
-
-
-class _NoAnswer(Exception):  # noqa: N818 - an answer that is missing is no error of the reader's
-    """AWS gave no answer; ``missing``: because the thing asked for is not there."""
-
-    def __init__(self, reason: str, *, missing: bool = False) -> None:
-        super().__init__(reason)
-        self.missing = missing
 
 
 class Account:
@@ -44,11 +34,13 @@ class Account:
 
     Attributes:
         warnings: what could not be checked, and why.
+        missing_bucket: SageMaker's default bucket, if it is wanted and has to be made.
     """
 
     def __init__(self, clients: Clients, metadata: Path = _NOTEBOOK_METADATA) -> None:
         self.clients = clients
         self.warnings: list[str] = []
+        self.missing_bucket: str | None = None
         self._metadata = metadata
         self._identity: dict[str, str] | None = None
 
@@ -64,51 +56,121 @@ class Account:
         """
         if self._identity is None:
             try:
-                self._identity = _ask(lambda: self.clients("sts").get_caller_identity())
-            except _NoAnswer as error:
-                raise UserError(
-                    f"no valid AWS credentials ({error}): run `aws configure`, or set AWS_PROFILE"
-                ) from None
+                with asking("who you are"):
+                    self._identity = self.clients("sts").get_caller_identity()
+            except ServiceError as error:
+                if error.kind is Kind.CREDENTIALS:
+                    raise UserError(
+                        f"no valid AWS credentials ({error.reason}): run `aws configure` or `aws sso login`, or set "
+                        "AWS_PROFILE"
+                    ) from None
+                raise UserError(f"AWS does not say who you are ({error.reason}): {error.advice}") from None
         return self._identity
 
     def find_role(self) -> str:
-        """The execution role: the notebook's, or the role that the caller has assumed.
+        """The execution role: the notebook's, the role that the caller has assumed, or the one that is called
+        ``dreambooth-sm``.
 
         Raises:
-            UserError: there is neither.
+            UserError: there is none of them.
         """
-        if (role := self._role_of_notebook()) is not None:
+        if (role := role_of_notebook(self._metadata, self.clients)) is not None:
             return role
-        arn = self.identity()["Arn"]
-        assumed = re.fullmatch(r"arn:(?P<partition>[\w-]+):sts::(?P<account>\d+):assumed-role/(?P<name>[^/]+)/.*", arn)
-        if assumed is None:
-            raise UserError(
-                "role is missing, and these credentials are no role that a job could run with; write "
-                "role='arn:aws:iam::ACCOUNT:role/NAME' (`dreambooth-launcher iam` prints the policies it needs)"
-            )
-        try:  # an assumed role's ARN leaves out the role's path
-            return _ask(lambda: self.clients("iam").get_role(RoleName=assumed["name"]))["Role"]["Arn"]
-        except _NoAnswer:
-            return f"arn:{assumed['partition']}:iam::{assumed['account']}:role/{assumed['name']}"
-
-    def _role_of_notebook(self) -> str | None:
+        assumed = re.fullmatch(r"arn:[\w-]+:sts::\d+:assumed-role/(?P<name>[^/]+)/.*", self.identity()["Arn"])
+        if assumed and not assumed["name"].startswith("AWSReservedSSO_"):
+            return self._arn_of_role(assumed["name"])
         try:
-            metadata = json.loads(self._metadata.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if role := metadata.get("ExecutionRoleArn"):
+            with asking("role"):
+                return self.clients("iam").get_role(RoleName=ROLE)["Role"]["Arn"]
+        except ServiceError:
+            owner = "a person's (SSO)" if assumed else "no role's"
+            raise UserError(
+                f"role is missing, and these credentials are {owner}, which no job could run with; set "
+                "role='NAME', an execution role of this account (`dreambooth-launcher iam` prints the policies it "
+                "needs)"
+            ) from None
+
+    def complete_role(self, role: str) -> str:
+        """The ARN of a role that is given by its name, with or without its path, or by its ARN.
+
+        Raises:
+            UserError: there is no such role.
+        """
+        if role.startswith("arn:"):
             return role
-        if name := metadata.get("ResourceName"):
-            try:
-                ask = self.clients("sagemaker").describe_notebook_instance
-                return _ask(lambda: ask(NotebookInstanceName=name))["RoleArn"]
-            except _NoAnswer:
-                return None
-        return None
+        path = role.strip("/").removeprefix("role/")
+        return self._made_up(path) if "/" in path else self._arn_of_role(path)
+
+    def _arn_of_role(self, name: str) -> str:
+        """IAM knows a role's path; without a right to ask, it is what SageMaker's console chooses for its roles."""
+        try:
+            with asking("role"):
+                return self.clients("iam").get_role(RoleName=name)["Role"]["Arn"]
+        except ServiceError as error:
+            if error.kind is Kind.MISSING:
+                raise UserError(f"role: there is no role {name!r} in this account; correct its name") from None
+            arn = self._made_up(f"service-role/{name}" if name.startswith("AmazonSageMaker-") else name)
+            self.warnings.append(f"role: its path can't be asked for ({error.reason}), and is taken to be {arn}")
+            return arn
+
+    def _made_up(self, path: str) -> str:
+        identity = self.identity()
+        return f"arn:{identity['Arn'].split(':')[1]}:iam::{identity['Account']}:role/{path}"
 
     def find_bucket(self) -> str:
-        """The bucket that SageMaker's own SDKs use."""
-        return f"sagemaker-{self.region}-{self.identity()['Account']}"
+        """The bucket that SageMaker's own SDKs use; :attr:`missing_bucket` if there is none yet.
+
+        Raises:
+            UserError: it belongs to another account.
+        """
+        name, owner = f"sagemaker-{self.region}-{self.identity()['Account']}", self.identity()["Account"]
+        s3 = self.clients("s3")
+        try:
+            with asking("bucket"):
+                s3.head_bucket(Bucket=name, ExpectedBucketOwner=owner)
+        except ServiceError as error:
+            if error.kind is Kind.MISSING:
+                self.missing_bucket = name
+            elif error.kind is Kind.DENIED and self._may_look_at(name):
+                raise UserError(f"bucket: {name} belongs to another account; set bucket='...'") from None
+            else:
+                self.warnings.append(f"bucket: whether {name} is this account's can't be checked: {error.reason}")
+        return name
+
+    def _may_look_at(self, bucket: str) -> bool:
+        try:
+            with asking("bucket"):
+                self.clients("s3").head_bucket(Bucket=bucket)
+        except ServiceError:
+            return False
+        return True
+
+    def make_bucket(self) -> str | None:
+        """Makes the default bucket, as the SageMaker SDK does, if it is missing.
+
+        Returns:
+            the name of the bucket that was made, if any.
+
+        Raises:
+            UserError: it can't be made; the message holds the command that does it.
+        """
+        name, self.missing_bucket = self.missing_bucket, None
+        if name is None:
+            return None
+        # us-east-1 is where S3 puts a bucket that says nothing of it, and no place that it takes by name.
+        place = {} if self.region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": self.region}}
+        try:
+            with asking("bucket"):
+                self.clients("s3").create_bucket(Bucket=name, **place)
+        except ServiceError as error:
+            # Somebody else of this account makes it at the same moment.
+            if error.reason.startswith(("BucketAlreadyOwnedByYou", "OperationAborted")):
+                return name
+            raise UserError(
+                f"bucket: {name} does not exist and can't be made ({error.reason}): run "
+                f"`aws s3 mb s3://{name} --region {self.region}` with credentials that may, or set bucket='...'"
+            ) from None
+        return name
 
     def find_image(self) -> str:
         """The image that build_and_push.sh pushed for this version of the project, with its digest.
@@ -117,25 +179,21 @@ class Account:
             UserError: it is not there.
         """
         ecr = self.clients("ecr")
-        advice = f"run `./build_and_push.sh --region {self.region}` once, or write image_uri='...'"
+        wanted = {"repositoryName": REPOSITORY, "imageIds": [{"imageTag": __version__}]}
         try:
-            found = _ask(
-                lambda: (
-                    ecr.describe_repositories(repositoryNames=[REPOSITORY])["repositories"][0],
-                    ecr.describe_images(repositoryName=REPOSITORY, imageIds=[{"imageTag": __version__}])[
-                        "imageDetails"
-                    ][0],
-                )
-            )
-        except _NoAnswer as error:
+            with asking("image_uri"):
+                repository = ecr.describe_repositories(repositoryNames=[REPOSITORY])["repositories"][0]
+                image = ecr.describe_images(**wanted)["imageDetails"][0]
+        except ServiceError as error:
+            found = "is not in ECR" if error.kind is Kind.MISSING else "can't be looked for in ECR"
             raise UserError(
-                f"image_uri: the image {REPOSITORY}:{__version__} is not in ECR ({error}); {advice}"
+                f"image_uri: the image {REPOSITORY}:{__version__} {found} ({error.reason}); run "
+                f"`./build_and_push.sh --region {self.region}` once, or set image_uri='...'"
             ) from None
-        repository, image = found
         return f"{repository['repositoryUri']}@{image['imageDigest']}"
 
-    def check(self, resources: Resources, *, pictures: S3Uri | None) -> None:
-        """Whether a job with these resources can start: image, role, buckets, quota; and pictures that are in S3.
+    def check(self, resources: Resources) -> None:
+        """Whether a job with these resources can start: image, role, buckets and quota.
 
         Raises:
             UserError: with everything that is in the way. What can't be looked at becomes a warning.
@@ -146,7 +204,6 @@ class Account:
             lambda: self._check_image(resources.image_uri or ""),
             lambda: self._check_role(resources.role or ""),
             lambda: self._check_places(resources),
-            lambda: self._check_pictures(pictures),
             lambda: self._check_quota(resources),
         ):
             with problems.collected():
@@ -162,17 +219,27 @@ class Account:
             raise UserError(f"image_uri: the image is in {image['region']}, and the job will run in {self.region}")
         wanted = {"imageDigest": image["digest"]} if image["digest"] else {"imageTag": image["tag"] or "latest"}
         with self._looking("image_uri: whether the image is there", f"image_uri: {uri} is not in ECR; push it"):
-            _ask(lambda: self.clients("ecr").describe_images(repositoryName=image["repository"], imageIds=[wanted]))
+            self.clients("ecr").describe_images(repositoryName=image["repository"], imageIds=[wanted])
 
     def _check_role(self, arn: str) -> None:
-        """The role has to let SageMaker take it on."""
+        """The role has to be the account's, and to let SageMaker assume it."""
+        account = self.identity()["Account"]
+        if owner := reserved_for(arn):
+            raise UserError(f"role: {arn} is a role that {owner}; no job can run with it: name an execution role")
+        if account not in arn.split(":"):
+            raise UserError(f"role: {arn} belongs to another account than these credentials, {account}")
         with self._looking("role: whether SageMaker may use it", f"role: there is no {arn}; correct its name"):
-            role = _ask(lambda: self.clients("iam").get_role(RoleName=arn.rpartition("/")[2])["Role"])
-            if "sagemaker.amazonaws.com" not in json.dumps(role["AssumeRolePolicyDocument"]):
+            role = self.clients("iam").get_role(RoleName=arn.rpartition("/")[2])["Role"]
+            if role["Arn"] != arn:
+                raise UserError(f"role: there is no {arn}; the role of this name is {role['Arn']}")
+            trusted = trusts_sagemaker(role["AssumeRolePolicyDocument"], account)
+            if trusted is False:
                 raise UserError(
                     f"role: {arn} does not trust SageMaker; let sagemaker.amazonaws.com do sts:AssumeRole in its trust "
-                    "policy, or name an execution role"
+                    "policy (`dreambooth-launcher iam` prints one), or name an execution role"
                 )
+            if trusted is None:
+                self.warnings.append("role: whether the conditions of its trust policy are met can't be checked")
 
     def _check_places(self, resources: Resources) -> None:
         """Buckets that the launcher writes to; a job's role needs the same access to them."""
@@ -182,19 +249,11 @@ class Account:
                 places[text] = S3Uri.parse(text)
         problems = Problems()
         for place in places.values():
+            if place.bucket == self.missing_bucket:  # it will be made
+                continue
             with problems.collected():
                 check_writable(place, client=self.clients("s3"))
         problems.raise_any()
-
-    def _check_pictures(self, pictures: S3Uri | None) -> None:
-        if pictures is None:
-            return
-        try:
-            found = list_objects(pictures, client=self.clients("s3"))
-        except TransferError as error:
-            raise UserError(f"images: {error}") from None
-        if not found:
-            raise UserError(f"images: there is nothing below {pictures}; upload 4 to 20 pictures there")
 
     def _check_quota(self, resources: Resources) -> None:
         """Quotas of instances; most are 0 in a new account."""
@@ -204,7 +263,7 @@ class Account:
             wanted.append(f"{resources.instance_type} for training warm pool usage")
         count = resources.instance_count
         with self._looking(f"quota: whether it allows {count} x {resources.instance_type}", ""):
-            quotas = _ask(self._quotas)
+            quotas = self._quotas()
             low = [name for name in wanted if quotas.get(name, count) < count]
             if low:
                 raise UserError(
@@ -221,21 +280,9 @@ class Account:
     def _looking(self, what: str, missing: str) -> Iterator[None]:
         """What is not there is a problem, ``missing``; what these credentials may not look at is a warning."""
         try:
-            yield
-        except _NoAnswer as error:
-            if error.missing:
+            with asking(what):
+                yield
+        except ServiceError as error:
+            if error.kind is Kind.MISSING:
                 raise UserError(missing) from None
-            self.warnings.append(f"{what} can't be checked: {error}")
-
-
-def _ask(question: Callable[[], Answer]) -> Answer:
-    """An answer of AWS, or _NoAnswer with the reason."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        return question()
-    except ClientError as error:
-        code = error.response["Error"].get("Code", "no reason given")
-        raise _NoAnswer(code, missing=code in _MISSING) from None
-    except BotoCoreError as error:
-        raise _NoAnswer(str(error)) from None
+            self.warnings.append(f"{what} can't be checked: {error.reason}")

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import UserError
 from launcher.clients import Clients
 from launcher.job import Job
+from launcher.service_errors import Kind, ServiceError, asking
 
 if TYPE_CHECKING:
     from boto3.session import Session
     from sagemaker.estimator import Estimator
     from sagemaker.train import ModelTrainer
+
+
+# As long as all tries of one request may take.
+_RECENT = timedelta(minutes=15)
 
 
 def submit(request: Mapping[str, Any], clients: Clients, *, price: float | None = None) -> Job:
@@ -24,14 +30,39 @@ def submit(request: Mapping[str, Any], clients: Clients, *, price: float | None 
 
     Raises:
         UserError: SageMaker refuses the request; its own words follow.
+        ServiceError: AWS can't be reached, not with these credentials, or has a fault of its own.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    name, sagemaker = request["TrainingJobName"], clients("sagemaker")
     try:
-        clients("sagemaker").create_training_job(**request)
-    except (BotoCoreError, ClientError) as error:
-        raise UserError(f"SageMaker refuses the job: {error}") from error
-    return Job(request["TrainingJobName"], clients, price=price)
+        with asking(f"{name} was not started"):
+            sagemaker.create_training_job(**request)
+    except ServiceError as error:
+        if error.kind is Kind.NETWORK:
+            raise ServiceError(
+                f"whether {name} was started is not known, for want of an answer ({error.reason}): {error.advice}, "
+                f'then see launcher.attach("{name}")',
+                error.kind,
+                error.reason,
+                error.advice,
+            ) from error
+        if error.kind in (Kind.CREDENTIALS, Kind.CLOCK, Kind.BUSY):
+            raise
+        if not _is_there(request, error, sagemaker):
+            advice = f"; {error.advice}" if error.advice else ""
+            raise UserError(f"SageMaker refuses the job: {error.reason}{advice}") from error
+    return Job(name, clients, price=price)
+
+
+def _is_there(request: Mapping[str, Any], error: ServiceError, sagemaker: Any) -> bool:
+    """Whether a first request, whose answer was lost, started the job, so that the next one found its name taken."""
+    answer = getattr(error.__cause__, "response", {})
+    tries = answer.get("ResponseMetadata", {}).get("RetryAttempts", 0)
+    if not tries or answer["Error"]["Code"] != "ResourceInUse":
+        return False
+    with asking(f"whether {request['TrainingJobName']} was started is not known"):
+        found = sagemaker.describe_training_job(TrainingJobName=request["TrainingJobName"])
+    recent = datetime.now(UTC) - found["CreationTime"] < _RECENT
+    return bool(recent and found.get("HyperParameters") == request["HyperParameters"])
 
 
 def estimator(request: Mapping[str, Any], session: Session | None = None) -> Estimator:
@@ -51,8 +82,9 @@ def estimator(request: Mapping[str, Any], session: Session | None = None) -> Est
         raise UserError(f"launcher.estimator needs the SageMaker SDK 2 ({error}): {_install('estimator')}") from error
 
     channels = {
-        channel["ChannelName"]: TrainingInput(channel["DataSource"]["S3DataSource"]["S3Uri"])
+        channel["ChannelName"]: TrainingInput(source["S3Uri"], s3_data_type=source["S3DataType"])
         for channel in request["InputDataConfig"]
+        for source in [channel["DataSource"]["S3DataSource"]]
     }
 
     class DreamBoothEstimator(Estimator):
@@ -79,6 +111,7 @@ def estimator(request: Mapping[str, Any], session: Session | None = None) -> Est
         environment=request.get("Environment"),
         max_run=stopping["MaxRuntimeInSeconds"],
         max_wait=stopping.get("MaxWaitTimeInSeconds"),
+        max_retry_attempts=request.get("RetryStrategy", {}).get("MaximumRetryAttempts"),
         use_spot_instances=request.get("EnableManagedSpotTraining", False),
         checkpoint_s3_uri=request["CheckpointConfig"]["S3Uri"],
         output_path=output["S3OutputPath"],
@@ -110,6 +143,7 @@ def model_trainer(request: Mapping[str, Any], session: Session | None = None) ->
             CheckpointConfig,
             MetricDefinition,
             OutputDataConfig,
+            RetryStrategy,
             StoppingCondition,
             Tag,
         )
@@ -140,6 +174,8 @@ def model_trainer(request: Mapping[str, Any], session: Session | None = None) ->
         tags=[Tag(**_snake(tag)) for tag in request.get("Tags", [])] or None,
         sagemaker_session=SageMakerSession(session) if session else None,
     )
+    if retry := request.get("RetryStrategy"):
+        trainer = trainer.with_retry_strategy(RetryStrategy(**_snake(retry)))
     return trainer.with_metric_definitions(
         [
             MetricDefinition(**_snake(definition))

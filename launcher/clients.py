@@ -11,6 +11,7 @@ from dreambooth_sm.storage import s3_client
 if TYPE_CHECKING:
     from boto3.session import Session
     from botocore.config import Config
+    from mypy_boto3_s3 import S3Client
 
 # Polling meets CloudWatch's and SageMaker's request limits sooner or later: botocore waits and tries again, alike for
 # all services.
@@ -45,6 +46,10 @@ class Clients:
         if service not in self._clients:
             self._clients[service] = self._make(service)
         return self._clients[service]
+
+    def for_a_look(self) -> S3Client:
+        """A client of S3 for a first look, which soon gives up."""
+        return s3_client(self._session, attempts=2, timeout=5)
 
     def is_local(self, service: str) -> bool:
         """Whether the service runs on this machine."""

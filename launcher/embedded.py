@@ -157,7 +157,7 @@ class EmbeddedSageMaker:
         """Takes a spot job's instance away: SIGTERM, then a start on a fresh one with its checkpoints.
 
         Raises:
-            ValueError: it is no spot job, or does not run.
+            ValueError: it is not a spot job, or does not run.
         """
         self.named(name).interrupt()
 
@@ -279,8 +279,11 @@ def _beyond_a_laptop(request: dict[str, Any]) -> Iterator[str]:
         yield "ResourceConfig: the embedded SageMaker runs jobs of one host; set InstanceCount to 1"
     for channel in request.get("InputDataConfig", []):
         source = channel["DataSource"].get("S3DataSource", {})
-        if source.get("S3DataType", "S3Prefix") not in ("S3Prefix", "Converse") or "S3Uri" not in source:
-            yield f"channel {channel['ChannelName']}: the embedded SageMaker reads S3 prefixes only"
+        if (
+            source.get("S3DataType", "S3Prefix") not in ("S3Prefix", "ManifestFile", "Converse")
+            or "S3Uri" not in source
+        ):
+            yield f"channel {channel['ChannelName']}: the embedded SageMaker reads S3 prefixes and manifests only"
         if channel.get("InputMode") == "Pipe":
             yield f"channel {channel['ChannelName']}: the embedded SageMaker has no Pipe mode"
     unsafe = (
@@ -329,6 +332,9 @@ class EmbeddedClients(Clients):
             config = retrying().merge(Config(proxies={}))  # this machine is not behind a proxy
             return session.client(service, endpoint_url=self._server.endpoint_url, config=config)
         return self._server.client(self._region) if self._with_s3 else super()._make(service)
+
+    def for_a_look(self) -> Any:
+        return self("s3")
 
 
 @dataclass(frozen=True)

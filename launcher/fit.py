@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.printing import redact
-from dreambooth_sm.storage import S3Uri
 from launcher import backends
 from launcher.account import Account
+from launcher.channels import Channel
 from launcher.clients import Clients
 from launcher.estimates import Estimate
 from launcher.job import Job
 from launcher.local import run_locally
+from launcher.lookup import MANIFEST_FILE, Listed
 from launcher.options import Images, split_options, with_options
 from launcher.order import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
 from launcher.staging import lay_out_files
@@ -44,7 +45,8 @@ def fit(
     first, and every problem is reported at once. Then the pictures go to S3, unless they are there, and the job starts.
 
     Args:
-        images: 4 to 20 pictures: a folder, ``s3://bucket/prefix``, or a list of files.
+        images: 4 to 20 pictures: a folder, a list of files, or what lies in S3: a folder, keys with one start, an
+            object, a manifest, or a list of these.
         directory: where a local job's ``/opt/ml`` tree is laid out; a temporary directory if left out.
         wait: follow the job until it has ended.
         log: gets each line of the checks and of the job's log; default: printed, with a progress display where a
@@ -200,11 +202,16 @@ def _fit_locally(
     # A job that nobody waits for reads its channels later.
     scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
     atexit.register(scratch.cleanup)
-    channels: dict[str, str] = {}
+    channels: dict[str, dict[str, str]] = {}
     for name, source in draft.sources.items():
-        channels[name] = str(source) if isinstance(source, S3Uri) else f"{scratch.name}/{name}"
-        if not isinstance(source, S3Uri):
-            lay_out_files(source, Path(channels[name]))
+        if isinstance(source, Channel):
+            channels[name] = source.data_source
+            continue
+        folder = Path(scratch.name, name)
+        lay_out_files(source.files if isinstance(source, Listed) else source, folder)
+        channels[name] = {"S3DataType": "S3Prefix", "S3Uri": folder.resolve().as_uri()}
+        if isinstance(source, Listed):
+            channels[name] = {"S3DataType": "ManifestFile", "S3Uri": (folder / MANIFEST_FILE).resolve().as_uri()}
     image = draft.resources.image_uri
     hyperparameters = draft.hyperparameters.to_sagemaker()
     return run_locally(hyperparameters, channels, image=image, directory=directory, log=log, wait=wait)

@@ -112,7 +112,7 @@ def find_instance(name: str) -> Instance:
     """An instance type by its name.
 
     Raises:
-        UserError: for a name that is no instance type with NVIDIA cards or CPUs alone.
+        UserError: for a name that is not an instance type with NVIDIA cards or CPUs alone.
     """
     if instance := INSTANCES.get(name):
         return instance

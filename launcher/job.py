@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS
+from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import MANIFEST_NAME, Manifest, S3Uri, download_directory, get_object, list_objects
 from launcher.advice import advice_for
 from launcher.clients import Clients
@@ -304,10 +305,10 @@ class Job:
         status, last = description["TrainingJobStatus"], self._lines[-_LAST_LINES:]
         if status == "Completed":
             return self
-        reason = description.get("FailureReason") or description.get("SecondaryStatus", status)
+        reason = redact(description.get("FailureReason") or description.get("SecondaryStatus", status))
         if status == "Stopped":
             raise JobStopped(self.name, f"the job was stopped ({reason})", last, advice_for(reason))
-        raise JobFailed(self.name, reason, last, advice_for("\n".join([reason, *last])))
+        raise JobFailed(self.name, reason, last, advice_for(reason) or advice_for("\n".join(last)))
 
     def _standing(self, description: dict[str, Any]) -> Standing:
         return Standing(
@@ -465,14 +466,16 @@ class Job:
         # Until then, what has come since the job was created. S3 keeps whole seconds.
         since = self.describe()["CreationTime"].replace(microsecond=0)
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=f"{source.prefix}/")
-        objects = [item for page in pages for item in page.get("Contents", [])]
+        with asking(f"{source} can't be listed"):
+            objects = [item for page in pages for item in page.get("Contents", [])]
         return [o["Key"].removeprefix(f"{source.prefix}/") for o in objects if o["LastModified"] >= since]
 
     def _read(self, place: str, name: str) -> bytes:
         if not place.startswith("s3://"):
             return (Path(place) / name).read_bytes()
         uri = S3Uri.parse(place) / name
-        return self._clients("s3").get_object(Bucket=uri.bucket, Key=uri.prefix)["Body"].read()
+        with asking(f"{uri} can't be read"):
+            return self._clients("s3").get_object(Bucket=uri.bucket, Key=uri.prefix)["Body"].read()
 
 
 @dataclass(frozen=True)

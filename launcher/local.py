@@ -11,14 +11,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 from urllib.parse import unquote
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.storage import S3Uri, download_directory, list_objects, s3_client
+from dreambooth_sm.storage import s3_client
+from launcher.channels import fetch_channel
 from launcher.job import Job
+from launcher.staging import link_or_copy
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -32,7 +34,7 @@ ENTRYPOINT = Path(__file__).parents[1] / "container" / "train.py"
 
 def run_locally(
     hyperparameters: Mapping[str, str],
-    channels: Mapping[str, str],
+    channels: Mapping[str, Mapping[str, str]],
     *,
     image: str | None = None,
     directory: str | Path | None = None,
@@ -43,7 +45,7 @@ def run_locally(
 
     Args:
         hyperparameters: as the request to SageMaker would hold them: every value a string.
-        channels: name to ``s3://`` prefix or local folder.
+        channels: names to S3DataSources, at ``s3://`` or ``file://`` locations.
         image: that Docker runs; None runs the entrypoint as a process.
         directory: root of the ``/opt/ml`` tree; a new temporary directory if None.
         log: gets each line of the job's log.
@@ -59,16 +61,7 @@ def run_locally(
         "RoleArn": "arn:aws:iam::123456789012:role/local",
         "HyperParameters": dict(hyperparameters),
         "InputDataConfig": [
-            {
-                "ChannelName": name,
-                "DataSource": {
-                    "S3DataSource": {
-                        "S3DataType": "S3Prefix",
-                        "S3Uri": source if source.startswith("s3://") else Path(source).resolve().as_uri(),
-                    }
-                },
-            }
-            for name, source in channels.items()
+            {"ChannelName": name, "DataSource": {"S3DataSource": dict(source)}} for name, source in channels.items()
         ],
         "OutputDataConfig": {"S3OutputPath": "file:///", "CompressionType": "NONE"},
         "ResourceConfig": {"InstanceType": CONTAINER if image else "local", "InstanceCount": 1, "VolumeSizeInGB": 1},
@@ -164,12 +157,16 @@ def _services() -> EmbeddedServices:
 
 
 def lay_out(
-    base: Path, hyperparameters: Mapping[str, str], channels: Mapping[str, str], *, s3: S3Client | None = None
+    base: Path,
+    hyperparameters: Mapping[str, str],
+    channels: Mapping[str, str | Mapping[str, Any]],
+    *,
+    s3: S3Client | None = None,
 ) -> None:
     """Writes the ``/opt/ml`` tree of one job below ``base``, as SageMaker does before it starts a container.
 
     Args:
-        channels: name to ``s3://`` or ``file://`` location, or local folder.
+        channels: names to S3DataSources, or to ``s3://`` or ``file://`` locations or local folders.
         s3: where ``s3://`` locations lie; default: the standard AWS settings.
 
     Raises:
@@ -182,10 +179,12 @@ def lay_out(
     for name, source in channels.items():
         target = base / "input" / "data" / name
         shutil.rmtree(target, ignore_errors=True)  # of an earlier job in this tree
-        if source.startswith("s3://"):
-            _download(S3Uri.parse(source), target, s3 or s3_client())
+        described = {"S3Uri": source} if isinstance(source, str) else source
+        location = described["S3Uri"]
+        if location.startswith("s3://") or described.get("S3DataType") == "ManifestFile":
+            fetch_channel(described, target, s3 or s3_client())
         else:
-            shutil.copytree(unquote(source.removeprefix("file://")), target, copy_function=_link_or_copy)
+            shutil.copytree(unquote(location.removeprefix("file://")), target, copy_function=_hard_link_or_copy)
     files: dict[str, object] = {
         "hyperparameters.json": dict(hyperparameters),
         "inputdataconfig.json": {
@@ -198,21 +197,6 @@ def lay_out(
         (config / name).write_text(json.dumps(content, indent=1))
 
 
-def _download(source: S3Uri, target: Path, s3: S3Client) -> None:
-    """A prefix, or a single object under its own name."""
-    if list_objects(source, client=s3) or not source.prefix:
-        download_directory(source, target, client=s3)
-        return
-    target.mkdir(parents=True)
-    try:
-        s3.download_file(source.bucket, source.prefix, str(target / PurePosixPath(source.prefix).name))
-    except s3.exceptions.ClientError as error:
-        raise UserError(f"{source}: there is nothing below this prefix: check the bucket and the prefix") from error
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """A base model is gigabytes: link its files where the file system can."""
-    try:
-        os.link(os.path.realpath(source), target)
-    except OSError:
-        shutil.copy2(source, target)
+def _hard_link_or_copy(source: str, target: str) -> None:
+    """A base model is gigabytes, and the tree has to outlive where its files came from."""
+    link_or_copy(source, target, os.link)

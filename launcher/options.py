@@ -25,7 +25,9 @@ class Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: Images | None = Field(
-        default=None, description="4 to 20 pictures of the subject: a folder, s3://bucket/prefix, or a list of files."
+        default=None,
+        description="4 to 20 pictures of the subject: a folder, a list of files, or s3://... of a folder, the start of "
+        "keys, an object, a manifest, or a list of these.",
     )
     class_images: Images | None = Field(
         default=None, description="Pictures of the class, if there are some, like images."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -21,9 +22,12 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri
 from launcher.account import Account
+from launcher.channels import MANIFEST, PREFIX, SINGLE_FILES, Channel
+from launcher.clients import Clients
 from launcher.estimates import Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
 from launcher.local import CONTAINER
+from launcher.lookup import MANIFEST_FILE, Listed, Lookup, pictures_in, s3_text
 from launcher.options import Images, split_options
 from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
 from launcher.training_request import (
@@ -33,7 +37,6 @@ from launcher.training_request import (
     CONFIG_CHANNEL,
     IMAGES_CHANNEL,
     MODEL_CHANNEL,
-    SINGLE_FILES,
     Resources,
     find_secrets,
     move_long_values,
@@ -58,21 +61,27 @@ class Order:
         request: for ``create_training_job``.
         files: what has to be in S3 before, by its place there.
         warnings: what is odd about the pictures, and what could not be checked.
+        new_bucket: that has to be made before, if any.
     """
 
     request: dict[str, Any]
     estimate: Estimate
     files: Mapping[S3Uri, Files]
     warnings: tuple[str, ...] = ()
+    new_bucket: str | None = None
 
     def lines(self) -> list[str]:
         """What will be done, for people."""
         lines = [f"job: {self.request['TrainingJobName']}", *self.estimate.lines()]
+        if self.new_bucket:
+            lines.append(f"bucket: {self.new_bucket} is missing; a job that starts makes it")
         lines += [f"files: {len(files)} for {place}" for place, files in self.files.items()]
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
     def stage(self, account: Account, say: Callable[[str], None]) -> None:
-        """Sends the files that are not in S3 yet."""
+        """Makes a bucket that is missing, and sends the files that are not in S3 yet."""
+        if bucket := account.make_bucket():
+            say(f"bucket: made {bucket}")
         for place, files in self.files.items():
             sent = stage(files, place, account.clients("s3"))
             say(f"files: {len(files)} {'sent to' if sent else 'already in'} {place}")
@@ -83,14 +92,14 @@ class Draft:
     """What is known of a job while it is being described: as much as could be read of its options.
 
     Attributes:
-        sources: channels to S3 locations, or files of this machine.
+        sources: channels to what they hold in S3, or to files of this machine.
         pictures: how many there are of the subject.
         problems, warnings: what was found so far.
     """
 
     hyperparameters: Hyperparameters | None = None
     resources: Resources = field(default_factory=Resources)
-    sources: dict[str, S3Uri | Files] = field(default_factory=dict)
+    sources: dict[str, Channel | Listed | Files] = field(default_factory=dict)
     pictures: int = _USUAL_PICTURES
     problems: Problems = field(default_factory=Problems)
     warnings: list[str] = field(default_factory=list)
@@ -107,7 +116,7 @@ def read_local(options: Mapping[str, Any]) -> Draft:
     Raises:
         UserError: with everything that was found.
     """
-    draft = _read(options)
+    draft = _read(options, Lookup(lambda: Clients()("s3")))
     resources, fitting = draft.resources, {"instance_type", "output"}
     if resources.instance_type == CONTAINER:
         fitting.add("image_uri")
@@ -138,7 +147,7 @@ def describe(
     Raises:
         UserError: with everything that was found.
     """
-    draft = _read(options)
+    draft = _read(options, _lookup(account, thorough=thorough))
     if directory is not None:
         draft.problems.found.append("directory is for local jobs; leave it out, or set instance_type='local'")
     chosen = _choose_instance(draft)
@@ -153,6 +162,8 @@ def describe(
         # What is wrong with the rest of the request is worth knowing at once as well.
         known = {"name": "unknown", **_STANDINS}
         given = {name: text for name, text in known.items() if not getattr(resources, name)}
+        if resources.role and not resources.role.startswith("arn:"):
+            given["role"] = _STANDINS["role"]
         if resources.instance_type == "auto":
             given["instance_type"] = next(iter(INSTANCES))
         whole = resources.model_copy(update=given)
@@ -163,25 +174,36 @@ def describe(
     h, concepts = move_long_values(h)
     if concepts is not None:
         draft.sources[CONFIG_CHANNEL] = {CONCEPTS_FILE: concepts.encode()}
-    channels: dict[str, S3Uri] = {}
+    channels: dict[str, Channel] = {}
     files: dict[S3Uri, Files] = {}
     for name, source in draft.sources.items():
-        if isinstance(source, S3Uri):
+        if isinstance(source, Channel):
             channels[name] = source
-        elif odd := [file for file in source if not _is_utf8(file)]:
+            continue
+        sent = source.files if isinstance(source, Listed) else source
+        if odd := [file for file in sent if not _is_utf8(file)]:
             draft.problems.found += [
                 f"the name of {printable(file)} is not UTF-8, as names in S3 are; rename it" for file in odd
             ]
-        else:
-            # A digest reads everything, gigabytes of a base model perhaps: not for an estimate.
-            channels[name] = resources.workspace / name / (digest(source) if account else "unsent")
-            files[channels[name]] = source
+            continue
+        # A digest reads everything, gigabytes of a base model perhaps: not for an estimate.
+        place = resources.workspace / name / (digest(sent) if account else "unsent")
+        files[place] = sent
+        channels[name] = Channel(place / MANIFEST_FILE, MANIFEST) if isinstance(source, Listed) else Channel(place)
     request: dict[str, Any] = {}
     with draft.problems.collected():
-        request = training_job(h, resources, channels or {IMAGES_CHANNEL: resources.workspace / "unknown"})
+        request = training_job(h, resources, channels or {IMAGES_CHANNEL: Channel(resources.workspace / "unknown")})
     draft.problems.found += find_secrets(request, os.environ)
     draft.raise_any()
-    return Order(request, chosen, files, (*draft.warnings, *(account.warnings if account else ())))
+    warnings = (*draft.warnings, *(account.warnings if account else ()))
+    return Order(request, chosen, files, warnings, account.missing_bucket if account else None)
+
+
+def _lookup(account: Account | None, *, thorough: bool) -> Lookup:
+    if account is None:
+        return Lookup()
+    clients = account.clients
+    return Lookup(lambda: clients("s3")) if thorough else Lookup(clients.for_a_look, strict=False)
 
 
 def _is_utf8(name: str) -> bool:
@@ -196,13 +218,12 @@ def _check_account(account: Account, resources: Resources, draft: Draft) -> None
     """Whether the job could start, where everything that it needs was found."""
     if any(getattr(resources, name) == standin for name, standin in _STANDINS.items()):
         return
-    images = draft.sources.get(IMAGES_CHANNEL)
     with draft.problems.collected():
-        account.check(resources, pictures=images if isinstance(images, S3Uri) else None)
+        account.check(resources)
 
 
-def _read(options: Mapping[str, Any]) -> Draft:
-    """Reads options as far as they can be read."""
+def _read(options: Mapping[str, Any], look: Lookup) -> Draft:
+    """Reads options as far as they can be read, and looks at what they name in S3."""
     draft = Draft()
     data, given, values = split_options(options, draft.problems)
     if "instance_data_dir" in values:
@@ -224,47 +245,68 @@ def _read(options: Mapping[str, Any]) -> Draft:
     for name, channel in (("images", IMAGES_CHANNEL), ("class_images", CLASS_IMAGES_CHANNEL)):
         if name in data:
             with draft.problems.collected():
-                draft.sources[channel] = _find_pictures(name, data[name])
+                draft.sources[channel] = _find_pictures(name, data[name], look)
                 directory = "instance_data_dir" if name == "images" else "class_data_dir"
                 values[directory] = f"{CHANNELS}/{channel}"
     if "base_model" in data:
         with draft.problems.collected():
-            source, values["pretrained_model_name_or_path"] = _read_base_model(data["base_model"])
+            source, values["pretrained_model_name_or_path"] = _read_base_model(data["base_model"], look)
             if source is not None:
                 draft.sources[MODEL_CHANNEL] = source
                 if find_architecture(str(Path(data["base_model"]).expanduser())) == "sdxl":
                     values.setdefault("base_architecture", "sdxl")  # the channel's name does not say it
     folder = data.get("images")
-    beside = Path(folder) if IMAGES_CHANNEL in draft.sources and isinstance(folder, str | Path) else None
+    here = isinstance(folder, str | Path) and not s3_text(folder) and IMAGES_CHANNEL in draft.sources
+    beside = Path(str(folder)) if here else None
     with draft.problems.collected():
         draft.hyperparameters = Hyperparameters.parse(
             values, dataset_info=lambda directory: read_dataset_info(beside) if beside else {}
         )
     for channel in (IMAGES_CHANNEL, CLASS_IMAGES_CHANNEL):
-        files = draft.sources.get(channel)
-        if files is not None and not isinstance(files, S3Uri):
+        pictures = draft.sources.get(channel)
+        if isinstance(pictures, Channel | Listed):
+            if channel == IMAGES_CHANNEL and pictures.objects is not None:
+                draft.pictures = pictures_in(pictures.objects) or _USUAL_PICTURES
+        elif pictures is not None:
             images = data["images" if channel == IMAGES_CHANNEL else "class_images"]
-            _check_pictures(channel, images, files, draft, base=str(data.get("base_model", "")) or None)
+            _check_pictures(channel, images, pictures, draft, base=str(data.get("base_model", "")) or None)
     return draft
 
 
-def _find_pictures(name: str, images: Images) -> S3Uri | Files:
+def _find_pictures(name: str, images: Images, look: Lookup) -> Channel | Listed | Files:
     """Where pictures lie: in S3, or in which files.
 
     Raises:
         UserError: there are none.
     """
-    if isinstance(images, str) and images.startswith("s3://"):
-        return S3Uri.parse(images)
+    each = [images] if isinstance(images, str | Path) else list(images)
+    texts = [text for text in map(s3_text, each) if text]
+    if texts and len(texts) < len(each):
+        raise UserError(f"{name}: some are in S3 and some on this machine; name pictures of one place")
+    if texts:
+        with _about(name):
+            found = look.find(texts)
+            if found.objects is not None and not pictures_in(found.objects) and not look.have_headers(found):
+                raise UserError(f"{', '.join(texts)[:200]}: there are {len(found.objects)} objects, and no pictures")
+            return found
     if not isinstance(images, str | Path):
         if not images:
             raise UserError(f"{name} is empty; name 4 to 20 pictures")
         return picture_files([Path(image) for image in images])
     if not Path(images).is_dir():
-        raise UserError(f"{name}: {images} is no folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix")
+        raise UserError(f"{name}: {images} is not a folder; name a folder with 4 to 20 pictures, or s3://bucket/prefix")
     if not list_pictures(Path(images)):
         raise UserError(f"{name}: {images} holds no pictures; put 4 to 20 JPEG or PNG pictures there")
     return picture_files(Path(images))
+
+
+@contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Problems of one option, named after it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {problem}" for problem in error.problems) from None
 
 
 def _check_pictures(channel: str, images: Images, files: Files, draft: Draft, base: str | None) -> None:
@@ -290,7 +332,7 @@ def _check_pictures(channel: str, images: Images, files: Files, draft: Draft, ba
         draft.warnings += [text.replace(f"{scratch}/", "") for text in findings.warnings]
 
 
-def _read_base_model(base_model: str | Path) -> tuple[S3Uri | Files | None, str]:
+def _read_base_model(base_model: str | Path, look: Lookup) -> tuple[Channel | Files | None, str]:
     """The channel that a base model needs, if any, and how the job calls it.
 
     Raises:
@@ -298,18 +340,22 @@ def _read_base_model(base_model: str | Path) -> tuple[S3Uri | Files | None, str]
     """
     text, path = str(base_model), Path(base_model).expanduser()
     inside = f"{CHANNELS}/{MODEL_CHANNEL}"
-    if text.startswith("s3://"):
-        uri = S3Uri.parse(text)
-        name = PurePosixPath(uri.prefix).name
-        return uri, f"{inside}/{name}" if name.endswith(SINGLE_FILES) else inside
+    if location := s3_text(base_model):
+        with _about("base_model"):
+            found = look.find([location])
+            if not isinstance(found, Channel) or found.kind == MANIFEST:
+                raise UserError(f"{location} is a manifest; name the folder or the file of the model")
+            if found.kind == PREFIX and found.objects and found.uri.prefix not in found.objects:
+                raise UserError(f"there is nothing below {location}/, only beside it: {found.objects[0]}")
+        return found, f"{inside}/{PurePosixPath(found.uri.prefix).name}" if found.kind == PREFIX else inside
     if text == toybox.NAME:
         return None, text
     if path.is_dir():
         return all_files(path), inside
-    if path.is_file() and path.name.endswith(SINGLE_FILES):
+    if path.is_file() and path.name.lower().endswith((*SINGLE_FILES, ".tar.gz", ".tgz", ".tar")):
         return {path.name: path}, f"{inside}/{path.name}"
     if isinstance(base_model, Path) or text.startswith(("/", ".", "~")):
-        raise UserError(f"base_model: {base_model} is no directory; name a hub id or a diffusers directory")
+        raise UserError(f"base_model: {base_model} is not a directory; name a hub id or a diffusers directory")
     return None, text
 
 
@@ -350,6 +396,11 @@ def _complete(resources: Resources, draft: Draft, account: Account | None) -> Re
             if name in look:
                 with draft.problems.collected():
                     found[name] = look[name]()
+    if resources.role is not None and not resources.role.startswith("arn:"):
+        found["role"] = _STANDINS["role"]
+        if account is not None:
+            with draft.problems.collected():
+                found["role"] = account.complete_role(resources.role)
     if resources.name is None:
         found["name"] = f"dreambooth-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     return resources.model_copy(update=found)

@@ -8,18 +8,18 @@ from enum import Enum
 from typing import Any
 
 from dreambooth_sm.printing import redact
-from launcher.advice import advice_for
+from launcher.advice import CHECK_NETWORK, LATER, RENEW, SET_CLOCK, advice_for
 
 
 class Kind(Enum):
     """Why there is no answer, and what to do about it where the answer itself says nothing more special."""
 
-    CREDENTIALS = "renew your credentials (`aws sso login`, `aws configure`, or set AWS_PROFILE)"
-    CLOCK = "set this machine's clock: AWS takes requests of the last few minutes only"
+    CREDENTIALS = RENEW
+    CLOCK = SET_CLOCK
     DENIED = "allow the action to your own credentials (`dreambooth-launcher iam` prints the policy)"
     MISSING = "correct the name, the region or the account"
-    BUSY = "try again in a few minutes"
-    NETWORK = "check the network, the proxy and AWS_ENDPOINT_URL"
+    BUSY = LATER
+    NETWORK = CHECK_NETWORK
     OTHER = ""
 
     @property
@@ -91,8 +91,8 @@ class ServiceError(RuntimeError):
     def of(cls, doing: str, error: Exception) -> ServiceError:
         """What became of ``doing``, for an error of boto3 or botocore."""
         kind, reason = kind_of(error), reason_of(error)
-        special = advice_for(reason) if kind in (Kind.OTHER, Kind.DENIED) else None
-        advice = special or kind.value
+        passing = kind is Kind.DENIED and "PassRole" in reason
+        advice = (advice_for(reason) if kind is Kind.OTHER or passing else None) or kind.value
         return cls(f"{doing}: {reason}" + (f"; {advice}" if advice else ""), kind, reason, advice)
 
 
@@ -102,7 +102,7 @@ def kind_of(error: Exception) -> Kind:
     code = str(answer.get("Error", {}).get("Code", ""))
     message = str(answer.get("Error", {}).get("Message", ""))
     # A signature that is too old or too new has the code of one that is wrong.
-    if any(words in message for words in ("Signature expired", "Signature not yet current", "clock")):
+    if any(words in message for words in ("Signature expired", "Signature not yet current")):
         return Kind.CLOCK
     if found := _KIND_OF_CODE.get(code):
         return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,11 +80,24 @@ def stage(files: Files, target: S3Uri, client: S3Client) -> bool:
 
 
 def lay_out_files(files: Files, directory: Path) -> None:
-    """Makes a directory of links to files, and of files with what the others hold."""
+    """Makes a directory of links to files, or of copies, and of files with what the others hold."""
     for name, source in files.items():
         target = directory / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             target.write_bytes(source)
         else:
-            target.symlink_to(source.resolve())
+            link_or_copy(source, target, os.symlink, os.link)
+
+
+def link_or_copy(source: str | Path, target: str | Path, *links: Callable[[str, str], None]) -> None:
+    """Puts a file into another place: by the first link that the system lets this user make, or as a copy.
+
+    Windows gives a right to links to few, and a hard link needs the same file system.
+    """
+    for link in links:
+        try:
+            return link(os.path.realpath(source), str(target))
+        except (OSError, NotImplementedError):
+            continue
+    shutil.copy2(source, target)

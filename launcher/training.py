@@ -151,10 +151,10 @@ class Training:
         """Takes the spot instance away; the job starts again on a fresh one, with its checkpoints.
 
         Raises:
-            ValueError: it is no spot job, or does not run.
+            ValueError: it is not a spot job, or does not run.
         """
         if not self.request.get("EnableManagedSpotTraining"):
-            raise ValueError(f"{self.name} is no spot job: EnableManagedSpotTraining is not set")
+            raise ValueError(f"{self.name} is not a spot job: EnableManagedSpotTraining is not set")
         if self.ended:
             raise ValueError(f"{self.name} has ended: {self._status}")
         self._interruption.set()
@@ -209,7 +209,7 @@ class Training:
 
     def _lay_out(self) -> None:
         channels = {
-            channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
+            channel["ChannelName"]: channel["DataSource"]["S3DataSource"]
             for channel in self.request.get("InputDataConfig", [])
         }
         lay_out(self.tree, self.request.get("HyperParameters", {}), channels, s3=self._clients("s3"))

@@ -19,14 +19,13 @@ from dreambooth_sm.hyperparameters import Hyperparameters, PositiveInt, expected
 from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
 from dreambooth_sm.report import TRAINING_METRICS, metric_pattern
 from dreambooth_sm.storage import S3Uri
+from launcher.channels import Channel
 from launcher.instances import find_instance
 
 # Input channels, and where SageMaker mounts them.
 CHANNELS = "/opt/ml/input/data"
 IMAGES_CHANNEL, CLASS_IMAGES_CHANNEL, MODEL_CHANNEL, CONFIG_CHANNEL = "images", "class_images", "model", "config"
 CONCEPTS_FILE = "concepts_list.json"
-# Base models in one file, as WebUI and Civitai have them.
-SINGLE_FILES = (".safetensors", ".ckpt")
 # Everything that the launcher itself puts into a bucket lies below this prefix.
 WORKSPACE = "dreambooth-sm"
 
@@ -49,7 +48,7 @@ _VPC_ID = re.compile(r"(subnet|sg)-[0-9a-zA-Z]{1,26}")
 
 
 class Resources(BaseModel):
-    """What a job runs on, and where its results go: everything of a request that is no hyperparameter."""
+    """What a job runs on, and where its results go: everything of a request that is not a hyperparameter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -64,11 +63,14 @@ class Resources(BaseModel):
         description=f"The job is stopped after so many minutes, with a checkpoint; {DEFAULT_MAX_MINUTES} if None.",
     )
     spot: bool = Field(
-        default=False, description="Train on spare capacity, for less; interruptions go on from a checkpoint."
+        default=False, description="Train on spare capacity, for less; an interrupted job is resumed from a checkpoint."
     )
     max_wait_minutes: Annotated[int, Ge(1), Le(MAX_RUN_MINUTES)] | None = Field(
         default=None,
         description="spot: minutes that waiting and training may take together; twice max_minutes if None.",
+    )
+    max_retry_attempts: Annotated[int, Ge(1), Le(30)] | None = Field(
+        default=None, description="How often SageMaker may start the job again after a fault of its own; None: never."
     )
     keep_alive: Annotated[int, Ge(0), Le(3600)] = Field(
         default=0,
@@ -80,15 +82,17 @@ class Resources(BaseModel):
     compression: bool = Field(default=False, description="Leave a model.tar.gz instead of plain files.")
     checkpoint: str | None = Field(
         default=None,
-        description="s3://bucket/prefix for checkpoints; one of an earlier job is gone on from. None: one for this "
-        "job alone.",
+        description="s3://bucket/prefix for checkpoints; a job is resumed from those of an earlier one. None: one for "
+        "this job alone.",
     )
     bucket: str | None = Field(
         default=None,
         description="Bucket for pictures, checkpoints and models; None: that of `output`, or SageMaker's default one.",
     )
     role: str | None = Field(
-        default=None, description="ARN of the execution role; None: the notebook's, or the role that you have assumed."
+        default=None,
+        description="Name or ARN of the execution role; None: the notebook's, the role that you have assumed, or the "
+        "one that is called dreambooth-sm.",
     )
     image_uri: str | None = Field(
         default=None,
@@ -149,13 +153,13 @@ def expectation(name: str) -> str:
     return words.get(name) or (expected(field) if field else f"one of {', '.join(Resources.model_fields)}")
 
 
-def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str, S3Uri]) -> dict[str, Any]:
+def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str, S3Uri | Channel]) -> dict[str, Any]:
     """The request of one training job, as ``boto3.client("sagemaker").create_training_job(**request)`` takes it.
 
     Args:
         h: the hyperparameters; those that were set explicitly are sent, encoded as strings.
         resources: with role, image, bucket and name filled in.
-        channels: names of input channels to where their files lie.
+        channels: names of input channels to where their files lie: a folder, or as :class:`Channel` says.
 
     Raises:
         UserError: with everything that SageMaker, or the job on it, would refuse.
@@ -194,6 +198,8 @@ def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str
     }
     if resources.spot:
         request["EnableManagedSpotTraining"] = True
+    if resources.max_retry_attempts is not None:
+        request["RetryStrategy"] = {"MaximumRetryAttempts": resources.max_retry_attempts}
     if resources.network_isolation:
         request["EnableNetworkIsolation"] = True
     if resources.vpc:
@@ -211,38 +217,39 @@ def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str
     return request
 
 
-def refused_resources(r: Resources, channels: Mapping[str, S3Uri]) -> Iterator[str]:
+def refused_resources(r: Resources, channels: Mapping[str, S3Uri | Channel]) -> Iterator[str]:
     """What of a request breaks a rule of CreateTrainingJob, whatever its hyperparameters are."""
     if not r.name or len(r.name) > 63 or not _NAME.fullmatch(r.name):
         yield (
-            f"name: {r.name!r} is no name of a job; write 1 to 63 letters, digits and hyphens, with a letter or digit "
-            "first and last"
+            f"name: {r.name!r} is not the name of a job; set 1 to 63 letters, digits and hyphens, with a letter or "
+            "digit first and last"
         )
     if not r.role or not _ROLE.fullmatch(r.role) or len(r.role) > 2048:
-        yield f"role: {r.role!r} is no ARN of a role; write arn:aws:iam::123456789012:role/NAME"
+        yield f"role: {r.role!r} is not the ARN of a role; set arn:aws:iam::123456789012:role/NAME"
     if not r.image_uri or len(r.image_uri) > MAX_IMAGE_URI or not r.image_uri.isprintable():
-        yield f"image_uri: {r.image_uri!r} is no image; write at most {MAX_IMAGE_URI} characters, as ECR shows them"
+        yield f"image_uri: {r.image_uri!r} is not an image; set at most {MAX_IMAGE_URI} characters, as ECR shows them"
     yield from _problems_of(lambda: find_instance(r.instance_type))
     yield from _refused_texts("environment", r.environment, MAX_ENVIRONMENT)
     for name, value in r.environment.items():
         if not _VARIABLE.fullmatch(name):
-            yield f"environment: {name!r} is no name of a variable; write letters, digits and underscores"
+            yield f"environment: {name!r} is not the name of a variable; use letters, digits and underscores"
         if len(value) > MAX_ENVIRONMENT_TEXT:
             yield f"environment: {name} is longer than {MAX_ENVIRONMENT_TEXT} characters"
     yield from _refused_tags(r.tags)
     if not 1 <= len(channels) <= MAX_CHANNELS:
         yield f"a job has 1 to {MAX_CHANNELS} input channels, and this one {len(channels)}"
-    for name, uri in channels.items():
+    for name, place in channels.items():
+        uri = place.uri if isinstance(place, Channel) else place
         if not _CHANNEL.fullmatch(name):
             yield f"channel {name!r}: write 1 to 64 letters, digits, dots, underscores and hyphens"
         yield from _refused_uri(f"channel {name}", str(uri))
     if not r.bucket:
-        yield "bucket is missing; write the name of a bucket"
+        yield "bucket is missing; set the name of a bucket"
     else:
         yield from _problems_of(lambda: S3Uri.parse(f"s3://{r.bucket}/"), "bucket: ")
-    for place, text in (("output", r.output), ("checkpoint", r.checkpoint)):
+    for option, text in (("output", r.output), ("checkpoint", r.checkpoint)):
         if text is not None:
-            yield from _refused_uri(place, text)
+            yield from _refused_uri(option, text)
     yield from _refused_together(r)
 
 
@@ -296,11 +303,9 @@ def find_secrets(request: object, environment: Mapping[str, str] | None = None) 
     return found
 
 
-def _channel(name: str, uri: S3Uri) -> dict[str, Any]:
-    # A prefix without its slash would take in `pictures-2` beside `pictures`.
-    location = str(uri) if uri.prefix.endswith(SINGLE_FILES) else f"{uri}/"
-    source = {"S3DataType": "S3Prefix", "S3Uri": location, "S3DataDistributionType": "FullyReplicated"}
-    return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
+def _channel(name: str, place: S3Uri | Channel) -> dict[str, Any]:
+    channel = place if isinstance(place, Channel) else Channel.at(place)
+    return {"ChannelName": name, "DataSource": {"S3DataSource": channel.data_source}}
 
 
 def _output_config(h: Hyperparameters, resources: Resources) -> dict[str, str]:
@@ -385,7 +390,7 @@ def _refused_together(r: Resources) -> Iterator[str]:
     if r.volume_gb is not None and _has_own_disk(r.instance_type):
         yield f"volume_gb: {r.instance_type} has disks of its own, of a fixed size; leave volume_gb out"
     if r.kms is not None and not _KMS.fullmatch(r.kms):
-        yield f"kms: {r.kms!r} is no id or ARN of a KMS key"
+        yield f"kms: {r.kms!r} is not the id or ARN of a KMS key"
     odd = [each for each in r.vpc if not _VPC_ID.fullmatch(each)]
     groups = sum(each.startswith("sg-") for each in r.vpc)
     if odd:

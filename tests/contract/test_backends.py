@@ -38,6 +38,7 @@ JOBS: dict[str, dict[str, Any]] = {
     },
     "marked": {
         "keep_alive": 600,
+        "max_retry_attempts": 3,
         "compression": True,
         "tags": {"team": "toys", "cost centre": "7"},
         "environment": {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:32"},

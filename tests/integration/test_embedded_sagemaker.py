@@ -385,7 +385,7 @@ def test_every_line_of_a_talkative_job_is_there_once(run_program: RunProgram) ->
 def test_only_spot_jobs_are_interrupted(run_program: RunProgram) -> None:
     workplace: Workplace = run_program.workplace  # type: ignore[attr-defined]
     job = run_program("time.sleep(3600)")
-    with pytest.raises(ValueError, match="no spot job"):
+    with pytest.raises(ValueError, match="not a spot job"):
         workplace.services.sagemaker.interrupt(job.name)
 
 

@@ -188,6 +188,24 @@ def test_an_error_of_the_display_ends_the_display_alone(local: bool, workplace: 
     assert job.status == "Completed"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "step=one loss=low.png",
+        "step= loss=",
+        "progress=1 done=x total=0",
+        "phase=x state=ended seconds=inf?",
+        "\x1b[2J=1",
+    ],
+)
+def test_a_strange_line_is_a_line(line: str, workplace: Workplace, go: Path) -> None:
+    started = start(workplace, go, LINE=line)
+    go.touch()
+    said: list[str] = []
+    started.wait(said.append)
+    assert said[-1] == "step=2 loss=0.25"
+
+
 def test_jobs_of_others_are_followed(workplace: Workplace, go: Path) -> None:
     """Another image and other hyperparameters, more than one host, a start whose log does not exist yet."""
     started = workplace.start(

@@ -114,7 +114,7 @@ def test_bad_input_is_told_in_full_before_anything_starts(tmp_path: Path) -> Non
     assert not (tmp_path / "job").exists()
 
 
-@pytest.mark.parametrize(("files", "words"), [([], "holds no pictures"), (None, "is no folder")])
+@pytest.mark.parametrize(("files", "words"), [([], "holds no pictures"), (None, "is not a folder")])
 def test_a_folder_without_pictures(files: list[str] | None, words: str, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     if files is not None:
@@ -125,8 +125,9 @@ def test_a_folder_without_pictures(files: list[str] | None, words: str, tmp_path
 
 
 def test_a_prefix_without_pictures(target: S3Uri, tmp_path: Path) -> None:
-    with pytest.raises(launcher.JobFailed, match=re.escape(str(target))):
+    with pytest.raises(UserError, match=f"there is nothing below {re.escape(str(target))}"):
         launcher.fit(str(target), instance_prompt=PROMPT, directory=tmp_path / "job")
+    assert not (tmp_path / "job").exists()
 
 
 def test_a_failed_job_says_why(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:

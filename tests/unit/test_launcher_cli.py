@@ -86,7 +86,7 @@ def test_bad_input_is_told_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(["request", "/nowhere", *flags]) == 2
     shown = capsys.readouterr()
-    words = ("ml.g5.xlarge", "spot: ", "tags: ", "resolution=510", "keep_alive: ", "/nowhere is no folder")
+    words = ("ml.g5.xlarge", "spot: ", "tags: ", "resolution=510", "keep_alive: ", "/nowhere is not a folder")
     for each in (*words, "instance_prompt is missing"):
         assert each in shown.err, each
     assert all(line.startswith("error: ") for line in shown.err.splitlines())

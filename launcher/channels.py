@@ -1,0 +1,151 @@
+"""What an input channel holds: objects of S3 by a folder, by the start of their keys, or by a manifest that names them.
+
+https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_S3DataSource.html
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import S3Uri, download_directory, get_object, list_objects
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+FOLDER, PREFIX, MANIFEST = "folder", "prefix", "manifest"
+# Base models in one file, as WebUI and Civitai have them.
+SINGLE_FILES = (".safetensors", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Channel:
+    """A location in S3 as one channel takes it.
+
+    Attributes:
+        uri: of the folder, the start of the keys (one whole key is one as well), or the manifest.
+        kind: ``folder``, ``prefix`` or ``manifest``.
+        objects: names of the objects that it holds; None where nobody has looked.
+    """
+
+    uri: S3Uri
+    kind: str = FOLDER
+    objects: tuple[str, ...] | None = None
+
+    @classmethod
+    def at(cls, uri: S3Uri) -> Channel:
+        """A folder, or one file of a base model, by its name."""
+        return cls(uri, PREFIX if uri.prefix.lower().endswith(SINGLE_FILES) else FOLDER)
+
+    @property
+    def uris(self) -> list[S3Uri] | None:
+        """Where the objects lie."""
+        if self.objects is None:
+            return None
+        return [self.uri / name if self.kind == FOLDER else S3Uri(self.uri.bucket, name) for name in self.objects]
+
+    @property
+    def data_source(self) -> dict[str, str]:
+        """As CreateTrainingJob's S3DataSource."""
+        # A folder without its slash would take in `pictures-2` beside `pictures`.
+        location = f"{self.uri}/" if self.kind == FOLDER else str(self.uri)
+        data_type = "ManifestFile" if self.kind == MANIFEST else "S3Prefix"
+        return {"S3DataType": data_type, "S3Uri": location, "S3DataDistributionType": "FullyReplicated"}
+
+
+def write_manifest(objects: Sequence[S3Uri]) -> bytes:
+    """A manifest of objects of one bucket, their names relative to the folder that holds them all.
+
+    Example:
+        >>> write_manifest([S3Uri("b", "toys/1.jpg"), S3Uri("b", "toys/2.jpg")])
+        b'[{"prefix": "s3://b/toys/"}, "1.jpg", "2.jpg"]'
+    """
+    folder = posixpath.commonpath([posixpath.dirname(uri.prefix) for uri in objects])
+    start = f"{folder}/" if folder else ""
+    names = [uri.prefix.removeprefix(start) for uri in objects]
+    return json.dumps([{"prefix": f"s3://{objects[0].bucket}/{start}"}, *names], ensure_ascii=False).encode()
+
+
+def read_manifest(body: bytes, name: str) -> list[tuple[S3Uri, str]]:
+    """The objects of a manifest, each with the name that its file gets.
+
+    Args:
+        name: of the manifest, for errors.
+
+    Raises:
+        UserError: it is not a manifest as SageMaker defines it.
+
+    Example:
+        >>> read_manifest(b'[{"prefix": "s3://b/toys/"}, "cat/1.jpg"]', "m")
+        [(S3Uri(bucket='b', prefix='toys/cat/1.jpg'), 'cat/1.jpg')]
+    """
+    expected = '[{"prefix": "s3://bucket/folder/"}, "1.jpg", "2.jpg", ...]'
+    try:
+        start, *names = json.loads(body.decode("utf-8-sig"))
+        prefix = start["prefix"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{name} is not a manifest: a manifest is {expected}") from None
+    wrong = [each for each in names if not isinstance(each, str) or not each]
+    if wrong or not names or not isinstance(prefix, str):
+        raise UserError(f"{name} is not a manifest: {str([*wrong, prefix][0])[:60]!r} in it; a manifest is {expected}")
+    return [(S3Uri.parse(f"{prefix}{each}"), each) for each in names]
+
+
+def fetch_channel(source: Mapping[str, Any], target: Path, s3: S3Client) -> None:
+    """Downloads what an S3DataSource names, as SageMaker does before it starts a container.
+
+    Raises:
+        UserError, TransferError: there is nothing, or it can't be read.
+    """
+    location = source["S3Uri"]
+    if source.get("S3DataType") == "ManifestFile":
+        for uri, name in read_manifest(_read(location, s3), location):
+            _download(uri, _below(target, name), s3)
+        return
+    uri = S3Uri.parse(location)
+    folder = list_objects(uri, client=s3)
+    if folder or not uri.prefix:
+        download_directory(uri, target, client=s3)
+    if location.endswith("/") or not uri.prefix:
+        return
+    beside = uri.prefix.rpartition("/")[0]
+    others = [key for key in _keys_from(uri, s3) if not key.startswith(f"{uri.prefix}/") and not key.endswith("/")]
+    if not others and not folder:
+        raise UserError(f"{uri}: there is nothing below this prefix: check the bucket and the prefix")
+    for key in others:
+        _download(S3Uri(uri.bucket, key), _below(target, key.removeprefix(beside).lstrip("/")), s3)
+
+
+def _keys_from(uri: S3Uri, s3: S3Client) -> list[str]:
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=uri.bucket, Prefix=uri.prefix)
+    return [item["Key"] for page in pages for item in page.get("Contents", [])]
+
+
+def _read(location: str, s3: S3Client) -> bytes:
+    if location.startswith("file://"):
+        return Path(unquote(urlsplit(location).path)).read_bytes()
+    body = get_object(S3Uri.parse(location), client=s3)
+    if body is None:
+        raise UserError(f"{location}: there is no such object: check the bucket and the key")
+    return body
+
+
+def _below(target: Path, name: str) -> Path:
+    path = target / name
+    if not path.resolve().is_relative_to(target.resolve()):
+        raise UserError(f"{name!r} in a manifest leads out of the channel")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _download(uri: S3Uri, path: Path, s3: S3Client) -> None:
+    try:
+        s3.download_file(uri.bucket, uri.prefix, str(path))
+    except s3.exceptions.ClientError as error:
+        raise UserError(f"{uri}: there is no such object, or it can't be read: {error}") from error
