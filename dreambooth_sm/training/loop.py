@@ -360,7 +360,7 @@ class Trainer:
                 where = f"the checkpoint is {saved}; the same job is resumed from it" if saved else self._kept()
                 raise StopRequested(f"after step {self.step} of {self.schedule.steps}; {where}")
             is_due = self.schedule.save_every and self.step % self.schedule.save_every == 0
-            if (keep_last() if last else is_due) and (saved := self.save(checkpoints)):
+            if (self.world.first(keep_last()) if last else is_due) and (saved := self.save(checkpoints)):
                 self.report.metrics(checkpoint=saved, step=self.step)
         if rise := find_rise(self.report.training_rows):
             self.report.verdict(f"worse: {rise}")

@@ -40,7 +40,7 @@ def test_two_processes_train_like_one_with_the_whole_batch(
     drawn = sorted(path.name for path in tree.base.rglob("class-*.safetensors"))
     assert len(drawn) == len(set(drawn)) == 3, "class images are shared out without repeats"
     assert (tree.model / "model_index.json").is_file()
-    assert tree.checkpoints == ["step-00000003"]
+    assert tree.checkpoints == ["step-00000003", "step-00000006"]
 
 
 def test_text_encoder_and_accumulation_over_processes(lay_out_job: Callable[..., JobTree]) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -129,8 +130,8 @@ def test_the_seed_notebooks_hyperparameters(
     assert plan["optimizer"] != "adamw8bit"
     assert plan["ema"] != "no"
     assert f"model_name={SEED_NOTEBOOK['model_name']}" in ended.log.splitlines()
-    assert ended.checkpoints == [2, 4]
-    assert job.checkpoints == ["step-00000002", "step-00000004"]
+    assert ended.checkpoints == [2, 4, 6]
+    assert job.checkpoints == ["step-00000004", "step-00000006"]
 
     assert_trained(job.model, tiny_base)
 
@@ -193,12 +194,6 @@ def copy_of(job: JobTree, base: Path) -> JobTree:
     return JobTree(base, job.environment)
 
 
-def resumed(job: JobTree, original: JobTree) -> JobTree:
-    """A copied tree's job, which has to find its base model under the name that the checkpoint knows."""
-    job.set(pretrained_model_name_or_path=str(original.base / "input" / "data" / "model"))
-    return job
-
-
 def assert_same_end(job: JobTree, ended: Ended, uninterrupted: tuple[JobTree, Ended]) -> None:
     reference, whole = uninterrupted
     assert same_weights(read_weights(job.model, "unet"), read_weights(reference.model, "unet"))
@@ -222,7 +217,7 @@ def test_a_stopped_job_goes_on_and_ends_with_the_same_weights(
     stopped: tuple[JobTree, Ended, float], uninterrupted: tuple[JobTree, Ended], tmp_path: Path
 ) -> None:
     original, before, _ = stopped
-    job = resumed(copy_of(original, tmp_path / "opt-ml"), original)
+    job = copy_of(original, tmp_path / "opt-ml")
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
     assert int(ended.steps[0]["step"]) == int(before.steps[-1]["step"]) + 1
@@ -277,7 +272,7 @@ def test_after_sigkill_the_job_goes_on_from_the_last_whole_checkpoint(
 
 def test_the_checkpoint_of_another_job_is_refused(stopped: tuple[JobTree, Ended, float], tmp_path: Path) -> None:
     original, _, _ = stopped
-    job = resumed(copy_of(original, tmp_path / "opt-ml"), original)
+    job = copy_of(original, tmp_path / "opt-ml")
     before = job.checkpoints
     job.set(learning_rate="2e-3", instance_prompt="photo of sks toy")
     ended = job.run("train")
@@ -291,6 +286,44 @@ def test_the_checkpoint_of_another_job_is_refused(stopped: tuple[JobTree, Ended,
     # Refused before anything that costs money, and nothing of the other job's is touched.
     assert "phase=load_base" not in ended.log
     assert job.checkpoints == before
+
+
+def test_a_finished_job_that_is_started_again_writes_the_same_model_without_a_step(
+    uninterrupted: tuple[JobTree, Ended], tmp_path: Path
+) -> None:
+    original, _ = uninterrupted
+    job = copy_of(original, tmp_path / "opt-ml")
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    assert ended.steps == []
+    assert same_weights(read_weights(job.model, "unet"), read_weights(original.model, "unet"))
+    # Fewer steps than are done would be a success with nothing trained.
+    job.set(max_train_steps=str(STEPS - 1))
+    ended = job.run("train")
+    assert ended.code == EXIT_BAD_INPUT, ended.log
+    assert f"has taken {STEPS} steps, and the job is to take {STEPS - 1}" in (job.failure or "")
+
+
+def test_a_hostile_record_makes_the_job_upload_nothing_of_its_host(
+    uninterrupted: tuple[JobTree, Ended], tmp_path: Path
+) -> None:
+    original, _ = uninterrupted
+    job = copy_of(original, tmp_path / "opt-ml")
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"of the host")
+    newest = job.base / "checkpoints" / job.checkpoints[-1]
+    state = json.loads((newest / "state.json").read_text())
+    del state["state_crc32"]
+    state["record"]["samples"] = [{"step": 0, "prompt": "x", "seed": 1, "path": f"../../{secret.name}"}]
+    crc32 = zlib.crc32(json.dumps(state, sort_keys=True).encode())
+    job.write(f"checkpoints/{newest.name}/state.json", json.dumps(state | {"state_crc32": crc32}))
+    (newest / "samples").mkdir(exist_ok=True)
+    (newest / "samples" / "step-000000-prompt-0-seed-1-01234567.png").symlink_to(secret)
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    assert f"{newest.name} is damaged and passed over: state.json: record.samples" in ended.log
+    assert ended.steps[0]["step"] == str(2 * SAVE_STEPS + 1)
+    assert not [name for name in files_below(job.model) if b"of the host" in (job.model / name).read_bytes()]
 
 
 # --- When training or the upload fails -------------------------------------------------------------------------------
@@ -396,7 +429,7 @@ def test_without_a_place_to_upload_to_the_model_stays(uninterrupted: tuple[JobTr
     assert_trained(job.model, tiny_base)
     samples = ["samples/class-0.png", "samples/class-1.png"]
     assert files_below(job.model) == sorted([*files_below(tiny_base), *REPORT_FILES, *samples])
-    assert ended.checkpoints == [SAVE_STEPS, 2 * SAVE_STEPS]
+    assert ended.checkpoints == [SAVE_STEPS, 2 * SAVE_STEPS, STEPS]
 
 
 def test_without_a_checkpoint_channel_a_stopped_job_leaves_its_checkpoint_where_sagemaker_saves_it(
