@@ -80,6 +80,21 @@ def test_figures_model_report_and_pictures_of_an_ended_job(workplace: Workplace,
     assert job.status == "Completed"
 
 
+def test_the_command_line_fetches_the_model(
+    workplace: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from launcher.cli import main
+
+    for name, value in workplace.services.environment().items():
+        monkeypatch.setenv(name, value)
+    job = workplace.start().wait(lambda line: None)
+    assert main(["download", job.name, str(tmp_path / "model")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'model'}\n"
+    assert (tmp_path / "model" / "unet.bin").read_bytes() == b"weights"
+    assert main(["download", "nobody", str(tmp_path / "other")]) == 2
+    assert not (tmp_path / "other").exists()
+
+
 def test_without_pandas_metrics_are_the_history(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

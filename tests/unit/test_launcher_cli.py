@@ -133,7 +133,9 @@ def test_a_bucket_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["attach", "zwx"], ["logs", "zwx"], ["stop", "zwx"]])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["attach", "zwx"], ["logs", "zwx"], ["stop", "zwx"], ["download", "zwx", "model"]]
+)
 def test_what_aws_refuses_is_one_line(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
