@@ -35,6 +35,11 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
     assert prior[1] < prior[0] + 0.25
     assert figures["prompt"][1] >= 0.75
     assert "verdict: good" in run.stdout
+    (report,) = re.findall(r"^report +(\S+)/report\.html", run.stdout, re.MULTILINE)
+    titles = re.findall("<h3>(.+?)</h3>", Path(report, "report.html").read_text())
+    places = [f"Prompt: {demo.INSTANCE_PROMPT}{place}" for place in ("", " on the beach")]
+    assert titles[:4] == [f"The subject: {demo.INSTANCE_PROMPT}", *places, f"Class prompt: {demo.CLASS_PROMPT}"]
+    assert (Path(report) / "subject.jpg").is_file()
     with Image.open(tmp_path / "before-after.png") as grid:
         assert grid.size == (5 * 128, 4 * 128)
         before, after = (grid.crop((0, 128 * row, grid.width, 128 * (row + 1))) for row in (1, 2))
