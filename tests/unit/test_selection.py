@@ -32,8 +32,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch, subjects: list[float]) -> None:
 
 
 def trained(base: BaseModel, root: Path, **options: object) -> Run:
-    """Four steps, with checkpoints after the second and third."""
-    return Run(base, root, max_train_steps=4, save_steps=1, checkpoints_total_limit=2, **options).train()
+    """Four steps, with checkpoints after the second, third and last."""
+    return Run(base, root, max_train_steps=4, save_steps=1, checkpoints_total_limit=3, **options).train()
 
 
 def examiner(run: Run) -> Examiner:
@@ -57,7 +57,7 @@ def test_the_best_one_is_left_in_the_model(
     scripted(monkeypatch, [0.1, final, second, third])
     run = trained(base, tmp_path, use_ema=ema)
     at_the_end = weights(run.base.unet)
-    kept = all_checkpoints(tmp_path / "checkpoints")
+    *kept, _ = all_checkpoints(tmp_path / "checkpoints")
     assert [checkpoint.step for checkpoint in kept] == [2, 3]
     found = examiner(run).choose(kept, 4)
     assert found.step == best
