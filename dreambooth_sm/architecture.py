@@ -31,14 +31,15 @@ def find_architecture(name: str) -> Architecture:
 
 def _look(path: Path) -> bool | None:
     """Whether a directory or a safetensors file is SDXL's; None where that can't be seen."""
+    from dreambooth_sm.stored.locate import SAFETENSORS, find_kind, look_for_model  # brings S3's client
+
     try:
-        if (path / "model_index.json").is_file():
-            return (path / "text_encoder_2").is_dir()
-        if path.is_dir():  # a channel that holds one file
-            (path,) = path.glob("*.safetensors")
-        if path.suffix != ".safetensors":
+        model = look_for_model(path)
+        if model is None or (model.is_file() and find_kind(model) != SAFETENSORS):
             return None
-        with path.open("rb") as file:
+        if model.is_dir():
+            return (model / "text_encoder_2").is_dir()
+        with model.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             return _XL_TENSOR in file.read(min(length, _LONGEST_HEADER))
     except (OSError, ValueError):  # names can be anything

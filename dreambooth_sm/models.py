@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,18 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from dreambooth_sm import sources, toybox
 from dreambooth_sm.architecture import Architecture
-from dreambooth_sm.errors import UserError
+from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.stored.checkpoint import SUFFIXES, read_checkpoint, read_vae, write_checkpoint
-from dreambooth_sm.stored.directory import find_weights, read_config, read_directory, write_directory
-from dreambooth_sm.stored.layout import PARTS
-from dreambooth_sm.stored.model import (
-    ZEROS,
-    Pipeline,
-    StoredModel,
-    check_complete,
-    empty_module,
-    fill,
-    make_pipeline,
-    tokenizers_of,
-)
+from dreambooth_sm.stored.checkpoint import read_checkpoint, write_checkpoint
+from dreambooth_sm.stored.checkpoint import read_vae as read_vae_file
+from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
+from dreambooth_sm.stored.fit import check_fit
+from dreambooth_sm.stored.locate import find_model
+from dreambooth_sm.stored.model import ZEROS, Pipeline, StoredModel, StoredPart, make_pipeline
 
+_NO_AVERAGE = "only single files carry averages; leave it out"
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
 RENAMED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -110,93 +105,123 @@ class BaseModel:
 
 
 def check_base(h: Hyperparameters) -> None:
-    """What can be said of a base model without loading it.
+    """What can be said of a base model before it is downloaded. One on this machine is read whole, but for its weights.
 
     Raises:
-        UserError: for a local path that is no Stable Diffusion model, and an S3 location with nothing in it.
+        UserError: for a local path that is not a model that can be trained, an S3 location with nothing in it, and
+            knobs that would do nothing.
     """
-    problems: list[str] = []
-    name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
-    for field, value in (("pretrained_model_name_or_path", name), ("pretrained_vae_name_or_path", _vae_name(h))):
+    problems = Problems()
+    name, vae = _base_name(h), _vae_name(h)
+    for field, value in (("pretrained_model_name_or_path", name), ("pretrained_vae_name_or_path", vae)):
         if is_s3(value):
-            try:
+            with _of(problems, field):
                 sources.check_s3(S3Uri.parse(value))
-            except UserError as error:
-                problems += [f"{field}: {problem}" for problem in error.problems]
-        elif "://" in value:
-            problems.append(
-                f"{field}: {value} is a URL; name a hub id, s3://bucket/prefix, or pass the model as a channel, such "
-                "as inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
-            )
-    if is_local(name):
-        problems += _check_path(Path(name))
-    vae = Path(_vae_name(h))
-    if _vae_name(h) and is_local(str(vae)) and not (_is_checkpoint(vae) or (vae / "config.json").is_file()):
-        problems.append(
-            f"pretrained_vae_name_or_path: {vae} holds no config.json; name a directory of an AutoencoderKL, or a "
-            ".safetensors file"
-        )
-    if problems:
-        raise UserError(problems)
+    with problems.collected():
+        _check_names(h, name, vae)
+    replacement, of_vae = None, Problems()
+    if vae and is_local(vae):
+        with _of(of_vae, "pretrained_vae_name_or_path"):
+            replacement = read_vae(Path(vae))
+    if is_local(name) and (replacement or not vae):
+        with _of(problems, "pretrained_model_name_or_path"):
+            _read(h, Path(name), replacement)
+    elif is_local(name):
+        with _of(problems, "pretrained_model_name_or_path"):  # what the replacement is fit for is told when it is here
+            model = find_model(Path(name))
+            if model.is_dir():
+                check_parts(model, with_vae=False)
+    problems.found += of_vae.found
+    problems.raise_any()
+
+
+def _base_name(h: Hyperparameters) -> str:
+    return RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
 
 
 def _vae_name(h: Hyperparameters) -> str:
     return h.pretrained_vae_name_or_path or ""
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.is_file() and path.suffix in SUFFIXES
+@contextmanager
+def _of(problems: Problems, field: str) -> Iterator[None]:
+    """Collects what is wrong with the value of a hyperparameter, named by it."""
+    with problems.collected():
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{field}: {problem}" for problem in error.problems) from None
 
 
-def _check_path(path: Path) -> list[str]:
-    field = "pretrained_model_name_or_path"
-    if path.is_file():
-        if _is_checkpoint(path):
-            return []  # what it holds is told when it is read, which takes no longer
-        return [f"{field}: {path} is a file; name a .safetensors or .ckpt file, or a diffusers directory"]
-    if not path.is_dir():
-        return [f"{field}: {path} does not exist; name a hub id or a diffusers directory, such as a channel"]
-    index = path / "model_index.json"
-    try:
-        pipeline = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except FileNotFoundError:
-        if len(_checkpoints(path)) == 1:  # a channel that holds nothing else
-            return []
-        return [f"{field}: {path} holds no model_index.json; name a diffusers pipeline directory, or a checkpoint file"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{field}: {index} can't be read: {error}"]
-    if pipeline not in PARTS:
-        return [f"{field}: {path} holds a {pipeline}; this project takes Stable Diffusion 1, 2 and XL base models"]
-    parts = PARTS[pipeline]
-    return [
-        f"{field}: {path / part} is missing; copy the whole pipeline directory"
-        for part in (*parts, *tokenizers_of(parts), "scheduler")
-        if not (path / part).is_dir()
+def _check_names(h: Hyperparameters, name: str, vae: str) -> None:
+    """Raises UserError for URLs, and for hyperparameters that would do nothing with such a model."""
+    place = "an S3 location" if is_s3(name) else "a path on this machine"
+    elsewhere = [each for each in (name, vae) if each and (is_local(each) or is_s3(each))]
+    problems = [
+        f"{field}: {value} is a URL; name a hub id, s3://bucket/prefix, or pass the model as a channel, such as "
+        "inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
+        for field, value in (("pretrained_model_name_or_path", name), ("pretrained_vae_name_or_path", vae))
+        if "://" in value and not is_s3(value)
     ]
+    if h.revision is not None and name in elsewhere:
+        problems.append(f"revision={h.revision}: {name} is {place}, which has no revisions; leave it out")
+    if h.hf_token_secret is not None and len(elsewhere) == len([each for each in (name, vae) if each]):
+        problems.append(f"hf_token_secret: nothing comes from the hub, as {name} is {place}; leave it out")
+    if h.use_ema_weights and name not in elsewhere:
+        problems.append(f"use_ema_weights=true: {name} is a hub id; {_NO_AVERAGE}, or name the file by a path")
+    if problems:
+        raise UserError(problems)
 
 
-def _checkpoints(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if _is_checkpoint(path))
-
-
-def read_stored(path: Path, *, use_ema: bool = False, prediction_type: str | None = None) -> StoredModel:
-    """Understands a pipeline directory, a single-file checkpoint, or a directory that holds nothing but one.
+def read_vae(path: Path) -> StoredPart:
+    """The VAE at a path, without reading its weights: a directory or a file of one, or any base model.
 
     Raises:
-        UserError: for what is none of these, and damaged files.
+        UserError: where there is none.
     """
-    if problems := _check_path(path):
-        raise UserError(problems)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        (path,) = _checkpoints(path)
-    if path.is_file():
-        return read_checkpoint(path, use_ema=use_ema, prediction_type=prediction_type)
-    if use_ema:
-        raise UserError(f"use_ema_weights=true: {path} is a directory, which holds one set of weights; leave it out")
-    model = read_directory(path)
-    if prediction_type:
-        model.pipeline.scheduler.register_to_config(prediction_type=prediction_type)
-    return model
+    for directory in (path, path / "vae"):
+        if (directory / "config.json").is_file():
+            return read_part(directory, "vae")
+    if not path.exists():
+        raise UserError(f"{path} holds no config.json; name a directory of an AutoencoderKL, or a .safetensors file")
+    model = find_model(path)
+    return read_vae_file(model) if model.is_file() else read_part(model / "vae", "vae")
+
+
+def read_stored(
+    path: Path,
+    *,
+    variant: str | None = None,
+    use_ema: bool = False,
+    prediction_type: str | None = None,
+    vae: StoredPart | None = None,
+) -> StoredModel:
+    """Understands a pipeline directory, a single-file checkpoint, or what holds one of them and no other.
+
+    Args:
+        variant, vae: see :func:`dreambooth_sm.stored.directory.read_directory`.
+        use_ema, prediction_type: see :func:`dreambooth_sm.stored.checkpoint.read_checkpoint`.
+
+    Raises:
+        UserError: for what is none of these, models that can't be trained, and damaged files.
+    """
+    model = find_model(path)
+    if model.is_file():
+        if variant:
+            raise UserError(f"variant={variant}: {model} is a file, which has no variants; leave it out")
+        stored = read_checkpoint(model, use_ema=use_ema, prediction_type=prediction_type, vae=vae)
+    else:
+        if use_ema:
+            raise UserError(f"use_ema_weights=true: {model} is a directory; {_NO_AVERAGE}")
+        stored = read_directory(model, variant=variant, prediction_type=prediction_type, vae=vae)
+    check_fit(stored.pipeline, str(path))
+    return stored
+
+
+def _read(h: Hyperparameters, path: Path, vae: StoredPart | None) -> StoredModel:
+    prediction = None if h.prediction_type == "auto" else h.prediction_type
+    variant = h.variant if is_local(_base_name(h)) or is_s3(_base_name(h)) else None  # the hub's are chosen there
+    return read_stored(path, variant=variant, use_ema=h.use_ema_weights, prediction_type=prediction, vae=vae)
 
 
 def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> BaseModel:
@@ -210,11 +235,11 @@ def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
         UserError: where there is no such model, its files are damaged, or it is of another kind than the job was
             planned for.
     """
-    check_base(h)
-    name = RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
+    name, vae = _base_name(h), _vae_name(h)
+    _check_names(h, name, vae)
+    replacement = read_vae(sources.fetch(vae, token_secret=h.hf_token_secret)) if vae else None
     path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
-    prediction = None if h.prediction_type == "auto" else h.prediction_type
-    stored = read_stored(path, use_ema=h.use_ema_weights, prediction_type=prediction)
+    stored = _read(h, path, replacement)
     found: Architecture = "sdxl" if "text_encoder_2" in stored.tensors else "sd"
     if found != h.architecture:
         kinds = {"sd": "Stable Diffusion 1 or 2", "sdxl": "Stable Diffusion XL"}
@@ -222,12 +247,8 @@ def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
             f"{name} is a {kinds[found]} model, and the job was planned for {kinds[h.architecture]}; set "
             f"base_architecture={found}"
         )
-    base = _taken_apart(name, stored)
-    if h.pretrained_vae_name_or_path:
-        base.vae = _load_vae(h, base.vae.config, dtype)
-    _check_parts(base)
     stored.load(dtype)
-    return base
+    return _taken_apart(name, stored)
 
 
 def _taken_apart(name: str, stored: StoredModel) -> BaseModel:
@@ -245,54 +266,3 @@ def _taken_apart(name: str, stored: StoredModel) -> BaseModel:
         zeros_for_empty_prompt=bool(parts.config.get(ZEROS, True)),
         remarks=stored.remarks,
     )
-
-
-def _load_vae(h: Hyperparameters, replaced: Any, dtype: torch.dtype | None) -> AutoencoderKL:
-    """
-    Args:
-        replaced: configuration of the base model's own VAE.
-    """
-    name = _vae_name(h)
-    path = sources.fetch(name, token_secret=h.hf_token_secret)
-    if path.is_file():  # its tensors don't say how the UNet's latents are scaled, nor whether it overflows
-        vae = read_vae(path, dtype)
-        vae.register_to_config(scaling_factor=replaced.scaling_factor, force_upcast=replaced.force_upcast)
-        return vae
-    config = read_config(path)
-    if config.get("_class_name") != "AutoencoderKL":
-        kind = config.get("_class_name")
-        raise UserError(f"pretrained_vae_name_or_path: {name} is a {kind}; name a directory of an AutoencoderKL")
-    vae = empty_module("vae", config)
-    tensors = find_weights(path, "vae")
-    check_complete(name, "vae", vae, tensors, "copy the directory again")
-    fill(vae, tensors, dtype)
-    return vae
-
-
-def _check_parts(base: BaseModel) -> None:
-    """Raises UserError where the parts do not belong together."""
-    problems: list[str] = []
-    name, unet = base.name, base.unet.config
-    tokenizers = [base.tokenizer, *([base.tokenizer_2] if base.tokenizer_2 else [])]
-    for tokenizer, text_encoder in zip(tokenizers, base.text_encoders, strict=True):
-        words = tokenizer("photo of a toy", add_special_tokens=False).input_ids
-        tokens = text_encoder.config.vocab_size
-        if set(words) <= {tokenizer.unk_token_id}:
-            problems.append(
-                f"{name}: the tokenizer knows no words: its vocabulary is missing; copy the directory again"
-            )
-        elif len(tokenizer) > tokens:
-            problems.append(f"{name}: the tokenizer has {len(tokenizer)} tokens and the text encoder {tokens}")
-    latents, wanted = base.vae.config.latent_channels, unet.in_channels
-    if latents != wanted:
-        problems.append(f"{name}: the VAE makes latents of {latents} channels and the UNet takes {wanted}")
-    width, wanted = sum(each.config.hidden_size for each in base.text_encoders), unet.cross_attention_dim
-    if width != wanted:
-        problems.append(f"{name}: the text encoder's states are {width} wide and the UNet takes {wanted}")
-    if base.text_encoder_2 is not None:
-        pooled = base.text_encoder_2.config.projection_dim
-        wanted = (unet.projection_class_embeddings_input_dim or 0) - 6 * (unet.addition_time_embed_dim or 0)
-        if unet.addition_embed_type != "text_time" or pooled != wanted:
-            problems.append(f"{name}: the UNet takes no pooled states of {pooled} values, which text_encoder_2 gives")
-    if problems:
-        raise UserError(problems)

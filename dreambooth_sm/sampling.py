@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from dreambooth_sm.data.conditioning import Conditioning, embed, size_numbers
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.stored.model import ZEROS, Pipeline, parts_of
+from dreambooth_sm.stored.schedule import drawing_scheduler
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
@@ -131,9 +131,7 @@ def _denoise(
     guided: tuple[float, float],
 ) -> torch.Tensor:
     unet, device = pipeline.unet, pipeline.device
-    scheduler: Any = DPMSolverMultistepScheduler.from_config(
-        pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2, use_karras_sigmas=True
-    )
+    scheduler: Any = drawing_scheduler(pipeline.scheduler)
     scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
     conditions = _conditions(pipeline, prompt, size, guided=guidance > 1)

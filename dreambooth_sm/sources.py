@@ -23,7 +23,7 @@ _WARM_POOL = "SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"
 _CACHE = "dreambooth-sm-models"
 # Models that the image was built with (the Dockerfile's BASE_MODEL), as directories named by their hub ids.
 BAKED = Path("/opt/base-models")
-_SINGLE_FILE = (".safetensors", ".ckpt", ".pt", ".bin")
+_INDEX = "model_index.json"
 _WEIGHTS_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "")
 _OTHER_FILES = re.compile(
     r"(model_index|((unet|vae|text_encoder(_2)?)/)?config)\.json|(tokenizer(_2)?|scheduler|feature_extractor)/.+"
@@ -91,7 +91,7 @@ def fetch(
 
 def check_s3(uri: S3Uri) -> None:
     """Raises UserError where nothing lies at an S3 location that a base model is to come from."""
-    _objects(uri)
+    _find(uri)
 
 
 def read_token(secret: str | None) -> str | None:
@@ -118,27 +118,37 @@ def read_token(secret: str | None) -> str | None:
     return str(token)
 
 
-def _objects(uri: S3Uri) -> dict[str, str]:
-    """The objects of a prefix, or the one object itself: keys relative to the prefix, to ETags."""
-    parent = S3Uri(uri.bucket, uri.prefix.rpartition("/")[0])
-    single = uri.prefix.endswith(_SINGLE_FILE)
-    found = storage.list_objects(parent if single else uri)  # explains what is wrong with the bucket
-    name = uri.prefix.rpartition("/")[2]
-    if single and name not in found:
-        raise UserError(f"{uri}: there is no such object: check the bucket and the key")
-    if not found:
-        raise UserError(f"{uri}: there is nothing below this prefix: check the bucket and the prefix")
+def _find(uri: S3Uri) -> tuple[S3Uri, dict[str, str]]:
+    """What to download of an S3 location, and its objects' ETags: the object itself, or the prefix or the one prefix
+    below it at which a pipeline lies, or else all that is below."""
+    storage.list_objects(uri)  # explains what is wrong with the bucket
     pages = storage.s3_client().get_paginator("list_objects_v2").paginate(Bucket=uri.bucket, Prefix=uri.prefix)
-    return {item["Key"]: item["ETag"] for page in pages for item in page.get("Contents", [])}
+    found = {item["Key"]: item["ETag"] for page in pages for item in page.get("Contents", [])}
+    if uri.prefix and uri.prefix in found:
+        return uri, {uri.prefix: found[uri.prefix]}
+    below = f"{uri.prefix}/" if uri.prefix else ""
+    found = {key.removeprefix(below): etag for key, etag in found.items() if key.startswith(below)}
+    if not found:
+        raise UserError(f"{uri}: there is no such object, and there is nothing below this prefix: check bucket and key")
+    pipelines = sorted(key.rpartition("/")[0] for key in found if f"/{key}".endswith(f"/{_INDEX}"))
+    nearest = [each for each in pipelines if each.count("/") == min(each.count("/") for each in pipelines)]
+    if not pipelines or "" in pipelines or "config.json" in found:
+        return uri, found
+    if len(nearest) > 1:
+        raise UserError(
+            f"{uri}: there are several models below this prefix; name one of them, such as {uri / nearest[0]}"
+        )
+    return uri / nearest[0], {key: etag for key, etag in found.items() if key.startswith(f"{nearest[0]}/")}
 
 
 def _from_s3(uri: S3Uri) -> Path:
     """Downloads a prefix or an object once, for all processes of this host and later jobs of its warm pool."""
-    single = uri.prefix.endswith(_SINGLE_FILE)
-    identity = hashlib.sha256(json.dumps([str(uri), sorted(_objects(uri).items())]).encode()).hexdigest()[:16]
+    uri, objects = _find(uri)
+    single = [*objects] == [uri.prefix]
+    identity = hashlib.sha256(json.dumps([str(uri), sorted(objects.items())]).encode()).hexdigest()[:16]
     directory = cache_directory() / identity
     whole = directory / uri.prefix.rpartition("/")[2] if single else directory
-    with _locked(cache_directory() / f"{identity}.lock"):
+    with locked(cache_directory() / f"{identity}.lock"):
         if not directory.is_dir():
             partial = directory.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
@@ -165,7 +175,7 @@ def _download_object(uri: S3Uri, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process of this host at a time."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -176,15 +186,13 @@ def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
     """Those of a repository's files that a job needs: one format and one variant of each part's weights.
 
     Args:
-        variant: such as ``fp16``, which is preferred as well; parts that do not have it come without.
+        variant: such as ``fp16``, which is preferred as well; parts that do not have it come without it.
 
     Raises:
         UserError: where no file is of the variant that was asked for.
     """
     chosen = [name for name in names if _OTHER_FILES.fullmatch(name)]
     tags = [*([rf"\.{re.escape(variant)}"] if variant else []), rf"\.{_PREFERRED_VARIANT}", ""]
-    if variant and not any(f".{variant}" in name for name in names):
-        raise UserError(f"variant={variant}: the repository has no files of it; leave variant out")
     for folder in _WEIGHTS_FOLDERS:
         stem = (f"{folder}/" if folder else "") + "(diffusion_pytorch_model|model|pytorch_model)"
         found = [
@@ -193,6 +201,8 @@ def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
             for tag in tags
         ]
         chosen += next((files for files in found if files), [])
+    if variant and not any(f".{variant}." in f"{name.replace('-', '.')}" for name in chosen):
+        raise UserError(f"variant={variant}: the repository has no files of it; leave variant out")
     return chosen
 
 

@@ -3,64 +3,74 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, open_tensors, write_safetensors
+from dreambooth_sm.stored.configs import class_name, make_module, read_json, read_tokenizer_directory
+from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, write_safetensors
 from dreambooth_sm.stored.layout import (
     CLIP,
     OPEN_CLIP,
     UNET,
-    VAE,
     XL_OPEN_CLIP,
     Configs,
     is_xl,
     parts_in,
+    places,
     text_prefix,
     to_diffusers,
     to_original,
+    today,
 )
 from dreambooth_sm.stored.model import (
     ZEROS,
     Progress,
     StoredModel,
+    StoredPart,
     check_complete,
     clip_tokenizer,
-    empty_module,
-    fill,
     make_pipeline,
     no_progress,
     tokenizers_of,
 )
+from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.recognise import CONFIGS_FIELD, V_PREDICTION, ZERO_SNR, check_kind, read_configs, vae_config
+from dreambooth_sm.stored.schedule import check_schedule, make_scheduler
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".bin")
 # The metadata fields in which our own files carry tokenizers that are not CLIP's, by the tokenizer's name.
 _TOKENIZER_FIELD = "dreambooth_sm.{}"
 # Among our own files' configurations, that of the pipeline itself.
 _INDEX = "pipeline"
 _CLIP_TOKENS = 49_408
 _EMA = "model_ema."
-_ADVICE = "copy the file again, or take another version of it"
+# What whole files hold beside what a pipeline needs: averages, what the VAE and the UNet were trained with, constants,
+# marks, and of text encoders what only comparing pictures with texts needs.
+_KNOWN_OTHERS = re.compile(
+    r"(model_ema|first_stage_model\.loss|denoiser|cond_stage_model\.model\.visual)\..*|v_pred|ztsnr|scale_factor|logvar|"
+    r"(sqrt_|log_|posterior_)?\w*(alphas_cumprod|betas|lvlb_weights|posterior_\w+)\w*|"
+    r"(cond_stage_model|conditioner)\..*(position_ids|logit_scale|text_projection(\.weight)?|attn_mask|resblocks\.\d+\..*)"
+)
 
 
-def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str | None = None) -> StoredModel:
-    """Understands a ``.safetensors`` file or a pickle (``.ckpt``) of Stable Diffusion 1, 2 or XL, without reading
-    weights.
+def read_checkpoint(
+    path: Path, *, use_ema: bool = False, prediction_type: str | None = None, vae: StoredPart | None = None
+) -> StoredModel:
+    """Understands a safetensors file or a pickle (``.ckpt``) of Stable Diffusion 1, 2 or XL, without reading weights.
 
     Args:
         use_ema: takes the average that some files carry beside the UNet's weights.
         prediction_type: ``epsilon`` or ``v_prediction``; None to find out
             (:func:`dreambooth_sm.stored.recognise.read_configs`).
+        vae: takes the place of the file's own, which may then be missing.
 
     Raises:
         UserError: where the file is damaged, another kind of model, or a pickle that wants more than tensors.
@@ -70,47 +80,72 @@ def read_checkpoint(path: Path, *, use_ema: bool = False, prediction_type: str |
     file = TensorFile(path, _renamed(file.tensors), file.notes)
     if use_ema:
         file = TensorFile(path, _averaged(file), file.notes)
-    configs, remarks = read_configs(file, prediction_type)
-    try:
-        modules: dict[str, Any] = {part: empty_module(part, configs[part]) for part in parts_in(configs)}
-        scheduler_class = getattr(diffusers, configs["scheduler"].pop("_class_name"))
-        scheduler = scheduler_class.from_config(configs["scheduler"])
-    except Exception as error:  # configurations from a file's metadata can be anything
-        raise UserError(f"{path}: its configuration makes no model ({error!r:.200}); {_ADVICE}") from None
+    configs, remarks = read_configs(file, prediction_type, with_vae=vae is None)
+    where = f"{path}: its configuration of the {{}}"
+    scheduler, more = make_scheduler(configs["scheduler"], where.format("scheduler"))
+    check_schedule(scheduler, where.format("scheduler"))
+    modules: dict[str, Any] = {
+        part: make_module(part, configs[part], where.format(part))
+        for part in parts_in(configs)
+        if part != "vae" or vae is None
+    }
+    if vae:
+        vae.scale_like(configs["vae"])
+        modules["vae"] = vae.module
     configs["unet"] = dict(modules["unet"].config)  # with the defaults that the shapes say nothing of
+    configs["vae"] = dict(modules["vae"].config)
     tensors: dict[str, dict[str, Stored]] = {}
+    used: set[str] = set()
     for part, module in modules.items():
         names = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-        tensors[part] = to_diffusers(part, names, configs, file.tensors)
-        check_complete(str(path), part, module, tensors[part], _ADVICE)
+        used |= {place.key for place in places(part, names, configs).values()}
+        tensors[part] = vae.tensors if part == "vae" and vae else to_diffusers(part, names, configs, file.tensors)
+        check_complete(str(path), part, module, tensors[part])
     tokenizers = {name: read_tokenizer(file, name, configs) for name in tokenizers_of(modules)}
     parts = {**modules, **tokenizers, "scheduler": scheduler, "feature_extractor": None}
     pipeline = make_pipeline(parts, configs.get(_INDEX, {}))
-    return StoredModel(str(path), pipeline, tensors, tuple(remarks))
+    return StoredModel(str(path), pipeline, tensors, (*remarks, *more, *_left_out(file, used)))
 
 
-def read_vae(path: Path, dtype: torch.dtype | None = torch.float32) -> AutoencoderKL:
-    """The VAE of a whole checkpoint, or of a file of its own.
+def _left_out(file: TensorFile, used: set[str]) -> list[str]:
+    others = [key for key in file.tensors if key not in used and not _KNOWN_OTHERS.fullmatch(key)]
+    if not others:
+        return []
+    return [f"{file.path}: {len(others)} tensors are of no part of the model and are left out, such as {min(others)}"]
 
-    Args:
-        dtype: see :meth:`dreambooth_sm.stored.model.StoredModel.load`.
+
+def read_vae(path: Path) -> StoredPart:
+    """The VAE of a whole checkpoint, or of a file of its own in the original layout or in that of diffusers.
 
     Raises:
         UserError: where the file is damaged or holds no VAE.
     """
     found = open_tensors(path).tensors
-    if not any(key.startswith(VAE) for key in found):
-        found = {VAE + key: tensor for key, tensor in found.items()}
-    try:
-        config = vae_config(found)
-        module = empty_module("vae", config)
-    except Exception as error:
-        raise UserError(f"{path} holds no VAE in the original Stable Diffusion layout ({error!r:.200})") from None
-    names = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    tensors = to_diffusers("vae", names, {"vae": config}, found)
-    check_complete(str(path), "vae", module, tensors, _ADVICE)
-    fill(module, tensors, dtype)
-    return module
+    beside = path.with_name("config.json")
+    if beside.is_file() and class_name(config := read_json(beside)) == AutoencoderKL.__name__:
+        module = make_module("vae", config, str(beside))
+        tensors, scaled = {today(name, "vae"): tensor for name, tensor in found.items()}, True
+    else:
+        try:
+            config, inner = vae_config(found)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(f"{path} holds no VAE of Stable Diffusion: it lacks {error!s:.200}") from None
+        module, scaled = make_module("vae", config, f"{path}: its configuration of the vae"), False
+        names = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        tensors = to_diffusers("vae", names, {"vae": config}, inner) if inner else _flattened(found, names)
+    check_complete(str(path), "vae", module, tensors)
+    return StoredPart(module, tensors, scaled)
+
+
+def _flattened(found: Mapping[str, Stored], names: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """A VAE's tensors under today's names, matrices of its attention as matrices."""
+    tensors = {today(name, "vae"): tensor for name, tensor in found.items()}
+    return {
+        name: tensor.reshaped(tensor.shape[:2])
+        if tensor.shape[2:] == (1, 1) and names.get(name) == tensor.shape[:2]
+        else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def write_checkpoint(
@@ -229,16 +264,15 @@ def read_tokenizer(file: TensorFile, name: str, configs: Configs) -> CLIPTokeniz
     Raises:
         UserError: where the text encoder has another vocabulary than CLIP's, and the file does not bring it.
     """
-    field = _TOKENIZER_FIELD.format(name)
+    field, encoder = _TOKENIZER_FIELD.format(name), name.replace("tokenizer", "text_encoder")
     if field in file.notes:
         try:
             with tempfile.TemporaryDirectory() as folder:
                 for file_name, text in json.loads(file.notes[field]).items():
                     Path(folder, Path(file_name).name).write_text(text, encoding="utf-8")
-                return CLIPTokenizer.from_pretrained(folder)
+                return read_tokenizer_directory(Path(folder), configs[encoder]["max_position_embeddings"])
         except Exception as error:  # another writer's metadata can be anything
             raise UserError(f"{file.path}: its metadata {field} can't be read: {error!r:.200}") from None
-    encoder = name.replace("tokenizer", "text_encoder")
     tokens = configs[encoder]["vocab_size"]
     if tokens != _CLIP_TOKENS:
         raise UserError(

@@ -7,112 +7,164 @@ import re
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import SchedulerMixin
-from transformers import CLIPImageProcessor, CLIPTextConfig, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPTextConfig
 
-from dreambooth_sm.errors import UserError
-from dreambooth_sm.stored.files import Stored, open_tensors, write_safetensors
-from dreambooth_sm.stored.layout import PARTS
+from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.stored.configs import class_name, make, make_module, read_json, read_tokenizer_directory
+from dreambooth_sm.stored.files import Stored, write_safetensors
+from dreambooth_sm.stored.layout import PARTS, today
+from dreambooth_sm.stored.locate import INDEX
 from dreambooth_sm.stored.model import (
+    CLASSES,
+    VAE_SCALES,
     Pipeline,
     Progress,
     StoredModel,
+    StoredPart,
     check_complete,
-    empty_module,
     make_pipeline,
     no_progress,
     tokenizers_of,
 )
+from dreambooth_sm.stored.opening import open_tensors
+from dreambooth_sm.stored.schedule import check_schedule, make_scheduler
 from dreambooth_sm.stored.tokenizer import write_json, write_tokenizer
 
 # Transformers wrote and read this prefix until 5.6, and still reads it; with a projection it is there in all versions.
 _TEXT_PREFIX = "text_model."
-_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-_ADVICE = "copy the directory again"
+# Of CLIP, in all of Stable Diffusion.
+_POSITIONS = 77
 
 
-def read_directory(directory: Path) -> StoredModel:
-    """Understands a pipeline directory without reading its weights; full-precision files are preferred.
+def read_directory(
+    directory: Path,
+    *,
+    variant: str | None = None,
+    prediction_type: str | None = None,
+    vae: StoredPart | None = None,
+) -> StoredModel:
+    """Understands a pipeline directory without reading its weights.
+
+    Args:
+        variant: of the weights' files, such as ``fp16``; parts that do not have it are taken in full precision.
+        prediction_type: ``epsilon`` or ``v_prediction``, in place of what the directory says.
+        vae: takes the place of the directory's own, which may then be missing.
 
     Raises:
-        UserError: where it is damaged.
+        UserError: where it is damaged, or of another kind.
     """
-    try:
-        index = json.loads((directory / "model_index.json").read_text(encoding="utf-8"))
-        names = PARTS[index["_class_name"]]
-        modules = {part: empty_module(part, read_config(directory / part)) for part in names}
-        extractor = directory / "feature_extractor"
-        parts: dict[str, Any] = {
-            **modules,
-            **{name: CLIPTokenizer.from_pretrained(directory / name) for name in tokenizers_of(names)},
-            "scheduler": _scheduler(directory / "scheduler"),
-            "feature_extractor": CLIPImageProcessor.from_pretrained(extractor) if extractor.is_dir() else None,
-        }
-        pipeline = make_pipeline(parts, index)
-        tensors = {part: find_weights(directory / part, part) for part in names}
-    except UserError:
-        raise
-    except Exception as error:  # a damaged directory makes the libraries raise nearly anything
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"{directory} can't be loaded ({reason}); copy the whole directory again") from None
-    for part, module in modules.items():
-        check_complete(str(directory), part, module, tensors[part], _ADVICE)
-    return StoredModel(str(directory), pipeline, tensors)
+    index, names = check_parts(directory, with_vae=vae is None)
+    own = [name for name in names if name != "vae" or vae is None]
+    scheduler_file = directory / "scheduler" / "scheduler_config.json"
+    if vae:
+        config_file = directory / "vae" / "config.json"
+        vae.scale_like(read_json(config_file) if config_file.is_file() else VAE_SCALES["text_encoder_2" in names])
+    problems = Problems()
+    parts: dict[str, Any] = {}
+    tensors: dict[str, dict[str, Stored]] = {}
+    for part in names:
+        with problems.collected():
+            read = vae if part == "vae" and vae else read_part(directory / part, part, variant)
+            parts[part], tensors[part] = read.module, read.tensors
+    with problems.collected():
+        config = read_json(scheduler_file) | ({"prediction_type": prediction_type} if prediction_type else {})
+        parts["scheduler"], remarks = make_scheduler(config, str(scheduler_file))
+        check_schedule(parts["scheduler"], str(scheduler_file))
+    for name in tokenizers_of(names):
+        with problems.collected():
+            encoder = parts.get(name.replace("tokenizer", "text_encoder"))
+            positions = encoder.config.max_position_embeddings if encoder else _POSITIONS
+            parts[name] = read_tokenizer_directory(directory / name, positions)
+    with problems.collected():
+        parts["feature_extractor"] = _feature_extractor(directory / "feature_extractor")
+    problems.raise_any()
+    if variant and not any(find_files(directory / part, part, variant)[1] for part in own):
+        raise UserError(f"variant={variant}: {directory} has no files of it; leave variant out")
+    return StoredModel(str(directory), make_pipeline(parts, index), tensors, tuple(remarks))
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """A module's ``config.json``."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}); {_ADVICE}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no configuration; {_ADVICE}")
-    return config
+def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What ``model_index.json`` says, and the names of the modules with weights.
+
+    Args:
+        with_vae: whether the directory has to have a VAE.
+
+    Raises:
+        UserError: where the pipeline is not one that can be trained, or a part of it is missing.
+    """
+    where = directory / INDEX
+    index = read_json(where)
+    name = class_name(index)
+    if not name:
+        raise UserError(f"{where} can't be read: it names no pipeline (_class_name); copy it again")
+    if name not in PARTS:
+        raise UserError(f"{directory} holds a {name}; this project takes Stable Diffusion 1, 2 and XL base models")
+    names = PARTS[name]
+    wanted = {part: CLASSES[part].__name__ for part in names if part != "vae" or with_vae}
+    wanted |= dict.fromkeys(tokenizers_of(names), "CLIPTokenizer")
+    problems = [
+        f"{where}: its {part} is a {entry[1]}; this project takes a {kind} there"
+        for part, kind in wanted.items()
+        if isinstance(entry := index.get(part), list) and entry[1:] not in ([], [None], [kind], [f"{kind}Fast"])
+    ]
+    problems += [
+        f"{directory / part} is missing; copy the whole pipeline directory"
+        for part in (*wanted, "scheduler")
+        if not (directory / part).is_dir()
+    ]
+    if problems:
+        raise UserError(problems)
+    return index, names
 
 
-def find_weights(directory: Path, part: str) -> dict[str, Stored]:
-    """The tensors of a module's directory, under the names of today's diffusers and transformers.
+def read_part(directory: Path, part: str, variant: str | None = None) -> StoredPart:
+    """A module's directory, without reading its weights.
 
     Args:
         part: one of those that ``PARTS`` names.
+
+    Raises:
+        UserError: where it is damaged, or of another kind of module.
+    """
+    path = directory / "config.json"
+    module = make_module(part, read_json(path), str(path))
+    files, _ = find_files(directory, part, variant)
+    tensors = {today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
+    check_complete(str(directory), part, module, tensors)
+    return StoredPart(module, tensors)
+
+
+def find_files(directory: Path, part: str, variant: str | None = None) -> tuple[list[Path], bool]:
+    """The files of a module's weights, and whether they are of the variant that was asked for. Full precision comes
+    before other variants, and safetensors before pickles.
+
+    Raises:
+        UserError: where there are none.
     """
     stem = _weights_name(part)
     for suffix, name in (("safetensors", stem), ("bin", "pytorch_model" if stem == "model" else stem)):
         variants: dict[str, list[Path]] = {}
         for path in sorted(directory.iterdir()):
-            if match := re.fullmatch(rf"{name}(?:\.(\w+))?(-\d+-of-\d+)?\.{suffix}", path.name):
+            if match := re.fullmatch(rf"{name}(?:\.(\w+))?(-\d+-of-\d+)?\.{suffix}", path.name, re.IGNORECASE):
                 variants.setdefault(match[1] or "", []).append(path)
+        if variant and variant in variants:
+            return variants[variant], True
         if variants:
-            # Full precision first, where there is a choice.
-            files = variants.get("") or variants.get("fp16") or next(iter(variants.values()))
-            return {_today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
-    raise UserError(f"{directory} holds no weights such as {stem}.safetensors; {_ADVICE}")
+            return variants.get("") or variants.get("fp16") or next(iter(variants.values())), False
+    raise UserError(f"{directory} holds no weights such as {stem}.safetensors; copy the directory again")
 
 
 def _weights_name(part: str) -> str:
     return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
 
 
-def _today(name: str, part: str) -> str:
-    if part == "text_encoder":
-        return name.removeprefix(_TEXT_PREFIX)
-    if part == "vae" and ".attentions." in name:
-        for old, new in _OLD_ATTENTION.items():
-            name = name.replace(old, new)
-    return name
-
-
-def _scheduler(directory: Path) -> SchedulerMixin:
-    name = json.loads((directory / "scheduler_config.json").read_text(encoding="utf-8")).get("_class_name", "")
-    kind: Any = getattr(diffusers, str(name), None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise UserError(f"{directory}: {name!r} is no scheduler of diffusers {diffusers.__version__}; {_ADVICE}")
-    scheduler: SchedulerMixin = kind.from_pretrained(directory)  # type: ignore[attr-defined]
-    return scheduler
+def _feature_extractor(directory: Path) -> CLIPImageProcessor | None:
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        return None
+    made: CLIPImageProcessor = make(CLIPImageProcessor.from_dict, read_json(path), str(path), "CLIPImageProcessor")
+    return made
 
 
 def write_directory(

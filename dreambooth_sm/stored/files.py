@@ -1,4 +1,4 @@
-"""Tensors in files: found without being read, and read and written in small pieces by a few threads.
+"""Tensors in files, read and written in small pieces by a few threads.
 
 Neither a second copy of the weights nor a memory map is ever held: what a module is made of is read into its own
 memory, and what is converted passes through memory piece by piece.
@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -20,20 +19,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from dreambooth_sm.errors import UserError
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -41,9 +40,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
-_GIT_LFS = b"version https://git-lfs"
 # Stands for the hash in a header until the data that it is made of has been written.
 _NO_HASH = "0x" + "0" * 64
 HASH_FIELD = "modelspec.hash_sha256"
@@ -60,15 +58,17 @@ class Stored:
     """A tensor that is read when it is wanted.
 
     Attributes:
-        piece: makes a flat tensor of the elements from one number to before another, rows one after another; anew each
-            time where it comes from a file.
+        piece: makes a flat tensor of the elements from one number to before another, rows one after another; a new one
+            each time where it comes from a file.
         in_pieces: whether a piece costs no more than its part of the whole; :meth:`spans` has one otherwise.
+        companions: names of tensors beside it in its file, without which it can't be understood, nor with them.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     piece: Callable[[int, int], Tensor]
     in_pieces: bool = True
+    companions: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -106,7 +106,11 @@ class Stored:
 
     def transposed(self) -> Stored:
         """A matrix with rows and columns exchanged."""
-        return Stored(self.dtype, self.shape[::-1], lambda start, stop: self.read().t().flatten()[start:stop], False)
+
+        def piece(start: int, stop: int) -> Tensor:
+            return self.read().t().flatten()[start:stop]
+
+        return replace(self, shape=self.shape[::-1], piece=piece, in_pieces=False)
 
     def third(self, number: int) -> Stored:
         """One of three equal parts along the first dimension."""
@@ -138,17 +142,6 @@ class TensorFile:
     path: Path
     tensors: dict[str, Stored]
     notes: dict[str, Any]
-
-
-def open_tensors(path: Path) -> TensorFile:
-    """Finds the tensors of a ``.safetensors`` file or of a pickle (``.ckpt``, ``.pt``, ``.bin``), and reads none.
-
-    Raises:
-        UserError: where the file is damaged, or holds a pickle that wants more than tensors.
-    """
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    return _open_pickle(path)
 
 
 def load_tensors(
@@ -188,7 +181,7 @@ def _in_order(pool: Executor, act: Callable[[Item], Result], items: Iterable[Ite
         yield waiting.popleft().result()
 
 
-def _at(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
+def at(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
     """A contiguous tensor at ``offset`` bytes into a file."""
 
     def piece(start: int, stop: int) -> Tensor:
@@ -196,7 +189,7 @@ def _at(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> 
         if tensor.numel():
             with path.open("rb") as file:
                 file.seek(offset + start * dtype.itemsize)
-                got = file.readinto(_bytes(tensor))
+                got = file.readinto(as_bytes(tensor))
             if got != tensor.nbytes:
                 raise UserError(f"{path} ends in the middle of a tensor; copy it again")
         return tensor
@@ -204,106 +197,10 @@ def _at(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> 
     return Stored(dtype, shape, piece)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
-
-
-def _open_safetensors(path: Path) -> TensorFile:
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_GIT_LFS))
-            if start == _GIT_LFS:
-                raise UserError(f"{path} is a git-lfs pointer, not the model; run git lfs pull, and copy it again")
-            with safe_open(path, "pt"):
-                pass  # checks the header against the file
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}); copy it again") from None
-    notes = header.pop("__metadata__", {})
-    foreign = sorted({entry["dtype"] for entry in header.values()} - set(_DTYPES))
-    if foreign:
-        raise UserError(f"{path} holds tensors of type {', '.join(foreign)}; take a version in fp16, bf16 or fp32")
-    tensors = {
-        name: _at(path, 8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        for name, entry in header.items()
-    }
-    return TensorFile(path, tensors, notes)
-
-
-class _ModelCheckpoint:
-    """Stands for Lightning's callback, whose class old checkpoints name without using it."""
-
-
-_HARMLESS: list[Any] = [(_ModelCheckpoint, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")]
-
-
-def _open_pickle(path: Path) -> TensorFile:
-    """With torch's weights-only loading, which runs no code of the file."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        zipped = zipfile.is_zipfile(path)
-        if start == b"PK" and not zipped:
-            raise UserError(f"{path} is cut off; copy it again")
-        with safe_globals(_HARMLESS):
-            if zipped and (wanted := get_unsafe_globals_in_checkpoint(path)):
-                raise _refused(path, ", ".join(wanted))
-            if zipped:
-                with FakeTensorMode():  # gives tensors that know where in the file they lie
-                    loaded = torch.load(path, weights_only=True)
-                    tensors, notes = _tensors(loaded, lambda tensor: _in_zip(path, tensor))
-            else:  # as torch wrote files before 1.6
-                loaded = torch.load(path, weights_only=True, map_location="cpu")
-                tensors, notes = _tensors(loaded, Stored.of)
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        refusal = next((line for line in lines if "GLOBAL" in line), None)
-        if refusal:
-            name = refusal.split("GLOBAL")[1].split()[0]
-            raise _refused(path, name) from None
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"{path} is no whole checkpoint file ({reason[:200]}); copy it again") from None
-    if not tensors:
-        raise UserError(f"{path} holds no tensors; name a Stable Diffusion checkpoint")
-    return TensorFile(path, tensors, notes)
-
-
-def _refused(path: Path, names: str) -> UserError:
-    return UserError(
-        f"{path} is refused: it wants to run {names} while it is read, and a model needs nothing but tensors; "
-        "take its .safetensors version"
-    )
-
-
-def _tensors(loaded: Any, stored: Callable[[Tensor], Stored]) -> tuple[dict[str, Stored], dict[str, Any]]:
-    notes: dict[str, Any] = {}
-    while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        notes |= {key: value for key, value in loaded.items() if isinstance(value, int | str)}
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        return {}, notes
-    return {str(key): stored(value) for key, value in loaded.items() if isinstance(value, Tensor)}, notes
-
-
-def _in_zip(path: Path, tensor: Tensor) -> Stored:
-    """A tensor of a checkpoint that was opened under FakeTensorMode; see torch's notes on serialization."""
-    storage: Any = tensor.untyped_storage()
-    dtype, shape, strides = tensor.dtype, tuple(tensor.shape), tensor.stride()
-    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    length = last + 1 if tensor.numel() else 0
-    offset = storage._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
-    stored = _at(path, offset, dtype, (length,))
-    if tensor.is_contiguous():
-        return stored.reshaped(shape)
-    return Stored(
-        dtype, shape, lambda start, stop: stored.read().as_strided(shape, strides).flatten()[start:stop], False
-    )
 
 
 class OutOfRange(Exception):  # noqa: N818
@@ -373,7 +270,7 @@ def write_safetensors(
                 converted = piece.to("cpu", dtypes[name])
                 if dtype == converted.dtype and not _is_finite(converted):
                     raise OutOfRange(name, dtype, _is_finite(piece))
-                data = _bytes(converted)
+                data = as_bytes(converted)
                 first = start_of_data + entries[name]["data_offsets"][0]
                 _write_at(file.fileno(), first + start * dtypes[name].itemsize, data)
                 return data

@@ -27,6 +27,8 @@ OPEN_CLIP = "cond_stage_model.model."
 XL_CLIP = "conditioner.embedders.0.transformer."
 XL_OPEN_CLIP = "conditioner.embedders.1.model."
 
+_OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
 Configs = Mapping[str, Mapping[str, Any]]
 
 _RESNET_OF_UNET = {
@@ -102,6 +104,16 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
     return {name: Place(f"{prefix}text_model.{inner[name]}") for name in names}
 
 
+def today(name: str, part: str) -> str:
+    """What today's diffusers and transformers call a tensor that earlier ones wrote."""
+    if part == "text_encoder":
+        return name.removeprefix("text_model.")
+    if part == "vae" and ".attentions." in name:
+        for old, new in _OLD_ATTENTION.items():
+            name = name.replace(old, new)
+    return name
+
+
 def is_xl(configs: Configs) -> bool:
     """Whether the model is SDXL, which has two text encoders."""
     return "text_encoder_2" in configs
@@ -129,7 +141,7 @@ def to_diffusers(
             tensor = found[place.key]
             if place.third is not None:
                 tensor = tensor.third(place.third)
-            if place.as_convolution:
+            if place.as_convolution and tensor.shape[2:] == (1, 1):
                 tensor = tensor.reshaped(tensor.shape[:2])
             if place.transposed:
                 tensor = tensor.transposed()

@@ -26,12 +26,38 @@ Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 _HALF = (torch.float16, torch.bfloat16)
 # In SDXL's model_index.json: whether the empty prompt is embedded as zeros.
 ZEROS = "force_zeros_for_empty_prompt"
-_CLASSES: dict[str, Any] = {
+CLASSES: dict[str, Any] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
 }
+
+
+# How latents are scaled and whether decoding them overflows in half precision, of Stable Diffusion 1 and 2, and XL.
+VAE_SCALES: dict[bool, dict[str, Any]] = {
+    False: {"scaling_factor": 0.18215},
+    True: {"scaling_factor": 0.13025, "force_upcast": True},
+}
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A module whose weights still lie in files.
+
+    Attributes:
+        tensors: see :class:`StoredModel`.
+        scaled: of a VAE, whether its configuration says how latents are scaled, which its tensors don't.
+    """
+
+    module: Any
+    tensors: dict[str, Stored]
+    scaled: bool = True
+
+    def scale_like(self, config: Mapping[str, Any]) -> None:
+        """Takes over how another VAE scales, where this one doesn't say."""
+        if not self.scaled:
+            self.module.register_to_config(**{key: config[key] for key in VAE_SCALES[True] if key in config})
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,7 @@ def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
         part: one of those that ``PARTS`` names.
         config: as in the part's ``config.json``.
     """
-    kind = _CLASSES[part]
+    kind = CLASSES[part]
     with init_empty_weights(include_buffers=False):
         if part.startswith("text_encoder"):
             return kind(CLIPTextConfig.from_dict(dict(config)))
@@ -126,14 +152,24 @@ def fill(
     module.to(device).requires_grad_(False).eval()  # buffers are no weights, and move here
 
 
-def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str, Stored], advice: str) -> None:
-    """Raises UserError where a weight of ``module`` is missing or has another shape."""
+def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str, Stored]) -> None:
+    """Raises UserError where a weight of ``module`` is missing, quantised, or has another shape."""
     for key, value in module.state_dict().items():
         if key not in tensors:
-            raise UserError(f"{name}: {part} lacks {key}; {advice}")
-        if tensors[key].shape != tuple(value.shape):
-            found, wanted = (" x ".join(map(str, shape)) or "1" for shape in (tensors[key].shape, value.shape))
-            raise UserError(f"{name}: {key} of {part} has the shape {found} and should have {wanted}; {advice}")
+            raise UserError(f"{name}: {part} lacks {key}; copy all of the model's files again, or take another version")
+        tensor = tensors[key]
+        if tensor.companions or not tensor.dtype.is_floating_point:
+            found = f"comes with {tensor.companions[0]}" if tensor.companions else f"is of the type {tensor.dtype}"
+            raise UserError(
+                f"{name}: {key} of {part} {found}: such weights are quantised or belong to an adapter; take a version "
+                "in fp16, bf16 or fp32"
+            )
+        if tensor.shape != tuple(value.shape):
+            shape, wanted = (" x ".join(map(str, shape)) or "1" for shape in (tensor.shape, value.shape))
+            raise UserError(
+                f"{name}: {key} of {part} has the shape {shape} and should have {wanted}; take weights and "
+                "configuration of the same model"
+            )
 
 
 def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Pipeline:

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, TensorFile
-from dreambooth_sm.stored.layout import CLIP, OPEN_CLIP, UNET, VAE, XL_CLIP, XL_OPEN_CLIP
+from dreambooth_sm.stored.layout import CLIP, OPEN_CLIP, PARTS, UNET, VAE, XL_CLIP, XL_OPEN_CLIP
+from dreambooth_sm.stored.model import VAE_SCALES
 
 # The metadata field in which our own files carry their configuration, for models of other sizes.
 CONFIGS_FIELD = "dreambooth_sm.configs"
 # Empty tensors by which files say that the model predicts velocity, and that its last time step is noise alone.
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
-# Kinds of files that people have beside Stable Diffusion checkpoints, by a name that only they hold.
+# Whole models that differ from those that can be trained in more than shapes, by a name that only they hold.
+_OTHERS = (
+    (r"^conditioner\.embedders\.0\.model\.", "a Stable Diffusion XL refiner"),
+    (r"^edm_(mean|std)$", "a Playground 2.5 model"),
+    (r"^noise_augmentor\.", "an unCLIP model"),
+    (r"^control_model\.", "a ControlNet, not a whole model"),
+)
+# Kinds of files that people have beside Stable Diffusion checkpoints. Some of these names stray into whole models.
 _FOREIGN = (
     (r"lora_(unet|te\d?)_|\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|^lycoris_", "a LoRA, not a whole model"),
     (r"^(string_to_param|emb_params|clip_[lg])$", "a textual inversion embedding, not a whole model"),
     (r"(^|\.)double_blocks\.\d+\.", "a Flux model"),
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 model"),
-    (r"^conditioner\.embedders\.0\.model\.", "a Stable Diffusion XL refiner"),
-    (r"^edm_(mean|std)$", "a Playground 2.5 model"),
-    (r"^noise_augmentor\.", "an unCLIP model"),
     (r"^control_model\.|^(input_hint_block|zero_convs|controlnet_\w+)\.", "a ControlNet, not a whole model"),
     (r"^(down|up)_blocks\.\d+\.|^input_blocks\.\d+\.", "a UNet (or VAE) alone, not a whole model"),
     (r"^(encoder|decoder)\.conv_in\.", "a VAE alone, not a whole model; name it in pretrained_vae_name_or_path"),
@@ -42,11 +48,12 @@ _PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "epsilon": "epsilon"}
 
 
 def check_kind(file: TensorFile) -> None:
-    """Raises UserError, with what the file is, where it is no Stable Diffusion checkpoint for text to image."""
+    """Raises UserError, with what the file is, where it is not a Stable Diffusion checkpoint for text to image."""
     first = file.tensors.get(f"{UNET}input_blocks.0.0.weight")
-    kind = next((words for pattern, words in _FOREIGN if any(re.search(pattern, key) for key in file.tensors)), None)
+    kinds = _OTHERS if first else (*_OTHERS, *_FOREIGN)
+    kind = next((words for pattern, words in kinds if any(re.search(pattern, key) for key in file.tensors)), None)
     if kind is None and first is None:
-        kind = "no Stable Diffusion checkpoint: it has no model.diffusion_model.input_blocks.0.0.weight"
+        kind = "not a Stable Diffusion checkpoint: it has no model.diffusion_model.input_blocks.0.0.weight"
     if kind is not None:
         raise UserError(f"{file.path} is {kind}; {_TRAINABLE}")
     assert first is not None
@@ -57,11 +64,14 @@ def check_kind(file: TensorFile) -> None:
         raise UserError(f"{file.path} is {kind} whose UNet takes {inputs} channels instead of 4; {_TRAINABLE}")
 
 
-def read_configs(file: TensorFile, prediction_type: str | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def read_configs(
+    file: TensorFile, prediction_type: str | None, *, with_vae: bool = True
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The configurations of the modules with weights and of the ``scheduler``, and remarks on what was guessed.
 
     Args:
         prediction_type: ``epsilon`` or ``v_prediction``; None to find out (:func:`_prediction`).
+        with_vae: whether the file has to hold a VAE; the configuration of one that it lacks says no more than scales.
 
     Raises:
         UserError: where the shapes are of no model known here, or the YAML beside the file can't be read.
@@ -69,16 +79,19 @@ def read_configs(file: TensorFile, prediction_type: str | None) -> tuple[dict[st
     if CONFIGS_FIELD in file.notes:
         try:
             configs: dict[str, dict[str, Any]] = json.loads(file.notes[CONFIGS_FIELD])
-            if prediction_type:
-                configs["scheduler"]["prediction_type"] = prediction_type
-            return configs, []
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file.path}: its metadata {CONFIGS_FIELD} can't be read: {error!r}") from None
+            wanted = {*PARTS["StableDiffusionPipeline"], "scheduler"}
+            if not wanted <= configs.keys() or not all(isinstance(config, dict) for config in configs.values()):
+                raise ValueError(f"it has to hold {', '.join(sorted(wanted))}")
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"{file.path}: its metadata {CONFIGS_FIELD} can't be read: {error!r:.200}") from None
+        if prediction_type:
+            configs["scheduler"]["prediction_type"] = prediction_type
+        return configs, []
     options = _yaml_beside(file.path)
     try:
-        unet, vae = _unet(file.tensors, options), _vae(file.tensors, options)
+        unet, vae = _unet(file.tensors, options), _vae(file.tensors, options, with_vae)
         text_encoders = _text_encoders(file.tensors)
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"{file.path} lacks tensors of a Stable Diffusion {'XL' if _XL in file.tensors else '1 or 2'} checkpoint "
             f"({error}); copy it again"
@@ -217,32 +230,54 @@ def _is_distilled(tensors: dict[str, Stored], unet: dict[str, Any]) -> bool:
     return any(_count(tensors, f"{UNET}{block}.1.transformer_blocks.") != depth for block, depth in wanted.items())
 
 
-def _vae(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]:
+def _vae(tensors: Mapping[str, Stored], options: Mapping[str, Any], with_vae: bool = True) -> dict[str, Any]:
+    scales = {"scaling_factor": options.get("scale_factor", 0.18215), **(VAE_SCALES[True] if _XL in tensors else {})}
+    if not with_vae:
+        return scales
+    down = VAE + "encoder.down.{}.block.{}.conv1.weight"
+    return _vae_of(tensors, down, f"{VAE}post_quant_conv.weight") | scales
+
+
+def vae_config(tensors: Mapping[str, Stored]) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The configuration of a VAE without its scales, from its tensors; and the tensors under the names that whole
+    checkpoints give them, or none where they have those of diffusers.
+
+    Raises:
+        KeyError: for what is missing.
+    """
+    if any(re.match(r"(encoder\.down|decoder\.up)_blocks\.", key) for key in tensors):
+        return _vae_of(tensors, "encoder.down_blocks.{}.resnets.{}.conv1.weight", "post_quant_conv.weight"), {}
+    inner = {key: tensor for key, tensor in tensors.items() if key.startswith(VAE)}
+    inner = inner or {VAE + key: tensor for key, tensor in tensors.items()}
+    config = _vae(inner, {})
+    return {key: value for key, value in config.items() if key not in VAE_SCALES[True]}, inner
+
+
+def _vae_of(tensors: Mapping[str, Stored], down: str, quant: str) -> dict[str, Any]:
+    """
+    Args:
+        down: the name of a weight, with places for level and layer.
+        quant: the name of the weight that takes latents.
+    """
     widths: list[int] = []
-    while (key := f"{VAE}encoder.down.{len(widths)}.block.0.conv1.weight") in tensors:
+    while (key := down.format(len(widths), 0)) in tensors:
         widths.append(tensors[key].shape[0])
+    if not widths:
+        raise KeyError(down.format(0, 0))
     layers = 0
-    while f"{VAE}encoder.down.0.block.{layers}.conv1.weight" in tensors:
+    while down.format(0, layers) in tensors:
         layers += 1
-    xl = {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True} if _XL in tensors else {}
     return {
         "_class_name": "AutoencoderKL",
-        "sample_size": 512,
+        "sample_size": 1024 if _XL in tensors else 512,
         "in_channels": 3,
         "out_channels": 3,
         "block_out_channels": widths,
         "layers_per_block": layers,
-        "latent_channels": tensors[f"{VAE}post_quant_conv.weight"].shape[0],
+        "latent_channels": tensors[quant].shape[0],
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "scaling_factor": options.get("scale_factor", 0.18215),
-        **xl,
     }
-
-
-def vae_config(tensors: dict[str, Stored]) -> dict[str, Any]:
-    """The configuration of a VAE, from its tensors under their original names."""
-    return _vae(tensors, {})
 
 
 def _count(tensors: dict[str, Stored], prefix: str) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 
 from dreambooth_sm.data.conditioning import Conditioning
@@ -24,6 +23,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.stored.schedule import training_scheduler
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
@@ -210,7 +210,7 @@ class Trainer:
                 average_into=None if on_cpu else self.make_step.average_into,
                 on_cpu=on_cpu,
             )
-        noise_scheduler: Any = DDPMScheduler.from_config(base.scheduler.config)
+        noise_scheduler: Any = training_scheduler(base.scheduler)
         self.prediction_type = noise_scheduler.config.prediction_type
         self.alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
         self.step = 0

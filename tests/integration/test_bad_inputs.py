@@ -431,7 +431,7 @@ LATE = [
     ),
     Bad(
         "checkpoint that is none",
-        ("{base}/input/data/sd.safetensors is no whole safetensors file", "copy it again"),
+        ("{base}/input/data/sd.safetensors is not a whole safetensors file", "copy it again"),
         {"pretrained_model_name_or_path": "/opt/ml/input/data/sd.safetensors"},
         writes("input/data/sd.safetensors", "x"),
     ),

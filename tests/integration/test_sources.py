@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import boto3
@@ -10,7 +11,7 @@ import pytest
 from dreambooth_sm import sources, storage
 from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.models import load_base
+from dreambooth_sm.models import check_base, load_base
 from dreambooth_sm.sources import needed_files
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.checkpoint import write_checkpoint
@@ -36,6 +37,37 @@ def test_a_prefix_and_an_object_in_s3(target: S3Uri, tiny_base: Path, tmp_path: 
         base = load_base(hyperparameters(pretrained_model_name_or_path=name))
         for part in STEMS:
             assert same(weights(getattr(base, part)), weights(getattr(expected, part)))
+
+
+@pytest.mark.usefixtures("aws")
+def test_a_prefix_one_level_too_high_an_archive_and_names_that_say_nothing(
+    target: S3Uri, tiny_base: Path, tmp_path: Path
+) -> None:
+    storage.upload_directory(tiny_base, target / "deep" / "er" / "tiny")
+    write_checkpoint(read_directory(tiny_base), tmp_path / "tiny.safetensors", dtype=None)
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
+        archive.add(tiny_base, ".")
+    client = storage.s3_client()
+    for name, key in (
+        ("tiny.safetensors", "file/TINY.SAFETENSORS"),
+        ("tiny.safetensors", "file/tiny"),
+        ("model.tar.gz", "job/output/model.tar.gz"),
+    ):
+        client.upload_file(str(tmp_path / name), target.bucket, key)
+    client.put_object(Bucket=target.bucket, Key="file/tiny-and-more", Body=b"x")
+    unet = load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_base))).unet
+    for place in (
+        str(target / "deep"),
+        str(target),
+        *(f"s3://{target.bucket}/{key}" for key in ("file/TINY.SAFETENSORS", "file/tiny", "job/output/model.tar.gz")),
+        f"s3://{target.bucket}/job/output",
+    ):
+        h = hyperparameters(pretrained_model_name_or_path=place)
+        check_base(h)
+        assert same(weights(load_base(h).unet), weights(unet))
+    storage.upload_directory(tiny_base, target / "deep" / "er" / "other")
+    with pytest.raises(UserError, match=r"several models .* name one of them, such as .*/deep/er/other"):
+        check_base(hyperparameters(pretrained_model_name_or_path=str(target / "deep")))
 
 
 @pytest.mark.usefixtures("aws")

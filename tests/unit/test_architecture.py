@@ -60,7 +60,7 @@ def test_what_is_wrong_with_a_damaged_file_is_told_when_it_is_read(tmp_path: Pat
     for content in (b"", b"\xff" * 8, b"text"):
         path.write_bytes(content)
         assert find_architecture(str(path)) == "sd"
-        with pytest.raises(UserError, match="no whole safetensors file"):
+        with pytest.raises(UserError, match="not a whole safetensors file"):
             load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
 
 
@@ -118,3 +118,10 @@ def test_a_model_that_is_not_what_the_job_was_planned_for(wrong: str, tiny_base:
     (line,) = caught.value.problems
     assert str(path) in line
     assert f"set base_architecture={'sd' if wrong == 'sdxl' else 'sdxl'}" in line
+
+
+def test_a_model_is_seen_where_the_job_finds_it(tiny_xl_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "channel" / "deep").mkdir(parents=True)
+    (tmp_path / "channel" / "deep" / "model").symlink_to(tiny_xl_base)
+    assert find_architecture(str(tmp_path / "channel")) == "sdxl"
+    assert find_architecture(str(tmp_path / "channel" / "deep" / "model" / "unet")) == "sd"
