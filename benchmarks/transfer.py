@@ -252,6 +252,7 @@ def peer(argument: str) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", action="append", default=[], type=peer, metavar="NAME=PATH", help=", ".join(PEERS))
+    parser.add_argument("--only", action="append", metavar="NAME", help="leave out clients that are not named")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--layout", choices=LAYOUTS, action="append")
     parser.add_argument("--direction", choices=["upload", "download"], action="append")
@@ -273,6 +274,8 @@ def main() -> None:
         if found := shutil.which(name, path=f"{here}{os.pathsep}{os.environ['PATH']}"):
             clients[name] = found
     clients |= dict(options.peer)
+    if options.only:
+        clients = {name: path for name, path in clients.items() if name in options.only}
     if options.server == "rclone" and "rclone" not in clients:
         parser.error("--server rclone: rclone was not found; name it with --peer rclone=PATH")
     with tempfile.TemporaryDirectory(dir=options.directory, prefix="transfer-") as work:

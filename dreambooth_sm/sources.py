@@ -154,24 +154,11 @@ def _from_s3(uri: S3Uri) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             if single:
                 partial.mkdir(parents=True)
-                _download_object(uri, partial / whole.name)
+                storage.download_object(uri, partial / whole.name)
             else:
                 storage.download_directory(uri, partial)
             partial.rename(directory)
     return whole
-
-
-def _download_object(uri: S3Uri, path: Path) -> None:
-    from boto3.exceptions import Boto3Error
-    from boto3.s3.transfer import TransferConfig
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    # The CRT client, which boto3 chooses by itself on some instance types, ignores AWS_ENDPOINT_URL.
-    config = TransferConfig(max_concurrency=16, preferred_transfer_client="classic")
-    try:
-        storage.s3_client().download_file(uri.bucket, uri.prefix, str(path), Config=config)
-    except (Boto3Error, BotoCoreError, ClientError) as error:
-        raise storage.DownloadError(f"{uri}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -86,6 +86,7 @@ def s3_proxy(
     before: Before = lambda request: None,
     after: After = lambda request, answer: None,
     tls: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[str]:
     """Runs a proxy in front of a server; its address.
 
@@ -94,6 +95,7 @@ def s3_proxy(
         before: sees each request, may change it, and answers it in the server's place unless it returns None.
         after: sees, and may change, each answer of the server.
         tls: to be reached by HTTPS.
+        host: to listen at, an address of version 4 or 6.
     """
     upstream = urlsplit(server if isinstance(server, str) else server.endpoint_url).netloc
 
@@ -155,6 +157,7 @@ def s3_proxy(
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
         def get_request(self) -> tuple[socket.socket, object]:
             connection, address = super().get_request()
@@ -163,10 +166,11 @@ def s3_proxy(
         def handle_error(self, request: object, client_address: object) -> None:
             pass  # a client that went away
 
-    with Server(("127.0.0.1", 0), Proxy) as proxy:
+    with Server((host, 0), Proxy) as proxy:
         threading.Thread(target=proxy.serve_forever, args=(0.01,), daemon=True).start()
         try:
-            yield f"{'https' if tls else 'http'}://127.0.0.1:{proxy.server_address[1]}"
+            name = f"[{host}]" if ":" in host else host
+            yield f"{'https' if tls else 'http'}://{name}:{proxy.server_address[1]}"
         finally:
             proxy.shutdown()
 

@@ -13,6 +13,7 @@ from dreambooth_sm.iam import execution_role_policy
 from dreambooth_sm.storage import (
     S3Options,
     S3Uri,
+    UploadError,
     check_writable,
     delete_directory,
     download_directory,
@@ -20,7 +21,7 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
-from tests.helpers.s3_proxy import Request, s3_proxy
+from tests.helpers.s3_proxy import Answer, Request, s3_proxy
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
 RIGHTS = {
@@ -76,12 +77,25 @@ def test_the_policy_allows_what_is_asked_and_no_more(
     model.mkdir()
     (model / "large").write_bytes(bytes(PART + 1))
     (model / "small").write_text("1")
-    with s3_proxy(s3.endpoint_url, lambda request: asked.extend(needed(request))) as address:
+
+    def fail(request: Request) -> Answer | None:
+        asked.extend(needed(request))
+        return Answer.error(400, "EntityTooLarge") if request.operation == "UploadPart" else None
+
+    with (
+        s3_proxy(s3.endpoint_url, lambda request: asked.extend(needed(request))) as address,
+        s3_proxy(s3.endpoint_url, fail) as full,
+    ):
         client = s3_client(s3.session(), endpoint_url=address)
         check_writable(target, options, client=client)
         for content in ("2", "3"):
             (model / "small").write_text(content)
             upload_directory(model, target, options, part_size=PART, client=client)
+        (model / "large").write_bytes(bytes(PART + 2))
+        with pytest.raises(UploadError):  # one that has to be given up
+            upload_directory(model, target, options, part_size=PART, client=s3_client(s3.session(), endpoint_url=full))
+        (model / "large").write_bytes(bytes(PART + 1))
+        upload_directory(model, target, options, part_size=PART, client=client)
         verify(target, options, client=client)
         download_directory(target, tmp_path / "copy", options, client=client)
         delete_directory(target, options, client=client)

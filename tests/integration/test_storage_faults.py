@@ -50,7 +50,7 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries come at once."""
     immediately = SimpleNamespace(sleep=lambda seconds: None)
     monkeypatch.setattr("botocore.endpoint.time", immediately)
-    monkeypatch.setattr("dreambooth_sm.s3_wire.time", immediately)
+    monkeypatch.setattr("dreambooth_sm.s3.time", immediately)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from dreambooth_sm.checksums import checksum_of, encoded
 from dreambooth_sm.cli import main
 from dreambooth_sm.embedded import embedded_s3
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.s3 import Store
 from dreambooth_sm.storage import (
     MANIFEST_NAME,
     DownloadError,
@@ -418,30 +419,29 @@ def test_what_md5_sums_show_to_differ_ends_the_upload(
 
 
 @pytest.mark.parametrize("part_size", [PART, 2**30])
-def test_a_file_that_changes_before_it_is_sent_is_noticed(
-    target: S3Uri,
-    tree: Path,
-    part_size: int,
-    through: Callable[..., storage.S3Client],
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_file_that_changes_while_it_is_sent(
+    target: S3Uri, tree: Path, part_size: int, through: Callable[..., storage.S3Client]
 ) -> None:
-    """Its MD5 sum is then what the server tells, but the manifest's checksum would be of what it was before."""
-    summed = storage._Upload._sum_up
+    """The manifest tells of what lies in S3; a file that became shorter ends the upload."""
+    path = tree / BIG
 
-    def change_once_summed_up(upload: Any, file: Any, number: int) -> Any:
-        body = summed(upload, file, number)
-        if upload.name == BIG and number == 0:
-            with upload.path.open("r+b") as stream:
-                stream.write(bytes([FILES[BIG][0] ^ 1]))
-        return body
+    def change(request: Request) -> None:
+        if request.operation in ("PutObject", "UploadPart") and request.key == (target / BIG).prefix:
+            path.write_bytes(bytes([FILES[BIG][0] ^ 1]) + FILES[BIG][1:])
 
-    def keep_none(request: Request, answer: Answer) -> None:
-        answer_checksum(answer, "")
+    upload_directory(tree, target, part_size=part_size, client=through(change), workers=1)
+    assert verify(target).whole
 
-    monkeypatch.setattr(storage._Upload, "_sum_up", change_once_summed_up)
-    with pytest.raises(UploadError, match=re.escape(str(target / BIG))):
-        upload_directory(tree, target, part_size=part_size, client=through(after=keep_none))
-    assert MANIFEST_NAME not in list_objects(target)
+    def cut(request: Request) -> None:
+        if request.operation == "UploadPart":
+            path.write_bytes(b"short")
+
+    path.write_bytes(FILES[BIG] + b"another")
+    if part_size == PART:
+        with pytest.raises(UploadError, match="changed while it was uploaded"):
+            upload_directory(tree, target, part_size=part_size, client=through(cut), workers=1)
+        assert MANIFEST_NAME not in list_objects(target)
+        assert not leftovers(target)
 
 
 def test_a_repeated_upload_sends_what_differs(
@@ -526,7 +526,7 @@ def test_the_command_verifies(target: S3Uri, tree: Path, capsys: pytest.CaptureF
     assert "elsewhere" in capsys.readouterr().err
 
 
-def test_an_interrupted_body_is_read_anew(
+def test_an_interrupted_body_is_read_again(
     target: S3Uri, tree: Path, tmp_path: Path, through: Callable[..., storage.S3Client]
 ) -> None:
     upload_directory(tree, target, part_size=PART)
@@ -543,7 +543,7 @@ def test_an_interrupted_body_is_read_anew(
     assert read_tree(tmp_path / "copy") == FILES
 
 
-def test_what_arrives_damaged_is_read_anew(
+def test_what_arrives_damaged_is_read_again(
     target: S3Uri, tree: Path, tmp_path: Path, environment: dict[str, str], through: Callable[..., storage.S3Client]
 ) -> None:
     """Where the server sends the object's checksum along."""
@@ -560,6 +560,38 @@ def test_what_arrives_damaged_is_read_anew(
     download_directory(target, tmp_path / "copy", part_size=PART, client=through(after=damage))
     assert len(damaged) > 3
     assert read_tree(tmp_path / "copy") == FILES
+
+
+@pytest.mark.parametrize("listed_by", ["server", "manifest"])
+def test_an_object_that_is_replaced_while_it_is_read_is_not_a_mixture(
+    target: S3Uri, tree: Path, tmp_path: Path, listed_by: str, through: Callable[..., storage.S3Client]
+) -> None:
+    """By another of the same size, as when a model is trained again."""
+    upload_directory(tree, target, part_size=PART)
+    uri, place = target / BIG, {"Bucket": target.bucket}
+    if listed_by == "server":
+        s3_client().delete_object(**place, Key=(target / MANIFEST_NAME).prefix)
+    ranges: list[str] = []
+
+    def replace(request: Request, answer: Answer) -> None:
+        if "range" in request.headers:
+            assert "if-match" in request.headers
+            ranges.append(request.headers["range"])
+            if len(ranges) == 1:
+                s3_client().put_object(**place, Key=uri.prefix, Body=FILES[BIG][::-1])
+
+    with pytest.raises(DownloadError, match="replaced by another") as caught:
+        download_directory(target, tmp_path / "copy", part_size=PART, client=through(after=replace), workers=1)
+    assert str(uri) in str(caught.value)
+    assert read_tree(tmp_path / "copy").items() < FILES.items(), "nothing half-way, under any name"
+
+
+def test_a_download_that_the_disk_has_no_space_for_is_not_begun(target: S3Uri, tmp_path: Path) -> None:
+    manifest = Manifest((storage.ManifestEntry("huge", 40 * 2**40, ""),), "")
+    body = manifest.to_json().encode()
+    s3_client().put_object(Bucket=target.bucket, Key=(target / MANIFEST_NAME).prefix, Body=body)
+    with pytest.raises(UserError, match="GB of space left"):
+        download_directory(target, tmp_path / "copy")
 
 
 def test_damaged_object_never_gets_its_name(target: S3Uri, tree: Path, tmp_path: Path) -> None:
@@ -582,19 +614,20 @@ def test_foreign_manifest_is_explained(target: S3Uri, tmp_path: Path) -> None:
         download_directory(target, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil"])
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "a//b", "n" * 256, "good/below"])
 @pytest.mark.parametrize("listed_by", ["server", "manifest"])
-def test_escaping_key_is_refused(
+def test_keys_that_cannot_be_files_are_refused(
     target: S3Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, listed_by: str
 ) -> None:
     if listed_by == "server":
-        monkeypatch.setattr(storage, "list_objects", lambda source, options, client: {"good": 1, name: 1})
+        monkeypatch.setattr(Store, "sizes", lambda store, prefix: {"good": 1, name: 1})
     else:
-        manifest = Manifest((storage.ManifestEntry(name, 1, ""),), "")
+        manifest = Manifest(tuple(storage.ManifestEntry(n, 1, "") for n in ("good", name)), "")
         body = manifest.to_json().encode()
         s3_client().put_object(Bucket=target.bucket, Key=(target / MANIFEST_NAME).prefix, Body=body)
-    with pytest.raises(UserError, match=f"{name}: this key leads out"):
+    with pytest.raises(UserError, match=re.escape(repr(name)[:80])) as caught:
         download_directory(target, tmp_path / "copy")
+    assert len(caught.value.problems) == 1
     assert not (tmp_path / "copy").exists()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import boto3.session
 import pytest
 
 from dreambooth_sm.embedded import EmbeddedS3
@@ -77,11 +78,42 @@ def test_by_https(
 ) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    with s3_proxy(s3.endpoint_url, tls=context) as address:
+    with s3_proxy(s3, tls=context) as address:
         with pytest.raises(UploadError, match="check the network"):
             upload_directory(tree, target, client=s3_client(s3.session(), endpoint_url=address, attempts=1))
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
         there_and_back(tree, target, tmp_path / "copy", s3_client(s3.session(), endpoint_url=address))
+
+
+def test_by_https_with_the_certificates_of_a_profile(
+    s3: EmbeddedS3, target: S3Uri, tree: Path, tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    keys = s3.session().get_credentials().get_frozen_credentials()
+    (tmp_path / "config").write_text(f"[profile mine]\nregion = us-east-1\nca_bundle = {certificate}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    session = boto3.session.Session(keys.access_key, keys.secret_key, profile_name="mine")
+    with s3_proxy(s3, tls=context) as address:
+        there_and_back(tree, target, tmp_path / "copy", s3_client(session, endpoint_url=address))
+
+
+def test_through_a_proxy_that_is_reached_by_https(
+    s3: EmbeddedS3, target: S3Uri, tree: Path, tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    seen: Counter[str] = Counter()
+
+    def note(request: Request) -> None:
+        request.headers["host"] = urlsplit(s3.endpoint_url).netloc
+        seen[request.operation] += 1
+
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with s3_proxy(s3, note, tls=context) as address:
+        monkeypatch.setenv("HTTP_PROXY", address)
+        there_and_back(tree, target, tmp_path / "copy", s3_client(s3.session(), endpoint_url="http://s3.example:9000"))
+    assert seen["PutObject"] == 5 + 1
 
 
 def test_through_a_proxy(
@@ -107,7 +139,7 @@ def test_connections_that_were_closed_meanwhile_cost_no_try(
     def hang_up(request: Request, answer: Answer) -> None:
         answer.hang_up = True
 
-    with s3_proxy(s3.endpoint_url, after=hang_up) as address:
+    with s3_proxy(s3, after=hang_up) as address:
         there_and_back(tree, target, tmp_path / "copy", s3_client(s3.session(), endpoint_url=address, attempts=2))
 
 
@@ -119,7 +151,7 @@ def test_a_refusal_is_not_tried_again(s3: EmbeddedS3, target: S3Uri, tree: Path)
         return Answer.error(403, "AccessDenied") if request.operation == "PutObject" else None
 
     with (
-        s3_proxy(s3.endpoint_url, refuse) as address,
+        s3_proxy(s3, refuse) as address,
         pytest.raises(UserError, match=r"#ä\+\?.json: access denied: allow s3:PutObject"),
     ):
         upload_directory(tree, target, client=s3_client(s3.session(), endpoint_url=address), workers=1)
@@ -134,7 +166,7 @@ def test_a_bucket_in_another_region_is_found(s3: EmbeddedS3, target: S3Uri, tree
         answer.headers["x-amz-bucket-region"] = "eu-central-1"
         return answer
 
-    with s3_proxy(s3.endpoint_url, elsewhere) as address:
+    with s3_proxy(s3, elsewhere) as address:
         there_and_back(tree, target, tmp_path / "copy", s3_client(s3.session(), endpoint_url=address))
         # The first request to the bucket is one of ours.
         download_directory(target, tmp_path / "again", client=s3_client(s3.session(), endpoint_url=address))
