@@ -172,6 +172,13 @@ class Hyperparameters(BaseModel):
     s3_kms_key_id: str | None = _knob(
         None, "Model", "Id or ARN of the KMS key that encrypts what the job uploads.", resume="free"
     )
+    s3_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = _knob(
+        None,
+        "Model",
+        "Encryption of what the job uploads: AES256 with S3's own keys, the others with s3_kms_key_id or the account's "
+        "key; None: with a key aws:kms, otherwise the bucket's.",
+        resume="free",
+    )
     s3_acl: (
         Literal["private", "bucket-owner-full-control", "bucket-owner-read", "authenticated-read", "public-read"] | None
     ) = _knob(None, "Model", "Canned ACL of what the job uploads.", resume="free")
@@ -187,6 +194,13 @@ class Hyperparameters(BaseModel):
         None,
         "Model",
         "S3-compatible server that the job uploads to: `https://minio.example:9000`; None: AWS.",
+        resume="free",
+    )
+    s3_addressing_style: Literal["auto", "path", "virtual"] | None = _knob(
+        None,
+        "Model",
+        "Where the bucket's name is in the addresses of that server: in the path, or, as Alibaba's and Tencent's want "
+        "it, in the host's name (virtual); None: as the AWS settings say, or in the path.",
         resume="free",
     )
 
@@ -463,6 +477,7 @@ class Hyperparameters(BaseModel):
             tags=dict(_tags(self.s3_tags)) if self.s3_tags else {},
             storage_class=self.s3_storage_class,
             requester_pays=self.s3_requester_pays,
+            encryption=self.s3_encryption,
         )
 
     @property
@@ -864,6 +879,10 @@ def _conflicts(h: Hyperparameters) -> list[_Conflict]:
         "manual_upload_model_path",
         "output_mode",
     )
+    check(
+        h.s3_encryption == "AES256" and h.s3_kms_key_id is not None,
+        "s3_encryption=AES256 encrypts with S3's own keys; leave s3_kms_key_id out, or set s3_encryption=aws:kms",
+    )
     if h.s3_tags is not None:
         try:
             _tags(h.s3_tags)
@@ -979,7 +998,7 @@ def _conflicts(h: Hyperparameters) -> list[_Conflict]:
     )
     check(
         PurePosixPath(h.instance_data_dir).is_relative_to(h.models_path),
-        f"models_path={h.models_path} holds instance_data_dir, and would be uploaded and emptied with the model; "
+        f"models_path={h.models_path} holds instance_data_dir: SageMaker packs all that lies there with the model; "
         f"give the model a directory of its own, such as {DEFAULT_MODELS_PATH}",
         "models_path",
         "instance_data_dir",

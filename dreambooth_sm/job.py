@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -47,7 +47,7 @@ from dreambooth_sm.live_samples import RemoteSamples, SyncedSamples
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter, format_metrics
-from dreambooth_sm.results import gather_facts, write_results
+from dreambooth_sm.results import REPORT_FILES, gather_facts, write_results
 from dreambooth_sm.resume import (
     BASE,
     check_resumable,
@@ -66,6 +66,9 @@ from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, undam
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet, make_schedule
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 from dreambooth_sm.validation import SAMPLES, Validator, take_over_pictures, validation_prompts
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 # Hyperparameters that name a place in the container.
 _PATHS = (
@@ -166,8 +169,9 @@ def _run(
     if previous:
         report.go_on(previous.record, previous.step, samples)
     _stop_if_asked(stop, world)
+    shown = Path(world.first(tempfile.mkdtemp(prefix="class-pictures-")))
     with report.phase("class_images"):
-        subjects = make_class_images(base, subjects, h, plan, report=report, stop=stop, world=world)
+        subjects = make_class_images(base, subjects, h, plan, shown, report=report, stop=stop, world=world)
     validator = live = None
     if world.is_main and (prompts := validation_prompts(h, subjects)):
         live = live_samples(h, contract, target, background, report)
@@ -214,14 +218,21 @@ def _run(
         with report.phase("validate"):
             validator.draw(schedule.steps)
     with report.phase("save"), _with_checkpoint_named(checkpoints, identity, schedule.steps):
-        directory = save(base, h, checkpoints)
+        directory = Path(h.models_path)
+        written = save(base, h, shown, checkpoints)
+        written |= {sample.path.relative_to(directory).as_posix() for sample in report.samples}
+        for name in REPORT_FILES:
+            make_way(directory, name)
         facts = gather_facts(base.name, subjects, h, plan, report, schedule.steps, directory)
         write_results(facts, subjects, directory)
+        written |= set(REPORT_FILES)
+        if checkpoints.is_relative_to(directory):  # the finished model stands for them
+            discard_checkpoints(checkpoints, identity)
     if target is None:
         return directory
     with report.phase("upload"):
         background.close()  # pictures that still wait come with the model
-        upload(directory, target, h, schedule.steps, contract, report)
+        upload(directory, written, target, h, schedule.steps, contract, report)
         if remote:
             remote.clear()
     return target
@@ -268,9 +279,17 @@ def check(h: Hyperparameters, contract: Contract, world: World) -> Plan:
 def check_output(h: Hyperparameters) -> None:
     """Raises UserError unless the trained model can be written where it is to go: hours later would be too late."""
     directory = Path(h.models_path)
+    for field in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path"):
+        base = getattr(h, field)
+        replaced = (directory.resolve(), (directory / f"{h.model_name}.safetensors").resolve())
+        if base and Path(base).resolve() in replaced:
+            raise UserError(
+                f"models_path: the trained model would replace {field}, {base}: set another directory or model_name"
+            )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
+        make_way(directory, SAMPLES)
     except OSError as error:
         raise UserError(f"models_path: {directory} can't be written to: {error.strerror}") from None
 
@@ -301,12 +320,11 @@ def check_target(h: Hyperparameters) -> S3Uri | None:
     The cache of class images has to be writable as well: later, its failures only cost time.
     """
     if h.class_cache is not None:
-        storage.check_writable(S3Uri.parse(h.class_cache))
+        storage.check_writable(S3Uri.parse(h.class_cache), h.s3_options)
     if h.upload_target is None:
         return None
     target = S3Uri.parse(h.upload_target)
-    client = storage.s3_client(endpoint_url=h.s3_endpoint_url, attempts=2, timeout=5)
-    storage.check_writable(target, h.s3_options, client=client)
+    storage.check_writable(target, h.s3_options, client=s3_client(h, attempts=2, timeout=5))
     return target
 
 
@@ -323,7 +341,7 @@ def remote_checkpoints(
     """Checkpoints beside the model in S3, unless SageMaker syncs them, or other hosts would need them as well."""
     if target is None or contract.checkpoint_directory.is_dir() or len(contract.hosts) > 1 or not world.is_main:
         return None
-    return RemoteCheckpoints(target, h.s3_options, storage.s3_client(endpoint_url=h.s3_endpoint_url), report)
+    return RemoteCheckpoints(target, h.s3_options, s3_client(h), report)
 
 
 def live_samples(
@@ -335,7 +353,7 @@ def live_samples(
 ) -> RemoteSamples | SyncedSamples | None:
     """Where validation pictures go while the job runs: to the model's place in S3, or to the synced directory."""
     if target is not None:
-        client = storage.s3_client(endpoint_url=h.s3_endpoint_url, attempts=2, timeout=10)
+        client = s3_client(h, attempts=2, timeout=10)
         return background.enter_context(RemoteSamples(target, h.s3_options, client, report))
     synced = contract.checkpoint_directory
     return SyncedSamples(synced) if synced.is_dir() else None
@@ -358,12 +376,17 @@ def make_class_images(
     subjects: tuple[Subject, ...],
     h: Hyperparameters,
     plan: Plan,
+    shown: Path,
     *,
     report: Reporter,
     stop: threading.Event,
     world: World,
 ) -> tuple[Subject, ...]:
-    """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs."""
+    """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs.
+
+    Args:
+        shown: directory for pictures of some of them.
+    """
     if h.prior == "output" or all(
         s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects
     ):
@@ -374,7 +397,8 @@ def make_class_images(
         guidance=h.sample_guidance_scale,
         remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
         scratch=scratch_directory(h),
-        shown=scratch_directory(h) / "shown",
+        shown=shown,
+        options=h.s3_options,
         report=report,
         stop=stop,
         world=world,
@@ -570,29 +594,46 @@ def scratch_directory(h: Hyperparameters) -> Path:
     return Path(h.models_path).parent / "class_images"
 
 
-def save(base: BaseModel, h: Hyperparameters, checkpoints: Path) -> Path:
-    """Writes the trained model in the format and precision that are asked for, and some class images to look at.
+def save(base: BaseModel, h: Hyperparameters, shown: Path, checkpoints: Path) -> set[str]:
+    """Puts the trained model, in the format and precision that are asked for, into its directory.
+
+    Args:
+        shown: pictures of class images, which come with it.
+
+    Returns:
+        the names of the files that were written; what else lies in the directory is not the job's.
 
     Raises:
         UserError: where the weights are too large for the precision; the model is there in full precision then.
     """
-    directory = Path(h.models_path)
-    try:
-        export(base, h, directory, DTYPES[h.export_precision])
-    except OutOfRange as error:
-        export(base, h, directory, None)
+    directory, too_large = Path(h.models_path), None
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        fresh = Path(scratch) / "model"
+        fresh.mkdir()
+        try:
+            export(base, h, fresh, DTYPES[h.export_precision])
+        except OutOfRange as error:
+            too_large = error
+            shutil.rmtree(fresh)
+            fresh.mkdir()
+            export(base, h, fresh, None)
+        for picture in sorted(shown.glob("*.png")):
+            (fresh / SAMPLES).mkdir(exist_ok=True)
+            shutil.copy2(picture, fresh / SAMPLES)
+        written = {path.relative_to(fresh).as_posix() for path in fresh.rglob("*") if path.is_file()}
+        for name in written:
+            make_way(directory, name)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).replace(directory / name)
+    shutil.rmtree(shown, ignore_errors=True)
+    if too_large:
         kept = f", and checkpoints in {checkpoints}" if all_checkpoints(checkpoints) else ""
         raise UserError(
-            f"export_precision={h.export_precision} can't hold the trained model: {error}. If training made it worse, "
-            "lower learning_rate; otherwise set export_precision to bf16 or fp32. What was trained is in "
+            f"export_precision={h.export_precision} can't hold the trained model: {too_large}. If training made it "
+            "worse, lower learning_rate; otherwise set export_precision to bf16 or fp32. What was trained is in "
             f"{directory}, in fp32{kept}"
-        ) from None
-    for picture in sorted((scratch_directory(h) / "shown").glob("*.png")):
-        (directory / SAMPLES).mkdir(exist_ok=True)
-        shutil.copy2(picture, directory / SAMPLES)
-    if checkpoints.is_relative_to(directory):  # the finished model stands for them
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    return directory
+        )
+    return written
 
 
 def export(base: BaseModel, h: Hyperparameters, directory: Path, dtype: torch.dtype | None) -> None:
@@ -605,20 +646,50 @@ def export(base: BaseModel, h: Hyperparameters, directory: Path, dtype: torch.dt
         )
 
 
-def upload(directory: Path, target: S3Uri, h: Hyperparameters, step: int, contract: Contract, report: Reporter) -> None:
-    """Sends the model to S3 and, once every object is verified, leaves SageMaker only a pointer to pack."""
+def make_way(directory: Path, name: str) -> None:
+    """Removes links on the way to a file of the job, which would otherwise be written to where they lead."""
+    path = directory
+    for segment in Path(name).parts:
+        path /= segment
+        if path.is_symlink():
+            path.unlink()
+
+
+def discard_checkpoints(root: Path, identity: dict[str, Any]) -> None:
+    """Removes this job's checkpoints, and the directory if nothing else is in it."""
+    own = [checkpoint.directory for checkpoint in all_checkpoints(root) if checkpoint.identity == identity]
+    for directory in (*own, *root.glob(".partial-step-*"), *root.glob(".sending-step-*")):
+        shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        root.rmdir()
+
+
+def upload(
+    directory: Path,
+    written: set[str],
+    target: S3Uri,
+    h: Hyperparameters,
+    step: int,
+    contract: Contract,
+    report: Reporter,
+) -> None:
+    """Sends the job's files to S3 and, once every object is verified, leaves SageMaker only a pointer to pack.
+
+    Args:
+        written: names of the files, relative to the directory; whatever else is in it stays, and stays here.
+    """
     pointer = directory / "model_location.txt"
     pointer.unlink(missing_ok=True)  # of an earlier job in this directory
-    client = storage.s3_client(endpoint_url=h.s3_endpoint_url)
     manifest = storage.upload_directory(
-        directory, target, h.s3_options, job=contract.job_name, step=step, client=client
+        directory, target, h.s3_options, names=written, job=contract.job_name, step=step, client=s3_client(h)
     )
     report.metrics(uploaded=str(target), files=len(manifest.files), bytes=manifest.size)
-    for entry in manifest.files:
-        (directory / entry.path).unlink()
-    for folder in sorted((d for d in directory.rglob("*") if d.is_dir()), reverse=True):
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    for name in written:
+        (directory / name).unlink()
+    folders = {folder for name in written for folder in Path(name).parents if folder != Path()}
+    for folder in sorted(folders, reverse=True):
+        with contextlib.suppress(OSError):  # something else is in it
+            (directory / folder).rmdir()
     pointer.write_text(f"{target}\n")
 
 
@@ -632,6 +703,11 @@ def _with_checkpoint_named(checkpoints: Path, identity: dict[str, Any], step: in
             if checkpoint.identity == identity and checkpoint.step == step:
                 error.add_note(f"what was trained is in {checkpoint.directory}; the same job is resumed from it")
         raise
+
+
+def s3_client(h: Hyperparameters, **options: Any) -> S3Client:
+    """A client of the server that the job uploads to."""
+    return storage.s3_client(endpoint_url=h.s3_endpoint_url, addressing_style=h.s3_addressing_style, **options)
 
 
 def _stop_if_asked(stop: threading.Event, world: World) -> None:

@@ -26,7 +26,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from dreambooth_sm.data.folder import shortened
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.storage import S3Uri, TransferError, get_object, put_object, s3_client
+from dreambooth_sm.storage import S3Options, S3Uri, TransferError, get_object, put_object, s3_client
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -106,8 +106,14 @@ class ClassCache:
     pictures made again.
     """
 
-    def __init__(self, directory: Path, remote: S3Uri | None, report: Reporter) -> None:
-        self.directory, self._remote, self._report = directory, remote, report
+    def __init__(
+        self,
+        directory: Path,
+        remote: S3Uri | None,
+        report: Reporter,
+        options: S3Options = S3Options(),  # noqa: B008 - frozen
+    ) -> None:
+        self.directory, self._remote, self._report, self._options = directory, remote, report, options
 
     def find(self, wanted: Mapping[str, LatentShape]) -> dict[str, bytes]:
         """The content of those files that are there and whole; what S3 alone has is put into the directory.
@@ -137,7 +143,7 @@ class ClassCache:
         """Puts files into S3 as well."""
         if self._remote is not None and files:
             remote, client = self._remote, s3_client()
-            self._in_parallel(lambda name: put_object(remote / name, files[name], client=client), files)
+            self._in_parallel(lambda name: put_object(remote / name, files[name], self._options, client=client), files)
 
     def _fetch(self, sizes: Mapping[str, int]) -> dict[str, bytes | None]:
         if self._remote is None or not sizes:
@@ -145,9 +151,9 @@ class ClassCache:
         remote, client = self._remote, s3_client()
 
         def fetch(name: str) -> bytes | None:
-            if _is_larger(remote / name, sizes[name], client):
+            if _is_larger(remote / name, sizes[name], client, self._options):
                 return b""
-            return get_object(remote / name, client=client)
+            return get_object(remote / name, self._options, client=client)
 
         return self._in_parallel(fetch, sizes)
 
@@ -224,9 +230,9 @@ def _read(path: Path, most: int) -> bytes | None:
         return None
 
 
-def _is_larger(uri: S3Uri, most: int, client: S3Client) -> bool:
+def _is_larger(uri: S3Uri, most: int, client: S3Client, options: S3Options) -> bool:
     """Whether an object is there and has more bytes: it is not worth its memory."""
     try:
-        return client.head_object(Bucket=uri.bucket, Key=uri.prefix)["ContentLength"] > most
+        return client.head_object(Bucket=uri.bucket, Key=uri.prefix, **options.reading())["ContentLength"] > most
     except (ClientError, BotoCoreError):
         return False  # whoever reads it says what is wrong

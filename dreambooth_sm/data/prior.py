@@ -19,7 +19,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents
-from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.storage import S3Options, S3Uri
 from dreambooth_sm.stored.model import Pipeline, parts_of
 
 STEPS = 20
@@ -39,6 +39,7 @@ class ClassImages:
     Args:
         pipeline: the untrained base model, on the device that draws.
         remote: where pictures are kept for later jobs, beside the subject's class directory.
+        options: how they are written there.
         scratch: takes their place where the class directory is read-only (a channel in FastFile mode, for example).
         shown: directory for the pictures that people look at.
     """
@@ -55,7 +56,9 @@ class ClassImages:
         report: Reporter,
         stop: threading.Event,
         world: World = World(),  # noqa: B008 - frozen
+        options: S3Options = S3Options(),  # noqa: B008
     ) -> None:
+        self._options = options
         self._pipeline, self._batch_size, self._guidance = pipeline, batch_size, guidance
         self._remote, self._scratch, self._shown = remote, scratch, shown
         self._report, self._stop, self._world = report, stop, world
@@ -80,7 +83,7 @@ class ClassImages:
             return subject
         directory = _writable(subject.class_directory) or _writable(self._scratch)
         assert directory is not None, f"{self._scratch} has to be writable"
-        cache = ClassCache(directory, self._remote, self._report)
+        cache = ClassCache(directory, self._remote, self._report, self._options)
         recipes = {number: self._recipe(subject.class_prompt, shapes[number]) for number in numbers}
         names = {number: recipe.name(first + number) for number, recipe in recipes.items()}
         latents = {names[number]: self._latent_shape(shapes[number]) for number in numbers}

@@ -108,6 +108,7 @@ class RemoteCheckpoints:
     def clear(self) -> None:
         """Removes them all: the finished model stands for them."""
         try:
-            delete_directory(self.place, self._options, client=self._client)
+            for name in self._steps():
+                delete_directory(self.place / name, self._options, client=self._client)
         except (TransferError, UserError) as error:
             self._report.warn(f"checkpoints that are no longer needed could not be removed: {error}")

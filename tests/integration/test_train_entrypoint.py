@@ -387,7 +387,7 @@ def proxy(s3: EmbeddedS3, good_puts: int | None = None) -> Iterator[tuple[str, l
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             refused = False
-            if self.command == "PUT":
+            if self.command == "PUT" and "/.upload-check" not in self.path:
                 with lock:
                     puts.append(self.path)
                     refused = good_puts is not None and len(puts) > good_puts
