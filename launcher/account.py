@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dreambooth_sm import __version__
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.storage import S3Uri, check_writable
+from dreambooth_sm.storage import S3Options, S3Uri, check_writable
 from launcher.clients import Clients
 from launcher.roles import reserved_for, role_of_notebook, trusts_sagemaker
 from launcher.service_errors import Kind, ServiceError, asking
@@ -192,8 +192,11 @@ class Account:
             ) from None
         return f"{repository['repositoryUri']}@{image['imageDigest']}"
 
-    def check(self, resources: Resources) -> None:
+    def check(self, resources: Resources, options: S3Options = S3Options()) -> None:  # noqa: B008 - frozen
         """Whether a job with these resources can start: image, role, buckets and quota.
+
+        Args:
+            options: how objects are written.
 
         Raises:
             UserError: with everything that is in the way. What can't be looked at becomes a warning.
@@ -203,7 +206,7 @@ class Account:
         for check in (
             lambda: self._check_image(resources.image_uri or ""),
             lambda: self._check_role(resources.role or ""),
-            lambda: self._check_places(resources),
+            lambda: self._check_places(resources, options),
             lambda: self._check_quota(resources),
         ):
             with problems.collected():
@@ -241,7 +244,7 @@ class Account:
             if trusted is None:
                 self.warnings.append("role: whether the conditions of its trust policy are met can't be checked")
 
-    def _check_places(self, resources: Resources) -> None:
+    def _check_places(self, resources: Resources, options: S3Options) -> None:
         """Buckets that the launcher writes to; a job's role needs the same access to them."""
         places = {str(resources.workspace): resources.workspace}
         for text in (resources.output, resources.checkpoint):
@@ -252,7 +255,7 @@ class Account:
             if place.bucket == self.missing_bucket:  # it will be made
                 continue
             with problems.collected():
-                check_writable(place, client=self.clients("s3"))
+                check_writable(place, options, client=self.clients("s3"))
         problems.raise_any()
 
     def _check_quota(self, resources: Resources) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,8 +17,17 @@ from urllib.parse import unquote, urlsplit
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.printing import redact
-from dreambooth_sm.storage import MANIFEST_NAME, Manifest, S3Uri, download_directory, get_object, list_objects
+from dreambooth_sm.storage import (
+    MANIFEST_NAME,
+    Manifest,
+    S3Options,
+    S3Uri,
+    download_directory,
+    get_object,
+    list_objects,
+)
 from launcher.advice import advice_for
+from launcher.archive import unpack
 from launcher.clients import Clients
 from launcher.instances import INSTANCES
 from launcher.logs import LogReader
@@ -385,24 +393,20 @@ class Job:
         """
         directory, source = Path(directory), self.model_uri
         target = self._target()
-        if target and MANIFEST_NAME not in list_objects(target, client=self._clients("s3")):
+        if target and MANIFEST_NAME not in list_objects(target, self._s3_options, client=self._clients("s3")):
             raise UserError(f"{self.name} has no whole model in {target} yet: it is {self.status}")
+        if source.endswith(".tar.gz"):
+            return unpack(source, directory, self._clients("s3"), self._s3_options)
         if not source.startswith("s3://"):
             return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
-        if source.endswith(".tar.gz"):
-            directory.mkdir(parents=True, exist_ok=True)
-            archive = S3Uri.parse(source)
-            body = self._clients("s3").get_object(Bucket=archive.bucket, Key=archive.prefix)["Body"]
-            # Python 3.11 has filters from 3.11.4 on only; nothing but files that lie below the directory is wanted.
-            safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            with tarfile.open(fileobj=body, mode="r|gz") as tar:
-                for member in tar:
-                    inside = (directory / member.name).resolve().is_relative_to(directory.resolve())
-                    if member.isfile() and inside:
-                        tar.extract(member, directory, **safely)
-            return directory
-        download_directory(S3Uri.parse(source), directory, client=self._clients("s3"))
+        download_directory(S3Uri.parse(source), directory, self._s3_options, client=self._clients("s3"))
         return directory
+
+    @property
+    def _s3_options(self) -> S3Options:
+        """How the job's objects are read."""
+        pays = self.describe().get("HyperParameters", {}).get("s3_requester_pays", "")
+        return S3Options(requester_pays=pays.strip('"').lower() == "true")
 
     def samples(self) -> Pictures:
         """The pictures that the job has drawn so far, a list of Pillow's by name; a notebook shows them.

@@ -7,7 +7,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,7 +20,7 @@ from dreambooth_sm.data.folder import list_pictures
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
-from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.storage import S3Options, S3Uri
 from launcher.account import Account
 from launcher.channels import MANIFEST, PREFIX, SINGLE_FILES, Channel
 from launcher.clients import Clients
@@ -60,6 +60,7 @@ class Order:
     Attributes:
         request: for ``create_training_job``.
         files: what has to be in S3 before, by its place there.
+        options: how they are written there.
         warnings: what is odd about the pictures, and what could not be checked.
         new_bucket: that has to be made before, if any.
     """
@@ -67,6 +68,7 @@ class Order:
     request: dict[str, Any]
     estimate: Estimate
     files: Mapping[S3Uri, Files]
+    options: S3Options
     warnings: tuple[str, ...] = ()
     new_bucket: str | None = None
 
@@ -83,7 +85,7 @@ class Order:
         if bucket := account.make_bucket():
             say(f"bucket: made {bucket}")
         for place, files in self.files.items():
-            sent = stage(files, place, account.clients("s3"))
+            sent = stage(files, place, account.clients("s3"), self.options)
             say(f"files: {len(files)} {'sent to' if sent else 'already in'} {place}")
 
 
@@ -103,6 +105,14 @@ class Draft:
     pictures: int = _USUAL_PICTURES
     problems: Problems = field(default_factory=Problems)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def writing(self) -> S3Options:
+        """How files for the job are sent: as the job itself writes, with the key for its model."""
+        options = self.hyperparameters.s3_options if self.hyperparameters else S3Options()
+        if options.kms_key is None and options.encryption in (None, "aws:kms", "aws:kms:dsse"):
+            return replace(options, kms_key=self.resources.kms)
+        return options
 
     def raise_any(self) -> None:
         """Raises UserError with everything that was found, without secrets."""
@@ -196,7 +206,7 @@ def describe(
     draft.problems.found += find_secrets(request, os.environ)
     draft.raise_any()
     warnings = (*draft.warnings, *(account.warnings if account else ()))
-    return Order(request, chosen, files, warnings, account.missing_bucket if account else None)
+    return Order(request, chosen, files, draft.writing, warnings, account.missing_bucket if account else None)
 
 
 def _lookup(account: Account | None, *, thorough: bool) -> Lookup:
@@ -219,7 +229,7 @@ def _check_account(account: Account, resources: Resources, draft: Draft) -> None
     if any(getattr(resources, name) == standin for name, standin in _STANDINS.items()):
         return
     with draft.problems.collected():
-        account.check(resources)
+        account.check(resources, draft.writing)
 
 
 def _read(options: Mapping[str, Any], look: Lookup) -> Draft:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_sm.data.folder import scan
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, upload_directory
+from dreambooth_sm.storage import MANIFEST_NAME, S3Options, S3Uri, list_objects, upload_directory
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -62,20 +62,23 @@ def digest(files: Files) -> str:
     return whole.hexdigest()[:16]
 
 
-def stage(files: Files, target: S3Uri, client: S3Client) -> bool:
+def stage(files: Files, target: S3Uri, client: S3Client, options: S3Options) -> bool:
     """Sends files to a prefix that is named after their :func:`digest`; whether there was anything to send.
 
     The manifest is written last: where it is, everything is.
+
+    Args:
+        options: encryption, ACL and the like of the objects.
 
     Raises:
         UserError: no such bucket, no permission.
         TransferError: the transfer failed in spite of retries.
     """
-    if MANIFEST_NAME in list_objects(target, client=client):
+    if MANIFEST_NAME in list_objects(target, options, client=client):
         return False
     with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as scratch:
         lay_out_files(files, Path(scratch))
-        upload_directory(Path(scratch), target, client=client)
+        upload_directory(Path(scratch), target, options, client=client)
     return True
 
 
