@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -141,8 +141,21 @@ def in_parallel(tasks: Iterable[Callable[[], T]], workers: int) -> Iterator[Iter
     """Runs tasks in threads; gives their results as they come. After a failure, or when the block is left, no more are
     begun; leaving it waits for those that run."""
     pool = ThreadPoolExecutor(workers, "transfer")
+
+    failed = threading.Event()
+
+    def run(task: Callable[[], T]) -> T:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return task()
+        except BaseException:
+            failed.set()
+            raise
+
     try:
-        yield (future.result() for future in as_completed([pool.submit(task) for task in tasks]))
+        futures = [pool.submit(run, task) for task in tasks]
+        yield (f.result() for f in as_completed(futures) if not isinstance(f.exception(), CancelledError))
     finally:
         pool.shutdown(cancel_futures=True)
 

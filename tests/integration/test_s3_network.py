@@ -93,6 +93,7 @@ def test_by_https_with_the_certificates_of_a_profile(
     keys = s3.session().get_credentials().get_frozen_credentials()
     (tmp_path / "config").write_text(f"[profile mine]\nregion = us-east-1\nca_bundle = {certificate}\n")
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)  # which comes before
     session = boto3.session.Session(keys.access_key, keys.secret_key, profile_name="mine")
     with s3_proxy(s3, tls=context) as address:
         there_and_back(tree, target, tmp_path / "copy", s3_client(session, endpoint_url=address))
