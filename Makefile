@@ -1,6 +1,6 @@
 # `make demo` and `make test` do everything on a fresh machine: Python >= 3.11 and a package index are all they need.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The two SageMaker SDKs can't be installed together: the tests run each in an environment of its own (280 MB, 20 s).
@@ -8,7 +8,7 @@ SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
 # Older versions of diffusers, which have to read what is written here (140 MB each; torch is .venv's).
 READERS := .venv-diffusers-0.27/.installed .venv-diffusers-0.32/.installed
 
-.PHONY: demo test test-cuda-image lint lock clean
+.PHONY: demo test test-quickly test-cuda-image lint lock clean
 
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
@@ -19,6 +19,11 @@ test: $(STAMP) $(SDKS) $(READERS)
 # The image on the CUDA build of torch that the package index has: 2.7 GB to fetch, 6 GB of Docker's disk.
 test-cuda-image: $(STAMP)
 	base=$$(tests/cuda_base.sh) && CUDA_BASE_IMAGE=$$base $(BIN)/python -m pytest -q tests/integration/test_image_cuda.py
+
+# What another Python, or another build of torch, could break: `make test-quickly VENV=.venv-3.13 PYTHON=python3.13`.
+test-quickly: $(STAMP)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit \
+		tests/integration/test_demo.py tests/integration/test_train_entrypoint.py tests/integration/test_job.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -52,4 +57,4 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-sdk2 .venv-sdk3 .venv-diffusers-0.27 .venv-diffusers-0.32 demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
