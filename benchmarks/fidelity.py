@@ -189,7 +189,7 @@ def trained_weights(trainer: Trainer, until: int) -> list[Tensor]:
     """The UNet's weights after so many steps in all."""
     while trainer.step < until:
         trainer.optimizer_step(trainer.h.learning_rate)
-    return [trainer.make_step.read(parameter) for parameter in trainer.parameters]
+    return [trainer.updater.read(parameter) for parameter in trainer.parameters]
 
 
 def run_peer(case: Case, script: Path, options: argparse.Namespace, work: Path) -> int:

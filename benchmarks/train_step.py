@@ -67,6 +67,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True, "weights": "stochastic"},
     ),
     "unet_reference": (UNET | {"optimizer": "adamw"}, {}),
+    "unet_reference_eager": (UNET | {"optimizer": "adamw", "cuda_graph": False}, {}),
     "unet_flash": (UNET | {"attention": "flash_attention"}, {}),
     "unet_ema_on_cpu": (UNET | {"use_ema": True}, {"ema": "cpu"}),
     "both": (BOTH, {}),

@@ -359,6 +359,8 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         notes.append("16-bit weights with stochastic rounding: unbiased, but noisier than an fp32 master")
     if not card.has_bf16 and precision == "fp16":
         notes.append(f"{card.name} has no bf16: fp16 with loss scaling")
+    if optimizer == "adamw8bit" and h.cuda_graph is not False:
+        notes.append("no CUDA graph: bitsandbytes' optimizer counts its steps on the host")
     ema = _choose(h.use_ema, rung.use_ema)
     trainable = SHAPES[h.architecture].trains_text_encoder
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and trainable)
@@ -380,7 +382,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         attention="default" if h.attention == "auto" else h.attention,
         # Volta and older have no fast fp16 kernels for it.
         channels_last=card.capability >= (7, 5),
-        cuda_graph=optimizer == "blockwise" and h.cuda_graph is not False,
+        cuda_graph=optimizer != "adamw8bit" and h.cuda_graph is not False,
         compile=h.torch_compile is True,
         train_text_encoder=text_encoder,
         ema=ema_place if ema else "no",

@@ -28,8 +28,9 @@ from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
-from dreambooth_sm.training.step import GradientAverage, Inputs, attention_context, make_step
+from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
 from dreambooth_sm.training.trend import find_rise
+from dreambooth_sm.training.updater import make_updater
 from dreambooth_sm.validation import Validator
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -188,26 +189,27 @@ class Trainer:
                 recompute_gates(self.unet)
             self.attention = attention_context(plan, self.unet, report.warn)
             options = _optimizer_options(h, schedule)
-            self.make_step = make_step(self._loss, self.parameters, plan, options, identity["seed"])
+            self.updater = make_updater(self.parameters, plan, options, identity["seed"])
             if weights != torch.float32:
                 for parameter, original in zip(self.parameters, originals, strict=True):
-                    self.make_step.write(parameter, original.to(device))
+                    self.updater.write(parameter, original.to(device))
         except torch.OutOfMemoryError:
             for parameter, original in zip(self.parameters, originals, strict=True):
                 parameter.data = original
             raise
         del originals
+        self.make_step = (CapturedStep if plan.cuda_graph else Step)(self._loss, self.updater)
         self.make_step.shapes = len(data.dice.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
-        self.scheduler = _scheduler(h, schedule, self.make_step.optimizer)
+        self.scheduler = _scheduler(h, schedule, self.updater.optimizer)
         if plan.use_ema:
             on_cpu = plan.ema == "cpu" and device.type != "cpu"
             self.make_step.ema = Ema(
                 self.parameters,
                 h.ema_decay,
-                read=self.make_step.read,
-                average_into=None if on_cpu else self.make_step.average_into,
+                read=self.updater.read,
+                average_into=None if on_cpu else self.updater.average_into,
                 on_cpu=on_cpu,
             )
         noise_scheduler: Any = training_scheduler(base.scheduler)
@@ -233,10 +235,10 @@ class Trainer:
         """All that a job needs to go on from here; weights in full precision, on the CPU."""
         return {
             "weights": {
-                name: {key: self.make_step.read(p).cpu() for key, p in module.named_parameters()}
+                name: {key: self.updater.read(p).cpu() for key, p in module.named_parameters()}
                 for name, module in self.modules.items()
             },
-            "step": self.make_step.state_dict(),
+            "step": self.updater.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "window": self._window.state(),
         }
@@ -249,15 +251,15 @@ class Trainer:
         """
         for name, module in self.modules.items():
             for key, parameter in module.named_parameters():
-                self.make_step.write(parameter, state["weights"][name][key].to(self.device))
-        if self.make_step.accepts(state["step"]):
-            self.make_step.load_state_dict(state["step"])
+                self.updater.write(parameter, state["weights"][name][key].to(self.device))
+        if self.updater.accepts(state["step"]):
+            self.updater.load_state_dict(state["step"])
         else:
             self.report.warn("Adam's moments have another format than this plan's and start anew")
         rate = make_rate(self.h, self.schedule)(step)
         now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate]}
         self.scheduler.load_state_dict(self.scheduler.state_dict() | now)
-        for group in self.make_step.optimizer.param_groups:
+        for group in self.updater.optimizer.param_groups:
             group["lr"] = rate
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
@@ -322,7 +324,7 @@ class Trainer:
     def weights_now(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """What :meth:`finish` would put into the modules, one parameter at a time: module, name, full-precision value,
         EMA's where there is one."""
-        values = iter(self.ema.average if self.ema else map(self.make_step.read, self.parameters))
+        values = iter(self.ema.average if self.ema else map(self.updater.read, self.parameters))
         for name, module in self.modules.items():
             for key, _ in module.named_parameters():
                 yield name, key, next(values)
@@ -405,7 +407,7 @@ class Trainer:
         Where parameters are updated inside the backward pass, some have taken the step that failed and will take it
         again: once more 1e-6 or so, which training does not notice.
         """
-        self.make_step.optimizer.zero_grad(set_to_none=True)
+        self.updater.optimizer.zero_grad(set_to_none=True)
         state = self.state()
         self._put_back(None)
         return state
@@ -414,7 +416,7 @@ class Trainer:
     def _put_back(self, values: list[torch.Tensor] | None) -> None:
         self.make_step.close()
         for number, parameter in enumerate(self.parameters):
-            value = self.make_step.read(parameter) if values is None else values[number]
+            value = self.updater.read(parameter) if values is None else values[number]
             parameter.grad = None
             parameter.data = value.to("cpu", copy=True).contiguous()
 
@@ -490,11 +492,11 @@ class Trainer:
             if not torch.isfinite(loss.total):
                 raise TrainingError(f"the loss of step {step} is not finite; try mixed_precision=bf16 or no")
             after = self._fingerprints()
-            if None in after.values() or (self.make_step.skipped() and not self.make_step.scales_loss):
+            if None in after.values() or (self.updater.skipped() and not self.updater.scales_loss):
                 raise TrainingError(
                     f"gradients are not finite at step {step}; try attention=default or mixed_precision=no"
                 )
-            if self.make_step.skipped():  # the loss scaler looks for its scale
+            if self.updater.skipped():  # the loss scaler looks for its scale
                 self._skipped += 1
                 if self._skipped > _MOST_SKIPPED:
                     raise TrainingError(f"gradients were not finite in {self._skipped} steps; try mixed_precision=no")
@@ -517,7 +519,7 @@ class Trainer:
             total = torch.zeros((), dtype=torch.int64, device=self.device)
             largest = torch.zeros((), device=self.device)
             for parameter in module.parameters():
-                for bits in self.make_step.bits(parameter):
+                for bits in self.updater.bits(parameter):
                     total += bits.sum(dtype=torch.int64)
                 norm = torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32)
                 largest = torch.maximum(largest, norm)  # both let NaN through, and make no copy

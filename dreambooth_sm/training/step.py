@@ -1,13 +1,8 @@
-"""One optimizer step: backward passes and the update, run eagerly or replayed as a CUDA graph.
-
-Two kinds, with one face: :class:`FastStep` for our optimizer (16-bit weights, update inside the backward pass, the
-whole step captured), and :class:`ReferenceStep` for torch's and bitsandbytes' AdamW under autocast.
-"""
+"""One optimizer step: backward passes and the update, run eagerly or replayed as a CUDA graph, for any updater."""
 
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dreambooth_sm.plan import Plan
-from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss
+from dreambooth_sm.training.updater import Updater
 
 # Steps before the captures: they let libraries choose kernels and allocate workspaces. They train like any other. Each
 # shape has at least one of them.
@@ -101,111 +96,75 @@ class GradientAverage:
             hook.remove()
 
 
-class Step(ABC):
-    """Makes optimizer steps.
+class Step:
+    """Makes optimizer steps, eagerly.
 
     Attributes:
-        optimizer: learning-rate schedulers act on it.
         ema: an average that each step updates; to be set before the first one.
         average: averages the gradients where several processes train together; likewise.
         shapes: how many shapes the latents of steps have; likewise.
     """
 
-    _loss: LossFunction
-    optimizer: torch.optim.Optimizer
-    ema: Ema | None = None
-    average: GradientAverage | None = None
-    shapes: int = 1
+    def __init__(self, loss: LossFunction, updater: Updater) -> None:
+        self.updater = updater
+        self.ema: Ema | None = None
+        self.average: GradientAverage | None = None
+        self.shapes = 1
+        self._loss = loss
 
-    @abstractmethod
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
         """One step over the batches of ``parts`` (several with gradient accumulation); their mean loss, detached.
 
         The result is overwritten by the next call.
         """
+        self._prepare()
+        result = self._run(parts)
+        if self.ema:
+            self.ema.update()
+        return result
 
-    def _backward(self, parts: Sequence[Inputs], scale: Callable[[Tensor], Tensor]) -> list[Loss]:
-        """The backward passes of a step; gradients are averaged over the processes at its end."""
+    def _prepare(self) -> None:
+        self.updater.prepare_step()
+        if self.ema:
+            self.ema.prepare_step()
+
+    def _run(self, parts: Sequence[Inputs]) -> Loss:
+        """The backward passes and the update; gradients are averaged over the processes in between."""
         losses: list[Loss] = []
         for number, inputs in enumerate(parts, start=1):
             if self.average:
                 self.average.active = number == len(parts)
             loss = self._loss(inputs)
-            scale(loss.total / len(parts)).backward()
+            self.updater.scale(loss.total / len(parts)).backward()
             losses.append(loss.detach())
         if self.average:
             self.average.finish()
-        return losses
-
-    @abstractmethod
-    def skipped(self) -> bool:
-        """Whether the last step met gradients that are not finite, and left weights as they were. Waits for it."""
-
-    @property
-    @abstractmethod
-    def scales_loss(self) -> bool:
-        """Whether a loss scaler may make steps be skipped."""
-
-    def read(self, parameter: Tensor) -> Tensor:
-        """The full-precision value of a parameter, float32."""
-        return parameter.detach().float()
-
-    def bits(self, parameter: Tensor) -> list[Tensor]:
-        """What a parameter's full-precision value is stored as, as integers; views, no copies."""
-        return [parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])]
-
-    def write(self, parameter: Tensor, value: Tensor) -> None:
-        """Sets a parameter to a full-precision value."""
-        parameter.detach().copy_(value)
-
-    def average_into(self, average: Tensor, parameter: Tensor, weight: Tensor) -> None:
-        """Moves an average by the share ``weight`` towards the full-precision value of a parameter."""
-        average.lerp_(self.read(parameter), weight)
-
-    @abstractmethod
-    def state_dict(self) -> dict[str, Any]: ...
-
-    @abstractmethod
-    def accepts(self, state: dict[str, Any]) -> bool:
-        """Whether ``state`` has this step's format; another plan's may not."""
-
-    @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+        self.updater.update()
+        return Loss.mean(losses)
 
     def close(self) -> None:
         """Lets go of the model."""
         if self.average:
             self.average.close()
+        self.updater.close()
 
 
-class FastStep(Step):
-    """Our optimizer; see :class:`~dreambooth_sm.training.adamw_blockwise.BlockwiseAdamW`."""
+class CapturedStep(Step):
+    """Captures the whole step as a CUDA graph, one for each shape of the latents, and replays it.
 
-    def __init__(
-        self, loss: LossFunction, parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any], seed: int
-    ) -> None:
-        self._loss, self._parameters, self._plan = loss, parameters, plan
-        self.optimizer: BlockwiseAdamW = BlockwiseAdamW(
-            parameters,
-            **options,
-            state_bits=plan.state_bits,  # type: ignore[arg-type]
-            master="stochastic" if plan.weights == "stochastic" else "residual",
-            update_in_backward=plan.update_in_backward,
-            max_grad_norm=plan.max_grad_norm,
-            seed=seed,
-        )
+    The first steps run eagerly.
+    """
+
+    def __init__(self, loss: LossFunction, updater: Updater) -> None:
+        super().__init__(loss, updater)
         self._eager_steps = 0
-        self._stream = torch.cuda.Stream() if plan.cuda_graph else None
+        self._stream = torch.cuda.Stream()
         # By the shape of the latents: what its graph reads; the graph and what it writes.
         self._inputs: dict[torch.Size, list[Inputs]] = {}
         self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Loss]] = {}
 
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
-        self.optimizer.prepare_step()
-        if self.ema:
-            self.ema.prepare_step()
-        if self._stream is None:
-            return self._run(parts)
+        self._prepare()
         # Warm-up, capture and replay share one stream: autograd's accumulation nodes remember theirs.
         self._stream.wait_stream(torch.cuda.current_stream())
         shape = parts[0].latents.shape
@@ -228,12 +187,10 @@ class FastStep(Step):
         return result
 
     def _run(self, parts: Sequence[Inputs]) -> Loss:
-        losses = self._backward(parts, self.optimizer.scale)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema and not (self._plan.cuda_graph and self.ema.on_cpu):
+        result = super()._run(parts)
+        if self.ema and not self.ema.on_cpu:
             self.ema.update()
-        return Loss.mean(losses)
+        return result
 
     def _capture(self) -> None:
         """Captures a graph for each shape, all in one memory pool: only one of them runs at a time. The largest comes
@@ -243,121 +200,14 @@ class FastStep(Step):
         pool = torch.cuda.graph_pool_handle()
         for shape in sorted(self._inputs, key=torch.Size.numel, reverse=True):
             graph = torch.cuda.CUDAGraph()
-            self.optimizer.prepare_capture()
+            self.updater.prepare_capture()
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = self._run(self._inputs[shape])
             self._graphs[shape] = graph, result
 
-    def skipped(self) -> bool:
-        return bool(self.optimizer.found_nonfinite.item())
-
-    @property
-    def scales_loss(self) -> bool:
-        return self._plan.precision == "fp16"
-
-    def read(self, parameter: Tensor) -> Tensor:
-        return self.optimizer.fp32_weight(parameter)
-
-    def bits(self, parameter: Tensor) -> list[Tensor]:
-        residual = self.optimizer.state[parameter].get("residual")
-        return super().bits(parameter) + ([] if residual is None else [residual])
-
-    def write(self, parameter: Tensor, value: Tensor) -> None:
-        self.optimizer.set_fp32_weight(parameter, value)
-
-    def average_into(self, average: Tensor, parameter: Tensor, weight: Tensor) -> None:
-        self.optimizer.average_into(average, parameter, weight)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state; the residuals are left to the full-precision weights, which :meth:`read` gives."""
-        state = self.optimizer.state_dict()
-        for tensors in state["state"].values():
-            tensors.pop("residual", None)
-        return state
-
-    def accepts(self, state: dict[str, Any]) -> bool:
-        return bool(state.get("blockwise", {}).get("state_bits") == self._plan.state_bits)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Loads what :meth:`state_dict` gave; the weights have to be written before."""
-        own = self.optimizer.state_dict()
-        for index, tensors in own["state"].items():
-            if "residual" in tensors:
-                state["state"][index]["residual"] = tensors["residual"]
-        state["blockwise"]["master"] = own["blockwise"]["master"]
-        self.optimizer.load_state_dict(state)
-
     def close(self) -> None:
         super().close()
-        self.optimizer.close()
         self._graphs, self._inputs = {}, {}
-
-
-class ReferenceStep(Step):
-    """torch's AdamW on fp32 weights, or bitsandbytes' with 8-bit state, under autocast with torch's loss scaler."""
-
-    def __init__(
-        self, loss: LossFunction, parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any]
-    ) -> None:
-        self._loss, self._parameters, self._plan = loss, parameters, plan
-        if plan.optimizer == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
-
-            self.optimizer = AdamW8bit(parameters, **options)
-        else:
-            self.optimizer = torch.optim.AdamW(parameters, fused=plan.device == "cuda", **options)
-        self._scaler = torch.amp.GradScaler(plan.device, enabled=plan.precision == "fp16")
-        self._skipped = False
-
-    def __call__(self, parts: Sequence[Inputs]) -> Loss:
-        losses = self._backward(parts, self._scaler.scale)
-        self._scaler.unscale_(self.optimizer)
-        if self._plan.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self._plan.max_grad_norm)
-        before = self._scaler.get_scale()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self._skipped = self._scaler.get_scale() < before
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.prepare_step()
-            self.ema.update()
-        return Loss.mean(losses)
-
-    def skipped(self) -> bool:
-        return self._skipped
-
-    @property
-    def scales_loss(self) -> bool:
-        return self._scaler.is_enabled()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
-
-    def accepts(self, state: dict[str, Any]) -> bool:
-        return "optimizer" in state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
-
-    def close(self) -> None:
-        super().close()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def make_step(
-    loss: LossFunction, parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any], seed: int
-) -> Step:
-    """The step that the plan asks for.
-
-    Args:
-        parameters: on the device, in the precision that the plan keeps weights in.
-        options: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
-    """
-    if plan.optimizer == "blockwise":
-        return FastStep(loss, parameters, plan, options, seed)
-    return ReferenceStep(loss, parameters, plan, options)
 
 
 def attention_context(

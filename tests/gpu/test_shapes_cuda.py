@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.training.loop import Schedule, Trainer
-from dreambooth_sm.training.step import WARM_UP_STEPS, FastStep
+from dreambooth_sm.training.step import WARM_UP_STEPS, CapturedStep, Inputs, Step
 from tests.helpers.training import SEED, Recorder, cpu_plan, hyperparameters, paint_pictures
 
 pytestmark = [
@@ -43,7 +44,12 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject(tuple(pictures), "photo of zwx toy", None, root / "class", ())
 
 
-def trained(base: BaseModel, subject: Subject, root: Path, *, graph: bool, in_backward: bool, parts: int) -> Trainer:
+FAST: dict[str, Any] = {"precision": "bf16", "weights": "residual", "optimizer": "blockwise", "state_bits": 8}
+REFERENCE: dict[str, Any] = {"precision": "bf16", "weights": "fp32", "optimizer": "adamw", "state_bits": 32}
+IN_BACKWARD: dict[str, Any] = {"update_in_backward": True, "max_grad_norm": None}
+
+
+def make_trainer(base: BaseModel, subject: Subject, *, graph: bool, parts: int, **choices: Any) -> Trainer:
     h = hyperparameters(
         center_crop=False,
         bucket_step=8,
@@ -54,13 +60,8 @@ def trained(base: BaseModel, subject: Subject, root: Path, *, graph: bool, in_ba
     plan = dataclasses.replace(
         cpu_plan(h),
         device="cuda",
-        precision="bf16",
-        weights="residual",
-        optimizer="blockwise",
-        state_bits=8,
-        update_in_backward=in_backward,
-        max_grad_norm=None if in_backward else 1.0,
         cuda_graph=graph,
+        **choices,
     )
     own = copy.deepcopy(base)
     return Trainer(
@@ -75,24 +76,61 @@ def trained(base: BaseModel, subject: Subject, root: Path, *, graph: bool, in_ba
     )
 
 
-@pytest.mark.parametrize(("in_backward", "parts"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize(
+    ("choices", "parts"),
+    [
+        (FAST | IN_BACKWARD, 1),
+        (FAST, 2),
+        (REFERENCE, 1),
+        (REFERENCE | {"ema": "device"}, 2),
+        (REFERENCE | {"precision": "fp16"}, 2),
+        (REFERENCE | {"precision": "fp16", "max_grad_norm": None}, 1),
+        (REFERENCE | {"precision": "fp32"}, 1),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
 def test_graphs_of_all_shapes_give_the_losses_of_eager_steps(
-    base: BaseModel, subject: Subject, tmp_path: Path, in_backward: bool, parts: int
+    base: BaseModel, subject: Subject, choices: dict[str, Any], parts: int
 ) -> None:
-    losses = []
+    losses, rates = [], []
     for graph in (False, True):
-        trainer = trained(base, subject, tmp_path, graph=graph, in_backward=in_backward, parts=parts)
+        trainer = make_trainer(base, subject, graph=graph, parts=parts, **choices)
         step = trainer.make_step
-        assert isinstance(step, FastStep)
+        assert isinstance(step, CapturedStep if graph else Step)
         assert step.shapes == 3
         graphs = []
         for _ in range(STEPS):
             loss = trainer.optimizer_step(1e-4)
-            graphs.append(len(step._graphs))
+            graphs.append(len(step._graphs) if isinstance(step, CapturedStep) else 0)
             losses.append(loss.total.item())
         # Eager until each shape was seen once, then all graphs at once.
         assert set(graphs) == ({0, 3} if graph else {0})
         assert graphs.count(0) >= max(WARM_UP_STEPS, 3) or not graph
+        rates.append(float(trainer.updater.optimizer.param_groups[0]["lr"]))
         trainer.finish()
     eager, replayed = losses[:STEPS], losses[STEPS:]
     assert replayed == pytest.approx(eager, rel=2e-3)
+    assert rates[0] == rates[1]
+
+
+def test_a_captured_reference_step_follows_its_learning_rate_and_resumes(base: BaseModel, subject: Subject) -> None:
+    """The rate is read from the device by the graph; a checkpoint of an eager job continues in a captured one."""
+    eager, captured = (make_trainer(base, subject, graph=graph, parts=1, **REFERENCE) for graph in (False, True))
+    for trainer in (eager, captured):
+        for step in range(10):
+            trainer.updater.optimizer.param_groups[0]["lr"] = 1e-4 if step < 8 else 0.0
+            before = [p.detach().clone() for p in trainer.parameters]
+            trainer.make_step(trainer_inputs(trainer, step))
+            changed = any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+            assert changed == (step < 8)
+    state = eager.state()
+    captured.load_state(state, eager.step)
+    for trainer in (eager, captured):
+        trainer.updater.optimizer.param_groups[0]["lr"] = 1e-4
+    losses = [trainer.make_step(trainer_inputs(trainer, 11)).total.item() for trainer in (eager, captured)]
+    losses += [trainer.make_step(trainer_inputs(trainer, 12)).total.item() for trainer in (eager, captured)]
+    assert losses[1::2] == pytest.approx(losses[::2], rel=2e-3)
+
+
+def trainer_inputs(trainer: Trainer, number: int) -> list[Inputs]:
+    return [trainer._inputs(number)]

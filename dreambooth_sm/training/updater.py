@@ -1,0 +1,254 @@
+"""What turns gradients into new weights: an optimizer, its loss scaling and clipping, and how it keeps the weights.
+
+Updaters run under either executor of :mod:`dreambooth_sm.training.step`, eager or captured.
+bitsandbytes' optimizers alone can't be captured: they count their steps on the host.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreambooth_sm.plan import Plan
+from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
+
+
+class Updater(ABC):
+    """Changes parameters by their gradients.
+
+    :meth:`prepare_step` once a step, before its backward passes, on the host; then :meth:`scale` and :meth:`update`,
+    which only work on the device and may be captured.
+
+    Attributes:
+        optimizer: learning-rate schedulers act on it.
+    """
+
+    optimizer: torch.optim.Optimizer
+
+    def prepare_step(self) -> None:  # noqa: B027 - most need not
+        """Writes the numbers of the next step, such as its learning rate, to the device; never inside a capture."""
+
+    def prepare_capture(self) -> None:  # noqa: B027
+        """Before a capture: what is recorded is not a step."""
+
+    @abstractmethod
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss that the backward pass starts from."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """Updates every parameter, and lets go of the gradients."""
+
+    @abstractmethod
+    def skipped(self) -> bool:
+        """Whether the last step met gradients that are not finite, and left weights as they were. Waits for it."""
+
+    @property
+    @abstractmethod
+    def scales_loss(self) -> bool:
+        """Whether a loss scaler may make steps be skipped."""
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """The full-precision value of a parameter, float32."""
+        return parameter.detach().float()
+
+    def bits(self, parameter: Tensor) -> list[Tensor]:
+        """What a parameter's full-precision value is stored as, as integers; views, no copies."""
+        return [parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])]
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Sets a parameter to a full-precision value."""
+        parameter.detach().copy_(value)
+
+    def average_into(self, average: Tensor, parameter: Tensor, weight: Tensor) -> None:
+        """Moves an average by the share ``weight`` towards the full-precision value of a parameter."""
+        average.lerp_(self.read(parameter), weight)
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, without the weights."""
+
+    @abstractmethod
+    def accepts(self, state: dict[str, Any]) -> bool:
+        """Whether ``state`` has this updater's format; another plan's may not."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave; the weights have to be written before."""
+
+    def close(self) -> None:
+        """Lets go of gradients and hooks."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class BlockwiseUpdater(Updater):
+    """Our optimizer; see :class:`~dreambooth_sm.training.adamw_blockwise.BlockwiseAdamW`."""
+
+    optimizer: BlockwiseAdamW
+
+    def __init__(self, parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any], seed: int) -> None:
+        self._state_bits = plan.state_bits
+        self._scales_loss = plan.precision == "fp16"
+        self.optimizer = BlockwiseAdamW(
+            parameters,
+            **options,
+            state_bits=plan.state_bits,  # type: ignore[arg-type]
+            master="stochastic" if plan.weights == "stochastic" else "residual",
+            update_in_backward=plan.update_in_backward,
+            max_grad_norm=plan.max_grad_norm,
+            seed=seed,
+        )
+
+    def prepare_step(self) -> None:
+        self.optimizer.prepare_step()
+
+    def prepare_capture(self) -> None:
+        self.optimizer.prepare_capture()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return self.optimizer.scale(loss)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def skipped(self) -> bool:
+        return bool(self.optimizer.found_nonfinite.item())
+
+    @property
+    def scales_loss(self) -> bool:
+        return self._scales_loss
+
+    def read(self, parameter: Tensor) -> Tensor:
+        return self.optimizer.fp32_weight(parameter)
+
+    def bits(self, parameter: Tensor) -> list[Tensor]:
+        residual = self.optimizer.state[parameter].get("residual")
+        return super().bits(parameter) + ([] if residual is None else [residual])
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        self.optimizer.set_fp32_weight(parameter, value)
+
+    def average_into(self, average: Tensor, parameter: Tensor, weight: Tensor) -> None:
+        self.optimizer.average_into(average, parameter, weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The residuals are left to the full-precision weights, which :meth:`read` gives."""
+        state = self.optimizer.state_dict()
+        for tensors in state["state"].values():
+            tensors.pop("residual", None)
+        return state
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        return bool(state.get("blockwise", {}).get("state_bits") == self._state_bits)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        own = self.optimizer.state_dict()
+        for index, tensors in own["state"].items():
+            if "residual" in tensors:
+                state["state"][index]["residual"] = tensors["residual"]
+        state["blockwise"]["master"] = own["blockwise"]["master"]
+        self.optimizer.load_state_dict(state)
+
+    def close(self) -> None:
+        self.optimizer.close()
+
+
+class AutocastUpdater(Updater):
+    """An optimizer of torch's kind on fp32 weights, with torch's loss scaler and clipping.
+
+    Args:
+        optimizer: its groups' learning rates are floats, which schedulers set.
+        max_grad_norm: gradients are clipped to this global norm; None: not at all.
+        scales_loss: whether the backward pass runs in fp16.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None, scales_loss: bool) -> None:
+        self.optimizer = optimizer
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._max_grad_norm = max_grad_norm
+        self._scaler = torch.amp.GradScaler(self._parameters[0].device.type, enabled=scales_loss)
+        self._norm: Tensor | None = None
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return self._scaler.scale(loss)
+
+    def update(self) -> None:
+        self._scaler.unscale_(self.optimizer)
+        if self._max_grad_norm is not None:
+            self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+        elif self.scales_loss:
+            self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def skipped(self) -> bool:
+        return self.scales_loss and self._norm is not None and not bool(self._norm.isfinite())
+
+    @property
+    def scales_loss(self) -> bool:
+        return self._scaler.is_enabled()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        return "optimizer" in state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+
+
+class CapturableUpdater(AutocastUpdater):
+    """An :class:`AutocastUpdater` whose optimizer takes ``capturable`` and reads its learning rate from the device.
+
+    Schedulers and checkpoints keep seeing rates that are floats: to read one from the device would wait for it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None, scales_loss: bool) -> None:
+        super().__init__(optimizer, max_grad_norm=max_grad_norm, scales_loss=scales_loss)
+        device = self._parameters[0].device
+        self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
+
+    def prepare_step(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            rate.fill_(group["lr"])
+
+    def update(self) -> None:
+        groups = self.optimizer.param_groups
+        shown = [group["lr"] for group in groups]
+        for group, rate in zip(groups, self._rates, strict=True):
+            group["lr"] = rate
+        super().update()
+        for group, lr in zip(groups, shown, strict=True):
+            group["lr"] = lr
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for group in self.optimizer.param_groups:  # a checkpoint may come from a job that was not captured
+            group["capturable"] = True
+
+
+def make_updater(parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any], seed: int) -> Updater:
+    """The updater that the plan asks for.
+
+    Args:
+        parameters: on the device, in the precision that the plan keeps weights in.
+        options: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        seed: of stochastic rounding.
+    """
+    if plan.optimizer == "blockwise":
+        return BlockwiseUpdater(parameters, plan, options, seed)
+    scaling: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm, "scales_loss": plan.precision == "fp16"}
+    if plan.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AutocastUpdater(AdamW8bit(parameters, **options), **scaling)
+    if plan.device == "cuda":
+        return CapturableUpdater(torch.optim.AdamW(parameters, fused=True, capturable=True, **options), **scaling)
+    return AutocastUpdater(torch.optim.AdamW(parameters, **options), **scaling)
