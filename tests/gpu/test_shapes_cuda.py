@@ -55,7 +55,7 @@ def make_trainer(base: BaseModel, subject: Subject, *, graph: bool, parts: int, 
         bucket_step=8,
         max_train_steps=STEPS,
         gradient_accumulation_steps=parts,
-        pretrained_model_name_or_path="base",
+        pretrained_model_name_or_path="owner/base",
     )
     plan = dataclasses.replace(
         cpu_plan(h),
