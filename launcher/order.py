@@ -272,6 +272,9 @@ def _read(options: Mapping[str, Any], look: Lookup) -> Draft:
         draft.hyperparameters = Hyperparameters.parse(
             values, dataset_info=lambda directory: read_dataset_info(beside) if beside else {}
         )
+    if isinstance(draft.sources.get(MODEL_CHANNEL), Mapping):
+        with draft.problems.collected():
+            _check_base_model(Path(data["base_model"]).expanduser(), draft)
     for channel in (IMAGES_CHANNEL, CLASS_IMAGES_CHANNEL):
         pictures = draft.sources.get(channel)
         if isinstance(pictures, Channel | Listed):
@@ -367,6 +370,29 @@ def _read_base_model(base_model: str | Path, look: Lookup) -> tuple[Channel | Fi
     if isinstance(base_model, Path) or text.startswith(("/", ".", "~")):
         raise UserError(f"base_model: {base_model} is not a directory; name a hub id or a diffusers directory")
     return None, text
+
+
+def _check_base_model(path: Path, draft: Draft) -> None:
+    """What the job will say of a base model of this machine, before it is sent to S3.
+
+    A job of this machine says it itself in seconds; and a VAE that replaces the model's is not here.
+
+    Raises:
+        UserError: for a model that can't be trained.
+    """
+    h = draft.hyperparameters
+    if h is None or h.pretrained_vae_name_or_path or draft.resources.instance_type in ON_THIS_MACHINE:
+        return
+    try:
+        from dreambooth_sm.models import check_base  # imports torch
+    except ImportError:
+        draft.warnings.append("base_model: not looked into before the job: torch and diffusers are not installed here")
+        return
+    field = "pretrained_model_name_or_path"
+    try:
+        check_base(h.model_copy(update={field: str(path.resolve())}))
+    except UserError as error:
+        raise UserError(problem.replace(field, "base_model") for problem in error.problems) from None
 
 
 def _choose_instance(draft: Draft) -> Estimate | None:

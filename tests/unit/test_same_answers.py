@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,21 @@ def test_names_that_s3_can_not_have_are_told_before_anything_is_sent(tmp_path: P
     with pytest.raises(UserError) as caught:
         describe({"images": tmp_path, "instance_prompt": "photo of zwx toy", **ON_SAGEMAKER}, None)
     assert caught.value.problems == [r"the name of \udcff.png is not UTF-8, as names in S3 are; rename it"]
+
+
+def test_a_base_model_of_this_machine_is_looked_into_before_it_is_sent(tmp_path: Path, tiny_base: Path) -> None:
+    model = shutil.copytree(tiny_base, tmp_path / "model")
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(
+        json.dumps(json.loads(scheduler.read_text()) | {"_class_name": "FlowMatchEulerDiscreteScheduler"})
+    )
+    prompts = {name: text for name, text in PROMPTS.items() if name != "resolution"}
+    pictures = tmp_path / "images"
+    pictures.mkdir()
+    for number in range(4):
+        blocks(number).save(pictures / f"{number}.png")
+    given = {"images": pictures, "base_model": model, **ON_SAGEMAKER, **prompts}
+    with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler") as refused:
+        describe(given, None)
+    assert [problem for problem in refused.value.problems if problem.startswith("base_model: ")]
+    assert not describe(given | {"base_model": tiny_base}, None).warnings
