@@ -106,7 +106,9 @@ def make_module(part: str, config: Mapping[str, Any], where: str) -> nn.Module:
             for key in _CONDITIONS
             if config.get(key) is not None
         ]
-        if type(config.get("sample_size")) is not int:  # it only says for which pictures the model is made
+        size = config.get("sample_size")  # it only says for which pictures the model is made
+        pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+        if type(size) is not int and not pair:
             config = {**config, "sample_size": 128 if config.get("addition_embed_type") else 64}
     if part == "vae":
         problems += _vae_problems(config, where)
