@@ -165,7 +165,7 @@ class Store:
         with explained(uri, UploadError):
             answer = self._ask("create_multipart_upload", uri, kind, dict, **self.options.writing())
         if not answer.get("UploadId"):
-            raise UploadError(f"{uri}: what answers is not an S3 server: check the network and AWS_ENDPOINT_URL")
+            raise UploadError(f"{uri}: {_NOT_S3}")
         return answer["UploadId"]
 
     def send_part(self, uri: S3Uri, upload: str, number: int, body: bytes) -> Part:
@@ -321,6 +321,8 @@ class Store:
                     raise
             _pause(number)
         kept, etag = answer.get("ChecksumCRC64NVME", ""), answer.get("ETag", "")
+        if not etag:
+            raise UploadError(f"{uri}: {_NOT_S3}")
         has_md5 = not kept and re.fullmatch(r"[0-9a-f]{32}", _bare(etag)) and _bare(etag) == _md5(body).hex()
         return Part(etag, checksum, len(body), bytes.fromhex(_bare(etag)) if has_md5 else None), kept
 
@@ -371,6 +373,7 @@ def _etag_of(parts: list[Part]) -> str | None:
 _DAMAGED = {"BadDigest", "XAmzContentChecksumMismatch"}
 # What tells of a request that was understood.
 _UNDERSTOOD = {"InvalidPart", "InvalidPartOrder"}
+_NOT_S3 = "what answers is not an S3 server: check the network and AWS_ENDPOINT_URL"
 _REPLACED = "the object was replaced by another while it was read: download it again"
 _CREDENTIALS = "the AWS credentials are wrong or have expired: renew them"
 _DENIED = (

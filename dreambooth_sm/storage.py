@@ -47,8 +47,10 @@ __all__ = [
     "verify",
 ]
 
-# Larger files travel in parts of this size, several at a time; each part that is sent is in memory.
+# Larger files travel in parts of this size, several at a time: each that is sent is in memory, and a chunk of each that
+# comes.
 PART_SIZE = 16 * 2**20
+_COMING = 4 * PART_SIZE
 # Requests at a time, which hide the network's latency.
 WORKERS = min(32, max(16, 4 * (os.cpu_count() or 1)))
 _PROBE = ".upload-check"
@@ -201,7 +203,7 @@ def download_directory(
     options: S3Options = DEFAULTS,
     *,
     workers: int = WORKERS,
-    part_size: int = PART_SIZE,
+    part_size: int = _COMING,
     client: S3Client | None = None,
 ) -> list[Path]:
     """Downloads what lies below a prefix; each file appears under its name only when it is whole.
@@ -247,7 +249,7 @@ def download_object(
     options: S3Options = DEFAULTS,
     *,
     workers: int = WORKERS,
-    part_size: int = PART_SIZE,
+    part_size: int = _COMING,
     client: S3Client | None = None,
 ) -> None:
     """Downloads one object; it appears under its name only when it is whole, and as S3's own checksum says.

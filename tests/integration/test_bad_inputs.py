@@ -351,7 +351,7 @@ LATE = [
     Bad("picture of 196 million pixels", ("images/huge.png has more than", "scale it"), arrange=with_huge_picture),
     Bad(
         "picture is a pipe",
-        ("images/pipe.png is no file",),
+        ("images/pipe.png is not a file",),
         arrange=lambda tree: os.mkfifo(tree.images / "pipe.png"),
     ),
     Bad(
@@ -384,10 +384,16 @@ LATE = [
         ("images/icon.png has 12 x 9 pixels", "enlarged 7.1 times", "smaller resolution"),
         arrange=lambda tree: Image.new("RGB", (12, 9)).save(tree.images / "icon.png"),
     ),
-    Bad("caption no UTF-8", ("images/00.txt can't be read as UTF-8",), arrange=writes(f"{IMAGES}/00.txt", b"K\xe4the")),
+    Bad(
+        "caption no UTF-8",
+        ("images/00.txt", "UTF-8"),
+        {"instance_prompt": "photo of zwx toy [filewords]"},
+        arrange=writes(f"{IMAGES}/00.txt", b"K\xe4the"),
+    ),
     Bad(
         "caption of a missing picture, and of none",
         ("metadata.jsonl: gone.jpg does not exist", '"file_name" and "text"'),
+        {"instance_prompt": "photo of zwx toy [filewords]"},
         arrange=writes(f"{IMAGES}/metadata.jsonl", '{"file_name": "gone.jpg", "text": "x"}\n{"caption": "x"}'),
     ),
     Bad(
@@ -476,7 +482,13 @@ LATE = [
         arrange=change_weights(TEXT_ENCODER, without_first),
     ),
     Bad("tokenizer broken", IN_MODEL, arrange=writes(f"{MODEL}/tokenizer/tokenizer.json", "{")),
-    Bad("tokenizer without words", (*IN_MODEL, "vocabulary"), arrange=removes(f"{MODEL}/tokenizer/tokenizer.json")),
+    Bad(
+        "tokenizer without words",
+        (*IN_MODEL, "vocabulary"),
+        arrange=lambda tree: [
+            removes(f"{MODEL}/tokenizer/{name}")(tree) for name in ("tokenizer.json", "vocab.json", "merges.txt")
+        ],
+    ),
     Bad("noise scheduler broken", IN_MODEL, arrange=writes(f"{MODEL}/scheduler/scheduler_config.json", "{")),
     Bad(
         "VAE that is none",
@@ -711,6 +723,6 @@ def assert_refused(bad: Bad, tree: JobTree, ended: Ended, target: S3Uri, s3: Emb
     for words in bad.says:
         assert words.replace("{base}", str(tree.base)).replace("{bucket}", target.bucket) in reason
     # Told on the log as well, where people look first.
-    assert f"error: {reason[:50]}" in ended.log
+    assert f"error: {reason.splitlines()[0][:50]}" in ended.log
     assert not list_objects(S3Uri(target.bucket), client=s3.client())
     assert not tree.model.exists() or not list(tree.model.iterdir())

@@ -140,11 +140,12 @@ def test_help_shows_what_people_set_and_help_all_the_rest(capsys: pytest.Capture
             launcher.cli.main(["fit", flag])
         assert caught.value.code == 0
         texts[flag] = capsys.readouterr().out
-    shown = {name for name in all_options() if f"--{name} " in texts["--help"]}
+    # From Python 3.13 on, spellings of one option stand side by side.
+    shown, all_shown = ({n for n in all_options() if re.search(rf"--{n}[ ,]", text)} for text in texts.values())
     assert shown == set(COMMON)
     assert len(shown) == 20
     assert len(texts["--help"].splitlines()) < 100
-    assert {name for name in all_options() if f"--{name} " in texts["--help-all"]} == set(all_options()) - {"images"}
+    assert all_shown == set(all_options()) - {"images"}
     for text in texts.values():
         assert "Default: None" not in text
         assert "Default: ()" not in text
