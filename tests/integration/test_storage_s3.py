@@ -571,16 +571,19 @@ def test_an_object_that_is_replaced_while_it_is_read_is_not_a_mixture(
     uri, place = target / BIG, {"Bucket": target.bucket}
     if listed_by == "server":
         s3_client().delete_object(**place, Key=(target / MANIFEST_NAME).prefix)
+    tells_etags = bool(s3_client().head_object(**place, Key=uri.prefix)["ETag"].strip('"'))
+    if listed_by == "server" and not tells_etags:
+        pytest.skip("this server tells nothing by which the two objects differ")
     ranges: list[str] = []
 
     def replace(request: Request, answer: Answer) -> None:
         if "range" in request.headers:
-            assert "if-match" in request.headers
+            assert ("if-match" in request.headers) == tells_etags
             ranges.append(request.headers["range"])
             if len(ranges) == 1:
                 s3_client().put_object(**place, Key=uri.prefix, Body=FILES[BIG][::-1])
 
-    with pytest.raises(DownloadError, match="replaced by another") as caught:
+    with pytest.raises(DownloadError, match="replaced by another" if tells_etags else "not the one in its") as caught:
         download_directory(target, tmp_path / "copy", part_size=PART, client=through(after=replace), workers=1)
     assert str(uri) in str(caught.value)
     assert read_tree(tmp_path / "copy").items() < FILES.items(), "nothing half-way, under any name"

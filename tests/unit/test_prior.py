@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -331,9 +332,9 @@ def test_an_object_that_is_too_large_is_not_read(
     put_object(CACHE / made.paths[0].name, bytes(1 << 20))
     read: list[str] = []
 
-    def reading(uri: S3Uri, **options: object) -> bytes | None:
+    def reading(uri: S3Uri, *options: Any, **client: Any) -> bytes | None:
         read.append(str(uri))
-        return get_object(uri, **options)  # type: ignore[arg-type]
+        return get_object(uri, *options, **client)
 
     monkeypatch.setattr(class_cache, "get_object", reading)
     again = Made(base, moved(subject, tmp_path / "elsewhere"), tmp_path, remote=CACHE)
