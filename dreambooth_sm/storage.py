@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST_NAME",
+    "PROBE_NAME",
     "DownloadError",
     "Manifest",
     "ManifestEntry",
@@ -53,7 +54,8 @@ PART_SIZE = 16 * 2**20
 _COMING = 4 * PART_SIZE
 # Requests at a time, which hide the network's latency.
 WORKERS = min(32, max(16, 4 * (os.cpu_count() or 1)))
-_PROBE = ".upload-check"
+# What `check_writable` writes, and deletes again.
+PROBE_NAME = ".upload-check"
 
 Progress = Callable[[int, int], None]
 
@@ -67,7 +69,7 @@ def check_writable(target: S3Uri, options: S3Options = DEFAULTS, *, client: S3Cl
     Raises:
         UserError: it could not; the message names the URI and what to do.
     """
-    store, probe = Store(client or s3_client(attempts=2, timeout=5), options), target / _PROBE
+    store, probe = Store(client or s3_client(attempts=2, timeout=5), options), target / PROBE_NAME
     upload = ""
     try:
         store.sizes(target)

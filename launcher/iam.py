@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from dreambooth_sm.iam import execution_role_policy
-from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.storage import PROBE_NAME, S3Uri
 from launcher.account import REPOSITORY
 
 Policy = dict[str, Any]
@@ -36,6 +36,7 @@ def notebook_policy(
     return _policy(
         _allow("FindObjects", ["s3:ListBucket"], pictures),
         _allow("ReadAndWriteObjects", ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"], f"{pictures}/*"),
+        _allow("RemoveWhatTriedTheUpload", ["s3:DeleteObject"], f"{pictures}/*{PROBE_NAME}"),
         _allow("StartAndStopJobs", [f"sagemaker:{action}" for action in sagemaker], jobs),
         # These can't be limited to a resource.
         _allow("ListJobs", ["sagemaker:ListTrainingJobs", "servicequotas:ListServiceQuotas"], "*"),
