@@ -138,7 +138,8 @@ def _environment_of(services: EmbeddedServices) -> Iterator[None]:
     for name in ("NO_PROXY", "no_proxy"):
         own[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
-    with patch.dict(os.environ, {**kept, **own}, clear=True):
+    # boto3's default session would keep the credentials that it was made with.
+    with patch.dict(os.environ, {**kept, **own}, clear=True), patch("boto3.DEFAULT_SESSION", None):
         yield
 
 

@@ -183,6 +183,8 @@ def test_inside_local_services_everything_is_on_this_machine(monkeypatch: pytest
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
+    mine = boto3.session.Session("key", "secret", region_name="us-west-2")
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", mine)  # as in a notebook that has asked AWS before
     with launcher.local_services() as services:
         assert boto3.client("iam").get_role(RoleName="dreambooth-sm")["Role"]["Arn"] == services.role
         assert boto3.client("service-quotas").list_service_quotas(ServiceCode="sagemaker")["Quotas"] == []
@@ -190,4 +192,5 @@ def test_inside_local_services_everything_is_on_this_machine(monkeypatch: pytest
             boto3.client("service-quotas").list_services()
         assert boto3.client("sts").get_caller_identity()["Account"] == "123456789012"
         assert launcher.list_jobs() == []
+    assert boto3.DEFAULT_SESSION is mine
     assert not [name for name in os.environ if name.startswith("AWS_")]
