@@ -212,6 +212,6 @@ def _write_index(pipeline: Pipeline, directory: Path) -> None:
 def _text_config(text_encoder: Any) -> dict[str, Any]:
     """What the libraries load the text encoder as when they are told no type: diffusers loads its own modules in
     float32 then, and transformers 5 in the type that the configuration names (4 calls it ``torch_dtype``)."""
-    values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__]}
+    values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__], "dtype": "float32"}
     said: dict[str, Any] = json.loads(CLIPTextConfig.from_dict(values).to_json_string())
-    return said | {"dtype": "float32"}
+    return said

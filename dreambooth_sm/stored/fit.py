@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.configs import plainly
 from dreambooth_sm.stored.model import Pipeline
 
+_SAME_MODEL = "take weights and configuration of the same model"
 # Latents a side that a pass through the modules is tried with; UNets halve it up to three times.
 _SIDE = 16
 # By this id, transformers takes the token of the highest number for the end, as files of before 2023 want it.
@@ -53,7 +55,7 @@ def check_fit(pipeline: Pipeline, name: str) -> None:
                 f"text_encoder_2's eos_token_id is {plainly(end)}, and its tokenizer ends prompts with another"
             )
     if not problems:
-        problems = _run(pipeline, xl)
+        problems = _run_encoders(tokenizers, encoders) or _run(pipeline, xl)
     if problems:
         raise UserError(f"{name}: {problem}" for problem in problems)
 
@@ -73,6 +75,19 @@ def _tokenizer_problems(tokenizer: Any, encoder: Any) -> list[str]:
 
 
 @torch.no_grad()
+def _run_encoders(tokenizers: Sequence[Any], encoders: Sequence[Any]) -> list[str]:
+    """Passes shapes, without values, through copies of the text encoders that weigh nothing."""
+    problems = []
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        ids = torch.empty(1, tokenizer.model_max_length, dtype=torch.long, device="meta")
+        try:
+            encoder(ids, output_hidden_states=True)
+        except Exception as error:  # modules raise nearly anything for values that they can't compute with
+            problems.append(f"its text encoder can't be run ({_reason(error)}); {_SAME_MODEL}")
+    return problems
+
+
+@torch.no_grad()
 def _run(pipeline: Pipeline, xl: bool) -> list[str]:
     """Passes shapes, without values, through copies of the modules that weigh nothing."""
     unet, vae = pipeline.unet.config, pipeline.vae.config
@@ -89,8 +104,7 @@ def _run(pipeline: Pipeline, xl: bool) -> list[str]:
         moments = pipeline.vae.encode(empty(1, 3, side, side)).latent_dist.parameters
         pixels = pipeline.vae.decode(latents).sample
     except Exception as error:  # modules raise nearly anything for shapes that don't match
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return [f"its UNet or VAE can't be run ({reason:.200}); take weights and configuration of the same model"]
+        return [f"its UNet or VAE can't be run ({_reason(error)}); {_SAME_MODEL}"]
     return [
         f"its {part} makes {tuple(found.shape)} where {wanted} is wanted"
         for part, found, wanted in (
@@ -100,3 +114,8 @@ def _run(pipeline: Pipeline, xl: bool) -> list[str]:
         )
         if tuple(found.shape) != wanted
     ]
+
+
+def _reason(error: Exception) -> str:
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:200]

@@ -24,6 +24,7 @@ from dreambooth_sm.tiny import bpe_tokenizer
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 _HALF = (torch.float16, torch.bfloat16)
+_TYPES = ("dtype", "torch_dtype")  # of weights, as transformers 5 and 4 name them in a configuration
 # In SDXL's model_index.json: whether the empty prompt is embedded as zeros.
 ZEROS = "force_zeros_for_empty_prompt"
 CLASSES: dict[str, Any] = {
@@ -132,7 +133,8 @@ def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
     kind = CLASSES[part]
     with init_empty_weights(include_buffers=False):
         if part.startswith("text_encoder"):
-            return kind(CLIPTextConfig.from_dict(dict(config)))
+            # The stored weights say their types themselves.
+            return kind(CLIPTextConfig.from_dict({key: value for key, value in config.items() if key not in _TYPES}))
         return kind.from_config(dict(config))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -12,7 +13,6 @@ from pathlib import Path
 
 from tests.helpers.patience import PATIENCE
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
@@ -28,6 +28,8 @@ class Hub:
     def __init__(self, files: dict[str, bytes]) -> None:
         self.fetched: set[str] = set()
         self.tokens: set[str | None] = set()
+        # One of its own: what a builder's cache holds of another hub is not taken for this one's.
+        commit = secrets.token_hex(20)
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,8 +42,8 @@ class Hub:
                     return self.answer(body)
                 if path.startswith("/api/models/owner/model"):
                     siblings = [{"rfilename": name} for name in files]
-                    return self.answer(json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": siblings}).encode())
-                prefix = f"/owner/model/resolve/{COMMIT}/"
+                    return self.answer(json.dumps({"id": "owner/model", "sha": commit, "siblings": siblings}).encode())
+                prefix = f"/owner/model/resolve/{commit}/"
                 name = path.removeprefix(prefix)
                 if not path.startswith(prefix) or name not in files:
                     return self.answer(b"", 404)
@@ -55,7 +57,7 @@ class Hub:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("ETag", f'"{hash(body) & 0xFFFFFFFF:x}"')
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("X-Repo-Commit", commit)
                 self.end_headers()
                 if self.command == "GET":
                     self.wfile.write(body)

@@ -182,4 +182,4 @@ def test_after_interruptions_the_report_covers_the_whole_training(
     assert min(attempt["seconds"]["train"] for attempt in facts["attempts"]) > 0
     text = (job.model / "README.md").read_text()
     assert f"interrupted after steps {first}, {second}" in text
-    assert re.findall(r"step (\d+)\]\(samples", text)[:2] == ["0", str(STEPS)]
+    assert re.findall(r"!\[step (\d+), seed \d+\]\(samples", text)[:2] == ["0", str(STEPS)]

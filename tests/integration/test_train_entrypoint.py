@@ -310,7 +310,7 @@ def test_a_hostile_record_makes_the_job_upload_nothing_of_its_host(
     original, _ = uninterrupted
     job = copy_of(original, tmp_path / "opt-ml")
     secret = tmp_path / "secret.png"
-    secret.write_bytes(b"of the host")
+    secret.write_bytes(b"swordfish")
     newest = job.base / "checkpoints" / job.checkpoints[-1]
     state = json.loads((newest / "state.json").read_text())
     del state["state_crc32"]
@@ -323,7 +323,7 @@ def test_a_hostile_record_makes_the_job_upload_nothing_of_its_host(
     assert ended.code == EXIT_OK, ended.log
     assert f"{newest.name} is damaged and passed over: state.json: record.samples" in ended.log
     assert ended.steps[0]["step"] == str(2 * SAVE_STEPS + 1)
-    assert not [name for name in files_below(job.model) if b"of the host" in (job.model / name).read_bytes()]
+    assert not [name for name in files_below(job.model) if b"swordfish" in (job.model / name).read_bytes()]
 
 
 # --- When training or the upload fails -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dreambooth_sm.storage import PROBE_NAME
 from launcher.cli import main
 from launcher.clients import Clients
 from launcher.estimates import documented_table
@@ -174,7 +175,8 @@ def test_policies_give_no_more_than_they_need(capsys: pytest.CaptureFixture[str]
     (giving,) = [each for each in printed["notebook"]["Statement"] if each["Action"] == ["iam:PassRole"]]
     assert giving["Resource"] == "arn:aws:iam::123456789012:role/dreambooth-sm"
     assert giving["Condition"]["StringEquals"] == {"iam:PassedToService": "sagemaker.amazonaws.com"}
-    assert not any("s3:DeleteObject" in each["Action"] for each in printed["notebook"]["Statement"])
+    (deleting,) = [each for each in printed["notebook"]["Statement"] if "s3:DeleteObject" in each["Action"]]
+    assert deleting["Resource"] == f"arn:aws:s3:::models/*{PROBE_NAME}"  # what tried the upload, and nothing else
     assert "arn:aws-cn:s3:::models/*" in json.dumps(execution_policy("models", partition="aws-cn"))
     assert "secretsmanager" not in json.dumps(printed["execution"])
     assert main(["iam", "models", "--secret", "hub"]) == 0

@@ -119,6 +119,13 @@ def test_a_whole_job_makes_no_class_images(base: BaseModel, tmp_path: Path) -> N
     h = hyperparameters(**VALUES)
     subject = subject_in(tmp_path, 1)
     made = make_class_images(
-        base, (subject,), h, cpu_plan(h), report=Reporter(io.StringIO()), stop=threading.Event(), world=World()
+        base,
+        (subject,),
+        h,
+        cpu_plan(h),
+        tmp_path / "shown",
+        report=Reporter(io.StringIO()),
+        stop=threading.Event(),
+        world=World(),
     )
     assert made == (subject,)
