@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -115,8 +116,18 @@ def make_module(part: str, config: Mapping[str, Any], where: str) -> nn.Module:
     if problems:
         raise UserError(problems)
     config = {**config, "_class_name": said} if "_class_name" in config else config
+    if not _is_version(config.get("_diffusers_version")):  # pipelines compare it
+        config = {key: value for key, value in config.items() if key != "_diffusers_version"}
     module: nn.Module = make(lambda values: empty_module(part, values), config, where, name)
     return module
+
+
+def _is_version(value: Any) -> bool:
+    try:
+        Version(value)
+    except (InvalidVersion, TypeError):
+        return False
+    return True
 
 
 def _largest(value: Any) -> float:
