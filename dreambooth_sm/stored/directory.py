@@ -35,6 +35,11 @@ from dreambooth_sm.stored.tokenizer import write_json, write_tokenizer
 _TEXT_PREFIX = "text_model."
 # Of CLIP, in all of Stable Diffusion.
 _POSITIONS = 77
+# What whole CLIP models and older versions of transformers have beside the text encoder's weights.
+_KNOWN_OTHERS = re.compile(
+    r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection)\..*|"
+    r"text_projection\.weight"
+)
 
 
 def read_directory(
@@ -63,10 +68,12 @@ def read_directory(
     problems = Problems()
     parts: dict[str, Any] = {}
     tensors: dict[str, dict[str, Stored]] = {}
+    left_out: list[str] = []
     for part in names:
         with problems.collected():
             read = vae if part == "vae" and vae else read_part(directory / part, part, variant)
             parts[part], tensors[part] = read.module, read.tensors
+            left_out += _left_out(directory / part, read)
     with problems.collected():
         config = read_json(scheduler_file) | ({"prediction_type": prediction_type} if prediction_type else {})
         parts["scheduler"], remarks = make_scheduler(config, str(scheduler_file))
@@ -81,7 +88,7 @@ def read_directory(
     problems.raise_any()
     if variant and not any(find_files(directory / part, part, variant)[1] for part in own):
         raise UserError(f"variant={variant}: {directory} has no files of it; leave variant out")
-    return StoredModel(str(directory), make_pipeline(parts, index), tensors, tuple(remarks))
+    return StoredModel(str(directory), make_pipeline(parts, index), tensors, (*remarks, *left_out))
 
 
 def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -133,6 +140,16 @@ def read_part(directory: Path, part: str, variant: str | None = None) -> StoredP
     tensors = {today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
     check_complete(str(directory), part, module, tensors)
     return StoredPart(module, tensors)
+
+
+def _left_out(directory: Path, part: StoredPart) -> list[str]:
+    others = [key for key in part.tensors.keys() - part.module.state_dict() if not _KNOWN_OTHERS.fullmatch(key)]
+    if not others:
+        return []
+    return [
+        f"{directory}: {len(others)} tensors are of no layer that its configuration names and are left out, such as "
+        f"{min(others)}"
+    ]
 
 
 def find_files(directory: Path, part: str, variant: str | None = None) -> tuple[list[Path], bool]:

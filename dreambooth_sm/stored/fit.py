@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dreambooth_sm.data.prompts import encode, encode_two
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.configs import plainly
 from dreambooth_sm.stored.model import Pipeline
@@ -46,8 +47,12 @@ def check_fit(pipeline: Pipeline, name: str) -> None:
         kind = plainly(unet.addition_embed_type)
         problems.append(f"the UNet's addition_embed_type is {kind}, which is not that of a pipeline of its kind")
     elif xl:
-        pooled, sizes = pipeline.text_encoder_2.config.projection_dim, 6 * (unet.addition_time_embed_dim or 0)
-        if pooled != (unet.projection_class_embeddings_input_dim or 0) - sizes:
+        pooled = pipeline.text_encoder_2.config.projection_dim
+        size, added = unet.addition_time_embed_dim, unet.projection_class_embeddings_input_dim
+        if type(size) is not int or type(added) is not int:
+            said = f"addition_time_embed_dim is {plainly(size)}, projection_class_embeddings_input_dim {plainly(added)}"
+            problems.append(f"the UNet's {said}; both should be whole numbers such as 256 and 2816")
+        elif pooled != added - 6 * size:
             problems.append(f"the UNet takes no pooled states of {pooled} values, which text_encoder_2 gives")
         end = pipeline.text_encoder_2.config.eos_token_id
         if end not in (_OLD_END, pipeline.tokenizer_2.eos_token_id):
@@ -55,7 +60,7 @@ def check_fit(pipeline: Pipeline, name: str) -> None:
                 f"text_encoder_2's eos_token_id is {plainly(end)}, and its tokenizer ends prompts with another"
             )
     if not problems:
-        problems = _run_encoders(tokenizers, encoders) or _run(pipeline, xl)
+        problems = _run(pipeline, xl, tokenizers, encoders)
     if problems:
         raise UserError(f"{name}: {problem}" for problem in problems)
 
@@ -75,31 +80,23 @@ def _tokenizer_problems(tokenizer: Any, encoder: Any) -> list[str]:
 
 
 @torch.no_grad()
-def _run_encoders(tokenizers: Sequence[Any], encoders: Sequence[Any]) -> list[str]:
-    """Passes shapes, without values, through copies of the text encoders that weigh nothing."""
-    problems = []
-    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        ids = torch.empty(1, tokenizer.model_max_length, dtype=torch.long, device="meta")
-        try:
-            encoder(ids, output_hidden_states=True)
-        except Exception as error:  # modules raise nearly anything for values that they can't compute with
-            problems.append(f"its text encoder can't be run ({_reason(error)}); {_SAME_MODEL}")
-    return problems
-
-
-@torch.no_grad()
-def _run(pipeline: Pipeline, xl: bool) -> list[str]:
+def _run(pipeline: Pipeline, xl: bool, tokenizers: Sequence[Any], encoders: Sequence[Any]) -> list[str]:
     """Passes shapes, without values, through copies of the modules that weigh nothing."""
     unet, vae = pipeline.unet.config, pipeline.vae.config
     side = _SIDE * 2 ** (len(vae.block_out_channels) - 1)
     empty = functools.partial(torch.empty, device="meta")
     latents = empty(1, unet.in_channels, _SIDE, _SIDE)
+    ids = [empty(1, 1, each.model_max_length, dtype=torch.int64) for each in tokenizers]
     added = None
-    if xl:
-        pooled = empty(1, pipeline.text_encoder_2.config.projection_dim)
-        added = {"text_embeds": pooled, "time_ids": empty(1, 6)}
     try:
-        states = empty(1, 77, unet.cross_attention_dim)
+        if xl:
+            states, pooled = encode_two(encoders, ids)
+            added = {"text_embeds": pooled, "time_ids": empty(1, 6)}
+        else:
+            states = encode(encoders[0], ids[0])
+    except Exception as error:  # modules raise nearly anything for values that they can't compute with
+        return [f"its text encoder can't be run ({_reason(error)}); {_SAME_MODEL}"]
+    try:
         drawn = pipeline.unet(latents, empty(1), states, added_cond_kwargs=added).sample
         moments = pipeline.vae.encode(empty(1, 3, side, side)).latent_dist.parameters
         pixels = pipeline.vae.decode(latents).sample

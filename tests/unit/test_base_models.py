@@ -138,6 +138,29 @@ def test_what_the_user_says_instead_is_not_asked_for(copied: Path) -> None:
     assert load_base(of(copied, prediction_type="epsilon")).scheduler.config.prediction_type == "epsilon"
 
 
+def test_layers_that_a_configuration_leaves_out_are_told(copied: Path) -> None:
+    """As people have them who skip CLIP's last layer this way."""
+    config = copied / "text_encoder" / "config.json"
+    layers = json.loads(config.read_text())["num_hidden_layers"]
+    change(config, num_hidden_layers=layers - 1)
+    (remark,) = read_stored(copied).remarks
+    assert f"{copied / 'text_encoder'}: 16 tensors are of no layer that its configuration names" in remark
+    assert f"encoder.layers.{layers - 1}.layer_norm1.bias" in remark
+
+
+def test_text_encoders_are_tried_before_anything_is_drawn(copied: Path) -> None:
+    change(copied / "text_encoder" / "config.json", layer_norm_eps=None)
+    with pytest.raises(UserError, match="its text encoder can't be run .*eps"):
+        read_stored(copied)
+
+
+def test_notes_of_versions_and_types_decide_nothing(copied: Path) -> None:
+    change(copied / "text_encoder" / "config.json", dtype=2.5, torch_dtype="nonsense", transformers_version=[])
+    change(copied / "unet" / "config.json", _diffusers_version="seven")
+    load_base(of(copied)).save(copied / "again")
+    assert load_base(of(copied / "again")).unet.config._diffusers_version
+
+
 # --- Scales -----------------------------------------------------------------------------------------------------------
 
 
