@@ -150,7 +150,7 @@ def test_layers_that_a_configuration_leaves_out_are_told(copied: Path) -> None:
 
 def test_text_encoders_are_tried_before_anything_is_drawn(copied: Path) -> None:
     change(copied / "text_encoder" / "config.json", layer_norm_eps=None)
-    with pytest.raises(UserError, match="its text encoder can't be run .*eps"):
+    with pytest.raises(UserError, match=r"its text encoder can't be run .*eps"):
         read_stored(copied)
 
 
