@@ -25,8 +25,8 @@ from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import CONTEXT_GB, CPU, Card, Plan, Rung, make_plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.tiny import byte_tokenizer
 from dreambooth_sm.training.loop import Schedule, Trainer
+from tests.helpers.tiny import byte_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}

@@ -19,9 +19,9 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
 from dreambooth_sm.plan import LADDER, Rung
 from dreambooth_sm.quiet import quiet_libraries
-from dreambooth_sm.tiny import save_tiny_pipeline
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.loop import Trainer
+from tests.helpers.tiny import save_tiny_pipeline
 
 PLANS = {rung.name: rung for rung in LADDER}
 

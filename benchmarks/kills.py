@@ -127,7 +127,7 @@ def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
     import dreambooth_sm.job  # noqa: F401
     from benchmarks.common import make_pictures
     from dreambooth_sm.storage import s3_client
-    from dreambooth_sm.tiny import save_tiny_pipeline
+    from tests.helpers.tiny import save_tiny_pipeline
 
     client = s3_client()
     client.create_bucket(Bucket="kills")

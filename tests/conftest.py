@@ -25,7 +25,7 @@ EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion pipeline of 0.4 M parameters; not to be written to."""
-    from dreambooth_sm.tiny import save_tiny_pipeline
+    from tests.helpers.tiny import save_tiny_pipeline
 
     return save_tiny_pipeline(tmp_path_factory.mktemp("base") / "tiny")
 
@@ -33,7 +33,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_xl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SDXL pipeline of 3 M parameters; not to be written to."""
-    from dreambooth_sm.tiny import save_tiny_xl_pipeline
+    from tests.helpers.tiny import save_tiny_xl_pipeline
 
     return save_tiny_xl_pipeline(tmp_path_factory.mktemp("base") / "tiny-xl")
 

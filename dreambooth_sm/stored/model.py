@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, load_tensors
 from dreambooth_sm.stored.layout import PARTS, Configs
-from dreambooth_sm.tiny import bpe_tokenizer
+from dreambooth_sm.stored.tokenizer import bpe_tokenizer
 
 Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
 

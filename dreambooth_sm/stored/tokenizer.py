@@ -1,9 +1,10 @@
-"""Tokenizers as files that transformers 4 reads as well as 5."""
+"""CLIP tokenizers: made from merges, and written as files that transformers 4 reads as well as 5."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,30 @@ from transformers import CLIPTokenizer
 _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 # What transformers 5 writes about how it loaded a tokenizer.
 _LOADING = ("is_local", "local_files_only")
+
+
+def bpe_tokenizer(merges: Sequence[str], length: int = 77) -> CLIPTokenizer:
+    """A CLIP tokenizer that knows all bytes, and what ``merges`` make of them.
+
+    Args:
+        merges: pairs of tokens with a space between, such as ``"ca t</w>"``; earlier ones go first.
+        length: the longest prompt in tokens, with the start and end marks.
+    """
+    letters = _byte_letters()
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary_file.write_text(json.dumps({token: row for row, token in enumerate(vocabulary)}))
+        merges_file.write_text("#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
+        return CLIPTokenizer(vocab=str(vocabulary_file), merges=str(merges_file), model_max_length=length)
+
+
+def _byte_letters() -> list[str]:
+    """One printable letter for each byte, as GPT-2's byte-level BPE assigns them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return [chr(byte) for byte in printable] + [chr(256 + number) for number, _ in enumerate(others)]
 
 
 def write_tokenizer(tokenizer: CLIPTokenizer, directory: Path) -> None:

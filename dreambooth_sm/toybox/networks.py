@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dreambooth_sm.tiny import bpe_tokenizer
+from dreambooth_sm.stored.tokenizer import bpe_tokenizer
 
 SIDE = 128
 # Stable Diffusion's; the latents that it scales have deviation 1.

@@ -19,8 +19,8 @@ from dreambooth_sm.errors import EXIT_OK
 from dreambooth_sm.models import load_base
 from dreambooth_sm.stored.directory import read_directory
 from dreambooth_sm.stored.tokenizer import write_tokenizer
-from dreambooth_sm.tiny import byte_tokenizer, save_tiny_pipeline, save_tiny_xl_pipeline
 from tests.helpers.jobs import JobTree
+from tests.helpers.tiny import byte_tokenizer, save_tiny_pipeline, save_tiny_xl_pipeline
 from tests.helpers.training import hyperparameters
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from dreambooth_sm.data.pictures import View, crop, open_picture
 from dreambooth_sm.data.training_set import PictureSizes, PromptTable
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.tiny import bpe_tokenizer
+from dreambooth_sm.stored.tokenizer import bpe_tokenizer
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, paint_pictures, same, weights
 

@@ -11,7 +11,7 @@ from dreambooth_sm.data.prompts import TAG_ORDERS, encode, tag_orders, tokenize
 from dreambooth_sm.data.training_set import PromptTable
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.tiny import byte_tokenizer
+from tests.helpers.tiny import byte_tokenizer
 
 PROMPT = "photo of zwx toy"
 

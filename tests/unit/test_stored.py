@@ -31,7 +31,7 @@ from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, write_saf
 from dreambooth_sm.stored.layout import parts_in, to_original
 from dreambooth_sm.stored.model import StoredModel, clip_tokenizer, empty_module, tokenizers_of
 from dreambooth_sm.stored.recognise import read_configs
-from dreambooth_sm.tiny import save_tiny_pipeline
+from tests.helpers.tiny import save_tiny_pipeline
 from tests.helpers.training import hyperparameters, same, weights
 
 Tensors = dict[str, torch.Tensor]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dreambooth_sm import toybox
 from dreambooth_sm.data.tokens import clip_vocabulary, find_vocabulary
 from dreambooth_sm.stored.model import clip_tokenizer
-from dreambooth_sm.tiny import byte_tokenizer
+from tests.helpers.tiny import byte_tokenizer
 
 CLIP = clip_tokenizer("<|endoftext|>")
 PROMPTS = [
