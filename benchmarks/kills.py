@@ -48,7 +48,7 @@ SETTINGS = {
 _PATIENCE = 1800.0
 _SERVER = """
 import json, time
-from dreambooth_sm.embedded import embedded_s3
+from launcher.local.s3 import embedded_s3
 with embedded_s3() as server:
     print(json.dumps(server.environment()), flush=True)
     time.sleep(1e9)
@@ -57,7 +57,7 @@ with embedded_s3() as server:
 
 def start(base: Path, channels: dict[str, str], target: S3Uri, *, synced: Path | None, half: bool) -> int:
     """Lays out a new instance and forks a job on it; its process id."""
-    from launcher.local import lay_out
+    from launcher.local.run import lay_out
 
     shutil.rmtree(base, ignore_errors=True)
     lay_out(base, {**SETTINGS, "manual_upload_model_path": str(target)}, channels)

@@ -181,8 +181,7 @@ def verify_upload(uri: str, *, as_json: bool, requester_pays: bool) -> int:
 
 def run_demo(output: Path) -> int:
     """Runs the demo; 1 where anything of it failed."""
-    from dreambooth_sm import demo  # imports torch
-    from launcher import JobFailed
+    from launcher import JobFailed, demo  # imports torch
 
     try:
         demo.main(output)

@@ -3,10 +3,10 @@
 Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
-from launcher.fit import check, contact_sheet, estimate, estimator, fit, model_trainer, request
-from launcher.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
-from launcher.local import local_services
-from launcher.service_errors import ServiceError
+from launcher.api import check, contact_sheet, estimate, estimator, fit, model_trainer, request
+from launcher.aws.service_errors import ServiceError
+from launcher.jobs.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
+from launcher.local.run import local_services
 from launcher.training_request import Resources
 
 __all__ = [

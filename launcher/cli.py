@@ -24,9 +24,9 @@ from dreambooth_sm.errors import EXIT_OK, Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
+from launcher.aws.iam import execution_policy, notebook_policy, trust_policy
 from launcher.estimates import documented_table, table
-from launcher.iam import execution_policy, notebook_policy, trust_policy
-from launcher.job import ENDED
+from launcher.jobs.job import ENDED
 from launcher.options import Data, all_options, split_options
 from launcher.training_request import Resources
 

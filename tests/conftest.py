@@ -13,9 +13,9 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
-from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
 from dreambooth_sm.storage import S3Uri
-from launcher.embedded import EmbeddedServices
+from launcher.local.s3 import EmbeddedS3, embedded_s3
+from launcher.local.sagemaker import EmbeddedServices
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
+from launcher.local.s3 import EmbeddedS3
 from launcher.training_request import Resources, training_job
 from tests.helpers.api import refusals
 from tests.helpers.sdks import PYTHONS, run_script, send

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from dreambooth_sm import __version__
-from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
-from dreambooth_sm.signatures import Application
+from launcher.local.s3 import EmbeddedS3, embedded_s3
+from launcher.local.signatures import Application
 from tests.helpers.containers import BASE_IMAGE, DOCKER, ROOT, docker, needs_engine
 from tests.helpers.patience import PATIENCE
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dreambooth_sm.checksums import checksum_of, encoded
-from dreambooth_sm.embedded import EmbeddedS3
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.s3_proxy import RESET, Answer, Request, s3_proxy
 
 KINDS = (

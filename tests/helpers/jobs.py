@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.report import parse_metrics
-from launcher.local import ENTRYPOINT, lay_out
+from launcher.local.run import ENTRYPOINT, lay_out
 from tests.helpers.patience import PATIENCE
 
 # The smallest job that goes through every phase.

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 
-from dreambooth_sm.embedded import EmbeddedS3
+from launcher.local.s3 import EmbeddedS3
 
 
 @dataclass

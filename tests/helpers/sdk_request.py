@@ -20,19 +20,19 @@ from typing import Any
 
 import boto3
 
-from launcher import backends
-from launcher.clients import Clients
+from launcher import submit
+from launcher.aws.clients import Clients
 
 MODULES = {"boto3": "boto3", "estimator": "sagemaker.estimator", "model_trainer": "sagemaker.train"}
 
 
 def start(backend: str, request: dict[str, Any], session: boto3.Session, *, follow: bool) -> None:
     if backend == "estimator":
-        backends.estimator(request, session).fit(wait=follow)
+        submit.estimator(request, session).fit(wait=follow)
     elif backend == "model_trainer":
-        backends.model_trainer(request, session).train(wait=follow)
+        submit.model_trainer(request, session).train(wait=follow)
     else:
-        job = backends.submit(request, Clients(session))
+        job = submit.submit(request, Clients(session))
         if follow:
             job.wait()
 

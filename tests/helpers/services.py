@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.storage import S3Uri, list_objects, upload_directory
-from launcher.embedded import EmbeddedServices
-from launcher.job import Job
+from launcher.jobs.job import Job
+from launcher.local.sagemaker import EmbeddedServices
 from tests.helpers.jobs import SMALL
 from tests.helpers.patience import PATIENCE
 

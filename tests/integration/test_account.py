@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 import launcher
 from dreambooth_sm.errors import UserError
-from launcher import backends
-from launcher.account import Account
-from launcher.advice import advice_for
-from launcher.clients import Clients
-from launcher.embedded import EmbeddedServices
-from launcher.roles import trusts_sagemaker
-from launcher.service_errors import Kind
+from launcher import submit
+from launcher.aws.account import Account
+from launcher.aws.advice import advice_for
+from launcher.aws.clients import Clients
+from launcher.aws.roles import trusts_sagemaker
+from launcher.aws.service_errors import Kind
+from launcher.local.sagemaker import EmbeddedServices
 from launcher.training_request import Resources
 
 ACCOUNT = "123456789012"
@@ -374,11 +374,11 @@ def test_sagemaker_is_asked_to_start_the_job_again() -> None:
 def test_what_is_not_the_requests_fault_is_no_refusal(
     code: str, kind: Kind, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.clients._ATTEMPTS", 1)
+    monkeypatch.setattr("launcher.aws.clients._ATTEMPTS", 1)
     clients = Stubbed()
     answered(clients, [code])
     with pytest.raises(launcher.ServiceError, match="zwx was not started") as caught:
-        backends.submit(request_of_a_job(), clients)
+        submit.submit(request_of_a_job(), clients)
     assert caught.value.kind is kind
     assert advice in str(caught.value)
     assert "refuses" not in str(caught.value)
@@ -397,7 +397,7 @@ def test_a_refusal_says_what_to_do(code: str, advice: str) -> None:
     clients = Stubbed()
     answered(clients, [code])
     with pytest.raises(UserError, match=rf"SageMaker refuses the job: {code}") as caught:
-        backends.submit(request_of_a_job(), clients)
+        submit.submit(request_of_a_job(), clients)
     assert advice in str(caught.value)
 
 
@@ -407,17 +407,17 @@ def test_an_answer_that_was_lost_is_no_second_job(monkeypatch: pytest.MonkeyPatc
     found = {"TrainingJobName": "zwx", "HyperParameters": request["HyperParameters"], "CreationTime": _now()}
     clients = Stubbed()
     answered(clients, [lost, "ResourceInUse", found])
-    assert backends.submit(request, clients).name == "zwx"
+    assert submit.submit(request, clients).name == "zwx"
     for other in ({**found, "CreationTime": 0}, {**found, "HyperParameters": {}}):
         clients = Stubbed()
         answered(clients, [lost, "ResourceInUse", other])
         with pytest.raises(UserError, match="set another name"):
-            backends.submit(request, clients)
-    monkeypatch.setattr("launcher.clients._ATTEMPTS", 1)
+            submit.submit(request, clients)
+    monkeypatch.setattr("launcher.aws.clients._ATTEMPTS", 1)
     clients = Stubbed()
     answered(clients, [lost])
     with pytest.raises(launcher.ServiceError, match=r'whether zwx was started is not known.*launcher.attach\("zwx"\)'):
-        backends.submit(request, clients)
+        submit.submit(request, clients)
 
 
 def _now() -> float:

@@ -24,11 +24,11 @@ from unittest.mock import patch
 import pytest
 from PIL import Image
 
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import EXIT_BAD_INPUT
 from dreambooth_sm.sagemaker import FAILURE_LENGTH
 from dreambooth_sm.storage import S3Uri, list_objects
-from launcher.local import ENTRYPOINT
+from launcher.local.run import ENTRYPOINT
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.jobs import WEIGHTS, Ended, JobTree
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "duck_toy"

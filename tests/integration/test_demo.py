@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_sm import cli, demo
+from dreambooth_sm import cli
+from launcher import demo
 from tests.helpers.patience import PATIENCE
 
 

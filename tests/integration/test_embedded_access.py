@@ -29,9 +29,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import launcher
-from dreambooth_sm.embedded import EmbeddedS3
-from dreambooth_sm.signatures import REGION_KEY, Refused, authenticate, guarded
-from launcher.embedded import EmbeddedServices, embedded_services
+from launcher.local.s3 import EmbeddedS3
+from launcher.local.sagemaker import EmbeddedServices, embedded_services
+from launcher.local.signatures import REGION_KEY, Refused, authenticate, guarded
 from tests.helpers.services import Workplace, eventually
 
 KEYS = Credentials("KEY", "secret")

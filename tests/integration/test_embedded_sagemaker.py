@@ -19,8 +19,8 @@ from PIL import Image
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import upload_directory
-from launcher.embedded import embedded_services
-from launcher.job import Job, JobFailed, JobStopped
+from launcher.jobs.job import Job, JobFailed, JobStopped
+from launcher.local.sagemaker import embedded_services
 from tests.helpers.jobs import SMALL, read_weights, same_weights
 from tests.helpers.services import Workplace, eventually
 

@@ -17,11 +17,11 @@ import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri, list_objects, upload_directory
-from launcher.account import Account
+from launcher.aws.account import Account
+from launcher.aws.clients import Clients
+from launcher.aws.iam import notebook_policy
 from launcher.cli import main
-from launcher.clients import Clients
-from launcher.embedded import EmbeddedServices
-from launcher.iam import notebook_policy
+from launcher.local.sagemaker import EmbeddedServices
 from tests.helpers.api import refusals
 from tests.helpers.jobs import SMALL
 
@@ -45,7 +45,7 @@ PERMISSIONS = {
 
 @pytest.fixture
 def bucket(services: EmbeddedServices) -> str:
-    return launcher.account.Account(Clients()).find_bucket()
+    return Account(Clients()).find_bucket()
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_what_can_not_be_looked_at_is_a_warning(services: EmbeddedServices, pict
 
 
 def test_an_image_that_was_never_pushed(services: EmbeddedServices, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.account.__version__", "9.9.9")
+    monkeypatch.setattr("launcher.aws.account.__version__", "9.9.9")
     with pytest.raises(UserError, match=r"dreambooth-sm:9.9.9 is not in ECR .* run `./build_and_push.sh --region us-"):
         request("s3://models/pictures", services)
 

@@ -13,10 +13,10 @@ from botocore.awsrequest import AWSResponse
 from botocore.exceptions import EndpointConnectionError, UnauthorizedSSOTokenError
 
 import launcher
-from launcher.clients import Clients
-from launcher.embedded import embedded_services
-from launcher.job import Job
-from launcher.service_errors import Kind
+from launcher.aws.clients import Clients
+from launcher.aws.service_errors import Kind
+from launcher.jobs.job import Job
+from launcher.local.sagemaker import embedded_services
 from tests.helpers.services import Workplace, eventually
 
 # Says three lines, the second when it is let to, and ends.
@@ -47,10 +47,10 @@ def go(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.clients._ATTEMPTS", 1)
-    monkeypatch.setattr("launcher.job._POLL", 0.05)
-    monkeypatch.setattr("launcher.job._SETTLE", 0.5)
-    monkeypatch.setattr("launcher.job._PATIENCE", 5.0)
+    monkeypatch.setattr("launcher.aws.clients._ATTEMPTS", 1)
+    monkeypatch.setattr("launcher.jobs.job._POLL", 0.05)
+    monkeypatch.setattr("launcher.jobs.job._SETTLE", 0.5)
+    monkeypatch.setattr("launcher.jobs.job._PATIENCE", 5.0)
 
 
 class Faulty(Clients):
@@ -164,7 +164,7 @@ def test_a_network_that_was_away_costs_no_line(workplace: Workplace, go: Path) -
 def test_a_network_that_stays_away_ends_following_alone(
     workplace: Workplace, go: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launcher.job._PATIENCE", 0.2)
+    monkeypatch.setattr("launcher.jobs.job._PATIENCE", 0.2)
     started = start(workplace, go)
     clients = Faulty(workplace, lambda operation, count: "ServiceUnavailable" if count > 1 else None)
     with pytest.raises(launcher.ServiceError, match="keeps running on SageMaker") as caught:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.iam import execution_role_policy
 from dreambooth_sm.storage import (
     S3Options,
@@ -21,6 +20,7 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.s3_proxy import Answer, Request, s3_proxy
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html

@@ -14,8 +14,8 @@ from PIL import Image
 
 import launcher
 from dreambooth_sm.errors import UserError
-from launcher.clients import Clients
-from launcher.job import Job
+from launcher.aws.clients import Clients
+from launcher.jobs.job import Job
 from tests.helpers.services import Workplace, eventually
 
 # Writes what a job of ours writes, in no time.
@@ -38,7 +38,7 @@ print("phase=train state=ended seconds=1.5")
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    from launcher.embedded import embedded_services
+    from launcher.local.sagemaker import embedded_services
 
     program = tmp_path_factory.mktemp("program") / "train.py"
     program.write_text(PROGRAM)

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import EXIT_OK, EXIT_STOPPED
 from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, download_directory, list_objects, read_manifest, verify
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.faulty_s3 import FaultySchedule, faulty
 from tests.helpers.jobs import JobTree, end, read_until
 from tests.helpers.services import eventually

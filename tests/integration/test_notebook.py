@@ -13,7 +13,7 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image
 
-from dreambooth_sm.embedded import EmbeddedS3
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.patience import PATIENCE
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launcher
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Uri
 from launcher.channels import fetch_channel, read_manifest, write_manifest
-from launcher.embedded import EmbeddedServices
-from launcher.order import read_local
+from launcher.local.s3 import EmbeddedS3
+from launcher.local.sagemaker import EmbeddedServices
+from launcher.prepare import read_local
 from tests.helpers.api import refusals
 
 PROMPT = "photo of zwx toy"

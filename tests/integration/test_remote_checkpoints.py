@@ -7,10 +7,10 @@ import shutil
 import threading
 from pathlib import Path
 
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import S3Options, S3Uri, list_objects, s3_client, verify
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.s3_proxy import Answer, Request, s3_proxy
 
 

@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 import boto3.session
 import pytest
 
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import (
     S3Uri,
@@ -23,6 +22,7 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.s3_proxy import Answer, Request, s3_proxy
 
 PART = 5 * 2**20

@@ -15,7 +15,6 @@ import boto3.session
 import pytest
 
 from dreambooth_sm import s3 as requests
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import (
     MANIFEST_NAME,
@@ -30,8 +29,9 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
-from launcher.archive import unpack
-from launcher.order import describe
+from launcher.jobs.archive import unpack
+from launcher.local.s3 import EmbeddedS3
+from launcher.prepare import describe
 from launcher.staging import stage
 from tests.helpers.s3_proxy import Answer, Request, s3_proxy
 

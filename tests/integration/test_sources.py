@@ -9,13 +9,13 @@ import boto3
 import pytest
 
 from dreambooth_sm import sources, storage
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import check_base, load_base
 from dreambooth_sm.sources import needed_files
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.checkpoint import write_checkpoint
 from dreambooth_sm.stored.directory import read_directory
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.training import hyperparameters, same, weights
 

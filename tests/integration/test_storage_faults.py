@@ -10,7 +10,6 @@ import boto3.session
 import pytest
 
 from dreambooth_sm import storage
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import (
     MANIFEST_NAME,
@@ -22,6 +21,7 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.faulty_s3 import KINDS, FaultySchedule, faulty
 
 BUCKET = "faults"

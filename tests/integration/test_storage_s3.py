@@ -22,7 +22,6 @@ import pytest
 from dreambooth_sm import storage
 from dreambooth_sm.checksums import checksum_of, encoded
 from dreambooth_sm.cli import main
-from dreambooth_sm.embedded import embedded_s3
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.s3 import Store
 from dreambooth_sm.storage import (
@@ -40,6 +39,7 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
+from launcher.local.s3 import embedded_s3
 from tests.helpers.s3_proxy import RESET, After, Answer, Before, Request, s3_proxy
 
 PART = 5 * 2**20

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 import pytest
 
 from dreambooth_sm.checksums import checksum_of, encoded
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED
 from dreambooth_sm.report import parse_metrics
 from dreambooth_sm.results import REPORT_FILES
 from dreambooth_sm.storage import MANIFEST_NAME, Manifest, S3Uri, download_directory, list_objects
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.jobs import SEED_NOTEBOOK, WEIGHTS, Ended, JobTree, end, read_until, read_weights, same_weights
 from tests.helpers.services import eventually
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from dreambooth_sm import job as jobs
-from dreambooth_sm.embedded import EmbeddedS3
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.results import REPORT_FILES
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, verify
+from launcher.local.s3 import EmbeddedS3
 from tests.helpers.jobs import JobTree
 
 

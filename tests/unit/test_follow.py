@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.advice import advice_for
-from launcher.clients import Clients
-from launcher.job import Job, JobFailed, attach
-from launcher.logs import LogReader
-from launcher.progress import Progress
-from launcher.views import NotebookView, Standing, TerminalView, choose_view, job_html
+from launcher.aws.advice import advice_for
+from launcher.aws.clients import Clients
+from launcher.jobs.job import Job, JobFailed, attach
+from launcher.jobs.logs import LogReader
+from launcher.jobs.progress import Progress
+from launcher.jobs.views import NotebookView, Standing, TerminalView, choose_view, job_html
 
 # --- The log: no line lost or doubled --------------------------------------------------------------------------------
 
@@ -315,14 +315,14 @@ def test_where_the_model_lies(description: dict[str, Any], uri: str) -> None:
 
 
 def test_following_imports_nothing_heavy() -> None:
-    code = "import sys, json, launcher.job; print(json.dumps(sorted(sys.modules)))"
+    code = "import sys, json, launcher.jobs.job; print(json.dumps(sorted(sys.modules)))"
     modules = set(json.loads(subprocess.check_output([sys.executable, "-c", code], text=True)))
     assert not {"torch", "boto3", "botocore", "sagemaker", "moto", "pandas", "rich", "IPython"} & modules
 
 
 def test_there_is_no_such_job() -> None:
     from dreambooth_sm.errors import UserError
-    from launcher.embedded import embedded_services
+    from launcher.local.sagemaker import embedded_services
 
     with embedded_services() as services, pytest.raises(UserError, match="no training job 'nobody'"):
         attach("nobody", services.clients())

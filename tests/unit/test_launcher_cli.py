@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from dreambooth_sm.storage import PROBE_NAME
+from launcher.aws.clients import Clients
+from launcher.aws.iam import execution_policy, notebook_policy, trust_policy
 from launcher.cli import main
-from launcher.clients import Clients
 from launcher.estimates import documented_table
-from launcher.iam import execution_policy, notebook_policy, trust_policy
 from tests.helpers.api import refusals
 
 DOCS = Path(__file__).parents[2] / "docs"

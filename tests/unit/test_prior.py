@@ -23,11 +23,11 @@ from dreambooth_sm.data import class_cache, prior
 from dreambooth_sm.data.class_cache import Recipe, fingerprint, read_latents, unpack
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
-from dreambooth_sm.embedded import EmbeddedS3, embedded_s3
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import S3Uri, get_object, list_objects, put_object
+from launcher.local.s3 import EmbeddedS3, embedded_s3
 from tests.helpers.training import make_subject
 
 WANTED = 3

@@ -14,7 +14,7 @@ from PIL import Image
 from dreambooth_sm.data.concepts import find_subjects
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from launcher.order import describe
+from launcher.prepare import describe
 from launcher.staging import lay_out_files, picture_files
 from tests.unit.test_check import blocks, content
 

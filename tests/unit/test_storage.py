@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreambooth_sm import storage
-from dreambooth_sm.embedded import embedded_s3
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.manifest import unfit_names
 from dreambooth_sm.storage import Manifest, ManifestEntry, S3Options, S3Uri
 from dreambooth_sm.transfers import files_below
+from launcher.local.s3 import embedded_s3
 
 text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
 segments = text.map(lambda s: s.replace("/", "").strip()).filter(lambda s: s not in ("", ".", ".."))
@@ -252,5 +252,5 @@ def test_a_missing_moto_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_import_is_light() -> None:
     heavy = "{'awscrt', 'boto3', 'botocore', 'moto', 'torch'}"
-    code = f"import sys, dreambooth_sm.storage, dreambooth_sm.embedded; print({heavy} & set(sys.modules))"
+    code = f"import sys, dreambooth_sm.storage, launcher.local.s3; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -26,14 +26,14 @@ from dreambooth_sm.storage import (
     get_object,
     list_objects,
 )
-from launcher.advice import advice_for
-from launcher.archive import unpack
-from launcher.clients import Clients
+from launcher.aws.advice import advice_for
+from launcher.aws.clients import Clients
+from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.instances import INSTANCES
-from launcher.logs import LogReader
-from launcher.progress import Progress
-from launcher.service_errors import Kind, ServiceError, asking
-from launcher.views import Display, Page, Pictures, Standing, choose_view
+from launcher.jobs.archive import unpack
+from launcher.jobs.logs import LogReader
+from launcher.jobs.progress import Progress
+from launcher.jobs.views import Display, Page, Pictures, Standing, choose_view
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -503,7 +503,7 @@ def attach(name: str, clients: Clients | None = None, *, session: Session | None
     Raises:
         UserError: there is no such job in this account and region.
     """
-    from launcher.local import local_job
+    from launcher.local.run import local_job
 
     here = local_job(name) if clients is None and session is None else None
     job = here or Job(name, clients or Clients(session))

@@ -18,8 +18,8 @@ from dreambooth_sm.data.folder import Names
 from dreambooth_sm.data.pictures import SUFFIXES, is_picture
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, TransferError, get_object, list_objects
+from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.channels import FOLDER, MANIFEST, PREFIX, SINGLE_FILES, Channel, read_manifest, write_manifest
-from launcher.service_errors import Kind, ServiceError, asking
 from launcher.staging import Files
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm import __version__
-from dreambooth_sm.embedded import REGION, EmbeddedS3, embedded_s3
-from dreambooth_sm.signatures import REGION_KEY, Application
-from launcher.clients import Clients, retrying
-from launcher.job_environment import HUB_TOKENS, loader_variables, own_credentials, own_settings
-from launcher.local import CONTAINER, ENTRYPOINT
-from launcher.training import GRACE, Training
+from launcher.aws.clients import Clients, retrying
+from launcher.local.environment import HUB_TOKENS, loader_variables, own_credentials, own_settings
+from launcher.local.run import CONTAINER, ENTRYPOINT
+from launcher.local.s3 import REGION, EmbeddedS3, embedded_s3
+from launcher.local.signatures import REGION_KEY, Application
+from launcher.local.training_job import GRACE, Training
 
 ACCOUNT = "123456789012"  # moto's
 _REPOSITORY = _ROLE = "dreambooth-sm"  # the repository as build_and_push.sh names it

@@ -24,10 +24,10 @@ from typing import Any
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
 from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list_objects
-from launcher.clients import Clients
-from launcher.job_environment import inherited, isolated, loader_variables
-from launcher.local import CONTAINER, docker, lay_out
-from launcher.logs import LOG_GROUP
+from launcher.aws.clients import Clients
+from launcher.jobs.logs import LOG_GROUP
+from launcher.local.environment import inherited, isolated, loader_variables
+from launcher.local.run import CONTAINER, docker, lay_out
 
 HOST = "algo-1"
 # Seconds between SIGTERM and SIGKILL, as SageMaker has it.

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from dreambooth_sm.printing import redact
-from launcher.advice import CHECK_NETWORK, LATER, RENEW, SET_CLOCK, advice_for
+from launcher.aws.advice import CHECK_NETWORK, LATER, RENEW, SET_CLOCK, advice_for
 
 
 class Kind(Enum):

@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import UserError
-from launcher.clients import Clients
-from launcher.job import Job
-from launcher.service_errors import Kind, ServiceError, asking
+from launcher.aws.clients import Clients
+from launcher.aws.service_errors import Kind, ServiceError, asking
+from launcher.jobs.job import Job
 
 if TYPE_CHECKING:
     from boto3.session import Session

@@ -19,17 +19,17 @@ from urllib.parse import unquote
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import s3_client
 from launcher.channels import fetch_channel
-from launcher.job import Job
+from launcher.jobs.job import Job
 from launcher.staging import link_or_copy
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-    from launcher.embedded import EmbeddedServices
+    from launcher.local.sagemaker import EmbeddedServices
 
 # InstanceType of a job that runs in a container; any other runs as a process.
 CONTAINER = "local-container"
-ENTRYPOINT = Path(__file__).parents[1] / "container" / "train.py"
+ENTRYPOINT = Path(__file__).parents[2] / "container" / "train.py"
 
 
 def run_locally(
@@ -83,7 +83,7 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
     Raises:
         UserError: for a request that SageMaker would refuse, or where the entrypoint is not here.
     """
-    from launcher.embedded import RequestError
+    from launcher.local.sagemaker import RequestError
 
     if not ENTRYPOINT.is_file():
         raise UserError(f"{ENTRYPOINT} is missing: local jobs need a checkout of the project (pip install -e .)")
@@ -121,7 +121,7 @@ def local_services() -> Iterator[EmbeddedServices]:
     Raises:
         UserError: moto is not installed.
     """
-    from launcher.embedded import embedded_services
+    from launcher.local.sagemaker import embedded_services
 
     with embedded_services(with_account=True) as services, _environment_of(services):
         _running.append(services)
@@ -149,7 +149,7 @@ _running: list[EmbeddedServices] = []
 
 def _services() -> EmbeddedServices:
     if not _running:
-        from launcher.embedded import embedded_services
+        from launcher.local.sagemaker import embedded_services
 
         stack = ExitStack()
         atexit.register(stack.close)

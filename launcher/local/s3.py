@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.signatures import Application, guarded
 from dreambooth_sm.storage import s3_client
+from launcher.local.signatures import Application, guarded
 
 if TYPE_CHECKING:
     from boto3.session import Session

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.printing import redact
-from launcher import backends
-from launcher.account import Account
+from launcher import submit
+from launcher.aws.account import Account
+from launcher.aws.clients import Clients
+from launcher.aws.lookup import MANIFEST_FILE, Listed
 from launcher.channels import Channel
-from launcher.clients import Clients
 from launcher.estimates import Estimate
-from launcher.job import Job
-from launcher.local import run_locally
-from launcher.lookup import MANIFEST_FILE, Listed
+from launcher.jobs.job import Job
+from launcher.local.run import run_locally
 from launcher.options import Images, split_options, with_options
-from launcher.order import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
+from launcher.prepare import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
 from launcher.staging import lay_out_files
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def fit(
     say = log or print
     _tell(order, say)
     order.stage(account, say)
-    job = backends.submit(order.request, account.clients, price=order.estimate.instance.usd_per_hour)
+    job = submit.submit(order.request, account.clients, price=order.estimate.instance.usd_per_hour)
     return job.wait(log) if wait else job
 
 
@@ -165,7 +165,7 @@ def estimator(images: Images, *, session: Session | None = None, **options: Any)
     Raises:
         UserError: for bad input, or where the SDK is not installed.
     """
-    return backends.estimator(_staged({"images": images, **options}, session).request, session)
+    return submit.estimator(_staged({"images": images, **options}, session).request, session)
 
 
 @with_options(instance_type="auto")
@@ -177,7 +177,7 @@ def model_trainer(images: Images, *, session: Session | None = None, **options: 
     Raises:
         UserError: for bad input, or where the SDK is not installed.
     """
-    return backends.model_trainer(_staged({"images": images, **options}, session).request, session)
+    return submit.model_trainer(_staged({"images": images, **options}, session).request, session)
 
 
 def _staged(options: Mapping[str, Any], session: Session | None) -> Order:

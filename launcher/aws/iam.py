@@ -9,7 +9,7 @@ from typing import Any
 
 from dreambooth_sm.iam import execution_role_policy
 from dreambooth_sm.storage import PROBE_NAME, S3Uri
-from launcher.account import REPOSITORY
+from launcher.aws.account import REPOSITORY
 
 Policy = dict[str, Any]
 

@@ -21,13 +21,13 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Options, S3Uri
-from launcher.account import Account
+from launcher.aws.account import Account
+from launcher.aws.clients import Clients
+from launcher.aws.lookup import MANIFEST_FILE, Listed, Lookup, pictures_in, s3_text
 from launcher.channels import MANIFEST, PREFIX, SINGLE_FILES, Channel
-from launcher.clients import Clients
 from launcher.estimates import Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
-from launcher.local import CONTAINER
-from launcher.lookup import MANIFEST_FILE, Listed, Lookup, pictures_in, s3_text
+from launcher.local.run import CONTAINER
 from launcher.options import Images, split_options
 from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
 from launcher.training_request import (

@@ -14,7 +14,7 @@ from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from launcher.progress import Progress
+from launcher.jobs.progress import Progress
 
 if TYPE_CHECKING:
     from PIL import Image

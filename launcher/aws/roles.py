@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from launcher.clients import Clients
-from launcher.service_errors import ServiceError, asking
+from launcher.aws.clients import Clients
+from launcher.aws.service_errors import ServiceError, asking
 
 _SAGEMAKER = frozenset({"sagemaker.amazonaws.com", "sagemaker.amazonaws.com.cn"})
 # Where AWS keeps roles of its own, which no job can run with.

@@ -10,9 +10,9 @@ from pathlib import Path
 from dreambooth_sm import __version__
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.storage import S3Options, S3Uri, check_writable
-from launcher.clients import Clients
-from launcher.roles import reserved_for, role_of_notebook, trusts_sagemaker
-from launcher.service_errors import Kind, ServiceError, asking
+from launcher.aws.clients import Clients
+from launcher.aws.roles import reserved_for, role_of_notebook, trusts_sagemaker
+from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.training_request import Resources
 
 # The repository as build_and_push.sh names it, and the execution role as `dreambooth-launcher iam` does.

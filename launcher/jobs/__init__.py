@@ -1,0 +1,1 @@
+"""Jobs after their start: state, log, progress, and what they leave."""
