@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import MODELS, PROMPTS, emit, hyperparameters, make_pictures
-from dreambooth_sm.hyperparameters import split_arguments
+from dreambooth_sm.knobs.decode import split_arguments
 from launcher import fit
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from dreambooth_sm import distributed, sagemaker
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
-from dreambooth_sm.hyperparameters import Hyperparameters, split_arguments
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.decode import split_arguments
 from dreambooth_sm.printing import safe, survive_streams
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter

@@ -15,7 +15,8 @@ from dreambooth_sm.command_line import add_options, joined, read_options
 from dreambooth_sm.data.check import ANY_PROMPTS, check_folder, for_folder
 from dreambooth_sm.data.sheet import contact_sheet, table
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK
-from dreambooth_sm.hyperparameters import Hyperparameters, markdown_table
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.docs import markdown_table
 from dreambooth_sm.plan import find_card, make_plan, tier_rows, tier_table
 
 # `check` takes the directory as a word of its own.
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str]) -> int:
     options = _parser(everything="--help-all" in arguments).parse_args(arguments)
     if options.command == "hyperparameters":
-        print(markdown_table())
+        print(markdown_table(Hyperparameters))
     elif options.command == "plan":
         print_plan(options.gpu, _hyperparameters(options), as_json=options.json)
     elif options.command == "convert":

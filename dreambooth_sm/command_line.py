@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
-from dreambooth_sm.hyperparameters import ALIASES, expected
+from dreambooth_sm.hyperparameters import ALIASES
+from dreambooth_sm.knobs.takes import expected
 
 EXIT_INTERRUPTED, EXIT_READER_GONE = 130, 141
 # What people set; --help shows these, and --help-all every option.

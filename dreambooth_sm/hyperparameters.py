@@ -9,39 +9,36 @@ SageMaker hands each hyperparameter over as a string, and some SDK versions enco
 
 from __future__ import annotations
 
-import ast
-import difflib
 import json
 import re
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from dreambooth_sm.architecture import RESOLUTIONS, Architecture, find_architecture
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.knobs.concepts import Concept
+from dreambooth_sm.knobs.decode import PLATFORM_KEY, decode, split_arguments
+from dreambooth_sm.knobs.docs import markdown_table
+from dreambooth_sm.knobs.escapes import is_text, texts
+from dreambooth_sm.knobs.messages import near_name, readable, short, unknown
+from dreambooth_sm.knobs.ranges import (
+    Auto,
+    Few,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    Seed,
+    Steps,
+    StepsOrNone,
+)
 from dreambooth_sm.printing import has_userinfo
 from dreambooth_sm.storage import S3Options, S3Uri
 from dreambooth_sm.toybox import NAME as TOYBOX
-
-Auto = Literal["auto"]
-PositiveInt = Annotated[int, Ge(1)]
-# Steps or epochs: more would take years.
-MOST_STEPS = 10_000_000
-Steps = Annotated[int, Ge(1), Le(MOST_STEPS)]
-StepsOrNone = Annotated[int, Ge(0), Le(MOST_STEPS)]
-# What random generators take.
-Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
-# What is held in memory at a time, or drawn one by one.
-Few = Annotated[int, Ge(1), Le(1_000)]
-PositiveFloat = Annotated[float, Gt(0)]
-NonNegativeFloat = Annotated[float, Ge(0)]
-Fraction = Annotated[float, Ge(0), Lt(1)]
 
 DEFAULT_TRAIN_STEPS = 800
 # The channel names of the seed notebook, as SageMaker mounts them.
@@ -55,14 +52,10 @@ FILEWORDS = "[filewords]"
 ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
 # Keys that SageMaker and its SDKs add by themselves.
 _ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s*")
-_PLAIN = re.compile(r"[\w.-]{1,100}")
-_LONGEST_NAME = 64
 # Unknown names that get a line of their own.
 _MOST_UNKNOWN = 20
 # A model of the hub: its owner and its name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
-_PLATFORM_KEY = re.compile(r"sagemaker_\w+|_tuning_\w+")
-_TEXT_FIELDS = {"instance_prompt", "class_prompt", "validation_prompt"}
 
 
 def _knob(default: Any, group: str, help: str, *, resume: Literal["same", "free"] = "same") -> Any:
@@ -73,17 +66,6 @@ def _knob(default: Any, group: str, help: str, *, resume: Literal["same", "free"
             what is compared otherwise (pictures by their content, the number of steps by the schedule).
     """
     return Field(default, description=help, json_schema_extra={"group": group, "resume": resume})
-
-
-class Concept(BaseModel):
-    """One subject of a job. What is left out is taken from the job's own hyperparameters."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    instance_data_dir: str | None = None
-    class_data_dir: str | None = None
-    instance_prompt: str | None = None
-    class_prompt: str | None = None
 
 
 class Hyperparameters(BaseModel):
@@ -513,7 +495,7 @@ class Hyperparameters(BaseModel):
 
         Args:
             raw: names to values. Strings are decoded (``"False"``, ``"\\"512\\""``, ``photo\\\\ of\\\\ zwx``);
-                keys of the platform (see :func:`platform_keys`) are left out.
+                keys of the platform (see :func:`~dreambooth_sm.knobs.decode.platform_keys`) are left out.
             dataset_info: gives the prompts that lie beside the pictures of ``instance_data_dir``; they serve where
                 ``raw`` names none.
 
@@ -522,30 +504,31 @@ class Hyperparameters(BaseModel):
                 values out of range, values that can't work together.
         """
         problems: list[str] = []
-        unknown: list[str] = []
+        strangers: list[str] = []
         values: dict[str, object] = {}
         origins: dict[str, str] = {}
         refused: set[str] = set()
-        own = {key: value for key, value in raw.items() if not _PLATFORM_KEY.fullmatch(key)}
+        own = {key: value for key, value in raw.items() if not PLATFORM_KEY.fullmatch(key)}
         for key, value in own.items():
             name = ALIASES.get(key, key)
             field = cls.model_fields.get(name)
             if field is None:
-                unknown.append(key)
+                strangers.append(key)
                 continue
-            decoded = _decode(name, value, field)
+            decoded = decode(name, value, field)
             if name in values and values[name] != decoded:
                 problems.append(f"{key} and {origins[name]} mean the same and have different values; keep one")
                 continue
-            if not all(_is_text(text) for text in _texts(decoded)):
-                problems.append(f"{key}: {_short(decoded)} holds characters that are no text; write it anew")
+            if not all(is_text(text) for text in texts(decoded)):
+                problems.append(f"{key}: {short(decoded)} holds characters that are no text; write it anew")
                 refused.add(name)
                 continue
             values[name] = decoded
             origins[name] = key
-        problems += [_unknown(key, cls.model_fields) for key in unknown[:_MOST_UNKNOWN]]
-        if len(unknown) > _MOST_UNKNOWN:
-            problems.append(f"{len(unknown) - _MOST_UNKNOWN} more unknown hyperparameters")
+        known = [*cls.model_fields, *ALIASES]
+        problems += [unknown(key, known) for key in strangers[:_MOST_UNKNOWN]]
+        if len(strangers) > _MOST_UNKNOWN:
+            problems.append(f"{len(strangers) - _MOST_UNKNOWN} more unknown hyperparameters")
         try:
             beside = dataset_info(str(values.get("instance_data_dir", DEFAULT_INSTANCE_DATA_DIR)))
             values |= {name: text for name, text in beside.items() if values.get(name) is None}
@@ -555,7 +538,7 @@ class Hyperparameters(BaseModel):
             parsed = cls.model_validate(values)
         except ValidationError as error:
             refused |= {str(detail["loc"][0]) for detail in error.errors()}
-            problems += _readable(error, cls, values)
+            problems += readable(error, cls, values)
             # What the valid values say about each other is worth knowing at once as well.
             parsed = cls.model_validate({name: value for name, value in values.items() if name not in refused})
         problems += [conflict.text for conflict in _conflicts(parsed) if refused.isdisjoint(conflict.names)]
@@ -575,205 +558,6 @@ class Hyperparameters(BaseModel):
         """The values that were set explicitly, each encoded as the one string that every SDK passes through."""
         explicit = self.model_dump(include=self.model_fields_set, mode="json")
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in explicit.items()}
-
-
-def platform_keys(raw: Mapping[str, object]) -> dict[str, object]:
-    """SageMaker's own entries among the hyperparameters: ``sagemaker_*`` and ``_tuning_*``."""
-    return {key: value for key, value in raw.items() if _PLATFORM_KEY.fullmatch(key)}
-
-
-def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
-    """``["--a", "1", "--b=x y"]`` as ``{"a": "1", "b": "x y"}``.
-
-    Raises:
-        UserError: for words before the first ``--key`` and for keys given twice.
-    """
-    words: dict[str, list[str]] = {}
-    problems: list[str] = []
-    current: list[str] | None = None
-    for argument in arguments:
-        if argument.startswith("--") and len(argument) > 2:
-            key, equals, value = argument[2:].partition("=")
-            if key in words:
-                problems.append(f"--{key} is given twice; keep one")
-            current = words[key] = [value] if equals else []
-        elif current is None:
-            problems.append(f"{argument!r} is no option; write --name value")
-        else:
-            current.append(argument)
-    if problems:
-        raise UserError(problems)
-    return {key: " ".join(value) if value else "true" for key, value in words.items()}
-
-
-def unescape_prompt(text: str) -> str:
-    """A prompt as the tokenizer should see it: escaped blanks are blanks, and runs of blanks are one.
-
-    >>> unescape_prompt(r"photo\\ of\\ zwx\\  toy")
-    'photo of zwx toy'
-    """
-    return " ".join(re.sub(r"(?<!\\)\\++(?=\s|$)", " ", text).split())
-
-
-def _decode(name: str, value: object, field: FieldInfo) -> object:
-    """Undoes what SageMaker and its SDKs did to a value on the way."""
-    if isinstance(value, str):
-        value = _unquote(value)
-        if type(None) in _alternatives(field.annotation) and value.lower() in {"", "none", "null"}:
-            return None
-        if name == "concepts_list":
-            return _decode_concepts(value)
-        if name in _TEXT_FIELDS:
-            return unescape_prompt(value) or None
-        return _from_list(value, field)
-    if isinstance(value, bool) and bool not in _alternatives(field.annotation):
-        return str(value)  # or pydantic would take True for the number 1
-    return value
-
-
-def _texts(value: object) -> Iterator[str]:
-    """The texts that a decoded value consists of."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)
-
-
-def _is_text(text: str) -> bool:
-    """Whether tokenizers, paths and log files can take a text: no NUL, no half of a surrogate pair."""
-    return not re.search("[\0\ud800-\udfff]", text)
-
-
-def _short(value: object) -> str:
-    """A value as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:80]} … ({len(text):,} characters)"
-
-
-def _unquote(text: str) -> str:
-    """Undoes JSON encoding, as often as it was applied. Quotes around parts of a text are the text's own."""
-    text = text.strip()
-    while len(text) >= 2 and text[0] == text[-1] == '"':
-        try:
-            inner = json.loads(text, strict=False)
-        except json.JSONDecodeError:
-            inner = text[1:-1]  # an escaped blank is no JSON escape
-            if re.search(r'(?<!\\)"', inner):
-                break
-        text = inner.strip()
-    return text
-
-
-def _from_list(value: str, field: FieldInfo) -> object:
-    """``FP16`` as ``fp16`` and ``"75"`` as 75: a value from a fixed list is matched as text, in small letters."""
-    listed = {str(choice).lower(): choice for choice in _choices(field.annotation)}
-    return listed.get(value.lower(), value)
-
-
-def _decode_concepts(text: str) -> object:
-    """Inline JSON (or what ``str()`` makes of a Python list) as objects; anything else is a path."""
-    if not text.startswith("["):
-        return text
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return clean_concepts(read(text))
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):  # what the two can raise
-            continue
-    return text
-
-
-def clean_concepts(concepts: object) -> object:
-    """Unescapes the prompts of a list of concepts; anything else is handed back for the schema to refuse."""
-    if not isinstance(concepts, list | tuple) or not all(isinstance(c, Mapping) for c in concepts):
-        return concepts
-    return tuple(
-        {k: unescape_prompt(v) if k in _TEXT_FIELDS and isinstance(v, str) else v for k, v in concept.items()}
-        for concept in concepts
-    )
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, without their constraints."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        return tuple(a for member in get_args(annotation) for a in _alternatives(member))
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    return (annotation,)
-
-
-def _choices(annotation: Any) -> list[object]:
-    return [choice for a in _alternatives(annotation) if get_origin(a) is Literal for choice in get_args(a)]
-
-
-def _bounds(annotation: Any) -> list[str]:
-    """The limits that a type's constraints set, in words."""
-    words = {Ge: "at least {}", Gt: "more than {}", Le: "at most {}", Lt: "less than {}"}
-    limits: list[str] = []
-    if get_origin(annotation) in (Union, types.UnionType):
-        for member in get_args(annotation):
-            limits += _bounds(member)
-    elif get_origin(annotation) is Annotated:
-        for constraint in get_args(annotation)[1:]:
-            for kind, text in words.items():
-                if isinstance(constraint, kind):
-                    limits.append(text.format(getattr(constraint, kind.__name__.lower())))
-    return limits
-
-
-def expected(field: FieldInfo) -> str:
-    """What a field takes, in words: ``a whole number, at least 1, or auto``."""
-    annotation = field.annotation
-    for constraint in field.metadata:
-        annotation = Annotated[annotation, constraint]  # type: ignore[assignment]
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    parts = [names[a] for a in _alternatives(annotation) if a in names]
-    if any(get_origin(a) is tuple for a in _alternatives(annotation)):
-        parts = ["a path of a JSON file", "a list of concepts in JSON"]
-    text = ", ".join([" or ".join(parts), *_bounds(annotation)]).strip(", ")
-    choices = [str(choice) for choice in _choices(annotation)]
-    if type(None) in _alternatives(annotation):
-        choices.append("None")
-    if not choices:
-        return text
-    return f"{text}, or {' or '.join(choices)}" if text else f"one of {', '.join(choices)}"
-
-
-def _unknown(key: str, fields: Mapping[str, object]) -> str:
-    near = near_name(key.lower().replace("-", "_"), [*fields, *ALIASES])
-    hint = f"did you mean {near}?" if near else "`python -m dreambooth_sm.hyperparameters` lists those that exist"
-    return f"{key if re.fullmatch(_PLAIN, key) else _short(key)}: unknown hyperparameter; {hint}"
-
-
-def near_name(name: str, known: Sequence[str]) -> str | None:
-    """The known name that somebody who wrote ``name`` probably meant. Longer texts are not misspelled names."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6) if len(name) <= _LONGEST_NAME else []
-    return near[0] if near else None
-
-
-def _readable(error: ValidationError, model: type[BaseModel], values: Mapping[str, object]) -> list[str]:
-    """One line for each field that pydantic refused, in the reader's words."""
-    lines: dict[str, str] = {}
-    for detail in error.errors():
-        name = str(detail["loc"][0])
-        if name == "concepts_list":
-            where = ".".join(
-                str(part) for part in detail["loc"] if part in Concept.model_fields or isinstance(part, int)
-            )
-            if detail["type"] == "extra_forbidden":
-                key = str(detail["loc"][-1])
-                lines[name] = f"concepts_list: {key!r} is no key of a concept; write {', '.join(Concept.model_fields)}"
-            else:
-                lines.setdefault(
-                    name,
-                    f"concepts_list: item {_short(where or values[name])} is not valid; write a JSON list of "
-                    f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
-                )
-            continue
-        value = values.get(name)
-        shown = "no value" if value is None else _short(value)
-        lines[name] = f"{name}: {shown} is not valid; write {expected(model.model_fields[name])}"
-    return list(lines.values())
 
 
 def _tags(text: str) -> list[tuple[str, str]]:
@@ -842,7 +626,7 @@ def _conflicts(h: Hyperparameters) -> list[_Conflict]:
     )
     check(
         isinstance(h.concepts_list, str) and h.concepts_list.startswith("["),
-        f"concepts_list: {_short(h.concepts_list)} is no valid JSON; write a JSON list of "
+        f"concepts_list: {short(h.concepts_list)} is no valid JSON; write a JSON list of "
         f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
         "concepts_list",
     )
@@ -887,11 +671,11 @@ def _conflicts(h: Hyperparameters) -> list[_Conflict]:
         try:
             _tags(h.s3_tags)
         except ValueError:
-            text = f"s3_tags: {_short(h.s3_tags)} is not valid; write at most 10 different tags as team=toys,stage=test"
+            text = f"s3_tags: {short(h.s3_tags)} is not valid; write at most 10 different tags as team=toys,stage=test"
             problems.append(_Conflict(("s3_tags",), text))
     check(
         h.s3_endpoint_url is not None and not re.match(r"https?://[^/\s]+", h.s3_endpoint_url),
-        f"s3_endpoint_url: {_short(h.s3_endpoint_url)} is no address; write https://host:port",
+        f"s3_endpoint_url: {short(h.s3_endpoint_url)} is no address; write https://host:port",
         "s3_endpoint_url",
     )
     check(
@@ -904,7 +688,7 @@ def _conflicts(h: Hyperparameters) -> list[_Conflict]:
         if not _may_be_model(model := getattr(h, name) or TOYBOX):
             near = near_name(model.lower(), [TOYBOX]) if name == "pretrained_model_name_or_path" else None
             hint = f"did you mean {near}?" if near else "write owner/name, s3://bucket/prefix or an absolute path"
-            text = f"{name}: {_short(model)} is neither a path that exists nor a model hub's id; {hint}"
+            text = f"{name}: {short(model)} is neither a path that exists nor a model hub's id; {hint}"
             problems.append(_Conflict((name,), text))
     nearest = max(64, round(h.resolution / 8) * 8)
     check(h.resolution % 8 != 0, f"resolution={h.resolution} is no multiple of 8; write {nearest}", "resolution")
@@ -975,7 +759,7 @@ def _conflicts(h: Hyperparameters) -> list[_Conflict]:
     )
     check(
         h.export != "diffusers" and not re.fullmatch(r"[^/\0]{1,200}", h.model_name),
-        f"model_name={_short(h.model_name)} names the file that export={h.export} writes, and can't be a file's name",
+        f"model_name={short(h.model_name)} names the file that export={h.export} writes, and can't be a file's name",
         "model_name",
         "export",
     )
@@ -1025,19 +809,5 @@ def _may_be_model(name: str) -> bool:
         return False
 
 
-def markdown_table() -> str:
-    """The reference of all hyperparameters, as the docs show it."""
-    lines: list[str] = []
-    group = ""
-    for name, field in Hyperparameters.model_fields.items():
-        extra = field.json_schema_extra
-        assert isinstance(extra, dict)
-        if extra["group"] != group:
-            group = str(extra["group"])
-            lines += ["", f"### {group}", "", "| name | default | takes | meaning |", "|---|---|---|---|"]
-        lines.append(f"| `{name}` | `{field.default}` | {expected(field)} | {field.description} |")
-    return "\n".join(lines).strip()
-
-
 if __name__ == "__main__":
-    print(markdown_table())
+    print(markdown_table(Hyperparameters))

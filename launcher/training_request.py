@@ -15,7 +15,9 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.hyperparameters import Hyperparameters, PositiveInt, expected
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.ranges import PositiveInt
+from dreambooth_sm.knobs.takes import expected
 from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
 from dreambooth_sm.report import TRAINING_METRICS, metric_pattern
 from dreambooth_sm.storage import S3Uri

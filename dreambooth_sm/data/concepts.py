@@ -14,7 +14,8 @@ from dreambooth_sm.data.check import check_class_folder, check_folder, picture_s
 from dreambooth_sm.data.folder import list_pictures
 from dreambooth_sm.data.pictures import Shape, read_size
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import Hyperparameters, clean_concepts
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.concepts import clean_concepts
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import MOST_STEPS, Seed
+from dreambooth_sm.knobs.ranges import MOST_STEPS, Seed
 from dreambooth_sm.report import Record
 
 # Of what is written here. 1: before numbers were written; its identity leaves out most of the hyperparameters.

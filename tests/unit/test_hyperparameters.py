@@ -16,23 +16,21 @@ from hypothesis import strategies as st
 
 from dreambooth_sm import hyperparameters as schema
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import (
-    Concept,
-    Hyperparameters,
-    markdown_table,
-    platform_keys,
-    split_arguments,
-    unescape_prompt,
-)
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.concepts import Concept
+from dreambooth_sm.knobs.decode import decode, platform_keys, split_arguments
+from dreambooth_sm.knobs.docs import markdown_table
+from dreambooth_sm.knobs.escapes import unescape_prompt
+from dreambooth_sm.knobs.takes import alternatives, choices
 from dreambooth_sm.storage import S3Options
 
 PROMPT = "photo of zwx toy"
 FIELDS = Hyperparameters.model_fields
-BOOLEANS = [name for name, field in FIELDS.items() if bool in schema._alternatives(field.annotation)]
-AUTO = [name for name, field in FIELDS.items() if "auto" in schema._choices(field.annotation)]
-INTEGERS = [name for name, field in FIELDS.items() if int in schema._alternatives(field.annotation)]
-FLOATS = [name for name, field in FIELDS.items() if float in schema._alternatives(field.annotation)]
-OPTIONAL = [name for name, field in FIELDS.items() if type(None) in schema._alternatives(field.annotation)]
+BOOLEANS = [name for name, field in FIELDS.items() if bool in alternatives(field.annotation)]
+AUTO = [name for name, field in FIELDS.items() if "auto" in choices(field.annotation)]
+INTEGERS = [name for name, field in FIELDS.items() if int in alternatives(field.annotation)]
+FLOATS = [name for name, field in FIELDS.items() if float in alternatives(field.annotation)]
+OPTIONAL = [name for name, field in FIELDS.items() if type(None) in alternatives(field.annotation)]
 
 # The seed's hyperparameters (facts.md, section 1), with the values of its notebook where it has them.
 SEED_NOTEBOOK = {
@@ -145,7 +143,7 @@ def test_every_name_of_the_seed_is_accepted(name: str) -> None:
 )
 def test_booleans_are_read_and_not_taken_for_truthy_texts(name: str, text: str, meant: bool) -> None:
     field = FIELDS[name]
-    decoded = schema._decode(name, text, field)
+    decoded = decode(name, text, field)
     read = Hyperparameters.model_validate({name: decoded})
     assert getattr(read, name) is meant
 
@@ -493,7 +491,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     }
     field = FIELDS[name]
     choices: list[st.SearchStrategy[Any]] = []
-    for kind in schema._alternatives(field.annotation):
+    for kind in alternatives(field.annotation):
         if kind is bool:
             choices.append(st.booleans())
         elif kind is int:
@@ -675,13 +673,17 @@ def test_every_knob_says_whether_a_resumed_job_may_change_it() -> None:
 
 def test_the_docs_hold_the_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "hyperparameters.md"
-    assert page.read_text(encoding="utf-8").strip() == f"# Hyperparameters\n\n{markdown_table()}", (
+    assert page.read_text(encoding="utf-8").strip() == f"# Hyperparameters\n\n{markdown_table(Hyperparameters)}", (
         "renew it: python -m dreambooth_sm.hyperparameters > docs/hyperparameters.md"
     )
 
 
 def test_the_table_has_a_row_for_every_knob() -> None:
-    rows = [line.split("|")[1].strip(" `") for line in markdown_table().splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("|")[1].strip(" `")
+        for line in markdown_table(Hyperparameters).splitlines()
+        if line.startswith("| `")
+    ]
     assert rows == list(FIELDS)
     assert all(field.description for field in FIELDS.values())
 

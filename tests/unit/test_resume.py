@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dreambooth_sm import hyperparameters as schema
 from dreambooth_sm.data.concepts import Subject, find_subjects
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.takes import alternatives
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.resume import BASE, check_resumable, fingerprint, first_that_fits, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint, undamaged_checkpoints
@@ -64,7 +64,7 @@ def other_value(name: str) -> Any:
         return OTHERS[name]
     field = FIELDS[name]
     now = SMALL.get(name, field.default)
-    kinds = schema._alternatives(field.annotation)
+    kinds = alternatives(field.annotation)
     if isinstance(now, bool):
         return not now
     for kind in kinds:
