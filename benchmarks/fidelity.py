@@ -41,16 +41,17 @@ from benchmarks.common import DEVICE, PROMPTS, emit, plan_of_rung
 from dreambooth_sm import sampling, toybox
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure, measure_real, score, verdict
+from dreambooth_sm.gallery import grid
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.plan import LADDER, Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.toybox import examine
-from dreambooth_sm.toybox.networks import SIDE
-from dreambooth_sm.toybox.paint import contact_sheet, paint
-from dreambooth_sm.toybox.toys import BACKGROUNDS, HELD_OUT, scenes_of
+from dreambooth_sm.toybox import SIDE, examine
+from dreambooth_sm.toybox.labels import BACKGROUNDS
+from dreambooth_sm.toybox.paint import paint
+from dreambooth_sm.toybox.toys import HELD_OUT, scenes_of
 from dreambooth_sm.training.loop import Schedule, Trainer
 
 TRAINING_PICTURES = 5
@@ -288,7 +289,7 @@ def save_grid(case: Case, drawn: dict[str, Drawn], out: Path) -> None:
     rows = [real, *(one.subject for one in shown), *(one.of_class for one in shown)]
     columns = len(BACKGROUNDS)
     pictures = [picture for row in rows for picture in row[:columns]]
-    contact_sheet(pictures, columns).save(out / f"{case.subject}.png")
+    grid(pictures, columns).save(out / f"{case.subject}.png")
 
 
 def run_curve(case: Case, base: BaseModel, studio: Studio, record: Record, options: argparse.Namespace) -> None:

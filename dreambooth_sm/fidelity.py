@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.toybox import toys
 from dreambooth_sm.toybox.judge import Judge, load_judge
+from dreambooth_sm.toybox.labels import LABELS
 
 JUDGE = "judge"
 _SPEC = f"write {JUDGE}, or dino=MODEL clip=MODEL (or one of them), hub ids or directories without spaces"
@@ -239,7 +239,7 @@ def _parse(spec: str) -> dict[str, str]:
 
 
 class JudgeReader:
-    """Reads kinds, colours, patterns and backgrounds of toys; see ``toys.caption`` for the prompts it understands."""
+    """Reads kinds, colours, patterns and backgrounds of toys, as in "a red striped cat toy on the beach"."""
 
     _HEADS = ("kind", "colour", "pattern", "background")
 
@@ -256,14 +256,14 @@ class JudgeReader:
         return sum(right) / len(right) if right else None
 
     def _named(self, prompt: str) -> list[tuple[str, str]]:
-        """Heads of ``toys.LABELS`` with their labels. Words after "with" are of parts, but for the background."""
+        """Heads of ``LABELS`` with their labels. Words after "with" are of parts, but for the background."""
         toy, _, parts = prompt.lower().partition(" with ")
         words = re.findall("[a-z]+", toy)
         places = re.findall("[a-z]+", parts)
         return [
             (head, label)
             for head in self._HEADS
-            for label in toys.LABELS[head]
+            for label in LABELS[head]
             if label in words or (head == "background" and label in places)
         ]
 

@@ -38,6 +38,23 @@ def write_subjects(subjects: Sequence[Subject], directory: Path) -> None:
     sheet.save(directory / SUBJECT_FILE, quality=88)
 
 
+def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures of one size side by side, row by row, on white.
+
+    Raises:
+        ValueError: where there is no picture.
+    """
+    if not pictures:
+        raise ValueError("a grid needs at least one picture")
+    width, height = pictures[0].size
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        sheet.paste(picture, (column * width, row * height))
+    return sheet
+
+
 def before_and_after(samples: Samples) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]]:
     """Of each prompt, the first and the last picture of each seed."""
     found: dict[str, dict[int, list[Mapping[str, Any]]]] = {}

@@ -14,10 +14,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from dreambooth_sm import storage, toybox
+from dreambooth_sm.gallery import grid
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import parse_metrics
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.toybox import paint, toys
 
 SUBJECT = "teal_hatter"
 INSTANCE_PROMPT = "photo of zwx toy"
@@ -64,11 +64,10 @@ def main(output: Path) -> None:
     import launcher
 
     work = output / time.strftime("job-%Y%m%d-%H%M%S")
-    pictures = paint_subject(work / "pictures")
     said: list[str] = []
     with launcher.local_services() as services:
         services.client().create_bucket(Bucket=BUCKET)
-        storage.upload_directory(pictures, PICTURES)
+        storage.upload_directory(toybox.PHOTOS, PICTURES)
         with tqdm(total=STEPS, desc="starting", unit="step", leave=False) as bar:
 
             def show(line: str) -> None:
@@ -89,7 +88,7 @@ def main(output: Path) -> None:
         files = storage.list_objects(MODEL)
         trained = work / "trained"
         storage.download_directory(MODEL, trained)
-    grid = draw_grid(pictures, trained, output / "before-after.png")
+    drawn = draw_grid(trained, output / "before-after.png")
     history = job.history()
     before, after = [pairs for line in said if "candidate" in (pairs := parse_metrics(line))]
 
@@ -105,20 +104,12 @@ def main(output: Path) -> None:
     ):
         print(f"{name:9} {float(before[name]):.2f} before, {float(after[name]):.2f} after: {meaning}")
     print(*(line for line in said if line.startswith("verdict")), sep="\n")
-    print(f"pictures  {grid}: the subject, before, after, and class pictures after")
+    print(f"pictures  {drawn}: the subject, before, after, and class pictures after")
     print(f"report    {trained / 'report.html'}: pictures, verdict, curves and settings")
     print("seconds   " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in job.seconds.items()))
     print(f"          {time.monotonic() - started:.1f} in all")
     if float(after["subject"]) < ENOUGH:
         raise DemoFailed(f"the subject was not learned: similarity {after['subject']}, and {ENOUGH} is wanted")
-
-
-def paint_subject(directory: Path) -> Path:
-    """Five photos of a toy that the base model never saw."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for number, scene in enumerate(toys.scenes_of(toys.HELD_OUT[SUBJECT], 5, seed=0)):
-        paint.paint(scene).save(directory / f"{number}.png")
-    return directory
 
 
 def _show(line: str, bar: tqdm) -> None:
@@ -132,16 +123,15 @@ def _show(line: str, bar: tqdm) -> None:
         bar.write(line)
 
 
-def draw_grid(pictures: Path, trained: Path, target: Path) -> Path:
+def draw_grid(trained: Path, target: Path) -> Path:
     """Rows of five: the subject; the instance prompt in some places, drawn by the toybox model and by the trained one;
     and the class prompt, drawn by the trained one."""
     import torch
     from diffusers import StableDiffusionPipeline
 
     from dreambooth_sm.sampling import draw
-    from dreambooth_sm.toybox.networks import SIDE
 
-    rows = [Image.open(path, formats=["PNG"]).convert("RGB") for path in sorted(pictures.iterdir())][: len(_PLACES)]
+    rows = [Image.open(path, formats=["PNG"]).convert("RGB") for path in sorted(toybox.PHOTOS.iterdir())]
     instances = [f"{INSTANCE_PROMPT} {place}".strip() for place in _PLACES]
     for model, prompts in (
         (toybox.BASE, instances),
@@ -150,6 +140,6 @@ def draw_grid(pictures: Path, trained: Path, target: Path) -> Path:
     ):
         pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, dtype=torch.float32)
         for seed, prompt in enumerate(prompts):
-            rows += next(draw(pipeline, prompt, [seed], resolution=SIDE, guidance=3.0))
-    paint.contact_sheet(rows, len(_PLACES)).save(target)
+            rows += next(draw(pipeline, prompt, [seed], resolution=toybox.SIDE, guidance=3.0))
+    grid(rows, len(_PLACES)).save(target)
     return target

@@ -15,7 +15,7 @@ def paint_background(background: str, side: int, seed: int) -> Image.Image:
     """One place, without a toy.
 
     Args:
-        background: of ``toys.BACKGROUNDS``.
+        background: of ``labels.BACKGROUNDS``.
         side: of the picture, in pixels.
         seed: of the details: the shades, the horizon, what stands around.
     """

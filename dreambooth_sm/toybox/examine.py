@@ -13,9 +13,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from dreambooth_sm.toybox import paint, toys
-from dreambooth_sm.toybox.judge import Judge
-from dreambooth_sm.toybox.networks import SIDE, as_input, as_pixels
+from dreambooth_sm.gallery import grid
+from dreambooth_sm.toybox import SIDE, paint, toys
+from dreambooth_sm.toybox.judge import Judge, as_input
+from dreambooth_sm.toybox.labels import LABELS
+from dreambooth_sm.toybox.networks import as_pixels
 from dreambooth_sm.toybox.photos import Photos
 
 STEPS = 25
@@ -42,7 +44,7 @@ def examine_judge(judge: Judge, photos: Photos) -> dict[str, Any]:
     """
     answers = [judge(as_input(batch)) for batch in photos.pixels.split(256)]
     accuracy = {}
-    for number, head in enumerate(toys.LABELS):
+    for number, head in enumerate(LABELS):
         asked = photos.labels[:, number] >= 0
         if asked.any():
             chosen = torch.cat([logits[head] for _, logits in answers]).argmax(1)
@@ -71,7 +73,7 @@ def examine_pipeline(
     scenes = [toys.random_scene(rng) for _ in range(count)]
     prompts = [full_caption(scene, rng) for scene in scenes]
     drawn = draw(pipeline, prompts, seed)
-    paint.contact_sheet(drawn[:64], 8).save(out / "sheet.png")
+    grid(drawn[:64], 8).save(out / "sheet.png")
     (out / "sheet.txt").write_text("\n".join(prompts[:64]) + "\n", encoding="utf-8")
     by_kind: dict[str, list[bool]] = {}
     read = judge.read(drawn)

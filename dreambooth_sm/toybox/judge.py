@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreambooth_sm.toybox import toys
-from dreambooth_sm.toybox.networks import SIDE, as_input
+from dreambooth_sm.toybox import SIDE
+from dreambooth_sm.toybox.labels import LABELS
 
 EMBEDDING = 128
 _FEATURES = 192
@@ -22,7 +22,7 @@ _SHIPPED = Path(__file__).with_name("judge.safetensors")
 
 
 class Judge(nn.Module):
-    """Convolutions, then one linear head a label of ``toys.LABELS``, and an embedding of the toy.
+    """Convolutions, then one linear head a label of ``LABELS``, and an embedding of the toy.
 
     The embedding is trained to be the same for all photos of a toy, whatever the background, and to differ from toy
     to toy: the cosine of two embeddings says how alike two toys are.
@@ -44,7 +44,7 @@ class Judge(nn.Module):
             nn.SiLU(),
         )
         self.embedding = nn.Linear(_FEATURES, EMBEDDING)
-        self.heads = nn.ModuleDict({head: nn.Linear(_FEATURES, len(names)) for head, names in toys.LABELS.items()})
+        self.heads = nn.ModuleDict({head: nn.Linear(_FEATURES, len(names)) for head, names in LABELS.items()})
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Embeddings and logits.
@@ -75,7 +75,7 @@ class Judge(nn.Module):
         for batch in self._batches(pictures):
             chosen = {head: logits.argmax(1).tolist() for head, logits in self(batch)[1].items()}
             read += [
-                {head: toys.LABELS[head][rows[number]] for head, rows in chosen.items()} for number in range(len(batch))
+                {head: LABELS[head][rows[number]] for head, rows in chosen.items()} for number in range(len(batch))
             ]
         return read
 
@@ -96,36 +96,9 @@ def load_judge(path: Path | None = None) -> Judge:
     return judge.requires_grad_(False).eval()
 
 
-def save_judge(judge: Judge, path: Path) -> None:
-    """Writes the weights, in half precision."""
-    save_file({name: weight.detach().half().cpu().contiguous() for name, weight in judge.state_dict().items()}, path)
-
-
-def label_loss(logits: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """The sum over the heads of their mean cross entropies.
-
-    Args:
-        labels: ``(pictures, heads)``, heads in the order of ``logits``; -1 where a head does not apply.
-    """
-    losses = []
-    for scores, wanted in zip(logits.values(), labels.unbind(1), strict=True):
-        total = F.cross_entropy(scores, wanted, ignore_index=-1, reduction="sum")
-        losses.append(total / (wanted >= 0).sum().clamp(min=1))
-    return torch.stack(losses).sum()
-
-
-def identity_loss(embeddings: Tensor, individuals: Tensor, temperature: float = 0.1) -> Tensor:
-    """Pictures of one toy attract each other, those of different toys repel (Khosla et al. 2020, equation 2).
-
-    Args:
-        embeddings: ``(pictures, width)`` of length 1.
-        individuals: ``(pictures,)``, a number for each toy; every toy has to be in two pictures or more.
-    """
-    itself = torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
-    others_of_it = (individuals[:, None] == individuals) & ~itself
-    similarity = embeddings @ embeddings.T / temperature
-    log_shares = similarity.masked_fill(itself, -torch.inf).log_softmax(1)
-    return -(log_shares.masked_fill(~others_of_it, 0).sum(1) / others_of_it.sum(1)).mean()
+def as_input(pixels: Tensor) -> Tensor:
+    """Pixels ``(pictures, height, width, 3)`` of uint8 as ``(pictures, 3, height, width)`` from -1 to 1, float32."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _halving(channels: int, out: int, kernel: int = 3) -> nn.Sequential:

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dreambooth_sm.stored.tokenizer import bpe_tokenizer
+from dreambooth_sm.toybox import SIDE
 
-SIDE = 128
 # Stable Diffusion's; the latents that it scales have deviation 1.
 SCALING_FACTOR = 0.18215
 # Of prompts, in tokens with the marks; the longest caption has 28 words and signs.
@@ -141,11 +141,6 @@ def normalise_latents(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> No
     decoding.weight /= factor.view(1, -1, 1, 1)
 
 
-def as_input(pixels: Tensor) -> Tensor:
-    """Pixels ``(pictures, height, width, 3)`` of uint8 as ``(pictures, 3, height, width)`` from -1 to 1, float32."""
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def as_pixels(pictures: Tensor) -> Tensor:
-    """The way back from :func:`as_input`, of any values."""
+    """The way back from ``judge.as_input``, of any values."""
     return ((pictures.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

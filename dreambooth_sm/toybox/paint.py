@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -10,7 +10,7 @@ from dreambooth_sm.toybox.backgrounds import paint_background
 from dreambooth_sm.toybox.brush import Brush
 from dreambooth_sm.toybox.figures import draw_toy
 from dreambooth_sm.toybox.shapes import ellipse
-from dreambooth_sm.toybox.toys import Scene
+from dreambooth_sm.toybox.toys import Scene, Toy, scenes_of
 
 # A picture is drawn this many times as large, then each square of pixels is averaged.
 _SUPERSAMPLING = 4
@@ -27,18 +27,12 @@ def paint(scene: Scene, side: int = 128) -> Image.Image:
     return picture.reduce(_SUPERSAMPLING)
 
 
-def contact_sheet(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size side by side, row by row, on white.
+def paint_photos_of(toy: Toy, directory: Path, count: int = 5, seed: int = 0) -> Path:
+    """Writes photos of one toy as ``0.png``, ``1.png``, ..., and returns the directory, which it makes.
 
-    Raises:
-        ValueError: where there is no picture.
+    Those that come with the runtime (``dreambooth_sm.toybox.PHOTOS``) are made so of ``HELD_OUT["teal_hatter"]``.
     """
-    if not pictures:
-        raise ValueError("a contact sheet needs at least one picture")
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for place, picture in enumerate(pictures):
-        row, column = divmod(place, columns)
-        sheet.paste(picture, (column * width, row * height))
-    return sheet
+    directory.mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes_of(toy, count, seed)):
+        paint(scene).save(directory / f"{number}.png", optimize=True)
+    return directory

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth_sm.toybox import paint, toys
-from dreambooth_sm.toybox.networks import SIDE
+from dreambooth_sm.toybox import SIDE, paint, toys
+from dreambooth_sm.toybox.labels import COLOURS, LABELS
 
 # Each toy is in two pictures, one after the other: from them the judge learns what makes an individual.
 SCENES_A_TOY = 2
@@ -84,7 +84,7 @@ def paint_photos(count: int, seed: str, *, seconds: float = math.inf, rare_parts
     pixels = np.concatenate([part for part, _, _ in finished]) if finished else np.empty((0, SIDE, SIDE, 3), np.uint8)
     photos = Photos(
         torch.from_numpy(pixels),
-        torch.tensor(labels, dtype=torch.int64).reshape(len(labels), len(toys.LABELS)),
+        torch.tensor(labels, dtype=torch.int64).reshape(len(labels), len(LABELS)),
         torch.tensor(individuals, dtype=torch.int64),
         [captions for _, _, written in finished for captions in written],
     )
@@ -116,4 +116,4 @@ def _rare_creature(rng: random.Random) -> tuple[None, toys.Toy]:
     toy = toys.random_toy(rng, "creature")
     if rng.random() < 0.5:
         return None, replace(toy, hat="wizard hat")
-    return None, replace(toy, scarf=True, scarf_colour=rng.choice(list(toys.COLOURS)))
+    return None, replace(toy, scarf=True, scarf_colour=rng.choice(list(COLOURS)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,10 +28,10 @@ from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.model import StoredModel
 from dreambooth_sm.toybox import toys
 from dreambooth_sm.toybox.examine import examine_judge, examine_pipeline, psnr
-from dreambooth_sm.toybox.judge import Judge, identity_loss, label_loss, load_judge, save_judge
+from dreambooth_sm.toybox.judge import Judge, as_input, load_judge
+from dreambooth_sm.toybox.judge_losses import identity_loss, label_loss
 from dreambooth_sm.toybox.networks import (
     PROMPT_LENGTH,
-    as_input,
     as_pixels,
     make_pipeline,
     make_scheduler,
@@ -292,6 +293,11 @@ def train_judge(judge: Judge, photos: Photos, soft: Tensor, timetable: Timetable
         return label_loss(logits, labels[rows]) + identity_loss(embeddings, individuals[rows])
 
     return train_for(timetable.seconds_for("judge"), [judge], loss, name="judge", rows=batch, rate=2e-3)
+
+
+def save_judge(judge: Judge, path: Path) -> None:
+    """Writes the weights, in half precision."""
+    save_file({name: weight.detach().half().cpu().contiguous() for name, weight in judge.state_dict().items()}, path)
 
 
 def _random_rows(count: int, batch: int, device: torch.device) -> Tensor:

@@ -94,7 +94,7 @@ def test_bad_input_is_explained(cells: list[nbformat.NotebookNode]) -> None:
 
 
 def test_the_pictures_are_shown(cells: list[nbformat.NotebookNode]) -> None:
-    assert picture_of(cell_with(cells, "paint_subject(")).size == (5 * SIDE, SIDE)
+    assert picture_of(cell_with(cells, "pictures = toybox.PHOTOS")).size == (5 * SIDE, SIDE)
     assert picture_of(cell_with(cells, "contact_sheet(pictures, **settings)")).width > 5 * SIDE
     grid = picture_of(cell_with(cells, "before = pipeline_of"))
     assert grid.size == (5 * SIDE, 4 * SIDE)
@@ -125,7 +125,12 @@ def test_it_is_stored_with_the_outputs_of_a_whole_run(path: Path) -> None:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert cells[0].source.startswith("ON_AWS = False")
     assert "step 200/200" in html_of(cell_with(cells, "job.wait()"))[0]
-    for source in ("paint_subject(", "contact_sheet(pictures, **settings)", "before = pipeline_of", "in a meadow"):
+    for source in (
+        "pictures = toybox.PHOTOS",
+        "contact_sheet(pictures, **settings)",
+        "before = pipeline_of",
+        "in a meadow",
+    ):
         picture_of(cell_with(cells, source))
 
 

@@ -5,32 +5,19 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops
 
+from dreambooth_sm import toybox
+from dreambooth_sm.gallery import grid
 from dreambooth_sm.toybox.backgrounds import paint_background
-from dreambooth_sm.toybox.paint import contact_sheet, paint
-from dreambooth_sm.toybox.toys import (
-    BACKGROUNDS,
-    COLOURS,
-    EARS,
-    HATS,
-    HELD_OUT,
-    KINDS,
-    LABELS,
-    NAMED,
-    PATTERNS,
-    Scene,
-    Toy,
-    caption,
-    labels,
-    random_scene,
-    random_toy,
-    scenes_of,
-)
+from dreambooth_sm.toybox.labels import BACKGROUNDS, COLOURS, EARS, HATS, KINDS, LABELS, PATTERNS
+from dreambooth_sm.toybox.paint import paint, paint_photos_of
+from dreambooth_sm.toybox.toys import HELD_OUT, NAMED, Scene, Toy, caption, labels, random_scene, random_toy, scenes_of
 
 SEEDS = st.integers(0, 2**32)
 PLACES = {
@@ -332,10 +319,21 @@ def test_the_main_colour_covers_most_of_a_patterned_toy(pattern: str) -> None:
     assert 0.5 < sum(green[:128]) / sum(green) < 0.85
 
 
-def test_a_contact_sheet_is_filled_row_by_row() -> None:
+def test_the_photos_that_come_with_the_runtime_are_the_painters(tmp_path: Path) -> None:
+    """The demo's subject is a toy that is held out."""
+    painted = paint_photos_of(HELD_OUT["teal_hatter"], tmp_path / "new")
+    names = [f"{number}.png" for number in range(5)]
+    assert [sorted(path.name for path in folder.iterdir()) for folder in (painted, toybox.PHOTOS)] == [names, names]
+    for name in names:
+        with Image.open(painted / name) as new, Image.open(toybox.PHOTOS / name) as shipped:
+            assert (shipped.mode, shipped.size) == ("RGB", (toybox.SIDE, toybox.SIDE))
+            assert shipped.tobytes() == new.tobytes()
+
+
+def test_a_grid_is_filled_row_by_row() -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    sheet = contact_sheet([Image.new("RGB", (2, 2), colour) for colour in colours], columns=2)
+    sheet = grid([Image.new("RGB", (2, 2), colour) for colour in colours], columns=2)
     assert sheet.size == (4, 4)
     assert [sheet.getpixel(at) for at in ((0, 0), (3, 1), (1, 2), (2, 2))] == [*colours, (255, 255, 255)]
     with pytest.raises(ValueError, match="at least one"):
-        contact_sheet([], columns=2)
+        grid([], columns=2)

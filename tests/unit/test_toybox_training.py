@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dreambooth_sm.data.prompts import encode, tokenize
 from dreambooth_sm.models import load_base
 from dreambooth_sm.toybox import networks, toys, train
-from dreambooth_sm.toybox.judge import Judge, identity_loss, label_loss, load_judge, save_judge
+from dreambooth_sm.toybox.judge import Judge, as_input, load_judge
+from dreambooth_sm.toybox.judge_losses import identity_loss, label_loss
+from dreambooth_sm.toybox.labels import LABELS
 from dreambooth_sm.toybox.optimise import Outcome, train_for
 from dreambooth_sm.toybox.photos import Photos, paint_photos
 from tests.helpers.training import hyperparameters
@@ -101,7 +103,7 @@ def test_any_text_can_be_spelled(captions: list[str], text: str) -> None:
 def test_normalised_latents_leave_pictures_as_they_are(photos: Photos) -> None:
     torch.manual_seed(0)
     vae = networks.make_vae().eval()
-    pictures = networks.as_input(photos.pixels[:4])
+    pictures = as_input(photos.pixels[:4])
     with torch.no_grad():
         before = vae.encode(pictures).latent_dist
         reconstruction = vae.decode(before.mean).sample
@@ -117,7 +119,7 @@ def test_normalised_latents_leave_pictures_as_they_are(photos: Photos) -> None:
 def test_two_photos_after_another_show_one_toy(photos: Photos) -> None:
     assert photos.pixels.shape == (24, 128, 128, 3)
     assert photos.individuals.tolist()[::2] == photos.individuals.tolist()[1::2]
-    looks = photos.labels[:, [number for number, head in enumerate(toys.LABELS) if head != "background"]]
+    looks = photos.labels[:, [number for number, head in enumerate(LABELS) if head != "background"]]
     assert torch.equal(looks[::2], looks[1::2])
     assert {len(captions) for captions in photos.captions} == {4}
     assert torch.equal(paint_photos(24, "photos").pixels, photos.pixels)
@@ -130,14 +132,14 @@ def test_joined_photos_share_no_toy(photos: Photos) -> None:
 
 
 def test_the_judge_embeds_unit_vectors_and_reads_labels(tmp_path: Path) -> None:
-    save_judge(Judge(), tmp_path / "judge.safetensors")
+    train.save_judge(Judge(), tmp_path / "judge.safetensors")
     judge = load_judge(tmp_path / "judge.safetensors")
     pictures = [Image.new("RGB", (128, 128), "red"), Image.new("RGBA", (64, 96), "blue")]
     embeddings = judge.embed(pictures)
     assert embeddings.dtype == torch.float32
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(2))
     for answer in judge.read(pictures):
-        assert all(answer[head] in names for head, names in toys.LABELS.items())
+        assert all(answer[head] in names for head, names in LABELS.items())
     assert judge.embed([]).shape == (0, 128)
     assert judge.read([]) == []
 
@@ -205,7 +207,7 @@ def _train_unet() -> None:
 
 
 def _train_judge() -> None:
-    heads = len(toys.LABELS)
+    heads = len(LABELS)
     numbers = _meta(8, heads, dtype=torch.int64), _meta(8, dtype=torch.int64)
     pixels = _meta(8, 128, 128, 3, dtype=torch.uint8)
     train.train_judge(Judge().to("meta"), Photos(pixels, *numbers, []), pixels, train.Timetable(1), 4)
