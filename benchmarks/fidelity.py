@@ -48,11 +48,12 @@ from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.plan import LADDER, Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.toybox import SIDE, examine
+from dreambooth_sm.toybox import SIDE
 from dreambooth_sm.toybox.labels import BACKGROUNDS
-from dreambooth_sm.toybox.paint import paint
-from dreambooth_sm.toybox.toys import HELD_OUT, scenes_of
 from dreambooth_sm.training.loop import Schedule, Trainer
+from toybox import examine
+from toybox.paint import paint
+from toybox.toys import HELD_OUT, scenes_of
 
 TRAINING_PICTURES = 5
 # One a background of the toybox, in its order.

@@ -21,8 +21,8 @@ from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.plan import CPU, make_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.selection import Examiner
-from dreambooth_sm.toybox import paint, toys
 from dreambooth_sm.training.loop import Schedule, Trainer
+from toybox import paint, toys
 
 STEPS = 80
 SETTINGS: dict[str, Any] = {

@@ -40,9 +40,9 @@ from dreambooth_sm.fidelity import (
     verdict,
 )
 from dreambooth_sm.toybox.judge import Judge, load_judge
-from dreambooth_sm.toybox.paint import paint
-from dreambooth_sm.toybox.toys import HELD_OUT, random_scene, scenes_of
 from tests.helpers.tiny import byte_tokenizer
+from toybox.paint import paint
+from toybox.toys import HELD_OUT, random_scene, scenes_of
 
 RED, GREEN, BLUE = (Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue"))
 COLOURS = st.tuples(st.integers(0, 255), st.integers(0, 255), st.integers(1, 255))

@@ -14,10 +14,10 @@ from PIL import Image, ImageChops
 
 from dreambooth_sm import toybox
 from dreambooth_sm.gallery import grid
-from dreambooth_sm.toybox.backgrounds import paint_background
 from dreambooth_sm.toybox.labels import BACKGROUNDS, COLOURS, EARS, HATS, KINDS, LABELS, PATTERNS
-from dreambooth_sm.toybox.paint import paint, paint_photos_of
-from dreambooth_sm.toybox.toys import HELD_OUT, NAMED, Scene, Toy, caption, labels, random_scene, random_toy, scenes_of
+from toybox.backgrounds import paint_background
+from toybox.paint import paint, paint_photos_of
+from toybox.toys import HELD_OUT, NAMED, Scene, Toy, caption, labels, random_scene, random_toy, scenes_of
 
 SEEDS = st.integers(0, 2**32)
 PLACES = {

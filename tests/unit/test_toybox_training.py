@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth_sm.data.prompts import encode, tokenize
 from dreambooth_sm.models import load_base
-from dreambooth_sm.toybox import networks, toys, train
 from dreambooth_sm.toybox.judge import Judge, as_input, load_judge
-from dreambooth_sm.toybox.judge_losses import identity_loss, label_loss
 from dreambooth_sm.toybox.labels import LABELS
-from dreambooth_sm.toybox.optimise import Outcome, train_for
-from dreambooth_sm.toybox.photos import Photos, paint_photos
 from tests.helpers.training import hyperparameters
+from toybox import networks, toys, train
+from toybox.judge_losses import identity_loss, label_loss
+from toybox.optimise import Outcome, train_for
+from toybox.photos import Photos, paint_photos
 
 MEGABYTE = 1_000_000
 

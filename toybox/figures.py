@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dreambooth_sm.toybox.brush import INK, WHITE, Brush, Cloth, Colour, darker, lighter
 from dreambooth_sm.toybox.labels import COLOURS
-from dreambooth_sm.toybox.shapes import Point, Shape, blob, box, curve, dome, ellipse, star
-from dreambooth_sm.toybox.toys import Scene, Toy
+from toybox.brush import INK, WHITE, Brush, Cloth, Colour, darker, lighter
+from toybox.shapes import Point, Shape, blob, box, curve, dome, ellipse, star
+from toybox.toys import Scene, Toy
 
 _SIDES = (-1, 1)
 

@@ -1,4 +1,4 @@
-"""Makes the toybox pipeline and its judge again, from nothing: ``python -m dreambooth_sm.toybox.train OUT``.
+"""Makes the toybox pipeline and its judge again, from nothing: ``python -m toybox.train OUT``.
 
 Some 10 minutes on one large GPU. On a CPU the same code runs with small batches: to try it, not to get a model.
 """
@@ -26,11 +26,12 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
 
 from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.model import StoredModel
-from dreambooth_sm.toybox import toys
-from dreambooth_sm.toybox.examine import examine_judge, examine_pipeline, psnr
 from dreambooth_sm.toybox.judge import Judge, as_input, load_judge
-from dreambooth_sm.toybox.judge_losses import identity_loss, label_loss
-from dreambooth_sm.toybox.networks import (
+from dreambooth_sm.training.losses import add_noise, min_snr_weights
+from toybox import toys
+from toybox.examine import examine_judge, examine_pipeline, psnr
+from toybox.judge_losses import identity_loss, label_loss
+from toybox.networks import (
     PROMPT_LENGTH,
     as_pixels,
     make_pipeline,
@@ -41,9 +42,8 @@ from dreambooth_sm.toybox.networks import (
     make_vae,
     normalise_latents,
 )
-from dreambooth_sm.toybox.optimise import Outcome, train_for
-from dreambooth_sm.toybox.photos import SCENES_A_TOY, Photos, paint_photos
-from dreambooth_sm.training.losses import add_noise, min_snr_weights
+from toybox.optimise import Outcome, train_for
+from toybox.photos import SCENES_A_TOY, Photos, paint_photos
 
 # What each stage gets of the time that is left, relative to those after it.
 _SHARES = {"painting": 0.07, "vae": 0.32, "unet": 0.48, "judge": 0.09, "evaluation": 0.04}
@@ -93,7 +93,7 @@ class Timetable:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     default = Settings()
-    parser = argparse.ArgumentParser(prog="python -m dreambooth_sm.toybox.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m toybox.train", description=__doc__)
     parser.add_argument("out", type=Path, help="where base/, judge.safetensors, sheet.png and figures.json go")
     parser.add_argument("--minutes", type=float, default=default.minutes, help="for all stages together")
     parser.add_argument("--pictures", type=int, default=default.pictures)

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreambooth_sm.toybox import SIDE, paint, toys
+from dreambooth_sm.toybox import SIDE
 from dreambooth_sm.toybox.labels import COLOURS, LABELS
+from toybox import paint, toys
 
 # Each toy is in two pictures, one after the other: from them the judge learns what makes an individual.
 SCENES_A_TOY = 2

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from dreambooth_sm.toybox.backgrounds import paint_background
-from dreambooth_sm.toybox.brush import Brush
-from dreambooth_sm.toybox.figures import draw_toy
-from dreambooth_sm.toybox.shapes import ellipse
-from dreambooth_sm.toybox.toys import Scene, Toy, scenes_of
+from toybox.backgrounds import paint_background
+from toybox.brush import Brush
+from toybox.figures import draw_toy
+from toybox.shapes import ellipse
+from toybox.toys import Scene, Toy, scenes_of
 
 # A picture is drawn this many times as large, then each square of pixels is averaged.
 _SUPERSAMPLING = 4

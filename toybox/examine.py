@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from dreambooth_sm.gallery import grid
-from dreambooth_sm.toybox import SIDE, paint, toys
+from dreambooth_sm.toybox import SIDE
 from dreambooth_sm.toybox.judge import Judge, as_input
 from dreambooth_sm.toybox.labels import LABELS
-from dreambooth_sm.toybox.networks import as_pixels
-from dreambooth_sm.toybox.photos import Photos
+from toybox import paint, toys
+from toybox.networks import as_pixels
+from toybox.photos import Photos
 
 STEPS = 25
 GUIDANCE = 3.0

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from dreambooth_sm.toybox.brush import WHITE, Brush, Colour, darker, lighter, mix
-from dreambooth_sm.toybox.shapes import box, curve, dome, ellipse, star
+from toybox.brush import WHITE, Brush, Colour, darker, lighter, mix
+from toybox.shapes import box, curve, dome, ellipse, star
 
 
 def paint_background(background: str, side: int, seed: int) -> Image.Image:

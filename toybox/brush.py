@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from dreambooth_sm.toybox.shapes import Point, Shape, box, ellipse, moved
+from toybox.shapes import Point, Shape, box, ellipse, moved
 
 Colour = tuple[int, int, int]
 
