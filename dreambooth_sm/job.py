@@ -45,6 +45,7 @@ from dreambooth_sm.fidelity import load_encoders
 from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
 from dreambooth_sm.live_samples import RemoteSamples, SyncedSamples
 from dreambooth_sm.models import BaseModel, check_base, load_base
+from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
 from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.results import REPORT_FILES, gather_facts, write_results
@@ -510,7 +511,7 @@ def outputs_of_base(
     conditions = embed(pipeline, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
     outputs = base_outputs(
         pipeline.unet,
-        base.scheduler,
+        Diffusion.of(base.scheduler),
         dice,
         latents,
         lambda batch: dataclasses.replace(conditions.of(batch.samples), sizes=sizes(batch) if sizes else None),

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from dreambooth_sm.quiet import quiet_libraries
 
 # isort: split
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.model import StoredModel
 from dreambooth_sm.toybox.judge import Judge, as_input, load_judge
-from dreambooth_sm.training.losses import add_noise, min_snr_weights
 from toybox import toys
 from toybox.examine import examine_judge, examine_pipeline, psnr
 from toybox.judge_losses import identity_loss, label_loss
@@ -245,9 +245,9 @@ def train_unet(
     prompts = _token_ids(pipeline.tokenizer, [text for texts in captions for text in texts]).to(device)
     prompts = prompts.view(len(captions), -1, PROMPT_LENGTH)
     empty = _token_ids(pipeline.tokenizer, [""]).to(device)
-    noise_scheduler: Any = DDPMScheduler.from_config(make_scheduler().config)
-    signals = noise_scheduler.alphas_cumprod.to(device)
-    weights = min_snr_weights("epsilon", signals, _MIN_SNR_GAMMA)
+    objective = Diffusion.of(make_scheduler(), _MIN_SNR_GAMMA).to(device)
+    weights = objective.row_weights(torch.arange(objective.times, device=device))
+    assert weights is not None
     weights = weights / weights.mean()
 
     def loss() -> Tensor:
@@ -255,11 +255,10 @@ def train_unet(
         mean, deviation = latents[rows].chunk(2, dim=1)
         clean = mean + deviation * torch.randn_like(mean)
         noise = torch.randn_like(clean)
-        timesteps = _random_rows(len(signals), batch, device)
+        timesteps = _random_rows(objective.times, batch, device)
         texts = prompts[rows, _random_rows(prompts.shape[1], batch, device)]
         texts = torch.where(torch.rand(batch, 1, device=device) < _CAPTION_DROPOUT, empty, texts)
-        noisy = add_noise(clean, noise, signals[timesteps])
-        noisy = noisy.to(unet.dtype, memory_format=torch.channels_last)
+        noisy = objective.noised(clean, noise, timesteps).to(unet.dtype, memory_format=torch.channels_last)
         predicted = unet(noisy, timesteps, text_encoder(texts)[0]).sample
         errors = (predicted.float() - noise).square().mean((1, 2, 3))
         return (errors * weights[timesteps]).mean()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dreambooth_sm.data.conditioning import Conditioning
 from dreambooth_sm.data.training_set import Batch, Dice
-from dreambooth_sm.training.losses import add_noise
+from dreambooth_sm.objectives import Objective
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Output:
 @torch.no_grad()
 def base_outputs(
     unet: Any,
-    scheduler: Any,
+    objective: Objective,
     dice: Dice,
     latents_of: Callable[[Batch], Tensor],
     conditions_of: Callable[[Batch], Conditioning],
@@ -53,40 +53,22 @@ def base_outputs(
 
     Args:
         unet: of the base model, on the device that it runs on.
+        objective: the model's, on the CPU.
         dice: draws instances alone.
         conditions_of: gives the embedded class prompts of a batch's pictures.
         batch_size: pictures at a time, at most.
     """
-    alphas = scheduler.alphas_cumprod
     instances = len(dice.instances)
     size = max(1, min(batch_size, count // instances))  # small enough that every shape has its turn
     for number in range(math.ceil(max(count, instances * size) / size)):
         batch = dice.batch(number, size)
-        signal = alphas[batch.timesteps]
-        seen = add_noise(latents_of(batch).cpu(), batch.noise, signal)
+        seen = objective.noised(latents_of(batch).cpu(), batch.noise, batch.timesteps)
         prediction = unet(
             seen.to(unet.device, unet.dtype),
             batch.timesteps.to(unet.device),
             **conditions_of(batch).to(unet.device, unet.dtype).arguments(),
         ).sample
-        latents, noise = explain(scheduler.config.prediction_type, seen, prediction.float().cpu(), signal)
+        latents, noise = objective.invert(seen, prediction.float().cpu(), batch.timesteps)
         numbers = (batch.samples.tolist(), batch.views.tolist())
         for row in zip(*numbers, latents, noise, batch.timesteps.tolist(), strict=True):
             yield Output(*row)
-
-
-def explain(prediction_type: str, seen: Tensor, prediction: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
-    """Latents and noise for which :func:`dreambooth_sm.training.losses.add_noise` gives ``seen`` and
-    :func:`dreambooth_sm.training.losses.prediction_target` gives ``prediction``.
-
-    Args:
-        seen, prediction: ``(rows, 4, h, w)``.
-        alphas_cumprod: ``(rows,)``, more than 0.
-    """
-    signal = alphas_cumprod.view(-1, 1, 1, 1)
-    if prediction_type == "v_prediction":
-        return (
-            signal.sqrt() * seen - (1 - signal).sqrt() * prediction,
-            (1 - signal).sqrt() * seen + signal.sqrt() * prediction,
-        )
-    return (seen - (1 - signal).sqrt() * prediction) / signal.sqrt(), prediction

@@ -21,12 +21,12 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
+from dreambooth_sm.objectives import Diffusion, Objective
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.stored.schedule import training_scheduler
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
-from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
+from dreambooth_sm.training.losses import Loss, dreambooth_loss
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
 from dreambooth_sm.training.trend import find_rise
@@ -212,9 +212,7 @@ class Trainer:
                 average_into=None if on_cpu else self.updater.average_into,
                 on_cpu=on_cpu,
             )
-        noise_scheduler: Any = training_scheduler(base.scheduler)
-        self.prediction_type = noise_scheduler.config.prediction_type
-        self.alphas_cumprod = noise_scheduler.alphas_cumprod.to(device)
+        self.objective: Objective = Diffusion.of(base.scheduler, h.snr_gamma).to(device)
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
@@ -458,8 +456,7 @@ class Trainer:
         )
 
     def _loss(self, inputs: Inputs) -> Loss:
-        alphas = self.alphas_cumprod[inputs.timesteps]
-        noised = add_noise(inputs.latents, inputs.noise, alphas)
+        noised = self.objective.noised(inputs.latents, inputs.noise, inputs.timesteps)
         if self.plan.weights != "fp32":
             noised = noised.to(self.dtype)
         if self.plan.channels_last:
@@ -470,13 +467,12 @@ class Trainer:
             pooled = None if self.data.pooled is None else self.data.pooled[inputs.prompts].to(noised.dtype)
             conditions = Conditioning(hidden, pooled, inputs.sizes).arguments()
             prediction = self.unet(noised, inputs.timesteps, **conditions, return_dict=False)[0]
-        gamma = self.h.snr_gamma
         return dreambooth_loss(
             prediction,
-            prediction_target(self.prediction_type, inputs.latents, inputs.noise, alphas),
+            self.objective.target(inputs.latents, inputs.noise, inputs.timesteps),
             prior_loss_weight=self.h.prior_loss_weight if self.data.dice.classes else None,
             element_weights=inputs.weights,
-            row_weights=min_snr_weights(self.prediction_type, alphas, gamma) if gamma else None,
+            row_weights=self.objective.row_weights(inputs.timesteps),
         )
 
     @contextlib.contextmanager

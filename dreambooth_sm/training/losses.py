@@ -1,4 +1,4 @@
-"""The DreamBooth loss: what the model should predict, and how the two halves of a batch are weighted."""
+"""The DreamBooth loss: how the two halves of a batch are weighted."""
 
 from __future__ import annotations
 
@@ -24,43 +24,6 @@ class Loss(NamedTuple):
         totals, instances, priors = zip(*losses, strict=True)
         count = len(losses)
         return Loss(sum(totals) / count, sum(instances) / count, None if priors[0] is None else sum(priors) / count)
-
-
-def prediction_target(
-    prediction_type: str, latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor
-) -> torch.Tensor:
-    """What the UNet has to predict, in the shape of ``latents``.
-
-    Args:
-        prediction_type: ``epsilon`` (Ho et al. 2020) or ``v_prediction`` (Salimans and Ho 2022).
-        alphas_cumprod: ``(rows,)`` of the rows' time steps.
-
-    Raises:
-        ValueError: for another prediction type.
-    """
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "v_prediction":
-        signal = alphas_cumprod.view(-1, 1, 1, 1)
-        return signal.sqrt() * noise - (1 - signal).sqrt() * latents
-    raise ValueError(f"prediction type {prediction_type!r} is neither epsilon nor v_prediction")
-
-
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """The noised latents of the rows' time steps; ``alphas_cumprod`` is ``(rows,)``."""
-    signal = alphas_cumprod.view(-1, 1, 1, 1)
-    return signal.sqrt() * latents + (1 - signal).sqrt() * noise
-
-
-def min_snr_weights(prediction_type: str, alphas_cumprod: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Min-SNR-gamma weights ``(rows,)`` (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting").
-
-    Args:
-        alphas_cumprod: ``(rows,)`` of the rows' time steps.
-    """
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    divisor = snr + 1 if prediction_type == "v_prediction" else snr
-    return snr.clamp(max=gamma) / divisor
 
 
 def dreambooth_loss(

@@ -7,7 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from dreambooth_sm.training.losses import Loss, add_noise, dreambooth_loss, min_snr_weights, prediction_target
+from dreambooth_sm.objectives import Diffusion
+from dreambooth_sm.training.losses import Loss, dreambooth_loss
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 PREDICTION_TYPES = ["epsilon", "v_prediction"]
@@ -56,12 +57,12 @@ def test_the_loss_is_the_papers(
     prediction, target, timesteps = draw(rows, seed=batch)
     weights = [1.0 if gamma is None else snr_weight(prediction_type, int(t), gamma) for t in timesteps]
     expected = by_hand(prediction, target, weights, prior_loss_weight)
-    alphas = SCHEDULER.alphas_cumprod[timesteps]
+    objective = Diffusion(prediction_type, SCHEDULER.alphas_cumprod, gamma)
     ours = dreambooth_loss(
         prediction,
         target,
         prior_loss_weight=prior_loss_weight,
-        row_weights=None if gamma is None else min_snr_weights(prediction_type, alphas, gamma),
+        row_weights=objective.row_weights(timesteps),
     )
     assert (ours.prior is None) == (expected[2] is None)
     for part, value in zip(ours, expected, strict=True):
@@ -113,26 +114,27 @@ def test_noise_and_targets_are_those_of_diffusers_scheduler(rescale: bool) -> No
     scheduler = DDPMScheduler.from_config(SCHEDULER.config, rescale_betas_zero_snr=rescale)
     latents, noise, timesteps = draw(12)
     timesteps[:2] = torch.tensor([0, 999])
-    alphas = scheduler.alphas_cumprod[timesteps]
-    torch.testing.assert_close(add_noise(latents, noise, alphas), scheduler.add_noise(latents, noise, timesteps))
-    assert prediction_target("epsilon", latents, noise, alphas) is noise
+    epsilon, v = (Diffusion(kind, scheduler.alphas_cumprod) for kind in PREDICTION_TYPES)
     torch.testing.assert_close(
-        prediction_target("v_prediction", latents, noise, alphas), scheduler.get_velocity(latents, noise, timesteps)
+        epsilon.noised(latents, noise, timesteps), scheduler.add_noise(latents, noise, timesteps)
     )
+    assert epsilon.target(latents, noise, timesteps) is noise
+    torch.testing.assert_close(v.target(latents, noise, timesteps), scheduler.get_velocity(latents, noise, timesteps))
 
 
 def test_a_perfect_v_prediction_gives_back_the_latents() -> None:
     latents, noise, timesteps = draw(6)
-    alphas = SCHEDULER.alphas_cumprod[timesteps]
-    signal = alphas.view(-1, 1, 1, 1)
-    v = prediction_target("v_prediction", latents, noise, alphas)
-    recovered = signal.sqrt() * add_noise(latents, noise, alphas) - (1 - signal).sqrt() * v
+    objective = Diffusion("v_prediction", SCHEDULER.alphas_cumprod)
+    signal = SCHEDULER.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    v = objective.target(latents, noise, timesteps)
+    recovered = signal.sqrt() * objective.noised(latents, noise, timesteps) - (1 - signal).sqrt() * v
     torch.testing.assert_close(recovered, latents, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_min_snr_weights_of_every_time_step(prediction_type: str) -> None:
-    weights = min_snr_weights(prediction_type, SCHEDULER.alphas_cumprod, 5.0)
+    weights = Diffusion(prediction_type, SCHEDULER.alphas_cumprod, 5.0).row_weights(torch.arange(1000))
+    assert weights is not None
     expected = [snr_weight(prediction_type, timestep, 5.0) for timestep in range(0, 1000, 37)]
     assert weights[::37].tolist() == pytest.approx(expected, rel=1e-3)
     assert (weights > 0).all()
@@ -141,7 +143,7 @@ def test_min_snr_weights_of_every_time_step(prediction_type: str) -> None:
 
 def test_an_unknown_prediction_type() -> None:
     with pytest.raises(ValueError, match="'sample'"):
-        prediction_target("sample", *draw(1)[:2], torch.ones(1))
+        Diffusion("sample", SCHEDULER.alphas_cumprod)
 
 
 @pytest.mark.parametrize("prior", [True, False])

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from dreambooth_sm.data.concepts import Subject
-from dreambooth_sm.data.prior_outputs import explain
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel
+from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, find_card, make_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet
-from dreambooth_sm.training.losses import add_noise, prediction_target
 from tests.helpers.training import CPU, SEED, cpu_plan, hyperparameters, paint_pictures
 
 VALUES = {"prior": "output", "class_prompt": "photo of a toy", "with_prior_preservation": True, "num_class_images": 2}
@@ -28,10 +27,10 @@ VALUES = {"prior": "output", "class_prompt": "photo of a toy", "with_prior_prese
 def test_latents_and_noise_explain_what_was_seen_and_said(prediction_type: str) -> None:
     generator = torch.Generator().manual_seed(0)
     seen, prediction = (torch.randn(5, 4, 8, 8, generator=generator) for _ in range(2))
-    signal = torch.tensor([0.999, 0.9, 0.5, 0.1, 0.005])
-    latents, noise = explain(prediction_type, seen, prediction, signal)
-    assert torch.allclose(add_noise(latents, noise, signal), seen, atol=1e-4)
-    assert torch.allclose(prediction_target(prediction_type, latents, noise, signal), prediction, atol=1e-4)
+    objective, times = Diffusion(prediction_type, torch.tensor([0.999, 0.9, 0.5, 0.1, 0.005])), torch.arange(5)
+    latents, noise = objective.invert(seen, prediction, times)
+    assert torch.allclose(objective.noised(latents, noise, times), seen, atol=1e-4)
+    assert torch.allclose(objective.target(latents, noise, times), prediction, atol=1e-4)
 
 
 def subject_in(root: Path, pictures: int, size: tuple[int, int] = (80, 64)) -> Subject:

@@ -1,0 +1,108 @@
+"""What a denoiser is shown and what it has to answer: one class for each way of noising.
+
+An objective knows times, noise and targets, and nothing of models, prompts or devices but where its own tensors lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dreambooth_sm.stored.schedule import training_scheduler
+
+
+class Objective(Protocol):
+    """Latents, noise and predictions are ``(rows, channels, height, width)``; times are int64 ``(rows,)``.
+
+    Attributes:
+        times: how many there are; a row's time is below.
+    """
+
+    @property
+    def times(self) -> int: ...
+
+    def to(self, device: torch.device) -> Objective:
+        """Itself, with its tensors on a device."""
+
+    def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What the denoiser is shown."""
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """What it has to predict."""
+
+    def row_weights(self, times: Tensor) -> Tensor | None:
+        """What each row weighs in the loss, ``(rows,)``; None where all weigh the same."""
+
+    def invert(self, seen: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents and the noise for which :meth:`noised` gives ``seen`` and :meth:`target` ``prediction``."""
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """Noise over the steps of a schedule (Ho et al. 2020, "Denoising Diffusion Probabilistic Models").
+
+    Attributes:
+        prediction_type: ``epsilon`` (Ho et al. 2020) or ``v_prediction`` (Salimans and Ho 2022, "Progressive
+            Distillation for Fast Sampling of Diffusion Models").
+        alphas_cumprod: float32 ``(times,)``, the share of the picture that each time leaves.
+        snr_gamma: of min-SNR weights (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting"); None
+            weighs all times alike.
+
+    Raises:
+        ValueError: for another prediction type.
+    """
+
+    prediction_type: str
+    alphas_cumprod: Tensor
+    snr_gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
+
+    @classmethod
+    def of(cls, scheduler: Any, snr_gamma: float | None = None) -> Diffusion:
+        """As a model was trained whose scheduler this is, whatever it draws with."""
+        trained: Any = training_scheduler(scheduler)
+        return cls(trained.config.prediction_type, trained.alphas_cumprod, snr_gamma)
+
+    @property
+    def times(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def to(self, device: torch.device) -> Diffusion:
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
+    def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        signal = self._signal(times)
+        return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        signal = self._signal(times)
+        return signal.sqrt() * noise - (1 - signal).sqrt() * latents
+
+    def row_weights(self, times: Tensor) -> Tensor | None:
+        if self.snr_gamma is None:
+            return None
+        signal = self.alphas_cumprod[times]
+        snr = signal / (1 - signal)
+        divisor = snr + 1 if self.prediction_type == "v_prediction" else snr
+        return snr.clamp(max=self.snr_gamma) / divisor
+
+    def invert(self, seen: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """At times that leave some of the picture."""
+        signal = self._signal(times)
+        if self.prediction_type == "v_prediction":
+            return (
+                signal.sqrt() * seen - (1 - signal).sqrt() * prediction,
+                (1 - signal).sqrt() * seen + signal.sqrt() * prediction,
+            )
+        return (seen - (1 - signal).sqrt() * prediction) / signal.sqrt(), prediction
+
+    def _signal(self, times: Tensor) -> Tensor:
+        return self.alphas_cumprod[times].view(-1, 1, 1, 1)
