@@ -8,8 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic.fields import FieldInfo
-
 from dreambooth_sm import __version__, command_line, storage
 from dreambooth_sm.command_line import add_options, joined, read_options
 from dreambooth_sm.data.check import ANY_PROMPTS, check_folder, for_folder
@@ -91,15 +89,10 @@ def _parser(*, everything: bool) -> command_line.Parser:
     verify.add_argument("--json", action="store_true", help="as JSON")
     verify.add_argument("--requester-pays", action="store_true", help="pay for the requests yourself")
     for command in (plan, check):
-        add_options(command, _FIELDS, lambda name, field: _group(field), everything=everything)
+        add_options(command, _FIELDS, Hyperparameters.group_of, everything=everything)
         command.usage = f"{command.prog} {'[--gpu GPU]' if command is plan else 'DIRECTORY [--sheet PNG]'} [--json] "
         command.usage += "[--NAME VALUE] ..."
     return parser
-
-
-def _group(field: FieldInfo) -> str:
-    assert isinstance(field.json_schema_extra, dict)
-    return str(field.json_schema_extra["group"])
 
 
 def _hyperparameters(options: argparse.Namespace) -> dict[str, str]:

@@ -110,7 +110,7 @@ def _near(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 def add_options(
     parser: argparse.ArgumentParser,
     fields: Mapping[str, FieldInfo],
-    group_of: Callable[[str, FieldInfo], str],
+    group_of: Callable[[str], str],
     *,
     everything: bool,
     defaults: Mapping[str, object] | None = None,
@@ -123,7 +123,7 @@ def add_options(
     """
     groups: dict[str, Any] = {}
     for name, field in fields.items():
-        title = group_of(name, field)
+        title = group_of(name)
         group = groups.setdefault(title, parser.add_argument_group(title))
         default = {**{name: field.default}, **(defaults or {})}[name]
         said = f" Default: {str(default).lower() if isinstance(default, bool) else default}."

@@ -42,7 +42,8 @@ from dreambooth_sm.distributed import World, join, leave
 from dreambooth_sm.driver import find_build, find_host, find_mismatch, find_missing_kernels
 from dreambooth_sm.errors import Problems, StopRequested, UserError
 from dreambooth_sm.fidelity import load_encoders
-from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.live_samples import RemoteSamples, SyncedSamples
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.objectives import Diffusion

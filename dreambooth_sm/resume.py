@@ -20,6 +20,7 @@ from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -42,7 +43,7 @@ def make_identity(
     Args:
         asked: the hyperparameters before paths were moved to where this machine has them.
     """
-    same = [name for name, field in Hyperparameters.model_fields.items() if _is_same(field.json_schema_extra)]
+    same = [name for name, field in Hyperparameters.model_fields.items() if meaning(field).resume == "same"]
     values = h.model_dump(include=set(same), mode="json")
     places = ("pretrained_model_name_or_path", "pretrained_vae_name_or_path")
     values |= asked.model_dump(include=set(places))
@@ -74,10 +75,6 @@ def make_identity(
     contents["captions"] = dict(zip(_names(path for path, _ in captions), (text for _, text in captions), strict=True))
     identity: dict[str, Any] = json.loads(json.dumps(values | decided | contents))
     return identity
-
-
-def _is_same(extra: Any) -> bool:
-    return bool(extra["resume"] == "same")
 
 
 def _names(paths: Iterable[Path]) -> list[str]:

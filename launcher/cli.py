@@ -186,10 +186,9 @@ def _fields() -> dict[str, FieldInfo]:
     return {name: field for name, field in all_options().items() if name != "images"}
 
 
-def _group(name: str, field: FieldInfo) -> str:
-    extra = field.json_schema_extra
-    if isinstance(extra, dict):
-        return str(extra["group"])
+def _group(name: str) -> str:
+    if name in Hyperparameters.model_fields:
+        return Hyperparameters.group_of(name)
     return "Data" if name in Data.model_fields else "Job"
 
 

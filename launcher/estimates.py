@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS, Hyperparameters
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.plan import LADDER, Card, Plan, make_plan
 from launcher.instances import INSTANCES, PRICES, Instance
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from dreambooth_sm.data.folder import DATASET_INFO, METADATA, Names, captions_of, names_in
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import FILEWORDS
 from dreambooth_sm.knobs.escapes import unescape_prompt
+from dreambooth_sm.knobs.pictures import FILEWORDS
 
 # Bytes of a file with captions; more are no captions.
 _MOST_BYTES, _MOST_TABLE_BYTES = 1 << 20, 1 << 28

@@ -17,7 +17,8 @@ from dreambooth_sm.data.masks import Box, read_mask, subject_box
 from dreambooth_sm.data.pictures import Shape, open_picture, problems_of, read_size
 from dreambooth_sm.data.tokens import find_vocabulary, too_long
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import FILEWORDS, Hyperparameters
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.pictures import FILEWORDS
 
 # Stand-ins for prompts, where nothing depends on what they say.
 ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import DEFAULT_TRAIN_STEPS
+from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import (
     MANIFEST_NAME,

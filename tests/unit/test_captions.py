@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from dreambooth_sm.data.captions import fill, read_captions, read_dataset_info, words_of
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import FILEWORDS, Hyperparameters
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.escapes import unescape_prompt
+from dreambooth_sm.knobs.pictures import FILEWORDS
 
 words = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=30).map(unescape_prompt)
 parts = st.lists(words.filter(lambda text: FILEWORDS not in text), min_size=1, max_size=5)

@@ -18,6 +18,7 @@ from dreambooth_sm import hyperparameters as schema
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.concepts import Concept
+from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.knobs.decode import decode, platform_keys, split_arguments
 from dreambooth_sm.knobs.docs import markdown_table
 from dreambooth_sm.knobs.escapes import unescape_prompt
@@ -662,7 +663,7 @@ def test_names_that_a_base_model_may_have(name: str) -> None:
 
 
 def test_every_knob_says_whether_a_resumed_job_may_change_it() -> None:
-    kinds = {name: field.json_schema_extra["resume"] for name, field in FIELDS.items()}  # type: ignore[index, call-overload]
+    kinds = {name: meaning(field).resume for name, field in FIELDS.items()}
     assert set(kinds.values()) == {"same", "free"}
     for name in ("prediction_type", "snr_gamma", "hflip", "ema_decay", "sample_guidance_scale", "max_token_length"):
         assert kinds[name] == "same"

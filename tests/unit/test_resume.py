@@ -17,6 +17,7 @@ from dreambooth_sm.data.concepts import Subject, find_subjects
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.knobs.takes import alternatives
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.resume import BASE, check_resumable, fingerprint, first_that_fits, make_identity
@@ -93,7 +94,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 @pytest.mark.parametrize("name", [name for name in FIELDS if other_value(name) is not None])
 def test_a_knob_that_changed_is_refused_by_name_unless_it_may(name: str, subject: Subject) -> None:
-    kind = FIELDS[name].json_schema_extra["resume"]  # type: ignore[index, call-overload]
+    kind = meaning(FIELDS[name]).resume
     saved = checkpoint_of(identity_of(subject))
     try:
         changed = identity_of(subject, **{name: other_value(name)})

@@ -1,0 +1,70 @@
+"""What is trained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from dreambooth_sm.architecture import Architecture, find_architecture
+from dreambooth_sm.knobs.declare import Knobs, knob
+from dreambooth_sm.toybox import NAME as TOYBOX
+
+# A model of the hub: its owner and its name.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+
+
+class ModelKnobs(Knobs):
+    """The base model, and what of it is taken."""
+
+    group: ClassVar[str] = "Model"
+
+    pretrained_model_name_or_path: str = knob(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "Base model: hub id, diffusers directory (a channel, for example), `s3://` prefix or object, or a "
+        "single-file checkpoint (`.safetensors`, `.ckpt`).",
+    )
+    base_architecture: Literal["auto", "sd", "sdxl"] = knob(
+        "auto",
+        "Kind of the base model, by which memory and resolution are planned before anything is downloaded: Stable "
+        "Diffusion 1 and 2, or XL. auto: as its files or its name (`xl` in it) say.",
+        resume="free",
+    )
+    pretrained_vae_name_or_path: str | None = knob(
+        None, "Replacement for the base model's VAE: as above; a file may hold the VAE alone."
+    )
+    revision: str | None = knob(None, "Revision of the base model on the hub.")
+    variant: str | None = knob(
+        None, "Variant of the base model's files on the hub; None takes fp16 files where there are some."
+    )
+    hf_token_secret: str | None = knob(
+        None,
+        "Name of the AWS Secrets Manager secret that holds the hub's token. A token in the environment (HF_TOKEN) "
+        "needs none; never write a token here.",
+        resume="free",
+    )
+    use_ema_weights: bool = knob(
+        False, "Start from the average (EMA) that a single-file checkpoint carries beside its weights."
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = knob(
+        "auto", "What the base model's UNet predicts. auto: as the model says."
+    )
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the base model, with ``auto`` resolved: by what lies at its path now, or by its name."""
+        if self.base_architecture == "auto":
+            return find_architecture(self.pretrained_model_name_or_path)
+        return self.base_architecture
+
+
+def may_be_model(name: str) -> bool:
+    """Whether a model can lie where ``name`` says: what only the network or the container knows, it may."""
+    if name == TOYBOX or "://" in name or name.startswith(("/", ".", "~")):
+        return True
+    if _HUB_ID.fullmatch(name) and not re.search(r"\.\.|--|(\.git|[.-])(/|$)", name):
+        return True
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,117 @@
+"""Where the trained model goes."""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar, Literal
+
+from dreambooth_sm.knobs.declare import knob
+from dreambooth_sm.knobs.model import ModelKnobs
+from dreambooth_sm.storage import S3Options
+
+DEFAULT_MODELS_PATH = "/opt/ml/model"
+
+
+class OutputKnobs(ModelKnobs):
+    """The trained model: its name, its files, and how they leave the instance."""
+
+    group: ClassVar[str] = "Output"
+
+    model_name: str = knob(
+        "aws-trained-dreambooth-model",
+        "Name of the trained model, as the log gives it.",
+        resume="free",
+    )
+    models_path: str = knob(
+        DEFAULT_MODELS_PATH,
+        "Directory in the container that the trained pipeline is written to.",
+        resume="free",
+    )
+    export: Literal["diffusers", "single_file", "both"] = knob(
+        "diffusers",
+        "What the trained model is written as: a diffusers directory, one `.safetensors` file in the original layout "
+        "for WebUI and ComfyUI, or both.",
+        resume="free",
+    )
+    export_precision: Literal["fp16", "bf16", "fp32"] = knob(
+        "fp16",
+        "Precision of the trained weights' files.",
+        resume="free",
+    )
+    manual_upload_model_path: str | None = knob(
+        None,
+        "`s3://bucket/prefix`: upload the pipeline directory there, recursively, and leave nothing for "
+        "SageMaker to pack. Also accepted as `manul_upload_model_path`.",
+        resume="free",
+    )
+    output_mode: Literal["auto", "direct", "uncompressed", "archive"] = knob(
+        "auto",
+        "How the model leaves the instance. direct: the job uploads it to manual_upload_model_path; uncompressed, "
+        "archive: the job leaves it in models_path, and SageMaker uploads it as files or as model.tar.gz, whichever "
+        "the job's output configuration says. auto: direct if there is a manual_upload_model_path.",
+        resume="free",
+    )
+    s3_kms_key_id: str | None = knob(
+        None, "Id or ARN of the KMS key that encrypts what the job uploads.", resume="free"
+    )
+    s3_encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = knob(
+        None,
+        "Encryption of what the job uploads: AES256 with S3's own keys, the others with s3_kms_key_id or the account's "
+        "key; None: with a key aws:kms, otherwise the bucket's.",
+        resume="free",
+    )
+    s3_acl: (
+        Literal["private", "bucket-owner-full-control", "bucket-owner-read", "authenticated-read", "public-read"] | None
+    ) = knob(None, "Canned ACL of what the job uploads.", resume="free")
+    s3_tags: str | None = knob(None, "Tags of what the job uploads, at most 10: `team=toys,stage=test`.", resume="free")
+    s3_storage_class: (
+        Literal["STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR", "REDUCED_REDUNDANCY"]
+        | None
+    ) = knob(None, "Storage class of what the job uploads; None: the bucket's.", resume="free")
+    s3_requester_pays: bool = knob(False, "Pay for requests to buckets whose requesters pay.", resume="free")
+    s3_endpoint_url: str | None = knob(
+        None,
+        "S3-compatible server that the job uploads to: `https://minio.example:9000`; None: AWS.",
+        resume="free",
+    )
+    s3_addressing_style: Literal["auto", "path", "virtual"] | None = knob(
+        None,
+        "Where the bucket's name is in the addresses of that server: in the path, or, as Alibaba's and Tencent's want "
+        "it, in the host's name (virtual); None: as the AWS settings say, or in the path.",
+        resume="free",
+    )
+
+    @property
+    def s3_options(self) -> S3Options:
+        """How the job writes to S3."""
+        return S3Options(
+            kms_key=self.s3_kms_key_id,
+            acl=self.s3_acl,
+            tags=dict(read_tags(self.s3_tags)) if self.s3_tags else {},
+            storage_class=self.s3_storage_class,
+            requester_pays=self.s3_requester_pays,
+            encryption=self.s3_encryption,
+        )
+
+    @property
+    def upload_target(self) -> str | None:
+        """Where the job itself uploads the model to; None where that is left to SageMaker."""
+        return self.manual_upload_model_path if self.output_mode in ("auto", "direct") else None
+
+
+def read_tags(text: str) -> list[tuple[str, str]]:
+    """``a=1,b=2`` as pairs.
+
+    Raises:
+        ValueError: for anything that S3 would refuse.
+    """
+    items = [item.partition("=") for item in text.split(",")]
+    pairs = [(name.strip(), value.strip()) for name, _, value in items]
+    names = [name for name, _ in pairs]
+    allowed = all(
+        re.fullmatch(r"[\w\s+\-=._:/@]{1,128}", name) and re.fullmatch(r"[\w\s+\-=._:/@]{0,256}", value)
+        for name, value in pairs
+    )
+    if not allowed or len(set(names)) < len(names) or len(pairs) > 10 or any(n.startswith("aws:") for n in names):
+        raise ValueError(text)
+    return pairs

@@ -1,0 +1,99 @@
+"""Pictures of the subject and of its class, and their prompts."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from annotated_types import Ge, Le
+from pydantic import model_validator
+
+from dreambooth_sm.architecture import RESOLUTIONS
+from dreambooth_sm.knobs.concepts import Concept
+from dreambooth_sm.knobs.declare import knob
+from dreambooth_sm.knobs.output import OutputKnobs
+from dreambooth_sm.knobs.ranges import Auto, Fraction
+
+# The channel names of the seed notebook, as SageMaker mounts them.
+DEFAULT_INSTANCE_DATA_DIR = "/opt/ml/input/data/images"
+DEFAULT_CLASS_DATA_DIR = "/opt/ml/input/data/class_images"
+# Stands for a picture's caption in `instance_prompt`.
+FILEWORDS = "[filewords]"
+
+
+class PictureKnobs(OutputKnobs):
+    """What the model is shown."""
+
+    group: ClassVar[str] = "Data"
+
+    instance_data_dir: str = knob(
+        DEFAULT_INSTANCE_DATA_DIR, "Directory with the pictures of the subject.", resume="free"
+    )
+    class_data_dir: str = knob(
+        DEFAULT_CLASS_DATA_DIR,
+        "Directory with class images; missing ones are generated, and kept there as latents (or in a scratch "
+        "directory if this one is read-only).",
+        resume="free",
+    )
+    instance_prompt: str | None = knob(
+        None,
+        f'Prompt of the subject, with a rare token: "photo of zwx toy". `{FILEWORDS}` in it stands for the caption of '
+        "each picture, or for the words of its name where it has none.",
+    )
+    class_prompt: str | None = knob(None, 'Prompt of the class, without the token: "photo of a toy".')
+    concepts_list: str | tuple[Concept, ...] | None = knob(
+        None,
+        "Several subjects in one run: path of a JSON file, or the JSON itself: a list of {instance_data_dir, "
+        "class_data_dir, instance_prompt, class_prompt}.",
+        resume="free",
+    )
+    resolution: Annotated[int, Ge(64), Le(2048)] = knob(
+        RESOLUTIONS["sd"],
+        f"Side of the training pictures, in pixels; a multiple of 8. {RESOLUTIONS['sdxl']} for SDXL if left out.",
+    )
+    center_crop: bool = knob(False, "Crop at the centre instead of at random.")
+    aspect_ratio_buckets: bool | Auto = knob(
+        "auto",
+        "Train each picture in the shape that shows most of it, of at most resolution squared pixels; false: in "
+        "squares. auto: unless center_crop is true.",
+    )
+    bucket_step: Literal[8, 64] = knob(
+        64, "Sides of these shapes are multiples of this; 8 cuts off less and makes more shapes."
+    )
+    on_bad_image: Literal["error", "skip"] = knob(
+        "error",
+        "A picture that can't be used ends the job before anything is downloaded, or is left out.",
+        resume="free",
+    )
+    hflip: bool = knob(False, "Mirror pictures at random.")
+    max_token_length: Literal[75, 150, 225] = knob(
+        75, "Longest prompt, in tokens; prompts over 75 are encoded in chunks of 75."
+    )
+    pad_tokens: bool = knob(True, "Pad prompts to the text encoder's full length.")
+    shuffle_tags: bool = knob(False, "Shuffle the comma-separated parts of a prompt.")
+    caption_dropout: Fraction = knob(
+        0.0,
+        "Probability of showing a picture with the empty prompt instead of its own; class pictures as well.",
+    )
+    background_weight: Annotated[float, Ge(0), Le(1)] | None = knob(
+        None,
+        "Weight in the loss of what lies outside of a picture's mask (`NAME-mask.png`, or its alpha channel); the "
+        "subject has 1. None: masks have no part in the loss.",
+    )
+
+    def fit_to_base(self) -> Self:
+        """Takes the base model's own resolution, where none is asked for."""
+        if "resolution" not in self.model_fields_set:
+            object.__setattr__(self, "resolution", RESOLUTIONS[self.architecture])  # as little explicit as a default
+        return self
+
+    _fit_to_base = model_validator(mode="after")(fit_to_base)
+
+    @property
+    def buckets(self) -> bool:
+        """Whether pictures are trained in shapes of their own, with ``auto`` resolved."""
+        return not self.center_crop if self.aspect_ratio_buckets == "auto" else self.aspect_ratio_buckets
+
+    @property
+    def inline_concepts(self) -> tuple[Concept, ...]:
+        """The concepts given as JSON; empty where ``concepts_list`` is a path or is left out."""
+        return self.concepts_list if isinstance(self.concepts_list, tuple) else ()

@@ -1,0 +1,49 @@
+"""What keeps the class as the base model knows it."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Le
+
+from dreambooth_sm.knobs.declare import knob
+from dreambooth_sm.knobs.pictures import PictureKnobs
+from dreambooth_sm.knobs.ranges import Auto, Few, NonNegativeFloat
+
+
+class PriorKnobs(PictureKnobs):
+    """Prior preservation: class images, or the base model's own predictions."""
+
+    group: ClassVar[str] = "Prior preservation"
+
+    with_prior_preservation: bool | Auto = knob(
+        "auto",
+        "Train on class images as well, so that the class is kept. auto: if there is a class prompt.",
+    )
+    prior: Literal["images", "output"] = knob(
+        "images",
+        "What keeps the class. images: class images. output: the base model's own predictions for the class prompt, on "
+        "noised pictures of the subject; no class images are made or read.",
+    )
+    prior_loss_weight: NonNegativeFloat = knob(0.5, "Weight of the class images' loss.")
+    num_class_images: Annotated[int, Ge(1), Le(100_000)] = knob(
+        50, "Class images wanted; those that are missing are generated."
+    )
+    sample_batch_size: Few | Auto = knob("auto", "Class images generated at a time.", resume="free")
+    sample_guidance_scale: Annotated[float, Ge(1)] = knob(
+        7.5,
+        "Guidance of generated class images, at middle noise levels. Lower values stay closer to what the base model "
+        "knows of the class.",
+    )
+    class_cache: str | None = knob(
+        None,
+        "s3://bucket/prefix that keeps generated class images for later jobs of the same base model and class prompt.",
+        resume="free",
+    )
+
+    @property
+    def prior_preservation(self) -> bool:
+        """Whether class images are trained on, with ``auto`` resolved."""
+        if self.with_prior_preservation == "auto":
+            return self.class_prompt is not None or any(c.class_prompt for c in self.inline_concepts)
+        return self.with_prior_preservation
