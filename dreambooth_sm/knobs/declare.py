@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 Resume = Literal["same", "free"]
+Check = TypeVar("Check", bound=Callable[[Any], Iterable[str]])
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,34 @@ def meaning(field: FieldInfo) -> Meaning:
     return field.json_schema_extra if isinstance(field.json_schema_extra, Meaning) else Meaning()
 
 
+def rule(*names: str) -> Callable[[Check], Check]:
+    """Declares a method of a group as a rule: a line for each thing that is wrong with values that their types allow.
+
+    Args:
+        names: all knobs whose values the rule looks at. Where one of them is refused by itself, the rule is not asked:
+            what it says would follow from that.
+
+    Example:
+        >>> class Examples(Knobs):
+        ...     group = "Examples"
+        ...     least: int = knob(0, "Least value.")
+        ...     most: int = knob(9, "Greatest value.")
+        ...
+        ...     @rule("least", "most")
+        ...     def _in_order(self) -> Iterator[str]:
+        ...         if self.least > self.most:
+        ...             yield f"least={self.least} is more than most={self.most}; set most to {self.least} or more"
+    """
+
+    def declare(check: Check) -> Check:
+        check.knobs = names  # type: ignore[attr-defined]
+        return check
+
+    return declare
+
+
 class Knobs(BaseModel):
-    """A group of knobs. It builds on the groups whose knobs it has to know."""
+    """A group of knobs with the rules that they are under. It builds on the groups whose knobs its rules look at."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
@@ -59,3 +87,29 @@ class Knobs(BaseModel):
         """The heading that a knob is listed under."""
         classes = (each for each in cls.__mro__ if issubclass(each, Knobs))
         return next(each.group for each in classes if name in inspect.get_annotations(each))
+
+    @classmethod
+    def rules(cls) -> dict[str, tuple[str, ...]]:
+        """Names of the methods that are rules, to the knobs that each is about; in the groups' order."""
+        methods = {name: value for each in reversed(cls.__mro__) for name, value in vars(each).items()}
+        return {
+            name: method.knobs
+            for name, method in methods.items()
+            if inspect.isfunction(method) and hasattr(method, "knobs")
+        }
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name, knobs in cls.rules().items():
+            if unknown := set(knobs) - cls.model_fields.keys():
+                raise TypeError(f"the rule {name} of {cls.__name__} is about knobs that do not exist: {unknown}")
+
+    def conflicts(self, refused: Set[str] = frozenset()) -> list[str]:
+        """What is wrong with values that their types allow.
+
+        Args:
+            refused: knobs whose rules are not asked, as what they say would follow from a refused value.
+        """
+        asked = [name for name, knobs in self.rules().items() if refused.isdisjoint(knobs)]
+        return [line for name in asked for line in getattr(self, name)()]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from dreambooth_sm.knobs.declare import knob
+from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.optimizer import OptimizerKnobs
 from dreambooth_sm.knobs.ranges import Auto, Few
 
@@ -47,3 +48,26 @@ class MemoryKnobs(OptimizerKnobs):
     )
     use_cpu: bool = knob(False, "Train on the CPU although there is a GPU.", resume="free")
     use_lora: bool = knob(False, "Accepted for the seed's notebooks; only False works.", resume="free")
+
+    @rule("use_lora")
+    def _full_model(self) -> Iterator[str]:
+        if self.use_lora:
+            yield "use_lora=true: this job trains the full model; leave use_lora out or set it to false"
+
+    @rule("use_cpu", "mixed_precision")
+    def _cpu_has_no_fp16(self) -> Iterator[str]:
+        if self.use_cpu and self.mixed_precision == "fp16":
+            yield "use_cpu=true can't train in fp16; set mixed_precision to no, bf16 or auto"
+
+    @rule("use_cpu", "attention")
+    def _cpu_has_its_own_attention(self) -> Iterator[str]:
+        if self.use_cpu and self.attention in ("xformers", "flash_attention"):
+            yield (
+                f"use_cpu=true can't run attention={self.attention}, which needs a GPU; set attention to default or "
+                "auto"
+            )
+
+    @rule("use_cpu", "use_8bit_adam")
+    def _cpu_has_no_bitsandbytes(self) -> Iterator[str]:
+        if self.use_cpu and self.use_8bit_adam is True:
+            yield "use_cpu=true can't run use_8bit_adam=true, which needs a GPU; set use_8bit_adam to false or auto"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from dreambooth_sm.architecture import Architecture, find_architecture
-from dreambooth_sm.knobs.declare import Knobs, knob
+from dreambooth_sm.knobs.declare import Knobs, knob, rule
+from dreambooth_sm.knobs.messages import near_name, short
 from dreambooth_sm.toybox import NAME as TOYBOX
 
 # A model of the hub: its owner and its name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
+_NO_MODEL = "is neither a path that exists nor a model hub's id"
+_WHAT_TO_WRITE = "write owner/name, s3://bucket/prefix or an absolute path"
 
 
 class ModelKnobs(Knobs):
@@ -57,8 +61,30 @@ class ModelKnobs(Knobs):
             return find_architecture(self.pretrained_model_name_or_path)
         return self.base_architecture
 
+    @rule("pretrained_model_name_or_path")
+    def _base_can_be_found(self) -> Iterator[str]:
+        name = self.pretrained_model_name_or_path
+        if not _may_be_model(name):
+            near = near_name(name.lower(), [TOYBOX])
+            hint = f"did you mean {near}?" if near else _WHAT_TO_WRITE
+            yield f"pretrained_model_name_or_path: {short(name)} {_NO_MODEL}; {hint}"
 
-def may_be_model(name: str) -> bool:
+    @rule("pretrained_vae_name_or_path")
+    def _vae_can_be_found(self) -> Iterator[str]:
+        name = self.pretrained_vae_name_or_path
+        if name and not _may_be_model(name):
+            yield f"pretrained_vae_name_or_path: {short(name)} {_NO_MODEL}; {_WHAT_TO_WRITE}"
+
+    @rule("hf_token_secret")
+    def _token_is_not_written_down(self) -> Iterator[str]:
+        if self.hf_token_secret is not None and self.hf_token_secret.startswith("hf_"):
+            yield (
+                "hf_token_secret takes the name of a secret, and this looks like a token, which job descriptions would "
+                "show; revoke it, store a new one in AWS Secrets Manager and write the secret's name"
+            )
+
+
+def _may_be_model(name: str) -> bool:
     """Whether a model can lie where ``name`` says: what only the network or the container knows, it may."""
     if name == TOYBOX or "://" in name or name.startswith(("/", ".", "~")):
         return True

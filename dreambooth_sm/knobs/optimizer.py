@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from dreambooth_sm.knobs.declare import Knobs, knob
+from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.ranges import Auto, Fraction, NonNegativeFloat, PositiveFloat
 
 
@@ -31,3 +32,8 @@ class OptimizerKnobs(Knobs):
     )
     use_ema: bool | Auto = knob("auto", "Average the trained weights and save the average.")
     ema_decay: Fraction = knob(0.999, "Decay of the average, reached after a warm-up.")
+
+    @rule("optimizer", "use_8bit_adam")
+    def _one_optimizer(self) -> Iterator[str]:
+        if self.use_8bit_adam is True and self.optimizer != "auto":
+            yield f"use_8bit_adam=true and optimizer={self.optimizer} are two optimizers; set one of them to auto"

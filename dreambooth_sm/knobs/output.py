@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import ClassVar, Literal
 
-from dreambooth_sm.knobs.declare import knob
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.messages import short
 from dreambooth_sm.knobs.model import ModelKnobs
-from dreambooth_sm.storage import S3Options
+from dreambooth_sm.printing import has_userinfo
+from dreambooth_sm.storage import S3Options, S3Uri
 
 DEFAULT_MODELS_PATH = "/opt/ml/model"
 
@@ -87,7 +92,7 @@ class OutputKnobs(ModelKnobs):
         return S3Options(
             kms_key=self.s3_kms_key_id,
             acl=self.s3_acl,
-            tags=dict(read_tags(self.s3_tags)) if self.s3_tags else {},
+            tags=dict(_read_tags(self.s3_tags)) if self.s3_tags else {},
             storage_class=self.s3_storage_class,
             requester_pays=self.s3_requester_pays,
             encryption=self.s3_encryption,
@@ -98,8 +103,79 @@ class OutputKnobs(ModelKnobs):
         """Where the job itself uploads the model to; None where that is left to SageMaker."""
         return self.manual_upload_model_path if self.output_mode in ("auto", "direct") else None
 
+    @rule("manual_upload_model_path", "output_mode")
+    def _way_out(self) -> Iterator[str]:
+        if self.output_mode == "direct" and self.manual_upload_model_path is None:
+            yield (
+                "output_mode=direct needs manual_upload_model_path; write s3://bucket/prefix there, or leave "
+                "output_mode out"
+            )
+        if self.output_mode in ("uncompressed", "archive") and self.manual_upload_model_path is not None:
+            yield (
+                f"output_mode={self.output_mode} leaves the upload to SageMaker; leave manual_upload_model_path out, "
+                "or set output_mode=direct"
+            )
 
-def read_tags(text: str) -> list[tuple[str, str]]:
+    @rule("manual_upload_model_path")
+    def _upload_goes_to_s3(self) -> Iterator[str]:
+        yield from refused_location("manual_upload_model_path", self.manual_upload_model_path)
+
+    @rule("s3_encryption", "s3_kms_key_id")
+    def _key_serves_the_encryption(self) -> Iterator[str]:
+        if self.s3_encryption == "AES256" and self.s3_kms_key_id is not None:
+            yield (
+                "s3_encryption=AES256 encrypts with S3's own keys; leave s3_kms_key_id out, or set "
+                "s3_encryption=aws:kms"
+            )
+
+    @rule("s3_tags")
+    def _tags_are_s3s(self) -> Iterator[str]:
+        if self.s3_tags is None:
+            return
+        try:
+            _read_tags(self.s3_tags)
+        except ValueError:
+            text = short(self.s3_tags)
+            yield f"s3_tags: {text} is not valid; write at most 10 different tags as team=toys,stage=test"
+
+    @rule("s3_endpoint_url")
+    def _server_is_an_address(self) -> Iterator[str]:
+        url = self.s3_endpoint_url
+        if url is not None and not re.match(r"https?://[^/\s]+", url):
+            yield f"s3_endpoint_url: {short(url)} is no address; write https://host:port"
+        if url is not None and has_userinfo(url):
+            yield (
+                "s3_endpoint_url holds a user's name or password, which job descriptions and logs would show; write "
+                "https://host:port, and give credentials by the job's role or as AWS_ACCESS_KEY_ID, "
+                "AWS_SECRET_ACCESS_KEY"
+            )
+
+    @rule("model_name", "export")
+    def _name_can_be_a_files(self) -> Iterator[str]:
+        if self.export != "diffusers" and not re.fullmatch(r"[^/\0]{1,200}", self.model_name):
+            yield (
+                f"model_name={short(self.model_name)} names the file that export={self.export} writes, and can't be a "
+                "file's name"
+            )
+
+    @rule("models_path", "pretrained_model_name_or_path")
+    def _base_is_not_written_over(self) -> Iterator[str]:
+        if PurePosixPath(self.pretrained_model_name_or_path) == PurePosixPath(self.models_path):
+            yield (
+                f"models_path and pretrained_model_name_or_path are the same directory, {self.models_path}: the "
+                "trained model would be written over the base model; give each its own"
+            )
+
+
+def refused_location(name: str, uri: str | None) -> Iterator[str]:
+    """Why a knob's value is no location in S3, in a line; nothing for None."""
+    try:
+        S3Uri.parse(uri or "s3://none")
+    except UserError as error:
+        yield f"{name}: {error}; write s3://bucket/prefix"
+
+
+def _read_tags(text: str) -> list[tuple[str, str]]:
     """``a=1,b=2`` as pairs.
 
     Raises:

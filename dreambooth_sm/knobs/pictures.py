@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import Annotated, ClassVar, Literal, Self
 
 from annotated_types import Ge, Le
@@ -9,8 +11,9 @@ from pydantic import model_validator
 
 from dreambooth_sm.architecture import RESOLUTIONS
 from dreambooth_sm.knobs.concepts import Concept
-from dreambooth_sm.knobs.declare import knob
-from dreambooth_sm.knobs.output import OutputKnobs
+from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.messages import short
+from dreambooth_sm.knobs.output import DEFAULT_MODELS_PATH, OutputKnobs
 from dreambooth_sm.knobs.ranges import Auto, Fraction
 
 # The channel names of the seed notebook, as SageMaker mounts them.
@@ -97,3 +100,57 @@ class PictureKnobs(OutputKnobs):
     def inline_concepts(self) -> tuple[Concept, ...]:
         """The concepts given as JSON; empty where ``concepts_list`` is a path or is left out."""
         return self.concepts_list if isinstance(self.concepts_list, tuple) else ()
+
+    @rule("instance_prompt", "concepts_list")
+    def _subject_has_a_prompt(self) -> Iterator[str]:
+        if self.concepts_list is None and not self.instance_prompt:
+            yield (
+                "instance_prompt is missing; write the prompt of your subject with a rare token, such as "
+                '"photo of zwx toy"'
+            )
+        for number, concept in enumerate(self.inline_concepts):
+            if not (concept.instance_prompt or self.instance_prompt):
+                yield f"concepts_list: concept {number} has no instance_prompt"
+
+    @rule("class_prompt", "concepts_list")
+    def _class_has_no_captions(self) -> Iterator[str]:
+        prompts = (self.class_prompt, *(concept.class_prompt for concept in self.inline_concepts))
+        if any(FILEWORDS in prompt for prompt in prompts if prompt):
+            yield f"class_prompt: {FILEWORDS} stands for the caption of a picture of the subject; leave it out"
+
+    @rule("concepts_list")
+    def _concepts_can_be_read(self) -> Iterator[str]:
+        if self.concepts_list == ():
+            yield "concepts_list is empty; name at least one concept or leave it out"
+        if isinstance(self.concepts_list, str) and self.concepts_list.startswith("["):
+            yield (
+                f"concepts_list: {short(self.concepts_list)} is no valid JSON; write a JSON list of "
+                f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one"
+            )
+
+    @rule("instance_prompt", "class_prompt")
+    def _prompts_differ(self) -> Iterator[str]:
+        if self.instance_prompt is not None and self.instance_prompt == self.class_prompt:
+            yield "instance_prompt and class_prompt are the same; the instance prompt needs a rare token, such as zwx"
+
+    @rule("resolution")
+    def _resolution_is_a_multiple(self) -> Iterator[str]:
+        if self.resolution % 8 != 0:
+            nearest = max(64, round(self.resolution / 8) * 8)
+            yield f"resolution={self.resolution} is no multiple of 8; write {nearest}"
+
+    @rule("instance_data_dir", "class_data_dir")
+    def _folders_differ(self) -> Iterator[str]:
+        if self.instance_data_dir.rstrip("/") == self.class_data_dir.rstrip("/"):
+            yield (
+                f"instance_data_dir and class_data_dir are the same directory, {self.instance_data_dir}; give each "
+                "its own"
+            )
+
+    @rule("models_path", "instance_data_dir")
+    def _pictures_do_not_leave_with_the_model(self) -> Iterator[str]:
+        if PurePosixPath(self.instance_data_dir).is_relative_to(self.models_path):
+            yield (
+                f"models_path={self.models_path} holds instance_data_dir: SageMaker packs all that lies there with the "
+                f"model; give the model a directory of its own, such as {DEFAULT_MODELS_PATH}"
+            )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from dreambooth_sm.knobs.declare import knob
+from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.output import refused_location
 from dreambooth_sm.knobs.pictures import PictureKnobs
 from dreambooth_sm.knobs.ranges import Auto, Few, NonNegativeFloat
 
@@ -47,3 +49,18 @@ class PriorKnobs(PictureKnobs):
         if self.with_prior_preservation == "auto":
             return self.class_prompt is not None or any(c.class_prompt for c in self.inline_concepts)
         return self.with_prior_preservation
+
+    @rule("with_prior_preservation", "class_prompt", "concepts_list")
+    def _class_has_a_prompt(self) -> Iterator[str]:
+        if self.with_prior_preservation is True and self.concepts_list is None and not self.class_prompt:
+            yield (
+                "with_prior_preservation=true needs class_prompt; write the prompt of the class, such as "
+                '"photo of a toy", or set with_prior_preservation=false'
+            )
+        for number, concept in enumerate(self.inline_concepts):
+            if self.prior_preservation and not (concept.class_prompt or self.class_prompt):
+                yield f"concepts_list: concept {number} has no class_prompt, which prior preservation needs"
+
+    @rule("class_cache")
+    def _cache_lies_in_s3(self) -> Iterator[str]:
+        yield from refused_location("class_cache", self.class_cache)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from dreambooth_sm.knobs.declare import Knobs, knob
+from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.ranges import Auto, Few, PositiveFloat, Seed, Steps, StepsOrNone
 
 DEFAULT_TRAIN_STEPS = 800
@@ -34,3 +35,16 @@ class TrainingKnobs(Knobs):
         None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
     )
     seed: Seed | None = knob(None, "Seed of everything random in the job; None draws one and logs it.")
+
+    @rule("max_train_steps", "lr_warmup_steps")
+    def _warm_up_ends(self) -> Iterator[str]:
+        if self.max_train_steps is not None and self.lr_warmup_steps > self.max_train_steps:
+            yield (
+                f"lr_warmup_steps={self.lr_warmup_steps} is more than max_train_steps={self.max_train_steps}; "
+                "the learning rate would never reach its value"
+            )
+
+    @rule("lr_scheduler", "lr_warmup_steps")
+    def _schedule_warms_up(self) -> Iterator[str]:
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
+            yield ("lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0")

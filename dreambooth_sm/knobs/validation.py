@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 from annotated_types import Ge
 
 from dreambooth_sm.knobs.checkpoints import CheckpointKnobs
-from dreambooth_sm.knobs.declare import knob
+from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.ranges import Few, StepsOrNone
 
-ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s*")
+_ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s*")
 
 
 class ValidationKnobs(CheckpointKnobs):
@@ -50,3 +51,34 @@ class ValidationKnobs(CheckpointKnobs):
         "Export the best of the kept checkpoints and the last state, as measured with fidelity_encoders.",
         resume="free",
     )
+
+    @rule("validation_prompt", "validation_steps")
+    def _something_is_drawn(self) -> Iterator[str]:
+        if self.validation_steps > 0 and self.validation_prompt is None:
+            yield (
+                f"validation_steps={self.validation_steps} draws nothing without validation_prompt; write a prompt, "
+                'such as "photo of zwx toy on the beach"'
+            )
+
+    @rule("fidelity_encoders", "select_best")
+    def _best_is_measured(self) -> Iterator[str]:
+        if self.select_best and self.fidelity_encoders is None:
+            yield (
+                "select_best=true needs fidelity_encoders to measure with; write "
+                "fidelity_encoders=dino=facebook/dinov2-base"
+            )
+
+    @rule("save_steps", "select_best")
+    def _best_is_one_of_several(self) -> Iterator[str]:
+        if self.select_best and self.save_steps == 0:
+            yield (
+                "select_best=true chooses between checkpoints and save_steps=0 writes none; set save_steps, such as 100"
+            )
+
+    @rule("fidelity_encoders")
+    def _encoders_can_be_read(self) -> Iterator[str]:
+        if self.fidelity_encoders is not None and not _ENCODERS.fullmatch(self.fidelity_encoders):
+            yield (
+                f"fidelity_encoders: can't understand {self.fidelity_encoders!r}; write judge, or dino=MODEL "
+                "clip=MODEL or one of them, hub ids or directories without blanks"
+            )

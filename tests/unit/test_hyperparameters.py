@@ -516,7 +516,7 @@ valid = (
         )
     )
     .map(Hyperparameters.model_validate)
-    .filter(lambda h: not schema._conflicts(h))
+    .filter(lambda h: not h.conflicts())
 )
 
 
