@@ -33,7 +33,7 @@ class UserError(Exception):
 class Problems:
     """Collects what several checks find, so that all of it can be put right at once.
 
-    Example:
+    Examples:
         >>> problems = Problems()
         >>> with problems.collected():
         ...     raise UserError("the first")

@@ -210,7 +210,7 @@ def load_encoders(spec: str = JUDGE, device: str | torch.device = "cpu") -> Enco
     Raises:
         UserError: for a spec that can't be understood, and a model that is not there, is damaged or of another kind.
 
-    Example:
+    Examples:
         >>> load_encoders("dino=facebook/dinov2-base clip=openai/clip-vit-large-patch14")  # doctest: +SKIP
     """
     if spec.strip() == JUDGE:

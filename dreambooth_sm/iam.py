@@ -1,6 +1,6 @@
 """The least rights that a training job needs, as IAM policies.
 
-Example:
+Examples:
     >>> import json
     >>> from dreambooth_sm.storage import S3Uri
     >>> policy = execution_role_policy(S3Uri("models", "toys"), inputs=[S3Uri("pictures", "zwx")])

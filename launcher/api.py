@@ -59,7 +59,7 @@ def fit(
         UserError: for bad input, before anything starts.
         JobFailed: with the job's own reason.
 
-    Example:
+    Examples:
         >>> job = fit("duck/", instance_prompt="photo of zwx toy", class_prompt="photo of a toy",
         ...           instance_type="ml.g5.xlarge", max_train_steps=400)  # doctest: +SKIP
     """
@@ -130,7 +130,7 @@ def estimate(images: Images | None = None, **options: Any) -> Estimate:
     Raises:
         UserError: where the job could not run like this.
 
-    Example:
+    Examples:
         >>> estimate(instance_prompt="photo of zwx toy", instance_type="ml.g4dn.xlarge").lines()[0]
         'instance: ml.g4dn.xlarge (T4)'
     """
@@ -148,7 +148,7 @@ def request(images: Images, *, session: Session | None = None, **options: Any) -
     Raises:
         UserError: for bad input.
 
-    Example:
+    Examples:
         >>> job = request("s3://bucket/duck", instance_prompt="photo of zwx toy",
         ...               instance_type="ml.g5.xlarge")  # doctest: +SKIP
         >>> boto3.client("sagemaker").create_training_job(**job)  # doctest: +SKIP

@@ -62,7 +62,7 @@ class Channel:
 def write_manifest(objects: Sequence[S3Uri]) -> bytes:
     """A manifest of objects of one bucket, their names relative to the folder that holds them all.
 
-    Example:
+    Examples:
         >>> write_manifest([S3Uri("b", "toys/1.jpg"), S3Uri("b", "toys/2.jpg")])
         b'[{"prefix": "s3://b/toys/"}, "1.jpg", "2.jpg"]'
     """
@@ -81,7 +81,7 @@ def read_manifest(body: bytes, name: str) -> list[tuple[S3Uri, str]]:
     Raises:
         UserError: it is not a manifest as SageMaker defines it.
 
-    Example:
+    Examples:
         >>> read_manifest(b'[{"prefix": "s3://b/toys/"}, "cat/1.jpg"]', "m")
         [(S3Uri(bucket='b', prefix='toys/cat/1.jpg'), 'cat/1.jpg')]
     """

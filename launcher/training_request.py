@@ -166,7 +166,7 @@ def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str
     Raises:
         UserError: with everything that SageMaker, or the job on it, would refuse.
 
-    Example:
+    Examples:
         >>> request = training_job(
         ...     Hyperparameters.parse({"instance_prompt": "photo of zwx toy"}),
         ...     Resources(

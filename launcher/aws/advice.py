@@ -109,7 +109,7 @@ def advice_for(text: str) -> str | None:
     Args:
         text: what SageMaker, boto3 or the job said.
 
-    Example:
+    Examples:
         >>> advice_for("ThrottlingException: Rate exceeded")
         'try again in a few minutes'
     """

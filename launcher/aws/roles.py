@@ -72,7 +72,7 @@ def trusts_sagemaker(policy: Mapping[str, Any], account: str) -> bool | None:
     Args:
         account: that the job will run in.
 
-    Example:
+    Examples:
         >>> allow = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}
         >>> trusts_sagemaker({"Statement": allow}, "123456789012")
         True

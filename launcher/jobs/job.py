@@ -81,7 +81,7 @@ class Job:
         price: of an instance, in dollars an hour, for :attr:`cost`; default: of the launcher's table.
         directory: a local job's ``/opt/ml`` tree.
 
-    Example:
+    Examples:
         >>> job = Job("toy-20261122")
         >>> job.wait().download("my-model")  # doctest: +SKIP
         PosixPath('my-model')

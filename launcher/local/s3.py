@@ -76,7 +76,7 @@ def embedded_s3(front: Callable[[Application], Application] | None = None) -> It
     Raises:
         UserError: moto is not installed.
 
-    Example:
+    Examples:
         >>> with embedded_s3() as s3:
         ...     s3.client().create_bucket(Bucket="models")["Location"]
         '/models'

@@ -408,7 +408,7 @@ def embedded_services(
     Raises:
         UserError: moto is not installed.
 
-    Example:
+    Examples:
         >>> with embedded_services() as services:
         ...     services.clients()("sagemaker").list_training_jobs()["TrainingJobSummaries"]
         []
