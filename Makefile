@@ -8,7 +8,7 @@ SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
 # Older versions of diffusers, which have to read what is written here (140 MB each; torch is .venv's).
 READERS := .venv-diffusers-0.27/.installed .venv-diffusers-0.32/.installed
 
-.PHONY: demo test test-quickly test-cuda-image lint lock clean
+.PHONY: demo test test-quickly test-cuda-image lint docs lock clean
 
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
@@ -28,6 +28,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# docs/ and the docstrings as a site, in site/; what leads nowhere is an error.
+docs: $(VENV)/.docs-installed
+	$(BIN)/python -m mkdocs build -q --strict
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c requirements/constraints.txt -e '.[docs]'
+	touch $@
 
 # What the image installs, with the hashes of every file: change a .in file, then `make lock`.
 lock: requirements/image.txt requirements/bitsandbytes.txt requirements/xformers.txt
@@ -56,4 +64,4 @@ PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* demo-output build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-* demo-output site build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
