@@ -21,33 +21,10 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
-from dreambooth_sm.hyperparameters import ALIASES
+from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.knobs.takes import expected
 
 EXIT_INTERRUPTED, EXIT_READER_GONE = 130, 141
-# What people set; --help shows these, and --help-all every option.
-COMMON = (
-    "base_model",
-    "class_images",
-    "instance_prompt",
-    "class_prompt",
-    "resolution",
-    "max_train_steps",
-    "train_batch_size",
-    "learning_rate",
-    "train_text_encoder",
-    "num_class_images",
-    "validation_prompt",
-    "seed",
-    "instance_type",
-    "max_minutes",
-    "spot",
-    "output",
-    "bucket",
-    "role",
-    "image_uri",
-    "name",
-)
 Redact = Callable[[str], str]
 
 
@@ -128,9 +105,9 @@ def add_options(
         default = {**{name: field.default}, **(defaults or {})}[name]
         said = f" Default: {str(default).lower() if isinstance(default, bool) else default}."
         text = f"{field.description}{said if default not in (None, (), {}, '') else ''}".replace("%", "%%")
-        spellings = [f"--{each}" for each in (name, *(alias for alias, own in ALIASES.items() if own == name))]
+        spellings = [f"--{each}" for each in (name, *meaning(field).aliases)]
         metavar = "TRUE|FALSE" if field.annotation is bool else "VALUE"
-        shown = text if everything or name in COMMON else argparse.SUPPRESS
+        shown = text if everything or meaning(field).common else argparse.SUPPRESS
         group.add_argument(*spellings, dest=name, nargs="*", help=shown, metavar=metavar)
     parser.add_argument("--help-all", action="help", help="show every option, and exit")
 

@@ -26,8 +26,6 @@ from dreambooth_sm.knobs.prior import PriorKnobs
 from dreambooth_sm.knobs.training import TrainingKnobs
 from dreambooth_sm.knobs.validation import ValidationKnobs
 
-# Other spellings that users of the seed have in their notebooks.
-ALIASES = {"manul_upload_model_path": "manual_upload_model_path"}
 # Unknown names that get a line of their own.
 _MOST_UNKNOWN = 20
 
@@ -64,14 +62,15 @@ class Hyperparameters(ValidationKnobs, MemoryKnobs, TrainingKnobs, PriorKnobs):
         values: dict[str, object] = {}
         origins: dict[str, str] = {}
         refused: set[str] = set()
+        aliases = cls.aliases()
         own = {key: value for key, value in raw.items() if not PLATFORM_KEY.fullmatch(key)}
         for key, value in own.items():
-            name = ALIASES.get(key, key)
+            name = aliases.get(key, key)
             field = cls.model_fields.get(name)
             if field is None:
                 strangers.append(key)
                 continue
-            decoded = decode(name, value, field)
+            decoded = decode(value, field)
             if name in values and values[name] != decoded:
                 problems.append(f"{key} and {origins[name]} mean the same and have different values; keep one")
                 continue
@@ -81,7 +80,7 @@ class Hyperparameters(ValidationKnobs, MemoryKnobs, TrainingKnobs, PriorKnobs):
                 continue
             values[name] = decoded
             origins[name] = key
-        known = [*cls.model_fields, *ALIASES]
+        known = [*cls.model_fields, *aliases]
         problems += [unknown(key, known) for key in strangers[:_MOST_UNKNOWN]]
         if len(strangers) > _MOST_UNKNOWN:
             problems.append(f"{len(strangers) - _MOST_UNKNOWN} more unknown hyperparameters")

@@ -72,15 +72,6 @@ from dreambooth_sm.validation import SAMPLES, Validator, take_over_pictures, val
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-# Hyperparameters that name a place in the container.
-_PATHS = (
-    "pretrained_model_name_or_path",
-    "pretrained_vae_name_or_path",
-    "models_path",
-    "instance_data_dir",
-    "class_data_dir",
-)
-
 
 def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threading.Event) -> Path | S3Uri:
     """Runs the whole job; with others, where several processes were started for it.
@@ -243,14 +234,14 @@ def _run(
 def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
     """Paths under ``/opt/ml`` as paths under the contract's base directory."""
 
-    def move(values: dict[str, object]) -> dict[str, object]:
-        return {k: contract.localize(v) for k, v in values.items() if k in _PATHS and isinstance(v, str)}
+    paths = h.names_where(lambda knob: knob.path)
 
-    moved = move(h.model_dump(include=set(_PATHS)))
-    if isinstance(h.concepts_list, str):
-        moved["concepts_list"] = contract.localize(h.concepts_list)
-    elif h.concepts_list:
-        moved["concepts_list"] = tuple(c.model_copy(update=move(c.model_dump())) for c in h.concepts_list)
+    def move(values: dict[str, object]) -> dict[str, object]:
+        return {k: contract.localize(v) for k, v in values.items() if k in paths and isinstance(v, str)}
+
+    moved = move(h.model_dump(include=set(paths)))
+    if h.inline_concepts:
+        moved["concepts_list"] = tuple(c.model_copy(update=move(c.model_dump())) for c in h.inline_concepts)
     return h.model_copy(update=moved).fit_to_base()
 
 

@@ -20,7 +20,6 @@ from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -43,10 +42,9 @@ def make_identity(
     Args:
         asked: the hyperparameters before paths were moved to where this machine has them.
     """
-    same = [name for name, field in Hyperparameters.model_fields.items() if meaning(field).resume == "same"]
-    values = h.model_dump(include=set(same), mode="json")
-    places = ("pretrained_model_name_or_path", "pretrained_vae_name_or_path")
-    values |= asked.model_dump(include=set(places))
+    same = h.names_where(lambda knob: knob.resume == "same")
+    places = h.names_where(lambda knob: knob.resume == "same" and knob.path)
+    values = h.model_dump(include=set(same), mode="json") | asked.model_dump(include=set(places))
     decided = {
         "seed": seed,
         "processes": world.size,

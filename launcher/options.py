@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import Problems
-from dreambooth_sm.hyperparameters import ALIASES, Hyperparameters
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.declare import COMMON
 from launcher.training_request import Resources
 
 Images = str | Path | Sequence[str | Path]
@@ -30,12 +31,13 @@ class Data(BaseModel):
         "keys, an object, a manifest, or a list of these.",
     )
     class_images: Images | None = Field(
-        default=None, description="Pictures of the class, if there are some, like images."
+        default=None, description="Pictures of the class, if there are some, like images.", json_schema_extra=COMMON
     )
     base_model: str | Path | None = Field(
         default=None,
         description="Base model: hub id, diffusers directory, .safetensors or .ckpt file, here or s3://. None: "
         "pretrained_model_name_or_path.",
+        json_schema_extra=COMMON,
     )
 
 
@@ -53,10 +55,10 @@ def split_options(
 
     Names that are none of them become problems, with the nearest name that is.
     """
-    known = all_options()
+    known, aliases = all_options(), Hyperparameters.aliases()
     data, resources, hyperparameters = dict[str, Any](), dict[str, Any](), dict[str, Any]()
     for name, value in options.items():
-        if name not in known and name not in ALIASES:
+        if name not in known and name not in aliases:
             near = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "help(launcher.fit) lists those that exist"
             problems.found.append(f"{name}: unknown option; {hint}")

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.declare import COMMON
 from dreambooth_sm.knobs.ranges import PositiveInt
 from dreambooth_sm.knobs.takes import expected
 from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
@@ -58,14 +59,18 @@ class Resources(BaseModel):
         default="auto",
         description="ml.g4dn.xlarge, ml.g5.xlarge, ...; auto: the cheapest that does it in max_minutes; local: this "
         "machine.",
+        json_schema_extra=COMMON,
     )
     instance_count: PositiveInt = Field(default=1, description="Instances that train together.")
     max_minutes: Annotated[int, Ge(1), Le(MAX_RUN_MINUTES)] | None = Field(
         default=None,
         description=f"The job is stopped after so many minutes, with a checkpoint; {DEFAULT_MAX_MINUTES} if None.",
+        json_schema_extra=COMMON,
     )
     spot: bool = Field(
-        default=False, description="Train on spare capacity, for less; an interrupted job is resumed from a checkpoint."
+        default=False,
+        description="Train on spare capacity, for less; an interrupted job is resumed from a checkpoint.",
+        json_schema_extra=COMMON,
     )
     max_wait_minutes: Annotated[int, Ge(1), Le(MAX_RUN_MINUTES)] | None = Field(
         default=None,
@@ -79,7 +84,9 @@ class Resources(BaseModel):
         description="Seconds that the instance is kept (and paid for) after the job, for the next one to start fast.",
     )
     output: str | None = Field(
-        default=None, description="s3://bucket/prefix for the trained pipeline; None: below the job's name in `bucket`."
+        default=None,
+        description="s3://bucket/prefix for the trained pipeline; None: below the job's name in `bucket`.",
+        json_schema_extra=COMMON,
     )
     compression: bool = Field(default=False, description="Leave a model.tar.gz instead of plain files.")
     checkpoint: str | None = Field(
@@ -90,17 +97,22 @@ class Resources(BaseModel):
     bucket: str | None = Field(
         default=None,
         description="Bucket for pictures, checkpoints and models; None: that of `output`, or SageMaker's default one.",
+        json_schema_extra=COMMON,
     )
     role: str | None = Field(
         default=None,
         description="Name or ARN of the execution role; None: the notebook's, the role that you have assumed, or the "
         "one that is called dreambooth-sm.",
+        json_schema_extra=COMMON,
     )
     image_uri: str | None = Field(
         default=None,
         description="Training image; None: the one of this version that build_and_push.sh put into your account.",
+        json_schema_extra=COMMON,
     )
-    name: str | None = Field(default=None, description="Name of the job; None: one with the time in it.")
+    name: str | None = Field(
+        default=None, description="Name of the job; None: one with the time in it.", json_schema_extra=COMMON
+    )
     vpc: tuple[str, ...] = Field(
         default=(), description="Ids of the subnets and security groups to run in: subnet-... and sg-...."
     )

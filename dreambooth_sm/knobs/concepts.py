@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
-from dreambooth_sm.knobs.escapes import TEXT_FIELDS, unescape_prompt
+from dreambooth_sm.knobs.declare import knob, meaning
+from dreambooth_sm.knobs.escapes import unescape_prompt
 
 
 class Concept(BaseModel):
@@ -16,10 +17,10 @@ class Concept(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    instance_data_dir: str | None = None
-    class_data_dir: str | None = None
-    instance_prompt: str | None = None
-    class_prompt: str | None = None
+    instance_data_dir: str | None = knob(None, "Directory with the pictures of the subject.", path=True)
+    class_data_dir: str | None = knob(None, "Directory with class images.", path=True)
+    instance_prompt: str | None = knob(None, "Prompt of the subject.", text=True)
+    class_prompt: str | None = knob(None, "Prompt of the class.", text=True)
 
 
 def decode_concepts(text: str) -> object:
@@ -38,7 +39,8 @@ def clean_concepts(concepts: object) -> object:
     """Unescapes the prompts of a list of concepts; anything else is handed back for the schema to refuse."""
     if not isinstance(concepts, list | tuple) or not all(isinstance(c, Mapping) for c in concepts):
         return concepts
+    prompts = {name for name, field in Concept.model_fields.items() if meaning(field).text}
     return tuple(
-        {k: unescape_prompt(v) if k in TEXT_FIELDS and isinstance(v, str) else v for k, v in concept.items()}
+        {k: unescape_prompt(v) if k in prompts and isinstance(v, str) else v for k, v in concept.items()}
         for concept in concepts
     )

@@ -23,24 +23,48 @@ class Meaning:
         resume: whether a job that is resumed from a checkpoint must have the value of the one that wrote it. ``free``
             is for what leaves the weights as they would have been (places, names, logs, memory and speed), and for
             what is compared otherwise (pictures by their content, the number of steps by the schedule).
+        path: whether the value may be a path in the container, which lies elsewhere where the job runs without one.
+        text: whether the value is a prompt, whose blanks may be escaped.
+        common: whether people set it; short help texts show it.
+        aliases: other names that it is accepted by.
     """
 
     resume: Resume = "same"
+    path: bool = False
+    text: bool = False
+    common: bool = False
+    aliases: tuple[str, ...] = ()
 
     def __call__(self, schema: JsonDict) -> None:
         """Tells the JSON schema of the field, as pydantic asks for it."""
-        schema["resume"] = self.resume
+        usual = Meaning()
+        said = {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
+        schema.update({name: list(value) if isinstance(value, tuple) else value for name, value in said.items()})
 
 
-def knob(default: Any, help: str, *, resume: Resume = "same") -> Any:
+# Of options that are no knobs.
+COMMON = Meaning(common=True)
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    resume: Resume = "same",
+    path: bool = False,
+    text: bool = False,
+    common: bool = False,
+    aliases: tuple[str, ...] = (),
+) -> Any:
     """A field of a group of knobs.
 
     Args:
         default: its value where it is left out.
         help: a sentence or two, in Markdown.
-        resume: see :class:`Meaning`.
+        resume, path, text, common, aliases: see :class:`Meaning`.
     """
-    return Field(default, description=help, json_schema_extra=Meaning(resume))
+    said = Meaning(resume=resume, path=path, text=text, common=common, aliases=aliases)
+    return Field(default, description=help, json_schema_extra=said)
 
 
 def meaning(field: FieldInfo) -> Meaning:
@@ -87,6 +111,16 @@ class Knobs(BaseModel):
         """The heading that a knob is listed under."""
         classes = (each for each in cls.__mro__ if issubclass(each, Knobs))
         return next(each.group for each in classes if name in inspect.get_annotations(each))
+
+    @classmethod
+    def names_where(cls, wanted: Callable[[Meaning], bool]) -> list[str]:
+        """Names of the knobs whose meaning is ``wanted``."""
+        return [name for name, field in cls.model_fields.items() if wanted(meaning(field))]
+
+    @classmethod
+    def aliases(cls) -> dict[str, str]:
+        """Other names that knobs are accepted by, to the knobs' own."""
+        return {alias: name for name, field in cls.model_fields.items() for alias in meaning(field).aliases}
 
     @classmethod
     def rules(cls) -> dict[str, tuple[str, ...]]:

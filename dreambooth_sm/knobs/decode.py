@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import get_origin
 
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.knobs.concepts import decode_concepts
-from dreambooth_sm.knobs.escapes import TEXT_FIELDS, unescape_prompt, unquote
+from dreambooth_sm.knobs.declare import meaning
+from dreambooth_sm.knobs.escapes import unescape_prompt, unquote
 from dreambooth_sm.knobs.takes import alternatives, choices
 
 PLATFORM_KEY = re.compile(r"sagemaker_\w+|_tuning_\w+")
@@ -44,15 +46,15 @@ def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
     return {key: " ".join(value) if value else "true" for key, value in words.items()}
 
 
-def decode(name: str, value: object, field: FieldInfo) -> object:
+def decode(value: object, field: FieldInfo) -> object:
     """Undoes what SageMaker and its SDKs did to a value on the way."""
     if isinstance(value, str):
         value = unquote(value)
         if type(None) in alternatives(field.annotation) and value.lower() in {"", "none", "null"}:
             return None
-        if name == "concepts_list":
+        if any(get_origin(each) is tuple for each in alternatives(field.annotation)):
             return decode_concepts(value)
-        if name in TEXT_FIELDS:
+        if meaning(field).text:
             return unescape_prompt(value) or None
         return _from_list(value, field)
     if isinstance(value, bool) and bool not in alternatives(field.annotation):

@@ -6,8 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-TEXT_FIELDS = {"instance_prompt", "class_prompt", "validation_prompt"}
-
 
 def unescape_prompt(text: str) -> str:
     """A prompt as the tokenizer should see it: escaped blanks are blanks, and runs of blanks are one.

@@ -27,6 +27,7 @@ class ModelKnobs(Knobs):
         "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "Base model: hub id, diffusers directory (a channel, for example), `s3://` prefix or object, or a "
         "single-file checkpoint (`.safetensors`, `.ckpt`).",
+        path=True,
     )
     base_architecture: Literal["auto", "sd", "sdxl"] = knob(
         "auto",
@@ -35,7 +36,7 @@ class ModelKnobs(Knobs):
         resume="free",
     )
     pretrained_vae_name_or_path: str | None = knob(
-        None, "Replacement for the base model's VAE: as above; a file may hold the VAE alone."
+        None, "Replacement for the base model's VAE: as above; a file may hold the VAE alone.", path=True
     )
     revision: str | None = knob(None, "Revision of the base model on the hub.")
     variant: str | None = knob(

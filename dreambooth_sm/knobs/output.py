@@ -31,6 +31,7 @@ class OutputKnobs(ModelKnobs):
         DEFAULT_MODELS_PATH,
         "Directory in the container that the trained pipeline is written to.",
         resume="free",
+        path=True,
     )
     export: Literal["diffusers", "single_file", "both"] = knob(
         "diffusers",
@@ -48,6 +49,7 @@ class OutputKnobs(ModelKnobs):
         "`s3://bucket/prefix`: upload the pipeline directory there, recursively, and leave nothing for "
         "SageMaker to pack. Also accepted as `manul_upload_model_path`.",
         resume="free",
+        aliases=("manul_upload_model_path",),
     )
     output_mode: Literal["auto", "direct", "uncompressed", "archive"] = knob(
         "auto",

@@ -29,29 +29,36 @@ class PictureKnobs(OutputKnobs):
     group: ClassVar[str] = "Data"
 
     instance_data_dir: str = knob(
-        DEFAULT_INSTANCE_DATA_DIR, "Directory with the pictures of the subject.", resume="free"
+        DEFAULT_INSTANCE_DATA_DIR, "Directory with the pictures of the subject.", resume="free", path=True
     )
     class_data_dir: str = knob(
         DEFAULT_CLASS_DATA_DIR,
         "Directory with class images; missing ones are generated, and kept there as latents (or in a scratch "
         "directory if this one is read-only).",
         resume="free",
+        path=True,
     )
     instance_prompt: str | None = knob(
         None,
         f'Prompt of the subject, with a rare token: "photo of zwx toy". `{FILEWORDS}` in it stands for the caption of '
         "each picture, or for the words of its name where it has none.",
+        text=True,
+        common=True,
     )
-    class_prompt: str | None = knob(None, 'Prompt of the class, without the token: "photo of a toy".')
+    class_prompt: str | None = knob(
+        None, 'Prompt of the class, without the token: "photo of a toy".', text=True, common=True
+    )
     concepts_list: str | tuple[Concept, ...] | None = knob(
         None,
         "Several subjects in one run: path of a JSON file, or the JSON itself: a list of {instance_data_dir, "
         "class_data_dir, instance_prompt, class_prompt}.",
         resume="free",
+        path=True,
     )
     resolution: Annotated[int, Ge(64), Le(2048)] = knob(
         RESOLUTIONS["sd"],
         f"Side of the training pictures, in pixels; a multiple of 8. {RESOLUTIONS['sdxl']} for SDXL if left out.",
+        common=True,
     )
     center_crop: bool = knob(False, "Crop at the centre instead of at random.")
     aspect_ratio_buckets: bool | Auto = knob(

@@ -20,21 +20,24 @@ class TrainingKnobs(Knobs):
         None,
         f"Optimizer steps. Wins over num_train_epochs; {DEFAULT_TRAIN_STEPS} if neither is given.",
         resume="free",
+        common=True,
     )
     num_train_epochs: Steps | None = knob(None, "Passes over the instance pictures.", resume="free")
-    train_batch_size: Few = knob(1, "Instance pictures a step; prior preservation adds as many class images.")
+    train_batch_size: Few = knob(
+        1, "Instance pictures a step; prior preservation adds as many class images.", common=True
+    )
     gradient_accumulation_steps: Few = knob(1, "Batches an optimizer step is made of.")
-    learning_rate: PositiveFloat = knob(2e-6, "Peak learning rate.")
+    learning_rate: PositiveFloat = knob(2e-6, "Peak learning rate.", common=True)
     scale_lr: bool = knob(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = knob("constant", "Learning-rate schedule.")
     lr_warmup_steps: StepsOrNone = knob(0, "Steps over which the learning rate rises from 0.")
-    train_text_encoder: bool | Auto = knob("auto", "Train the text encoder as well as the UNet.")
+    train_text_encoder: bool | Auto = knob("auto", "Train the text encoder as well as the UNet.", common=True)
     snr_gamma: PositiveFloat | None = knob(
         None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
     )
-    seed: Seed | None = knob(None, "Seed of everything random in the job; None draws one and logs it.")
+    seed: Seed | None = knob(None, "Seed of everything random in the job; None draws one and logs it.", common=True)
 
     @rule("max_train_steps", "lr_warmup_steps")
     def _warm_up_ends(self) -> Iterator[str]:

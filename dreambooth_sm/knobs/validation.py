@@ -24,6 +24,8 @@ class ValidationKnobs(CheckpointKnobs):
         None,
         "Draw this prompt before and after training, and the class prompt beside it; several are separated by `|`.",
         resume="free",
+        text=True,
+        common=True,
     )
     validation_steps: StepsOrNone = knob(
         0,

@@ -17,8 +17,9 @@ import pytest
 
 import launcher.cli
 from dreambooth_sm import cli
-from dreambooth_sm.command_line import COMMON, EXIT_INTERRUPTED, EXIT_READER_GONE, run
+from dreambooth_sm.command_line import EXIT_INTERRUPTED, EXIT_READER_GONE, run
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
+from dreambooth_sm.knobs.declare import meaning
 from launcher.options import all_options
 from tests.helpers.patience import PATIENCE
 from tests.helpers.services import eventually
@@ -142,7 +143,7 @@ def test_help_shows_what_people_set_and_help_all_the_rest(capsys: pytest.Capture
         texts[flag] = capsys.readouterr().out
     # From Python 3.13 on, spellings of one option stand side by side.
     shown, all_shown = ({n for n in all_options() if re.search(rf"--{n}[ ,]", text)} for text in texts.values())
-    assert shown == set(COMMON)
+    assert shown == {name for name, field in all_options().items() if meaning(field).common}
     assert len(shown) == 20
     assert len(texts["--help"].splitlines()) < 100
     assert all_shown == set(all_options()) - {"images"}

@@ -14,7 +14,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dreambooth_sm import hyperparameters as schema
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.concepts import Concept
@@ -133,7 +132,7 @@ def test_the_seeds_notebook_means_what_it_says(encode: Any) -> None:
 def test_every_name_of_the_seed_is_accepted(name: str) -> None:
     value = {**SEED_NOTEBOOK, **SEED_OTHERS}[name]
     parsed = Hyperparameters.parse({"instance_prompt": PROMPT, "class_prompt": "photo of a toy", name: str(value)})
-    assert schema.ALIASES.get(name, name) in parsed.model_fields_set
+    assert Hyperparameters.aliases().get(name, name) in parsed.model_fields_set
 
 
 @pytest.mark.parametrize("name", BOOLEANS)
@@ -144,7 +143,7 @@ def test_every_name_of_the_seed_is_accepted(name: str) -> None:
 )
 def test_booleans_are_read_and_not_taken_for_truthy_texts(name: str, text: str, meant: bool) -> None:
     field = FIELDS[name]
-    decoded = decode(name, text, field)
+    decoded = decode(text, field)
     read = Hyperparameters.model_validate({name: decoded})
     assert getattr(read, name) is meant
 
@@ -539,7 +538,7 @@ def test_python_values_survive_every_sdk(h: Hyperparameters, sdk: Any) -> None:
 
 # No input is worth a traceback
 
-names = st.sampled_from([*FIELDS, *schema.ALIASES, "sagemaker_program"]) | st.text(max_size=8)
+names = st.sampled_from([*FIELDS, *Hyperparameters.aliases(), "sagemaker_program"]) | st.text(max_size=8)
 values_of_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: (
