@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,3 +42,14 @@ def test_the_image_holds_production_alone() -> None:
     assert not REPOSITORY & {path.partition("/")[0] for path in taken}
     copied = [line.split() for line in (ROOT / "Dockerfile").read_text().splitlines() if line.startswith("COPY ")]
     assert not REPOSITORY & {word.strip("/") for words in copied for word in words}
+
+
+def test_the_wheel_has_every_package_of_production() -> None:
+    """Of what is installed; ``container`` goes into the image alone."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for package in ("dreambooth_sm", "launcher")
+        for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert set(settings["tool"]["setuptools"]["packages"]) == there
