@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
@@ -13,13 +16,23 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
+import launcher
 from dreambooth_sm.storage import S3Uri
+from launcher.local import training_job
 from launcher.local.s3 import EmbeddedS3, embedded_s3
 from launcher.local.sagemaker import EmbeddedServices
+from tests.helpers import forks
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 
 EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_jobs() -> Iterator[None]:
+    """The embedded SageMaker forks its jobs."""
+    with patch.object(training_job, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": forks.Popen})):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +101,6 @@ def image() -> str:
 @pytest.fixture(scope="module")
 def services() -> Iterator[EmbeddedServices]:
     """An embedded SageMaker that this process' environment leads to."""
-    import launcher
-
     with pytest.MonkeyPatch.context() as environment:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             environment.delenv(name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from dreambooth_sm.report import parse_metrics
 from launcher.local.run import ENTRYPOINT, lay_out
+from tests.helpers import forks
 from tests.helpers.patience import PATIENCE
 
 # The smallest job that goes through every phase.
@@ -139,9 +140,10 @@ class JobTree:
         before = json.loads((self.config / "hyperparameters.json").read_text())
         self.write("input/config/hyperparameters.json", json.dumps(before | hyperparameters))
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, fork: bool = True) -> subprocess.Popen[str]:
+        """Starts the job; ``fork=False``: as the image does, with a Python of its own."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "SAGEMAKER_", "TRAINING_JOB"))}
-        return subprocess.Popen(
+        return (forks.Popen if fork else subprocess.Popen)(
             [sys.executable, str(ENTRYPOINT), *arguments],
             env={**inherited, "CUDA_VISIBLE_DEVICES": "", "SAGEMAKER_BASE_DIR": str(self.base), **self.environment},
             stdout=subprocess.PIPE,

@@ -181,7 +181,7 @@ def stopped(
     """A job that got SIGTERM early in training, and the seconds that it took to end. Not to be written to."""
     base = tmp_path_factory.mktemp("stopped") / "opt-ml"
     job = JobTree.lay_out(base, LONG, {"images": pictures, "model": tiny_base}, s3.environment())
-    process = job.start("train")
+    process = job.start("train", fork=False)
     log = read_until(process, r"^step=3 ")
     signalled = time.monotonic()
     process.send_signal(signal.SIGTERM)

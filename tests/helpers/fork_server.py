@@ -1,0 +1,155 @@
+"""The process that jobs are forked from: see :mod:`tests.helpers.forks`.
+
+Run as ``python -m tests.helpers.fork_server DESCRIPTOR``, of a socket: each message is a :class:`Job` in JSON, with the
+descriptors of its standard input, output and error and of a pipe, to which its process id goes and, when it has ended,
+its status.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import io
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+# What a job imports, in its order, and what diffusers loads for it later.
+MODULES = (
+    "dreambooth_sm.quiet",
+    "dreambooth_sm.job",
+    "diffusers.schedulers.scheduling_deis_multistep",
+    "diffusers.schedulers.scheduling_dpmsolver_singlestep",
+    "diffusers.schedulers.scheduling_edm_euler",
+    "diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete",
+    "diffusers.schedulers.scheduling_k_dpm_2_discrete",
+    "diffusers.schedulers.scheduling_unipc_multistep",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A Python script to run, with its arguments; ``group`` as in :class:`subprocess.Popen`."""
+
+    arguments: list[str]
+    unbuffered: bool
+    environment: dict[str, str]
+    directory: str
+    group: int | None
+
+
+def _serve(requests: socket.socket) -> tuple[Job, list[int]]:
+    """Forks until nobody can ask any more; returns in each fork, with its job and its three streams."""
+    running = selectors.DefaultSelector()
+    running.register(requests, selectors.EVENT_READ)
+    while True:
+        for key, _ in running.select():
+            if key.data:
+                process, status = key.data
+                _tell(status, os.waitpid(process, 0)[1])
+                running.unregister(key.fd)
+                os.close(key.fd)
+                os.close(status)
+                continue
+            message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 4)
+            if not message:
+                os._exit(0)
+            *streams, status = descriptors
+            process = os.fork()
+            if not process:
+                for other in [other for other in running.get_map().values() if other.data]:
+                    os.close(other.fd)
+                    os.close(other.data[1])
+                for ours in (running, requests):
+                    ours.close()
+                os.close(status)
+                return Job(**json.loads(message)), streams
+            for stream in streams:
+                os.close(stream)
+            _tell(status, process)
+            running.register(os.pidfd_open(process), selectors.EVENT_READ, (process, status))
+
+
+def _tell(status: int, number: int) -> None:
+    with suppress(BrokenPipeError):  # nobody wants to know
+        os.write(status, number.to_bytes(4, sys.byteorder, signed=True))
+
+
+def _become(job: Job, streams: list[int], from_imports: Mapping[str, str]) -> None:
+    """Takes on a job's streams, environment, directory, process group and arguments."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    if job.group not in (None, -1):
+        os.setpgid(0, job.group)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(job.directory)
+    os.environ.clear()
+    os.environ.update({**from_imports, **job.environment})
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before, raw = getattr(sys, name), io.FileIO(number, "w", closefd=False)
+        stream = io.TextIOWrapper(
+            raw if job.unbuffered else io.BufferedWriter(raw),
+            before.encoding,
+            before.errors,
+            line_buffering=name == "stderr" and not job.unbuffered,
+            write_through=job.unbuffered,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.argv = job.arguments
+    sys.path[0] = str(Path(job.arguments[0]).parent)
+
+
+def _run(script: str) -> None:
+    """Runs a script and ends as the interpreter does, without a second of tearing down what it has imported."""
+    code: object = 1
+    interrupted = False
+    try:
+        runpy.run_path(script, run_name="__main__")
+        code = None
+    except SystemExit as error:
+        code = error.code
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        interrupted = isinstance(error, KeyboardInterrupt)
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code or 0)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, whose end ends this process
+    before = {*os.environ}
+    for module in MODULES:
+        importlib.import_module(module)
+    from_imports = {name: value for name, value in os.environ.items() if name not in before}
+    if len([*Path("/proc/self/task").iterdir()]) > 1:
+        raise RuntimeError("an import has started threads, which no fork would have")
+    gc.collect()
+    gc.freeze()  # what the forks share is not walked, and so not copied, by each of them
+    job, streams = _serve(socket.socket(fileno=int(sys.argv[1])))
+    _become(job, streams, from_imports)
+    _run(job.arguments[0])
+
+
+if __name__ == "__main__":
+    main()
