@@ -79,7 +79,7 @@ def rule(*names: str) -> Callable[[Check], Check]:
         names: all knobs whose values the rule looks at. Where one of them is refused by itself, the rule is not asked:
             what it says would follow from that.
 
-    Example:
+    Examples:
         >>> class Examples(Knobs):
         ...     group = "Examples"
         ...     least: int = knob(0, "Least value.")

@@ -44,3 +44,10 @@ def test_every_page_is_in_the_site() -> None:
         assert re.search(rf"[ :]{re.escape(page.name)}$", menu, re.MULTILINE), page.name
     for page in (ROOT / "docs" / "decisions").glob("[0-9]*.md"):
         assert f"({page.name})" in decisions, page.name
+
+
+@pytest.mark.parametrize("package", ["dreambooth_sm", "launcher", "toybox"])
+def test_docstrings_have_headings_that_the_reference_knows(package: str) -> None:
+    strange = re.compile(r"^ *(Example|Arg|Arguments|Params?|Parameters|Return|Raise|Yield|Notes?):$", re.MULTILINE)
+    for path in (ROOT / package).rglob("*.py"):
+        assert not strange.search(path.read_text(encoding="utf-8")), path
