@@ -18,7 +18,7 @@ RUN command -v gcc >/dev/null || { \
         && rm -rf /var/lib/apt/lists/*; \
     }
 
-# `use_8bit_adam`.
+# `optimizer=adamw8bit`.
 ARG WITH_BITSANDBYTES=1
 # `attention=xformers`. Its wheel fits one torch and CUDA: change requirements/xformers.in together with BASE_IMAGE.
 ARG WITH_XFORMERS=0

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
-from dreambooth_sm.knobs.declare import meaning
+from dreambooth_sm.knobs.declare import meaning, translated_aliases
 from dreambooth_sm.knobs.takes import expected
 
 EXIT_INTERRUPTED, EXIT_READER_GONE = 130, 141
@@ -105,10 +105,13 @@ def add_options(
         default = {**{name: field.default}, **(defaults or {})}[name]
         said = f" Default: {str(default).lower() if isinstance(default, bool) else default}."
         text = f"{field.description}{said if default not in (None, (), {}, '') else ''}".replace("%", "%%")
-        spellings = [f"--{each}" for each in (name, *meaning(field).aliases)]
+        aliases = [alias.name for alias in meaning(field).aliases if alias.takes is None]
+        spellings = [f"--{each}" for each in (name, *aliases)]
         metavar = "TRUE|FALSE" if field.annotation is bool else "VALUE"
         shown = text if everything or meaning(field).common else argparse.SUPPRESS
         group.add_argument(*spellings, dest=name, nargs="*", help=shown, metavar=metavar)
+    for name in translated_aliases(fields):
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--help-all", action="help", help="show every option, and exit")
 
 
@@ -118,8 +121,9 @@ def read_options(options: Mapping[str, Any], fields: Mapping[str, FieldInfo]) ->
     Raises:
         UserError: one that is no switch stands alone.
     """
-    given = {name: words for name, words in options.items() if name in fields and words is not None}
-    alone = [name for name, words in given.items() if not words and "true" not in expected(fields[name])]
+    known = {**fields, **translated_aliases(fields)}
+    given = {name: words for name, words in options.items() if name in known and words is not None}
+    alone = [name for name, words in given.items() if not words and "true" not in expected(known[name])]
     if alone:
         raise UserError([f"--{name} needs a value" for name in alone])
     return given

@@ -16,18 +16,14 @@ from typing import Self
 from pydantic import ValidationError
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.knobs.decode import PLATFORM_KEY, decode, split_arguments
+from dreambooth_sm.knobs.decode import read_values, split_arguments
 from dreambooth_sm.knobs.docs import markdown_table
-from dreambooth_sm.knobs.escapes import is_text, texts
 from dreambooth_sm.knobs.memory import MemoryKnobs
-from dreambooth_sm.knobs.messages import readable, short, unknown
+from dreambooth_sm.knobs.messages import readable
 from dreambooth_sm.knobs.pictures import DEFAULT_INSTANCE_DATA_DIR
 from dreambooth_sm.knobs.prior import PriorKnobs
 from dreambooth_sm.knobs.training import TrainingKnobs
 from dreambooth_sm.knobs.validation import ValidationKnobs
-
-# Unknown names that get a line of their own.
-_MOST_UNKNOWN = 20
 
 
 # pydantic lists the fields of the last base first.
@@ -57,33 +53,8 @@ class Hyperparameters(ValidationKnobs, MemoryKnobs, TrainingKnobs, PriorKnobs):
             UserError: with every problem of the input: unknown names (and the nearest known ones), wrong types,
                 values out of range, values that can't work together.
         """
-        problems: list[str] = []
-        strangers: list[str] = []
-        values: dict[str, object] = {}
-        origins: dict[str, str] = {}
-        refused: set[str] = set()
-        aliases = cls.aliases()
-        own = {key: value for key, value in raw.items() if not PLATFORM_KEY.fullmatch(key)}
-        for key, value in own.items():
-            name = aliases.get(key, key)
-            field = cls.model_fields.get(name)
-            if field is None:
-                strangers.append(key)
-                continue
-            decoded = decode(value, field)
-            if name in values and values[name] != decoded:
-                problems.append(f"{key} and {origins[name]} mean the same and have different values; keep one")
-                continue
-            if not all(is_text(text) for text in texts(decoded)):
-                problems.append(f"{key}: {short(decoded)} holds characters that are no text; write it anew")
-                refused.add(name)
-                continue
-            values[name] = decoded
-            origins[name] = key
-        known = [*cls.model_fields, *aliases]
-        problems += [unknown(key, known) for key in strangers[:_MOST_UNKNOWN]]
-        if len(strangers) > _MOST_UNKNOWN:
-            problems.append(f"{len(strangers) - _MOST_UNKNOWN} more unknown hyperparameters")
+        read = read_values(cls, raw)
+        values, problems, refused = read.values, read.problems, read.refused
         try:
             beside = dataset_info(str(values.get("instance_data_dir", DEFAULT_INSTANCE_DATA_DIR)))
             values |= {name: text for name, text in beside.items() if values.get(name) is None}

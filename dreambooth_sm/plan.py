@@ -317,7 +317,7 @@ def smaller_plan(plan: Plan, h: Hyperparameters) -> Plan | None:
         if _may_drop_gradients(h):
             steps.append({"update_in_backward": True, "max_grad_norm": None})
         steps.append({"weights": "stochastic"} if plan.weights == "residual" else {})
-        if h.use_8bit_adam == "auto":
+        if h.optimizer != "auto16":
             steps.append({"state_bits": min(plan.state_bits, 4)})
     for change in steps:
         if any(getattr(plan, name) != value for name, value in change.items()):
@@ -343,12 +343,12 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     weights: Weights = rung.weights
     optimizer: Optimizer = "blockwise"
     state_bits: int = rung.state_bits
-    if h.optimizer == "adamw" or h.use_8bit_adam is True:
-        optimizer = "adamw8bit" if h.use_8bit_adam is True else "adamw"
-        weights, state_bits = "fp32", 8 if h.use_8bit_adam is True else 32
-    elif h.use_8bit_adam is False:
+    if h.optimizer == "adamw" or h.optimizer == "adamw8bit":
+        optimizer = h.optimizer
+        weights, state_bits = "fp32", 8 if optimizer == "adamw8bit" else 32
+    elif h.optimizer == "auto16":
         state_bits = 16
-        notes.append("use_8bit_adam=false: Adam's state takes 16 bits a value")
+        notes.append("optimizer=auto16 (use_8bit_adam=false): Adam's state takes 16 bits a value")
     if precision == "fp32":
         weights = "fp32"
     keeps = rung.keeps_gradients or not _may_drop_gradients(h) or optimizer != "blockwise" or card.count > 1
@@ -435,8 +435,10 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
         problems.append(
             "train_text_encoder=true: with an SDXL base model the job trains the UNet only; set it to false or auto"
         )
-    if (h.use_cpu or card.is_cpu) and h.use_8bit_adam is True:
-        problems.append("use_8bit_adam=true needs a GPU; set it to false or auto")
+    if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
+        problems.append(
+            "optimizer=adamw8bit or use_8bit_adam=true needs a GPU; set optimizer to auto, or use_8bit_adam to false"
+        )
     if not card.is_cpu and not h.use_cpu and h.mixed_precision == "bf16" and not card.has_bf16:
         problems.append(f"mixed_precision=bf16: {card.name} has no bf16; write fp16 or auto")
     if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
@@ -450,8 +452,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
         "gradient_checkpointing": False,
         "train_text_encoder": True,
         "use_ema": True,
-        "use_8bit_adam": False,
-        "optimizer": "adamw",
+        "optimizer": h.optimizer if h.optimizer in ("adamw", "auto16") else object(),
         "mixed_precision": "no",
         "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
     }

@@ -55,7 +55,7 @@ def make_identity(
         "mixed_precision": plan.precision,
         "weights": plan.weights,
         "optimizer": f"{plan.optimizer} {plan.state_bits} bits",
-        "use_8bit_adam": plan.optimizer == "adamw8bit",
+        "use_8bit_adam": plan.optimizer == "adamw8bit",  # checkpoints have it from when it was a knob of its own
         "max_grad_norm": plan.max_grad_norm,
     }
     contents: dict[str, Any] = {

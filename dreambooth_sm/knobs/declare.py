@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +13,21 @@ from pydantic.fields import FieldInfo
 
 Resume = Literal["same", "free"]
 Check = TypeVar("Check", bound=Callable[[Any], Iterable[str]])
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another name that a knob is accepted by.
+
+    Attributes:
+        takes: type of its values; None where they are the knob's own.
+        means: to each of its values, those of the knob that agree with it. The first is meant where the knob is left
+            out; none says nothing about the knob.
+    """
+
+    name: str
+    takes: Any = None
+    means: Mapping[Any, tuple[Any, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,13 +48,15 @@ class Meaning:
     path: bool = False
     text: bool = False
     common: bool = False
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[Alias, ...] = ()
 
     def __call__(self, schema: JsonDict) -> None:
         """Tells the JSON schema of the field, as pydantic asks for it."""
         usual = Meaning()
         said = {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
-        schema.update({name: list(value) if isinstance(value, tuple) else value for name, value in said.items()})
+        if self.aliases:
+            said["aliases"] = [alias.name for alias in self.aliases]
+        schema.update(said)
 
 
 # Of options that are no knobs.
@@ -54,7 +71,7 @@ def knob(
     path: bool = False,
     text: bool = False,
     common: bool = False,
-    aliases: tuple[str, ...] = (),
+    aliases: tuple[Alias, ...] = (),
 ) -> Any:
     """A field of a group of knobs.
 
@@ -98,6 +115,12 @@ def rule(*names: str) -> Callable[[Check], Check]:
     return declare
 
 
+def translated_aliases(fields: Mapping[str, FieldInfo]) -> dict[str, FieldInfo]:
+    """The aliases with values of their own, as fields."""
+    aliases = [alias for field in fields.values() for alias in meaning(field).aliases]
+    return {alias.name: FieldInfo.from_annotation(alias.takes) for alias in aliases if alias.takes is not None}
+
+
 class Knobs(BaseModel):
     """A group of knobs with the rules that they are under. It builds on the groups whose knobs its rules look at."""
 
@@ -120,7 +143,7 @@ class Knobs(BaseModel):
     @classmethod
     def aliases(cls) -> dict[str, str]:
         """Other names that knobs are accepted by, to the knobs' own."""
-        return {alias: name for name, field in cls.model_fields.items() for alias in meaning(field).aliases}
+        return {alias.name: name for name, field in cls.model_fields.items() for alias in meaning(field).aliases}
 
     @classmethod
     def rules(cls) -> dict[str, tuple[str, ...]]:

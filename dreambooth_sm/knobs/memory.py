@@ -67,7 +67,10 @@ class MemoryKnobs(OptimizerKnobs):
                 "auto"
             )
 
-    @rule("use_cpu", "use_8bit_adam")
+    @rule("use_cpu", "optimizer")
     def _cpu_has_no_bitsandbytes(self) -> Iterator[str]:
-        if self.use_cpu and self.use_8bit_adam is True:
-            yield "use_cpu=true can't run use_8bit_adam=true, which needs a GPU; set use_8bit_adam to false or auto"
+        if self.use_cpu and self.optimizer == "adamw8bit":
+            yield (
+                "use_cpu=true can't run optimizer=adamw8bit (use_8bit_adam=true), which needs a GPU; set optimizer to "
+                "auto, or use_8bit_adam to false"
+            )

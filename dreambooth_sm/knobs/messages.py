@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from dreambooth_sm.knobs.concepts import Concept
 from dreambooth_sm.knobs.takes import expected
@@ -52,7 +53,11 @@ def readable(error: ValidationError, model: type[BaseModel], values: Mapping[str
                     f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
                 )
             continue
-        value = values.get(name)
-        shown = "no value" if value is None else short(value)
-        lines[name] = f"{name}: {shown} is not valid; write {expected(model.model_fields[name])}"
+        lines[name] = not_valid(name, values.get(name), model.model_fields[name])
     return list(lines.values())
+
+
+def not_valid(name: str, value: object, field: FieldInfo) -> str:
+    """That a value is not one of its type's."""
+    shown = "no value" if value is None else short(value)
+    return f"{name}: {shown} is not valid; write {expected(field)}"

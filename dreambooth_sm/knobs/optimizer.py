@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from dreambooth_sm.knobs.declare import Knobs, knob, rule
+from dreambooth_sm.knobs.declare import Alias, Knobs, knob
 from dreambooth_sm.knobs.ranges import Auto, Fraction, NonNegativeFloat, PositiveFloat
 
 
@@ -14,13 +13,19 @@ class OptimizerKnobs(Knobs):
 
     group: ClassVar[str] = "Optimizer"
 
-    optimizer: Literal["auto", "blockwise", "adamw"] = knob(
+    optimizer: Literal["auto", "auto16", "blockwise", "adamw", "adamw8bit"] = knob(
         "auto",
-        "blockwise: ours, with quantised state; adamw: torch's with fp32 weights and state, the reference.",
-    )
-    use_8bit_adam: bool | Auto = knob(
-        "auto",
-        "True: bitsandbytes' 8-bit AdamW on fp32 weights; False: no 8-bit state; auto: the plan's choice.",
+        "blockwise: ours, with quantised state; adamw: torch's with fp32 weights and state, the reference; adamw8bit: "
+        "bitsandbytes' 8-bit AdamW on fp32 weights; auto: the plan's choice; auto16: the same with no less than 16 "
+        "bits of state a value. Also accepted as `use_8bit_adam`: true is adamw8bit, false is auto16.",
+        # The seed's name. False is no choice of an optimizer: any without 8-bit state agrees with it.
+        aliases=(
+            Alias(
+                "use_8bit_adam",
+                takes=bool | Auto,
+                means={True: ("adamw8bit",), False: ("auto16", "adamw"), "auto": ()},
+            ),
+        ),
     )
     adam_beta1: Fraction = knob(0.9, "Decay of the first moment.")
     adam_beta2: Fraction = knob(0.999, "Decay of the second moment.")
@@ -32,8 +37,3 @@ class OptimizerKnobs(Knobs):
     )
     use_ema: bool | Auto = knob("auto", "Average the trained weights and save the average.")
     ema_decay: Fraction = knob(0.999, "Decay of the average, reached after a warm-up.")
-
-    @rule("optimizer", "use_8bit_adam")
-    def _one_optimizer(self) -> Iterator[str]:
-        if self.use_8bit_adam is True and self.optimizer != "auto":
-            yield f"use_8bit_adam=true and optimizer={self.optimizer} are two optimizers; set one of them to auto"

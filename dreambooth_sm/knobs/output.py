@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import ClassVar, Literal
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.declare import Alias, knob, rule
 from dreambooth_sm.knobs.messages import short
 from dreambooth_sm.knobs.model import ModelKnobs
 from dreambooth_sm.printing import has_userinfo
@@ -49,7 +49,7 @@ class OutputKnobs(ModelKnobs):
         "`s3://bucket/prefix`: upload the pipeline directory there, recursively, and leave nothing for "
         "SageMaker to pack. Also accepted as `manul_upload_model_path`.",
         resume="free",
-        aliases=("manul_upload_model_path",),
+        aliases=(Alias("manul_upload_model_path"),),
     )
     output_mode: Literal["auto", "direct", "uncompressed", "archive"] = knob(
         "auto",

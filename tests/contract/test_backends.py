@@ -81,6 +81,6 @@ def test_the_seeds_notebook_says_what_it_means(s3: EmbeddedS3, target: S3Uri, tm
     plain, encoded = (Hyperparameters.parse(body["HyperParameters"]) for body in bodies)
     assert plain == encoded
     assert (plain.instance_prompt, plain.class_prompt) == ("photo of zwx toy", "photo of a cat toy")
-    assert (plain.use_8bit_adam, plain.train_text_encoder, plain.save_use_epochs) == (False, False, False)
+    assert (plain.optimizer, plain.train_text_encoder, plain.save_use_epochs) == ("auto16", False, False)
     assert (plain.use_ema, plain.max_train_steps, plain.save_steps) == (True, 300, 100)
     assert plain.manual_upload_model_path == "s3://bucket/dreambooth/trained_models"

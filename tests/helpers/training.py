@@ -37,7 +37,6 @@ SMALL: dict[str, object] = {
     "attention": "default",
     "gradient_checkpointing": False,
     "optimizer": "adamw",
-    "use_8bit_adam": False,
     "train_text_encoder": False,
     "use_ema": False,
     "not_cache_latents": False,

@@ -195,7 +195,7 @@ RESUMED = {
         "center_crop": False,
         "snr_gamma": 5.0,
     },
-    "blockwise": {"optimizer": "blockwise", "use_8bit_adam": "auto"},
+    "blockwise": {"optimizer": "blockwise"},
     "not cached": {"not_cache_latents": True, "hflip": True, "lr_scheduler": "linear", "lr_warmup_steps": 2},
 }
 

@@ -125,6 +125,8 @@ def test_the_seeds_notebook_means_what_it_says(encode: Any) -> None:
     parsed = Hyperparameters.parse({name: encode(value) for name, value in SEED_NOTEBOOK.items()})
     expected = {**SEED_NOTEBOOK, "instance_prompt": PROMPT, "class_prompt": "photo of a toy"}
     expected["manual_upload_model_path"] = expected.pop("manul_upload_model_path")
+    assert expected.pop("use_8bit_adam") is False
+    expected["optimizer"] = "auto16"
     assert parsed.model_dump(include=set(expected)) == expected
 
 
@@ -172,7 +174,7 @@ def test_auto_is_the_default_of_everything_that_depends_on_the_card() -> None:
         "with_prior_preservation",
         "sample_batch_size",
         "train_text_encoder",
-        "use_8bit_adam",
+        "optimizer",
         "max_grad_norm",
         "use_ema",
         "mixed_precision",
@@ -251,6 +253,38 @@ def test_both_spellings_of_the_upload_path() -> None:
     line = problem(manul_upload_model_path=target, manual_upload_model_path="s3://other/prefix")
     assert "manul_upload_model_path" in line
     assert "manual_upload_model_path" in line
+
+
+@pytest.mark.parametrize("encode", ENCODINGS)
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"use_8bit_adam": True}, "adamw8bit"),
+        ({"use_8bit_adam": False}, "auto16"),
+        ({"use_8bit_adam": "auto"}, "auto"),
+        ({"use_8bit_adam": True, "optimizer": "auto"}, "adamw8bit"),
+        ({"optimizer": "adamw8bit", "use_8bit_adam": True}, "adamw8bit"),
+        ({"use_8bit_adam": False, "optimizer": "adamw"}, "adamw"),
+        ({"use_8bit_adam": "auto", "optimizer": "blockwise"}, "blockwise"),
+    ],
+)
+def test_the_seeds_name_of_the_optimizer(encode: Any, values: dict[str, object], meant: str) -> None:
+    assert parse(**{name: encode(value) for name, value in values.items()}).optimizer == meant
+
+
+@pytest.mark.parametrize(
+    ("said", "optimizer"), [("true", "adamw"), ("true", "blockwise"), ("false", "adamw8bit"), ("false", "blockwise")]
+)
+def test_two_names_of_the_optimizer_that_contradict_each_other(said: str, optimizer: str) -> None:
+    line = problem(use_8bit_adam=said, optimizer=optimizer, use_cpu="true")
+    assert line == f"use_8bit_adam={said} and optimizer={optimizer} contradict each other; keep one of them"
+
+
+@pytest.mark.parametrize("value", ["perhaps", "2", None, ["true"]])
+def test_a_value_that_the_seeds_name_does_not_take(value: object) -> None:
+    assert problem(use_8bit_adam=value).endswith(" is not valid; write true or false, or auto")
+    assert problem(use_8bit_adam=value, use_cpu="true").startswith("use_8bit_adam: ")
+    assert len(problems({"instance_prompt": PROMPT, "use_8bit_adam": "true", "optimizer": "sgd"})) == 1
 
 
 @pytest.mark.parametrize("bad", ["bucket/prefix", "https://bucket", "s3:/bucket", "s3://", "s3://b", "/opt/ml/model"])
@@ -580,8 +614,8 @@ def test_nasty_values_of_every_field(name: str) -> None:
 
 
 def test_a_problem_of_another_knob_is_told_although_it_names_a_refused_one() -> None:
-    told = problems({"class_prompt": "photo of a toy", "optimizer": "sgd", "use_cpu": "1", "use_8bit_adam": "true"})
-    assert sorted(line.split(" ")[0].split(":")[0] for line in told) == ["instance_prompt", "optimizer", "use_cpu=true"]
+    told = problems({"class_prompt": "photo of a toy", "attention": "sdpa", "use_cpu": "1", "optimizer": "adamw8bit"})
+    assert sorted(line.split(" ")[0].split(":")[0] for line in told) == ["attention", "instance_prompt", "use_cpu=true"]
     # This one names "instance_prompt" in its advice, and says nothing about the refused "prior".
     told = problems({"prior": "none", "class_prompt": PROMPT, "instance_prompt": PROMPT})
     assert len(told) == 2

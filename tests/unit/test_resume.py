@@ -37,7 +37,6 @@ OTHERS: dict[str, Any] = {
     "cuda_graph": True,
     "caption_dropout": 0.1,
     "background_weight": 0.5,
-    "use_8bit_adam": None,
     "resolution": 128,
     "concepts_list": None,
     "manual_upload_model_path": "s3://bucket/prefix",
