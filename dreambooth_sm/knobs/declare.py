@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,6 +31,19 @@ class Alias:
 
 
 @dataclass(frozen=True)
+class Tunable:
+    """The range that a search for good values goes over.
+
+    Attributes:
+        logarithmic: whether the values tried are evenly spread on a logarithmic scale.
+    """
+
+    least: float
+    most: float
+    logarithmic: bool = False
+
+
+@dataclass(frozen=True)
 class Meaning:
     """What a knob means beyond its value.
 
@@ -41,6 +54,8 @@ class Meaning:
         path: whether the value may be a path in the container, which lies elsewhere where the job runs without one.
         text: whether the value is a prompt, whose blanks may be escaped.
         common: whether people set it; short help texts show it.
+        tunable: where a search for good values looks; None where there is nothing to search for.
+        methods: those that the knob is one of; all, where none is named.
         aliases: other names that it is accepted by.
     """
 
@@ -48,15 +63,20 @@ class Meaning:
     path: bool = False
     text: bool = False
     common: bool = False
+    tunable: Tunable | None = None
+    methods: tuple[str, ...] = ()
     aliases: tuple[Alias, ...] = ()
 
     def __call__(self, schema: JsonDict) -> None:
         """Tells the JSON schema of the field, as pydantic asks for it."""
-        usual = Meaning()
-        said = {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
+        schema["resume"] = self.resume
+        schema.update({name: True for name in ("path", "text", "common") if getattr(self, name)})
+        if self.tunable:
+            schema["tunable"] = asdict(self.tunable)
+        if self.methods:
+            schema["methods"] = list(self.methods)
         if self.aliases:
-            said["aliases"] = [alias.name for alias in self.aliases]
-        schema.update(said)
+            schema["aliases"] = [alias.name for alias in self.aliases]
 
 
 # Of options that are no knobs.
@@ -71,6 +91,8 @@ def knob(
     path: bool = False,
     text: bool = False,
     common: bool = False,
+    tunable: Tunable | None = None,
+    methods: tuple[str, ...] = (),
     aliases: tuple[Alias, ...] = (),
 ) -> Any:
     """A field of a group of knobs.
@@ -78,9 +100,11 @@ def knob(
     Args:
         default: its value where it is left out.
         help: a sentence or two, in Markdown.
-        resume, path, text, common, aliases: see :class:`Meaning`.
+        resume, path, text, common, tunable, methods, aliases: see :class:`Meaning`.
     """
-    said = Meaning(resume=resume, path=path, text=text, common=common, aliases=aliases)
+    said = Meaning(
+        resume=resume, path=path, text=text, common=common, tunable=tunable, methods=methods, aliases=aliases
+    )
     return Field(default, description=help, json_schema_extra=said)
 
 
@@ -129,6 +153,11 @@ class Knobs(BaseModel):
     # Heading of the knobs that a class declares, in the docs and in help texts.
     group: ClassVar[str]
 
+    @property
+    def method(self) -> str:
+        """Name of the method that trains the weights."""
+        return "full"
+
     @classmethod
     def group_of(cls, name: str) -> str:
         """The heading that a knob is listed under."""
@@ -169,4 +198,12 @@ class Knobs(BaseModel):
             refused: knobs whose rules are not asked, as what they say would follow from a refused value.
         """
         asked = [name for name, knobs in self.rules().items() if refused.isdisjoint(knobs)]
-        return [line for name in asked for line in getattr(self, name)()]
+        return [*self._knobs_of_other_methods(), *(line for name in asked for line in getattr(self, name)())]
+
+    def _knobs_of_other_methods(self) -> Iterator[str]:
+        fields = type(self).model_fields
+        for name in [name for name in fields if name in self.model_fields_set]:
+            methods = meaning(fields[name]).methods
+            if methods and self.method not in methods:
+                owners = " or ".join(methods)
+                yield f"{name} belongs to method={owners}, and this job's is {self.method}; leave {name} out"

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le
 
-from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.declare import Tunable, knob, rule
 from dreambooth_sm.knobs.output import refused_location
 from dreambooth_sm.knobs.pictures import PictureKnobs
 from dreambooth_sm.knobs.ranges import Auto, Few, NonNegativeFloat
@@ -27,7 +27,7 @@ class PriorKnobs(PictureKnobs):
         "What keeps the class. images: class images. output: the base model's own predictions for the class prompt, on "
         "noised pictures of the subject; no class images are made or read.",
     )
-    prior_loss_weight: NonNegativeFloat = knob(0.5, "Weight of the class images' loss.")
+    prior_loss_weight: NonNegativeFloat = knob(0.5, "Weight of the class images' loss.", tunable=Tunable(0.1, 1.0))
     num_class_images: Annotated[int, Ge(1), Le(100_000)] = knob(
         50, "Class images wanted; those that are missing are generated.", common=True
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-from dreambooth_sm.knobs.declare import Knobs, knob, rule
+from dreambooth_sm.knobs.declare import Knobs, Tunable, knob, rule
 from dreambooth_sm.knobs.ranges import Auto, Few, PositiveFloat, Seed, Steps, StepsOrNone
 
 DEFAULT_TRAIN_STEPS = 800
@@ -21,13 +21,16 @@ class TrainingKnobs(Knobs):
         f"Optimizer steps. Wins over num_train_epochs; {DEFAULT_TRAIN_STEPS} if neither is given.",
         resume="free",
         common=True,
+        tunable=Tunable(200, 2000),
     )
     num_train_epochs: Steps | None = knob(None, "Passes over the instance pictures.", resume="free")
     train_batch_size: Few = knob(
         1, "Instance pictures a step; prior preservation adds as many class images.", common=True
     )
     gradient_accumulation_steps: Few = knob(1, "Batches an optimizer step is made of.")
-    learning_rate: PositiveFloat = knob(2e-6, "Peak learning rate.", common=True)
+    learning_rate: PositiveFloat = knob(
+        2e-6, "Peak learning rate.", common=True, tunable=Tunable(5e-7, 1e-5, logarithmic=True)
+    )
     scale_lr: bool = knob(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
