@@ -45,6 +45,7 @@ from dreambooth_sm.fidelity import load_encoders
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.live_samples import RemoteSamples, SyncedSamples
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel, check_base, load_base
 from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan, detect_card, make_plan, smaller_plan
@@ -144,11 +145,11 @@ def _run(
         for remark in base.remarks:
             report.warn(remark)
         check_prompts(base, subjects, h)
-        space = Space.needed(base, h, plan, checkpoints)
+        space = Space.needed(base, FULL.parameters(base, plan), h, plan, checkpoints)
         if warning := space.check(h.checkpoints_total_limit if h.save_steps else 1):
             report.warn(warning)
         identity[BASE] = fingerprint(base)
-        previous = first_that_fits(previous, found, base, plan, report)
+        previous = first_that_fits(previous, found, FULL.parameters(base, plan), report)
         if previous:
             check_resumable(previous, identity, schedule)
             if difference := find_other_rates(previous, h, schedule):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +151,14 @@ def find_other_rates(checkpoint: Checkpoint, h: Hyperparameters, schedule: Sched
 
 
 def first_that_fits(
-    checkpoint: Checkpoint | None, older: Iterator[Checkpoint], base: BaseModel, plan: Plan, report: Reporter
+    checkpoint: Checkpoint | None,
+    older: Iterator[Checkpoint],
+    parameters: Mapping[str, torch.nn.Parameter],
+    report: Reporter,
 ) -> Checkpoint | None:
-    """``checkpoint``, or the newest of ``older`` whose tensors are those of the model, with a line for each other."""
-    modules = {"unet": base.unet} | ({"text_encoder": base.text_encoder} if plan.train_text_encoder else {})
-    shapes = {part: {name: p.shape for name, p in module.named_parameters()} for part, module in modules.items()}
+    """``checkpoint``, or the newest of ``older`` whose tensors are those of the parameters that are trained, with a
+    line for each other."""
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
     while checkpoint is not None:
         misfit = checkpoint.find_misfit(shapes)
         if misfit is None:

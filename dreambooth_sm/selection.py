@@ -8,7 +8,7 @@ diversity, prompt fidelity and drift of the class towards the subject (:func:`dr
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +20,8 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.pictures import View, crop, open_picture
 from dreambooth_sm.fidelity import Encoders, Fidelity, measure, measure_real, score, verdict
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import Method
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -66,6 +68,7 @@ class Examiner:
     Args:
         base: the model; it is measured as it is now, before training.
         subjects: with their class pictures.
+        method: that trains the model.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class Examiner:
         h: Hyperparameters,
         plan: Plan,
         report: Reporter,
+        method: Method = FULL,
     ) -> None:
+        self._method = method
         self._base, self._subjects, self._encoders, self._h, self._plan = base, subjects, encoders, h, plan
         self._report = report
         square = (h.resolution, h.resolution)
@@ -101,17 +106,17 @@ class Examiner:
             final_step: steps that the present state has taken.
         """
         present = self.examine(final_step)
-        final = _copy(self._base)
+        parameters = self._method.parameters(self._base, self._plan)
+        final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         candidates = [present]
         for checkpoint in checkpoints:
-            restore(self._base, checkpoint.load())
+            restore(parameters, checkpoint.load())
             candidates.append(self.examine(checkpoint.step))
         best = max(candidates, key=lambda candidate: (candidate.score, candidate.step))
         if best is present:
-            for name, weights in final.items():
-                getattr(self._base, name).load_state_dict(weights)
+            restore(parameters, {"weights": final, "ema": None})
         else:
-            restore(self._base, next(c for c in checkpoints if c.step == best.step).load())
+            restore(parameters, next(c for c in checkpoints if c.step == best.step).load())
         self._report.metrics(best=best.step, score=best.score, of=len(candidates))
         return best
 
@@ -155,20 +160,11 @@ class Examiner:
         return tuple(found)
 
 
-def restore(base: BaseModel, state: dict[str, Any]) -> None:
-    """Puts the weights of a checkpoint into the model: the average's where it has one."""
-    modules = [getattr(base, name) for name in state["weights"]]
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    values: list[Tensor] = [value for weights in state["weights"].values() for value in weights.values()]
+def restore(parameters: Mapping[str, torch.nn.Parameter], state: Mapping[str, Any]) -> None:
+    """Puts the weights of a checkpoint into the parameters: the average's where it has one."""
+    values: Iterable[Tensor] = (state["weights"][name] for name in parameters)
     if state["ema"]:
         values = state["ema"]["average"]
     with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
+        for parameter, value in zip(parameters.values(), values, strict=True):
             parameter.copy_(value)
-
-
-def _copy(base: BaseModel) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {key: value.clone() for key, value in getattr(base, name).state_dict().items()}
-        for name in ("unet", "text_encoder")
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,16 +34,22 @@ class Space:
     checkpoints: Path
 
     @classmethod
-    def needed(cls, base: BaseModel, h: Hyperparameters, plan: Plan, checkpoints: Path) -> Space:
-        """For a job."""
+    def needed(
+        cls,
+        base: BaseModel,
+        trained: Mapping[str, torch.nn.Parameter],
+        h: Hyperparameters,
+        plan: Plan,
+        checkpoints: Path,
+    ) -> Space:
+        """For a job that trains these parameters of a model."""
         parts = [base.unet, base.vae, *base.text_encoders]
-        trained = [base.unet, *([base.text_encoder] if plan.train_text_encoder else [])]
         copies = 2 if h.export == "both" else 1
         moments = {"adamw": 8, "adamw8bit": 2}.get(plan.optimizer, plan.state_bits / 4)
         each = 4 + moments + (4 if plan.use_ema else 0)
         return cls(
             _values(parts) * DTYPES[h.export_precision].itemsize * copies + _SPARE,
-            int(_values(trained) * each) + _SPARE,
+            int(sum(p.numel() for p in trained.values()) * each) + _SPARE,
             Path(h.models_path),
             checkpoints,
         )

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import Method
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter, Sample
@@ -80,7 +82,9 @@ class Validator:
         plan: Plan,
         directory: Path,
         report: Reporter,
+        method: Method = FULL,
     ) -> None:
+        self._method = method
         self._base, self._prompts, self._h, self._plan, self._report = base, prompts, h, plan, report
         self._directory = directory
         self._copy: BaseModel | None = None
@@ -89,10 +93,7 @@ class Validator:
         if prompts and h.validation_steps:
             # In half precision where pictures are drawn so: host memory is short where cards are small.
             dtype = torch.float16 if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
-            self._copy = copy.copy(base)
-            self._copy.unet = copy.deepcopy(base.unet).to(dtype)
-            if plan.train_text_encoder:
-                self._copy.text_encoder = copy.deepcopy(base.text_encoder).to(dtype)
+            self._copy = method.drawable(base, plan, dtype)
             if not plan.cache_latents:  # training needs the VAE where it is
                 self._copy.vae = copy.deepcopy(base.vae).to(torch.promote_types(dtype, base.vae_dtype))
 
@@ -100,17 +101,17 @@ class Validator:
         """Whether pictures are wanted after ``step`` steps of training that goes on."""
         return self._copy is not None and step % self._h.validation_steps == 0
 
-    def draw_from(self, weights: Iterable[tuple[str, str, Tensor]], step: int) -> None:
+    def draw_from(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
         """Draws with weights of training, and goes without where the device has no memory left for it.
 
         Args:
-            weights: module (``unet``, ``text_encoder``), name and value of each parameter that is trained.
+            weights: name and value of each parameter that is trained.
         """
         assert self._copy is not None
-        parameters = {name: dict(getattr(self._copy, name).named_parameters()) for name in ("unet", "text_encoder")}
+        parameters = self._method.parameters(self._copy, self._plan)
         with torch.no_grad():
-            for name, key, value in weights:
-                parameters[name][key].copy_(value)
+            for name, value in weights:
+                parameters[name].copy_(value)
         try:
             self._draw(self._copy, step, batch_size=1)  # the plan counts the memory for one
         except torch.OutOfMemoryError:

@@ -123,23 +123,23 @@ class Checkpoint:
         """The tensors, on the CPU, as they were given to :func:`save_checkpoint`."""
         return torch.load(self.directory / _TENSORS, map_location="cpu", weights_only=True)
 
-    def find_misfit(self, shapes: Mapping[str, Mapping[str, torch.Size]]) -> str | None:
+    def find_misfit(self, shapes: Mapping[str, torch.Size]) -> str | None:
         """Why the tensors can't be those of a model; None where they can. Reads no more of them than their names.
 
         Args:
-            shapes: of the parameters that are trained, by module and name.
+            shapes: of the parameters that are trained, by name, in their order.
         """
         try:
             state = torch.load(self.directory / _TENSORS, map_location="cpu", weights_only=True, mmap=True)
             weights, ema = state["weights"], state["ema"]
-            found = {part: {name: value.shape for name, value in its.items()} for part, its in weights.items()}
+            found = {name: value.shape for name, value in weights.items()}
             average = [value.shape for value in ema["average"]] if ema else None
             named = {key for key in ("step", "window") if isinstance(state[key], dict)}
         except Exception as error:  # whatever a file of anybody's can cause
             return f"its tensors can't be read ({type(error).__name__})"
         if found != shapes:
             return "its tensors are not those of this model"
-        if average is not None and average != [shape for its in shapes.values() for shape in its.values()]:
+        if average is not None and average != list(shapes.values()):
             return "its average is not one of this model"
         return None if len(named) == 2 else "its optimizer's state is missing"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import threading
 import time
@@ -20,6 +21,8 @@ from dreambooth_sm.data.training_set import Batch, Dice, Latents, PictureSizes, 
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import Method
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.objectives import Diffusion, Objective
 from dreambooth_sm.plan import Plan
@@ -27,13 +30,12 @@ from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, dreambooth_loss
-from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
+from dreambooth_sm.training.precision import compute_dtype, weights_dtype
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
 from dreambooth_sm.training.trend import find_rise
 from dreambooth_sm.training.updater import make_updater
 from dreambooth_sm.validation import Validator
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # A loss scaler needs some steps to find its scale; more than this many skipped in a row is a broken job.
 _MOST_SKIPPED = 30
 
@@ -142,13 +144,14 @@ class _Window:
 
 
 class Trainer:
-    """Trains the UNet, and the text encoder where the plan says so, in place.
+    """Trains what a method trains of a model, in place.
 
     Args:
         base: the base model, on the CPU; the parts that are trained are moved to the device.
         device: where to.
         identity: what a checkpoint of this job is recognised by.
         world: the processes that train together.
+        method: which parameters it trains.
 
     Attributes:
         on_save: is told the directory of each checkpoint that was written.
@@ -166,31 +169,22 @@ class Trainer:
         identity: dict[str, Any],
         report: Reporter,
         world: World = World(),  # noqa: B008 - frozen
+        method: Method = FULL,
     ) -> None:
         self.world = world
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
         self.unet, self.text_encoder = base.unet, base.text_encoder
-        self.modules = {"unet": self.unet} | ({"text_encoder": self.text_encoder} if plan.train_text_encoder else {})
-        self.dtype = _DTYPES[plan.precision]
-        weights = torch.float32 if plan.weights == "fp32" else self.dtype
-        self.parameters = [p for module in self.modules.values() for p in module.parameters()]
+        self.dtype = compute_dtype(plan)
+        self.named_parameters = method.parameters(base, plan)
+        self.parameters = list(self.named_parameters.values())
         originals = [p.detach() for p in self.parameters]
         try:
-            for module in self.modules.values():
-                module.to(device=device, dtype=weights).requires_grad_(True).train()
-                if plan.gradient_checkpointing:
-                    checkpoint_activations(module)
-            if plan.channels_last:
-                self.unet.to(memory_format=torch.channels_last)
-            if plan.compile:
-                _compile_blocks(self.unet)
-            else:
-                recompute_gates(self.unet)
+            method.attach(base, plan, device)
             self.attention = attention_context(plan, self.unet, report.warn)
             options = _optimizer_options(h, schedule)
             self.updater = make_updater(self.parameters, plan, options, identity["seed"])
-            if weights != torch.float32:
+            if weights_dtype(plan) != torch.float32:
                 for parameter, original in zip(self.parameters, originals, strict=True):
                     self.updater.write(parameter, original.to(device))
         except torch.OutOfMemoryError:
@@ -232,10 +226,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """All that a job needs to go on from here; weights in full precision, on the CPU."""
         return {
-            "weights": {
-                name: {key: self.updater.read(p).cpu() for key, p in module.named_parameters()}
-                for name, module in self.modules.items()
-            },
+            "weights": {name: self.updater.read(p).cpu() for name, p in self.named_parameters.items()},
             "step": self.updater.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "window": self._window.state(),
@@ -247,9 +238,8 @@ class Trainer:
         Learning rates are those of this trainer's schedule at that step. Adam's moments start anew where they have
         another format: the other trainer had run out of memory, or has.
         """
-        for name, module in self.modules.items():
-            for key, parameter in module.named_parameters():
-                self.updater.write(parameter, state["weights"][name][key].to(self.device))
+        for name, parameter in self.named_parameters.items():
+            self.updater.write(parameter, state["weights"][name].to(self.device))
         if self.updater.accepts(state["step"]):
             self.updater.load_state_dict(state["step"])
         else:
@@ -319,13 +309,14 @@ class Trainer:
     def _kept(self) -> str:
         return f"the last checkpoint is {self._last_saved}" if self._last_saved else "there is no checkpoint before it"
 
-    def weights_now(self) -> Iterator[tuple[str, str, torch.Tensor]]:
-        """What :meth:`finish` would put into the modules, one parameter at a time: module, name, full-precision value,
-        EMA's where there is one."""
-        values = iter(self.ema.average if self.ema else map(self.updater.read, self.parameters))
-        for name, module in self.modules.items():
-            for key, _ in module.named_parameters():
-                yield name, key, next(values)
+    def weights_now(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What :meth:`finish` would put into the modules, one parameter at a time: name and full-precision value, EMA's
+        where there is one."""
+        return zip(
+            self.named_parameters,
+            self.ema.average if self.ema else map(self.updater.read, self.parameters),
+            strict=True,
+        )
 
     def train(
         self,
@@ -509,17 +500,17 @@ class Trainer:
 
     @torch.no_grad()
     def _fingerprints(self) -> dict[str, int | None]:
-        """A number for each module that changes when a weight does; None where a weight is not finite."""
+        """A number for each part of the model that changes when a weight does; None where a weight is not finite."""
         prints: dict[str, int | None] = {}
-        for name, module in self.modules.items():
+        for part, named in itertools.groupby(self.named_parameters.items(), lambda item: item[0].partition(".")[0]):
             total = torch.zeros((), dtype=torch.int64, device=self.device)
             largest = torch.zeros((), device=self.device)
-            for parameter in module.parameters():
+            for _, parameter in named:
                 for bits in self.updater.bits(parameter):
                     total += bits.sum(dtype=torch.int64)
                 norm = torch.linalg.vector_norm(parameter, torch.inf, dtype=torch.float32)
                 largest = torch.maximum(largest, norm)  # both let NaN through, and make no copy
-            prints[name] = int(total) if bool(largest.isfinite()) else None
+            prints[part] = int(total) if bool(largest.isfinite()) else None
         return prints
 
     def _log(self, rate: float) -> None:
@@ -553,10 +544,3 @@ def _optimizer_options(h: Hyperparameters, schedule: Schedule) -> dict[str, Any]
         "eps": h.adam_epsilon,
         "weight_decay": h.adam_weight_decay,
     }
-
-
-def _compile_blocks(unet: torch.nn.Module) -> None:
-    """Compiles each kind of block once instead of the whole UNet: minutes instead of many."""
-    for module in unet.modules():
-        if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
-            module.compile(dynamic=False)

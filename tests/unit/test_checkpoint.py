@@ -325,19 +325,19 @@ class Evil:
         return (print, ("code of a checkpoint ran",))
 
 
-SHAPES = {"unet": {"w": torch.Size([3])}}
+SHAPES = {"unet.w": torch.Size([3])}
 TENSORS: dict[str, tuple[Any, str | None]] = {
-    "fitting": ({"weights": {"unet": {"w": torch.ones(3)}}, "ema": None, "step": {}, "window": {}}, None),
+    "fitting": ({"weights": {"unet.w": torch.ones(3)}, "ema": None, "step": {}, "window": {}}, None),
     "of another model": (
-        {"weights": {"unet": {"w": torch.ones(4)}}, "ema": None, "step": {}, "window": {}},
+        {"weights": {"unet.w": torch.ones(4)}, "ema": None, "step": {}, "window": {}},
         "not those of this model",
     ),
     "of another average": (
-        {"weights": {"unet": {"w": torch.ones(3)}}, "ema": {"average": [torch.ones(2)]}, "step": {}, "window": {}},
+        {"weights": {"unet.w": torch.ones(3)}, "ema": {"average": [torch.ones(2)]}, "step": {}, "window": {}},
         "average",
     ),
     "without the optimizer": (
-        {"weights": {"unet": {"w": torch.ones(3)}}, "ema": None, "step": None, "window": {}},
+        {"weights": {"unet.w": torch.ones(3)}, "ema": None, "step": None, "window": {}},
         "optimizer",
     ),
     "a list": ([1], "can't be read"),
@@ -479,7 +479,7 @@ def test_no_checkpoint_of_weights_that_are_not_finite_replaces_a_good_one(
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
     good = latest_checkpoint(tmp_path / "checkpoints")
     assert good is not None
-    assert all(value.isfinite().all() for value in good.load()["weights"]["unet"].values())
+    assert all(value.isfinite().all() for value in good.load()["weights"].values())
 
 
 def poisoned(run: Run, loss: Loss) -> Loss:

@@ -19,6 +19,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.knobs.takes import alternatives
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.resume import BASE, check_resumable, fingerprint, first_that_fits, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint, undamaged_checkpoints
@@ -259,17 +260,18 @@ def test_a_model_in_half_precision_is_the_same_in_single(base: BaseModel) -> Non
 
 def test_checkpoints_of_another_model_are_passed_over(base: BaseModel, tmp_path: Path) -> None:
     def tensors(module: torch.nn.Module) -> dict[str, Any]:
-        weights = {"unet": dict(module.named_parameters())}
+        weights = {f"unet.{name}": parameter for name, parameter in module.named_parameters()}
         return {"weights": weights, "ema": None, "step": {}, "window": {}}
 
     save_checkpoint(tmp_path, 1, {"seed": 7}, tensors(base.unet), keep=5)
     save_checkpoint(tmp_path, 2, {"seed": 7}, tensors(torch.nn.Linear(2, 2)), keep=5)
     older = undamaged_checkpoints(tmp_path)
     report = Recorder()
-    found = first_that_fits(next(older), older, base, cpu_plan(hyperparameters()), report)
+    trained = FULL.parameters(base, cpu_plan(hyperparameters()))
+    found = first_that_fits(next(older), older, trained, report)
     assert found is not None
     assert found.step == 1
     assert "step-00000002 is passed over" in report.stream.getvalue()  # type: ignore[attr-defined]
     shutil.rmtree(tmp_path / "step-00000001")
     older = undamaged_checkpoints(tmp_path)
-    assert first_that_fits(next(older), older, base, cpu_plan(hyperparameters()), report) is None
+    assert first_that_fits(next(older), older, trained, report) is None

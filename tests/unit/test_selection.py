@@ -11,6 +11,7 @@ import torch
 from dreambooth_sm import selection
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.fidelity import Encoders, Fidelity
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.selection import PLACES, Examiner, restore
 from dreambooth_sm.training.checkpoint import all_checkpoints
@@ -79,9 +80,9 @@ def test_the_best_one_is_left_in_the_model(
 def test_restoring_a_checkpoint_is_exact(base: BaseModel, tmp_path: Path) -> None:
     run = trained(base, tmp_path)
     checkpoint = all_checkpoints(tmp_path / "checkpoints")[-1]
-    restore(run.base, checkpoint.load())
-    saved = checkpoint.load()["weights"]["unet"]
-    assert all(torch.equal(parameter, saved[name]) for name, parameter in run.base.unet.named_parameters())
+    restore(FULL.parameters(run.base, run.plan), checkpoint.load())
+    saved = checkpoint.load()["weights"]
+    assert all(torch.equal(parameter, saved[f"unet.{name}"]) for name, parameter in run.base.unet.named_parameters())
 
 
 def test_what_was_learned_is_measured_in_every_place(

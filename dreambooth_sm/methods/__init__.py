@@ -1,0 +1,36 @@
+"""How a model is taught: which of its parameters a method trains, and how.
+
+A method meets a model only at named parameters: their names are the keys of checkpoints, and their order is that of
+optimizers and averages.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan
+
+
+class Method(Protocol):
+    """Attributes:
+    name: as the hyperparameter ``method`` says it.
+    """
+
+    name: str
+
+    def parameters(self, model: BaseModel, plan: Plan) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by names that stay: full-precision values before training and after it."""
+
+    def attach(self, model: BaseModel, plan: Plan, device: torch.device) -> None:
+        """Puts what the training step runs on the device, in the plan's precision, with gradients where it trains.
+
+        Raises:
+            torch.OutOfMemoryError: the caller puts the parameters' values back.
+        """
+
+    def drawable(self, model: BaseModel, plan: Plan, dtype: torch.dtype) -> BaseModel:
+        """A model that pictures are drawn with while ``model`` is trained: :meth:`parameters` of it take the values
+        of training, in ``dtype``, and leave training's own alone."""
