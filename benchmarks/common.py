@@ -19,9 +19,9 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import CONTEXT_GB, CPU, Card, Plan, Rung, make_plan
 from dreambooth_sm.report import Reporter

@@ -39,11 +39,11 @@ from torch import Tensor
 
 from benchmarks.common import DEVICE, PROMPTS, emit, plan_of_rung
 from dreambooth_sm import sampling, toybox
+from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure, measure_real, score, verdict
 from dreambooth_sm.gallery import grid
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.plan import LADDER, Rung
 from dreambooth_sm.quiet import quiet_libraries

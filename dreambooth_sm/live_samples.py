@@ -7,6 +7,7 @@ picture's name depends on its content. Without a target they are put into the di
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dreambooth_sm.background import Background
+from dreambooth_sm.context import upload_client
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.report import Reporter, Sample
+from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Options, S3Uri, TransferError, put_object
 from dreambooth_sm.validation import SAMPLES, take_over_pictures
 
@@ -78,3 +82,18 @@ class SyncedSamples:
         self.directory.mkdir(exist_ok=True)
         for sample in samples:
             shutil.copyfile(sample.path, self.directory / sample.path.name)
+
+
+def live_samples(
+    h: Hyperparameters,
+    contract: Contract,
+    target: S3Uri | None,
+    background: contextlib.ExitStack,
+    report: Reporter,
+) -> RemoteSamples | SyncedSamples | None:
+    """Where validation pictures go while the job runs: to the model's place in S3, or to the synced directory."""
+    if target is not None:
+        client = upload_client(h, attempts=2, timeout=10)
+        return background.enter_context(RemoteSamples(target, h.s3_options, client, report))
+    synced = contract.checkpoint_directory
+    return SyncedSamples(synced) if synced.is_dir() else None

@@ -9,22 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dreambooth_sm.context import Context, upload_client
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
-from dreambooth_sm.report import Reporter
-from dreambooth_sm.training.checkpoint import Checkpoint
-from dreambooth_sm.training.loop import Schedule, make_rate
+from dreambooth_sm.report import Reporter, format_metrics
+from dreambooth_sm.sagemaker import Contract
+from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.training.checkpoint import Checkpoint, undamaged_checkpoints
+from dreambooth_sm.training.loop import Schedule, make_rate, make_schedule
+from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 
 # Known only once the base model is loaded.
 BASE = "base_model"
@@ -32,6 +39,65 @@ BASE = "base_model"
 _NOISE = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 # Values of each tensor that are compared: no two models that anybody has share them.
 _VALUES = 64
+
+
+@dataclass
+class Start:
+    """Where a job begins, and what it shares with those that it is resumed from.
+
+    Attributes:
+        seed: of everything random.
+        identity: see :func:`make_identity`; :data:`BASE` joins it when the model is loaded.
+        schedule: how long it trains.
+        checkpoints: where they are written.
+        remote: takes them to S3 as well; None where nobody has to.
+        previous: checkpoint that it is resumed from; None where it starts from the base model.
+    """
+
+    seed: int
+    identity: dict[str, Any]
+    schedule: Schedule
+    checkpoints: Path
+    remote: RemoteCheckpoints | None
+    previous: Checkpoint | None
+    _older: Iterator[Checkpoint]
+
+    def fit_to(
+        self, base: BaseModel, parameters: Mapping[str, torch.nn.Parameter], h: Hyperparameters, report: Reporter
+    ) -> None:
+        """Looks whether the checkpoint is one of this model, now that it is loaded; an older one may be.
+
+        Raises:
+            UserError: where it is of another job.
+        """
+        self.identity[BASE] = fingerprint(base)
+        self.previous = first_that_fits(self.previous, self._older, parameters, report)
+        if self.previous:
+            check_resumable(self.previous, self.identity, self.schedule)
+            if difference := find_other_rates(self.previous, h, self.schedule):
+                report.warn(difference)
+
+
+def find_start(job: Context, plan: Plan, subjects: tuple[Subject, ...], target: S3Uri | None) -> Start:
+    """The newest checkpoint that the job may be resumed from, or its beginning.
+
+    Raises:
+        UserError: where the checkpoint is of another job.
+    """
+    h, world = job.h, job.world
+    checkpoints = checkpoint_directory(h, job.contract)
+    remote = remote_checkpoints(h, job.contract, target, world, job.report)
+    found = find_checkpoints(h, checkpoints, remote, world, job.report)
+    previous = next(found, None)
+    seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
+    seed = world.first(seed)
+    job.report.say(format_metrics(model_name=h.model_name))
+    job.report.metrics(seed=seed, processes=world.size)
+    identity = make_identity(h, job.asked, plan, subjects, seed, world)
+    schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
+    if previous:
+        check_resumable(previous, identity, schedule)
+    return Start(seed, identity, schedule, checkpoints, remote, previous, found)
 
 
 def make_identity(
@@ -166,3 +232,31 @@ def first_that_fits(
         report.warn(f"the checkpoint {checkpoint.directory} is passed over: {misfit}")
         checkpoint = next(older, None)
     return None
+
+
+def checkpoint_directory(h: Hyperparameters, contract: Contract) -> Path:
+    """Where checkpoints outlive the container: the synced directory if the job has one, else the model directory,
+    which SageMaker saves when a job is stopped."""
+    synced = contract.checkpoint_directory
+    return synced if synced.is_dir() else Path(h.models_path) / "checkpoints"
+
+
+def remote_checkpoints(
+    h: Hyperparameters, contract: Contract, target: S3Uri | None, world: World, report: Reporter
+) -> RemoteCheckpoints | None:
+    """Checkpoints beside the model in S3, unless SageMaker syncs them, or other hosts would need them as well."""
+    if target is None or contract.checkpoint_directory.is_dir() or len(contract.hosts) > 1 or not world.is_main:
+        return None
+    return RemoteCheckpoints(target, h.s3_options, upload_client(h), report)
+
+
+def find_checkpoints(
+    h: Hyperparameters, checkpoints: Path, remote: RemoteCheckpoints | None, world: World, report: Reporter
+) -> Iterator[Checkpoint]:
+    """The checkpoints that the job may be resumed from, the newest first; none where it is to start again."""
+    if h.resume_from_checkpoint == "no":
+        return iter(())
+    if remote:
+        remote.fetch(checkpoints)
+    world.first(None)  # the others wait for what was fetched
+    return undamaged_checkpoints(checkpoints, report.warn)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sampling import draw, sampling_pipeline
-from dreambooth_sm.training.checkpoint import Checkpoint
+from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints
 
 # What the pictures of a subject show beside it; DreamBooth's paper asks for such places as well.
 PLACES = ("", "on the beach", "in the snow", "on a table", "at night", "in a room", "in the meadow", "on the street")
@@ -119,6 +120,21 @@ class Examiner:
             restore(parameters, next(c for c in checkpoints if c.step == best.step).load())
         self._report.metrics(best=best.step, score=best.score, of=len(candidates))
         return best
+
+    def conclude(self, steps: int, identity: dict[str, Any], checkpoints: Path) -> None:
+        """Says how well the model was trained; with ``select_best``, goes back to the best checkpoint before.
+
+        Args:
+            steps: that the present state has taken.
+            identity: of the job, whose checkpoints alone are candidates.
+            checkpoints: where they lie.
+        """
+        if self._h.select_best:
+            own = [c for c in all_checkpoints(checkpoints) if c.identity == identity and c.step < steps]
+            candidate = self.choose([c for c in own if c.is_undamaged()], steps)
+        else:
+            candidate = self.examine(steps)
+        self.say_verdict(candidate)
 
     def say_verdict(self, candidate: Candidate) -> None:
         """Says in words whether the model was trained too little or too much."""

@@ -12,13 +12,19 @@ import diffusers
 import torch
 
 from dreambooth_sm import __version__
+from dreambooth_sm.data.buckets import class_shapes
 from dreambooth_sm.data.class_cache import ClassCache, Recipe, fingerprint, pack
-from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.data.concepts import Subject, shapes_of
 from dreambooth_sm.data.pictures import Shape
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.memory import free_memory
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.outputs import scratch_directory
+from dreambooth_sm.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents
+from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents, sampling_pipeline
 from dreambooth_sm.storage import S3Options, S3Uri
 from dreambooth_sm.stored.model import Pipeline, parts_of
 
@@ -159,3 +165,46 @@ def _writable(directory: Path) -> Path | None:
     except OSError:
         return None
     return directory if os.access(directory, os.W_OK) else None
+
+
+def make_class_images(
+    base: BaseModel,
+    subjects: tuple[Subject, ...],
+    h: Hyperparameters,
+    plan: Plan,
+    shown: Path,
+    *,
+    report: Reporter,
+    stop: threading.Event,
+    world: World,
+) -> tuple[Subject, ...]:
+    """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs.
+
+    Args:
+        shown: directory for pictures of some of them.
+    """
+    if h.prior == "output" or all(
+        s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects
+    ):
+        return subjects
+    images = ClassImages(
+        sampling_pipeline(base, plan),
+        batch_size=plan.sample_batch_size,
+        guidance=h.sample_guidance_scale,
+        remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
+        scratch=scratch_directory(h),
+        shown=shown,
+        options=h.s3_options,
+        report=report,
+        stop=stop,
+        world=world,
+    )
+    completed: list[Subject] = []
+    for subject, instances in zip(subjects, shapes_of(subjects, h), strict=True):
+        wanted = max(h.num_class_images, len(set(instances)))  # each shape has batches, and needs one
+        of_same_class = sum(len(s.class_pictures) for s in completed if s.class_prompt == subject.class_prompt)
+        completed.append(images.complete(subject, class_shapes(instances, wanted), of_same_class))
+    base.to("cpu")
+    del images
+    free_memory()
+    return tuple(completed)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
-from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.training.loop import Schedule, Trainer
 from dreambooth_sm.training.step import WARM_UP_STEPS, CapturedStep, Inputs, Step

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.plan import Card, Plan, make_plan
 from dreambooth_sm.report import Reporter

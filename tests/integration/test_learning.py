@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from dreambooth_sm import selection, toybox
+from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure_real, verdict
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.plan import CPU, make_plan
 from dreambooth_sm.report import Reporter

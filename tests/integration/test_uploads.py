@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_sm import job as jobs
+from dreambooth_sm import outputs
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.report import Reporter
@@ -118,10 +118,10 @@ def test_only_what_was_written_is_sent_and_removed(
     arguments = (tmp_path, set(ours), bucket, h, 7, Contract(tmp_path, {}), Reporter())
     if fails:
         with pytest.raises(UserError, match="bucket does not exist"):
-            jobs.upload(*arguments)
+            outputs.upload(*arguments)
         assert contents(tmp_path) == theirs | ours | {"broken": b"nowhere"}
         return
-    jobs.upload(*arguments)
+    outputs.upload(*arguments)
     assert contents(tmp_path) == theirs | {"model_location.txt": f"{target}\n".encode(), "broken": b"nowhere"}
     assert not (tmp_path / "text_encoder").exists()
     assert list_objects(target, client=s3.client()).keys() == ours.keys() | {MANIFEST_NAME}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_sm import job, plan
+from dreambooth_sm import plan, preflight
 from dreambooth_sm.distributed import World
 from dreambooth_sm.driver import Build, Host
 from dreambooth_sm.errors import UserError
@@ -24,11 +24,11 @@ ALONE = World()
 def check(
     monkeypatch: pytest.MonkeyPatch, contract: Contract, card: Card, host: Host | None = None, use_cpu: bool = False
 ) -> plan.Plan:
-    monkeypatch.setattr(job, "detect_card", lambda: card)
-    monkeypatch.setattr(job, "find_build", lambda: CUDA_13)
-    monkeypatch.setattr(job, "find_host", lambda: host)
+    monkeypatch.setattr(preflight, "detect_card", lambda: card)
+    monkeypatch.setattr(preflight, "find_build", lambda: CUDA_13)
+    monkeypatch.setattr(preflight, "find_host", lambda: host)
     h = Hyperparameters(instance_prompt="photo of zwx toy", class_prompt="photo of a toy", use_cpu=use_cpu)
-    return job.check(h, contract, ALONE)
+    return preflight.plan_for_card(h, contract, ALONE)
 
 
 def test_a_machine_without_a_gpu_trains_on_its_cpu_with_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:

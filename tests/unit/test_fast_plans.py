@@ -11,10 +11,10 @@ import torch
 
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
-from dreambooth_sm.job import train
 from dreambooth_sm.models import BaseModel, load_base
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.loop import Trainer
+from dreambooth_sm.training.train import train
 from tests.helpers.training import SEED, Run, hyperparameters, same, weights
 
 FAST: dict[str, Any] = {"optimizer": "blockwise", "state_bits": 8, "update_in_backward": True, "max_grad_norm": None}

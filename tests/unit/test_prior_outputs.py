@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.job import encode_training_set
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, find_card, make_plan
@@ -112,8 +112,8 @@ def test_the_plan_counts_them() -> None:
 
 
 def test_a_whole_job_makes_no_class_images(base: BaseModel, tmp_path: Path) -> None:
+    from dreambooth_sm.data.prior import make_class_images
     from dreambooth_sm.distributed import World
-    from dreambooth_sm.job import make_class_images
 
     h = hyperparameters(**VALUES)
     subject = subject_in(tmp_path, 1)

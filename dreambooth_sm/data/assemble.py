@@ -1,0 +1,138 @@
+"""The training set: everything that the loop reads, encoded by the model's own VAE and text encoders."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import torch
+
+from dreambooth_sm.data.class_cache import is_latents
+from dreambooth_sm.data.concepts import Subject, shapes_of, shapes_of_class_pictures
+from dreambooth_sm.data.conditioning import embed
+from dreambooth_sm.data.masks import read_mask
+from dreambooth_sm.data.pictures import View
+from dreambooth_sm.data.prior_outputs import Output, base_outputs
+from dreambooth_sm.data.training_set import (
+    Dice,
+    Latents,
+    PictureSizes,
+    PromptTable,
+    Sample,
+    SubjectWeights,
+    mix,
+    views_of,
+)
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.memory import free_memory
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.objectives import Diffusion
+from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan
+from dreambooth_sm.sampling import sampling_pipeline
+from dreambooth_sm.training.loop import TrainingSet
+
+
+def encode_training_set(
+    base: BaseModel,
+    subjects: tuple[Subject, ...],
+    h: Hyperparameters,
+    plan: Plan,
+    *,
+    device: torch.device,
+    seed: int,
+) -> TrainingSet:
+    """Puts latents and prompts on the device, and takes the VAE and text encoder off it where they are done."""
+    table = PromptTable(
+        base.tokenizer, max_tokens=h.max_token_length, pad=h.pad_tokens, shuffle=h.shuffle_tags, seed=seed
+    )
+    shapes = shapes_of(subjects, h)
+    instances = [
+        Sample(path, table.rows(prompt), shape)
+        for s, its in zip(subjects, shapes, strict=True)
+        for path, prompt, shape in zip(s.pictures, s.prompts or [s.prompt] * len(s.pictures), its, strict=True)
+    ]
+    classes = [
+        Sample(path, table.rows(s.class_prompt), shape)
+        for s, its in zip(subjects, shapes, strict=True)
+        if s.class_prompt
+        for path, shape in zip(s.class_pictures, shapes_of_class_pictures(s, its), strict=True)
+    ]
+    # With fewer class pictures of the user's than shapes, some serve in more than one.
+    missing = {sample.shape for sample in instances} - {sample.shape for sample in classes}
+    own = [sample for sample in classes if not is_latents(sample.picture)]
+    if classes:
+        classes += [dataclasses.replace(own[0], shape=shape) for shape in sorted(missing)]
+    pictures = [sample.picture for sample in (*instances, *classes)]
+    trained_in = [sample.shape for sample in (*instances, *classes)]
+    (empty,) = table.rows("") if h.caption_dropout else (0,)
+    masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
+    views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
+    base.vae.to(device, torch.float32)
+    latents = Latents(pictures, trained_in, views, base.vae, cached=plan.cache_latents)
+    sizes = PictureSizes(pictures, trained_in, views) if base.is_xl else None
+    make_dice = partial(
+        Dice,
+        views=len(views[0]),
+        channels=base.unet.config.in_channels,
+        latent_scale=base.latent_scale,
+        timesteps=base.scheduler.config.num_train_timesteps,
+        empty_prompt=empty,
+        caption_dropout=h.caption_dropout,
+    )
+    if h.prior_preservation and h.prior == "output":
+        dice = make_dice(instances, [], seed=mix(seed, len(instances)))
+        for output in outputs_of_base(base, subjects, h, plan, dice, latents, sizes):
+            instance = instances[output.instance]
+            (subject,) = (s for s in subjects if instance.picture in s.pictures)
+            prompt_rows = table.rows(str(subject.class_prompt))
+            classes.append(Sample(instance.picture, prompt_rows, instance.shape, output.noise, output.timestep))
+            latents.append(output.latents.to(device))
+            if sizes:
+                sizes.append(output.instance, output.view)
+            masks.append(None)
+            trained_in.append(instance.shape)
+            views.append([View()])
+    if plan.cache_latents:
+        base.vae.to("cpu")
+    if plan.train_text_encoder:
+        prompts, pooled = table.ids().to(device), None
+    else:
+        for text_encoder in base.text_encoders:
+            text_encoder.to(device, torch.float32)
+        embeddings = table.embeddings(base)
+        prompts, pooled = embeddings.states, embeddings.pooled
+        for text_encoder in base.text_encoders:
+            text_encoder.to("cpu")
+    free_memory()
+    dice = make_dice(instances, classes, seed=seed)
+    weights = None
+    if h.background_weight is not None:
+        weights = SubjectWeights(
+            masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
+        )
+    return TrainingSet(dice, latents, prompts, weights, pooled, sizes)
+
+
+def outputs_of_base(
+    base: BaseModel,
+    subjects: tuple[Subject, ...],
+    h: Hyperparameters,
+    plan: Plan,
+    dice: Dice,
+    latents: Latents,
+    sizes: PictureSizes | None,
+) -> list[Output]:
+    """What the untrained base model says of the subjects' noised pictures under their class prompts."""
+    pipeline = sampling_pipeline(base, plan)
+    prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
+    conditions = embed(pipeline, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+    outputs = base_outputs(
+        pipeline.unet,
+        Diffusion.of(base.scheduler),
+        dice,
+        latents,
+        lambda batch: dataclasses.replace(conditions.of(batch.samples), sizes=sizes(batch) if sizes else None),
+        count=OUTPUTS_PER_IMAGE * h.num_class_images,
+        batch_size=plan.sample_batch_size,
+    )
+    return list(outputs)

@@ -1,0 +1,77 @@
+"""Training on this card, with the next smaller plan where it runs out of memory all the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreambooth_sm.distributed import World
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.memory import free_memory
+from dreambooth_sm.models import BaseModel
+from dreambooth_sm.plan import Plan, smaller_plan
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.training.checkpoint import Checkpoint
+from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet
+from dreambooth_sm.validation import Validator
+
+
+def train(
+    base: BaseModel,
+    data: TrainingSet,
+    plan: Plan,
+    h: Hyperparameters,
+    schedule: Schedule,
+    identity: dict[str, Any],
+    previous: Checkpoint | None,
+    checkpoints: Path,
+    on_save: Callable[[Path], object] | None = None,
+    *,
+    keep_last: Callable[[], bool] = lambda: True,
+    validator: Validator | None = None,
+    report: Reporter,
+    stop: threading.Event,
+    world: World,
+) -> None:
+    """Trains ``base`` in place. Where the card runs out of memory all the same, goes on with the next smaller plan.
+
+    Raises:
+        UserError: where not even the smallest plan fits.
+        StopRequested: ``stop`` was set; the steps done are in a checkpoint.
+    """
+    rescued: tuple[dict[str, Any], int] | None = None
+    while True:
+        trainer: Trainer | None = None
+        try:
+            device = torch.device(plan.device)
+            trainer = Trainer(
+                base, data, plan, h, schedule, device=device, identity=identity, report=report, world=world
+            )
+            trainer.on_save = on_save
+            if rescued is not None:
+                trainer.load_state(*rescued)
+                rescued = None  # host memory is short where cards are small
+            elif previous is not None:
+                trainer.resume(previous)
+                report.say(f"going on after step {previous.step}, from {previous.directory}")
+            return trainer.train(checkpoints, stop, validator, keep_last)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        # Not inside the except clause: the exception's frames hold what has to be freed.
+        smaller = smaller_plan(plan, h)
+        if world.size > 1:
+            raise UserError(f"out of memory on process {world.rank} ({reason}); set gradient_checkpointing=true")
+        if smaller is None:
+            raise UserError(f"the card has too little memory for the smallest plan there is: {reason}")
+        if trainer is not None:
+            rescued = (trainer.rescue(), trainer.step)
+            trainer = None
+        free_memory()
+        report.warn(f"out of memory ({reason}); going on after step {rescued[1] if rescued else 0} with a smaller plan")
+        plan = smaller
+        report.say(f"plan: {plan.lines()[0]}")
