@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth_sm import sources, toybox
-from dreambooth_sm.architecture import Architecture
 from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
@@ -240,12 +240,11 @@ def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
     replacement = read_vae(sources.fetch(vae, token_secret=h.hf_token_secret)) if vae else None
     path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
     stored = _read(h, path, replacement)
-    found: Architecture = "sdxl" if "text_encoder_2" in stored.tensors else "sd"
+    found = "sdxl" if "text_encoder_2" in stored.tensors else "sd"
     if found != h.architecture:
-        kinds = {"sd": "Stable Diffusion 1 or 2", "sdxl": "Stable Diffusion XL"}
         raise UserError(
-            f"{name} is a {kinds[found]} model, and the job was planned for {kinds[h.architecture]}; set "
-            f"base_architecture={found}"
+            f"{name} is a {FAMILIES[found].title} model, and the job was planned for "
+            f"{FAMILIES[h.architecture].title}; set base_architecture={found}"
         )
     stored.load(dtype)
     return _taken_apart(name, stored)

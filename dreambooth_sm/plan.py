@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from dreambooth_sm.architecture import RESOLUTIONS, Architecture
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -107,46 +107,6 @@ LADDER = (
     Rung("tight", 0, "stochastic", 8, False, True, False, False),
     Rung("tiny", 0, "stochastic", 4, False, True, False, False),
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What memory depends on in a base model.
-
-    Attributes:
-        unet, text_encoder, vae: millions of parameters; of all text encoders together.
-        activations_gb, checkpointed_gb: activations of one 512-pixel sample in 16 bits, in GB: everything kept, or
-            recomputed unit by unit.
-        drawn_gb: activations of one 512-pixel picture while a batch of them is drawn.
-        vae_bytes: width of the VAE's values while pictures are drawn.
-        trains_text_encoder: whether its text encoder can be trained beside the UNet.
-    """
-
-    unet: float
-    text_encoder: float
-    vae: float
-    activations_gb: float
-    checkpointed_gb: float
-    drawn_gb: float
-    vae_bytes: int = 2
-    trains_text_encoder: bool = True
-
-
-SHAPES: dict[Architecture, Shape] = {
-    # Fitted to benchmarks/train_step.py and benchmarks/tiers.py.
-    "sd": Shape(unet=859.5, text_encoder=123.1, vae=83.7, activations_gb=0.88, checkpointed_gb=0.18, drawn_gb=0.15),
-    # Its VAE overflows in 16 bits.
-    "sdxl": Shape(
-        unet=2567.5,
-        text_encoder=817.7,
-        vae=83.7,
-        activations_gb=1.58,
-        checkpointed_gb=0.207,
-        drawn_gb=0.1,
-        vae_bytes=4,
-        trains_text_encoder=False,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -362,7 +322,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if optimizer == "adamw8bit" and h.cuda_graph is not False:
         notes.append("no CUDA graph: bitsandbytes' optimizer counts its steps on the host")
     ema = _choose(h.use_ema, rung.use_ema)
-    trainable = SHAPES[h.architecture].trains_text_encoder
+    trainable = FAMILIES[h.architecture].footprint.trains_text_encoder
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and trainable)
     if _draws_while_training(h):
         notes.append(f"validation_steps: drawing takes {_drawing_gb(precision, h):.1f} GB beside training's memory")
@@ -431,7 +391,7 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
 def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     """Explicit values that this card, or the base model, can't run, whatever its memory."""
     problems: list[str] = []
-    if h.train_text_encoder is True and not SHAPES[h.architecture].trains_text_encoder:
+    if h.train_text_encoder is True and not FAMILIES[h.architecture].footprint.trains_text_encoder:
         problems.append(
             "train_text_encoder=true: with an SDXL base model the job trains the UNet only; set it to false or auto"
         )
@@ -457,7 +417,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
         "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
     }
     asked = {name: "auto" for name, value in wishes.items() if getattr(h, name) == value}
-    resolution = min(h.resolution, RESOLUTIONS[h.architecture])
+    resolution = min(h.resolution, FAMILIES[h.architecture].resolution)
     smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": resolution}
     asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
     text = (
@@ -501,8 +461,8 @@ _OVERLAP = 0.2
 
 def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     """Highest allocation of the training phase, in GB (1e9 bytes)."""
-    shape = SHAPES[h.architecture]
-    millions = shape.unet + (shape.text_encoder if plan.train_text_encoder else 0)
+    model = FAMILIES[h.architecture].footprint
+    millions = model.unet + (model.text_encoder if plan.train_text_encoder else 0)
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
     weights = {"fp32": 4.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
@@ -512,12 +472,12 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     # Autocast makes a 16-bit copy of every fp32 weight, which its backward pass needs.
     casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0
     rows = h.train_batch_size * (2 if h.prior_preservation else 1)
-    activations = shape.checkpointed_gb if plan.gradient_checkpointing else shape.activations_gb
+    activations = model.checkpointed_gb if plan.gradient_checkpointing else model.activations_gb
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = _TEXT_ACTIVATIONS_GB if plan.train_text_encoder and not plan.gradient_checkpointing else 0
     samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
-    vae = 0.0 if plan.cache_latents else 4e-3 * shape.vae + 1.2 * (h.resolution / 512) ** 2
+    vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + 1.2 * (h.resolution / 512) ** 2
     if h.prior_preservation and h.prior == "output":  # the latents of its outputs
         vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
     kept = (weights + state + average) * millions * 1e-3 + vae + _OVERHEAD_GB
@@ -541,7 +501,7 @@ def _drawing_gb(precision: Precision, h: Hyperparameters) -> float:
 
 def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
-    shape = SHAPES[h.architecture]
-    models = 2e-3 * (shape.unet + shape.text_encoder) + 1e-3 * shape.vae_bytes * shape.vae
-    decoding = 0.35 * shape.vae_bytes
-    return models + max(shape.drawn_gb * batch_size, decoding) * (h.resolution / 512) ** 2
+    model = FAMILIES[h.architecture].footprint
+    models = 2e-3 * (model.unet + model.text_encoder) + 1e-3 * model.vae_bytes * model.vae
+    decoding = 0.35 * model.vae_bytes
+    return models + max(model.drawn_gb * batch_size, decoding) * (h.resolution / 512) ** 2

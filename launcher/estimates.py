@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.plan import LADDER, Card, Plan, make_plan
@@ -31,9 +32,6 @@ _PEAKS = {
 }
 # Steps a second on the H200, of what each rung of the plan trains: one instance and one class picture of 512 pixels.
 _STEPS_PER_S = {"roomy": 22.3, "large": 22.7, "medium": 25.3, "small": 20.0, "lean": 21.6, "tight": 22.0, "tiny": 21.7}
-# Beside SD 1.5's, seconds a pixel of a step and of a class image: SDXL's as measured on an H100 at 1,024 pixels.
-_STEP_COST = {"sd": 1.0, "sdxl": 1.6}
-_CLASS_IMAGE_COST = {"sd": 1.0, "sdxl": 1.8}
 # The T4's fp16, with loss scaling and neither flash nor cuDNN attention, against bf16.
 _FP16_COST = 25.3 / 18.8
 # What training the text encoder, and averaging the weights, add to a step.
@@ -104,12 +102,12 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     size = (h.resolution / 512) ** 2
     step = _step_seconds(plan, slower)
     samples = h.train_batch_size * (2 if h.prior_preservation else 1)
-    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * _STEP_COST[h.architecture]
+    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * FAMILIES[h.architecture].step_cost
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
     seconds = step * _steps(h, pictures, processes)
     if h.prior_preservation:
         batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
-        image = _CLASS_IMAGE_S * slower * size * _CLASS_IMAGE_COST[h.architecture]
+        image = _CLASS_IMAGE_S * slower * size * FAMILIES[h.architecture].class_image_cost
         seconds += batches * max(_CLASS_BATCH_HOST_S, plan.sample_batch_size * image)
     minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
     price = instance.usd_per_hour

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from dreambooth_sm.architecture import Architecture, find_architecture
+from dreambooth_sm.families import find_family
 from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.messages import near_name, short
 from dreambooth_sm.toybox import NAME as TOYBOX
@@ -56,10 +56,10 @@ class ModelKnobs(Knobs):
     )
 
     @property
-    def architecture(self) -> Architecture:
+    def architecture(self) -> str:
         """Of the base model, with ``auto`` resolved: by what lies at its path now, or by its name."""
         if self.base_architecture == "auto":
-            return find_architecture(self.pretrained_model_name_or_path)
+            return find_family(self.pretrained_model_name_or_path)
         return self.base_architecture
 
     @rule("pretrained_model_name_or_path")

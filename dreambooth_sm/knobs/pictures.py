@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from annotated_types import Ge, Le
 from pydantic import model_validator
 
-from dreambooth_sm.architecture import RESOLUTIONS
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.knobs.concepts import Concept
 from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.messages import short
@@ -56,8 +56,9 @@ class PictureKnobs(OutputKnobs):
         path=True,
     )
     resolution: Annotated[int, Ge(64), Le(2048)] = knob(
-        RESOLUTIONS["sd"],
-        f"Side of the training pictures, in pixels; a multiple of 8. {RESOLUTIONS['sdxl']} for SDXL if left out.",
+        FAMILIES["sd"].resolution,
+        "Side of the training pictures, in pixels; a multiple of 8. "
+        f"{FAMILIES['sdxl'].resolution} for SDXL if left out.",
         common=True,
     )
     center_crop: bool = knob(False, "Crop at the centre instead of at random.")
@@ -93,7 +94,9 @@ class PictureKnobs(OutputKnobs):
     def fit_to_base(self) -> Self:
         """Takes the base model's own resolution, where none is asked for."""
         if "resolution" not in self.model_fields_set:
-            object.__setattr__(self, "resolution", RESOLUTIONS[self.architecture])  # as little explicit as a default
+            object.__setattr__(
+                self, "resolution", FAMILIES[self.architecture].resolution
+            )  # as little explicit as a default
         return self
 
     _fit_to_base = model_validator(mode="after")(fit_to_base)

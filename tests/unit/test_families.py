@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dreambooth_sm.architecture import find_architecture
 from dreambooth_sm.convert import convert
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
 from dreambooth_sm.plan import CARDS, CPU, find_card, make_plan
@@ -40,26 +40,26 @@ XL = "stabilityai/stable-diffusion-xl-base-1.0"
     ],
 )
 def test_by_name(name: str, expected: str) -> None:
-    assert find_architecture(name) == expected
+    assert find_family(name) == expected
 
 
 def test_what_lies_at_a_path_counts_for_more_than_its_name(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
     for source, name in ((tiny_base, "sdxl-model"), (tiny_xl_base, "model")):
         shutil.copytree(source, tmp_path / name)
         convert(str(source), tmp_path / f"{name}-file" / "model.safetensors")
-    assert find_architecture(str(tmp_path / "model")) == "sdxl"
-    assert find_architecture(str(tmp_path / "sdxl-model")) == "sd"
+    assert find_family(str(tmp_path / "model")) == "sdxl"
+    assert find_family(str(tmp_path / "sdxl-model")) == "sd"
     for path in (tmp_path / "model-file", tmp_path / "model-file" / "model.safetensors"):
-        assert find_architecture(str(path)) == "sdxl"
+        assert find_family(str(path)) == "sdxl"
     for path in (tmp_path / "sdxl-model-file", tmp_path / "sdxl-model-file" / "model.safetensors"):
-        assert find_architecture(str(path)) == "sd"
+        assert find_family(str(path)) == "sd"
 
 
 def test_what_is_wrong_with_a_damaged_file_is_told_when_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "sdxl.safetensors"
     for content in (b"", b"\xff" * 8, b"text"):
         path.write_bytes(content)
-        assert find_architecture(str(path)) == "sd"
+        assert find_family(str(path)) == "sd"
         with pytest.raises(UserError, match="not a whole safetensors file"):
             load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
 
@@ -123,5 +123,5 @@ def test_a_model_that_is_not_what_the_job_was_planned_for(wrong: str, tiny_base:
 def test_a_model_is_seen_where_the_job_finds_it(tiny_xl_base: Path, tmp_path: Path) -> None:
     (tmp_path / "channel" / "deep").mkdir(parents=True)
     (tmp_path / "channel" / "deep" / "model").symlink_to(tiny_xl_base)
-    assert find_architecture(str(tmp_path / "channel")) == "sdxl"
-    assert find_architecture(str(tmp_path / "channel" / "deep" / "model" / "unet")) == "sd"
+    assert find_family(str(tmp_path / "channel")) == "sdxl"
+    assert find_family(str(tmp_path / "channel" / "deep" / "model" / "unet")) == "sd"
