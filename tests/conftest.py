@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -33,6 +34,17 @@ def forked_jobs() -> Iterator[None]:
     """The embedded SageMaker forks its jobs."""
     with patch.object(training_job, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": forks.Popen})):
         yield
+
+
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Signals come as in a terminal, also where the tests run in the background or under ``nohup``."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -35,17 +35,21 @@ MODULES = (
     "diffusers.schedulers.scheduling_k_dpm_2_discrete",
     "diffusers.schedulers.scheduling_unipc_multistep",
 )
+# What may be ignored from the start: a shell does so in the background, and ``nohup``.
+TERMINAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A Python script to run, with its arguments; ``group`` as in :class:`subprocess.Popen`."""
+    """A Python script to run, with its arguments; ``group`` as in :class:`subprocess.Popen`, ``ignored``
+    the signals that it does not get unless it asks for them."""
 
     arguments: list[str]
     unbuffered: bool
     environment: dict[str, str]
     directory: str
     group: int | None
+    ignored: list[int]
 
 
 def _serve(requests: socket.socket) -> tuple[Job, list[int]]:
@@ -92,7 +96,9 @@ def _become(job: Job, streams: list[int], from_imports: Mapping[str, str]) -> No
         os.close(stream)
     if job.group not in (None, -1):
         os.setpgid(0, job.group)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in TERMINAL:
+        own = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN if number in job.ignored else own)
     os.chdir(job.directory)
     os.environ.clear()
     os.environ.update({**from_imports, **job.environment})

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,14 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from launcher.local.run import ENTRYPOINT
-from tests.helpers.fork_server import Job
+from tests.helpers.fork_server import TERMINAL, Job
 
 ROOT = Path(__file__).parents[2]
 # Variables that Python, torch and the other libraries read when they are loaded.
 _READ_ON_IMPORT = re.compile(
     r"HOME|LANG|LANGUAGE|TZ|VIRTUAL_ENV|(LC|LD|PYTHON|XDG)\w*"
     r"|(CUDA|NVIDIA|NCCL|GLOO|OMP|GOMP|KMP|MKL|OPENBLAS|TORCH|PYTORCH|TRITON|BNB|XFORMERS)_\w+"
-    r"|(HF|HUGGING\w+|DIFFUSERS|TRANSFORMERS|SAFETENSORS|ACCELERATE)_\w+"
+    r"|HF_(?!TOKEN$)\w+|(HUGGING\w+|DIFFUSERS|TRANSFORMERS|SAFETENSORS|ACCELERATE)_\w+"
 )
 # The environment that the jobs' modules are imported in: as it is before tests change it.
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | {"CUDA_VISIBLE_DEVICES": ""}
@@ -53,7 +54,8 @@ class Popen(subprocess.Popen[Any]):
             super()._execute_child(args, *rest)
             return
         directory = os.fsdecode(cwd or Path.cwd())
-        job = Job([script, *arguments[:-2]], unbuffered, environment, directory, process_group)
+        ignored = [number for number in TERMINAL if signal.getsignal(number) is signal.SIG_IGN]
+        job = Job([script, *arguments[:-2]], unbuffered, environment, directory, process_group, ignored)
         streams = [own if given == -1 else given for own, given in enumerate((pipes[0], pipes[3], pipes[5]))]
         ours, theirs = os.pipe()
         self._status = io.FileIO(ours)

@@ -32,16 +32,19 @@ json.dump({
     "environment": {k: v for k, v in os.environ.items() if k not in ("PYTORCH_CUDA_ALLOC_CONF", "GOMP_SPINCOUNT")},
     "alone": os.getpgid(0) == os.getpid(), "session": os.getsid(0), "input": sys.stdin.read(),
     "encodings": [(s.encoding, s.errors, s.line_buffering, s.write_through) for s in (sys.stdout, sys.stderr)],
-    "signals": [str(signal.getsignal(n)) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGCHLD)],
+    "signals": [str(signal.getsignal(n)) for n in signal.valid_signals()],
     "descriptors": sorted(os.listdir("/proc/self/fd"))[:-1],
 }, sys.stdout)
 """
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("group", [None, 0], ids=["the tests' group", "a group of its own"])
 def test_what_a_fork_finds_is_what_a_process_finds(
     group: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if group is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     command = scripts(tmp_path / "job.py", FACTS, monkeypatch)
     environment = {**forks._ENVIRONMENT, "DREAMBOOTH_SM_TEST": "café \udcff"}
     found = []
@@ -85,6 +88,7 @@ def test_a_fork_ends_as_a_process_does(code: str, tmp_path: Path, monkeypatch: p
     assert ended[0] == ended[1]
 
 
+@pytest.mark.usefixtures("terminal")
 def test_a_fork_gets_its_signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); print('on'); signal.pause()"
     command = scripts(tmp_path / "job.py", code, monkeypatch)

@@ -151,6 +151,7 @@ launcher.fit(pictures, instance_prompt="photo of zwx toy", base_model=base_model
 """
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_stops_the_job_with_a_checkpoint(pictures: Path, tiny_base: Path, tmp_path: Path) -> None:
     # A terminal and a notebook send SIGINT to the whole process group: to the launcher and to its job.
     process = subprocess.Popen(

@@ -56,6 +56,7 @@ def test_streams_of_ascii(lay_out_job: Callable[..., JobTree], bad: bool) -> Non
         assert "model_name=caf\\xe9" in ended.log
 
 
+@pytest.mark.usefixtures("terminal")
 def test_a_closed_terminal_leaves_a_checkpoint(lay_out_job: Callable[..., JobTree]) -> None:
     job = lay_out_job(**NO_CLASS, max_train_steps="1000")
     process = job.start("train")

@@ -191,6 +191,7 @@ def test_names_that_an_ascii_terminal_can_not_show() -> None:
     assert ended.stdout == "K\\xe4tzchen \\u5b50\\u732b\n"
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [

@@ -185,7 +185,7 @@ def test_a_reason_carries_no_password_and_no_command(tmp_path: Path) -> None:
     assert (tmp_path / "output" / "failure").read_text() == "https://***@host \\x1b[2J\nstep=1 loss=0"
 
 
-@pytest.mark.usefixtures("_sigterm_restored")
+@pytest.mark.usefixtures("_sigterm_restored", "terminal")
 def test_a_closed_terminal_asks_for_a_stop() -> None:
     stop = sagemaker.stop_event()
     signal.raise_signal(signal.SIGHUP)
