@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 from pydantic.fields import FieldInfo
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
-from dreambooth_sm.knobs.declare import meaning, translated_aliases
+from dreambooth_sm.knobs.declare import meaning, spellings, translated_aliases
+from dreambooth_sm.knobs.docs import help_text
 from dreambooth_sm.knobs.takes import expected
 
 EXIT_INTERRUPTED, EXIT_READER_GONE = 130, 141
@@ -102,14 +103,11 @@ def add_options(
     for name, field in fields.items():
         title = group_of(name)
         group = groups.setdefault(title, parser.add_argument_group(title))
-        default = {**{name: field.default}, **(defaults or {})}[name]
-        said = f" Default: {str(default).lower() if isinstance(default, bool) else default}."
-        text = f"{field.description}{said if default not in (None, (), {}, '') else ''}".replace("%", "%%")
-        aliases = [alias.name for alias in meaning(field).aliases if alias.takes is None]
-        spellings = [f"--{each}" for each in (name, *aliases)]
+        flags = [f"--{each}" for each in spellings(name, field)]
+        text = help_text(field, {name: field.default, **(defaults or {})}[name]).replace("%", "%%")
         metavar = "TRUE|FALSE" if field.annotation is bool else "VALUE"
         shown = text if everything or meaning(field).common else argparse.SUPPRESS
-        group.add_argument(*spellings, dest=name, nargs="*", help=shown, metavar=metavar)
+        group.add_argument(*flags, dest=name, nargs="*", help=shown, metavar=metavar)
     for name in translated_aliases(fields):
         parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--help-all", action="help", help="show every option, and exit")

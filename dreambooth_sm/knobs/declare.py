@@ -139,6 +139,11 @@ def rule(*names: str) -> Callable[[Check], Check]:
     return declare
 
 
+def spellings(name: str, field: FieldInfo) -> list[str]:
+    """The names that a knob's own values are accepted by; its own is the first."""
+    return [name, *(alias.name for alias in meaning(field).aliases if alias.takes is None)]
+
+
 def translated_aliases(fields: Mapping[str, FieldInfo]) -> dict[str, FieldInfo]:
     """The aliases with values of their own, as fields."""
     aliases = [alias for field in fields.values() for alias in meaning(field).aliases]

@@ -1,6 +1,8 @@
-"""The reference of all knobs."""
+"""What people read of knobs: the reference, and the help text of each."""
 
 from __future__ import annotations
+
+from pydantic.fields import FieldInfo
 
 from dreambooth_sm.knobs.declare import Knobs
 from dreambooth_sm.knobs.takes import expected
@@ -16,3 +18,9 @@ def markdown_table(knobs: type[Knobs]) -> str:
             lines += ["", f"### {group}", "", "| name | default | takes | meaning |", "|---|---|---|---|"]
         lines.append(f"| `{name}` | `{field.default}` | {expected(field)} | {field.description} |")
     return "\n".join(lines).strip()
+
+
+def help_text(field: FieldInfo, default: object) -> str:
+    """What a command line says of an option."""
+    said = f" Default: {str(default).lower() if isinstance(default, bool) else default}."
+    return f"{field.description}{said if default not in (None, (), {}, '') else ''}"

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.declare import spellings
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import (
@@ -438,7 +440,8 @@ class Job:
     def _target(self) -> S3Uri | None:
         """Where the job itself uploads its model, if it does."""
         hyperparameters = self.describe().get("HyperParameters", {})
-        for name in ("manual_upload_model_path", "manul_upload_model_path"):
+        own = "manual_upload_model_path"
+        for name in spellings(own, Hyperparameters.model_fields[own]):
             target = hyperparameters.get(name, "").strip('"')
             if target.startswith("s3://"):  # another image may mean something else by it
                 return S3Uri.parse(target)
