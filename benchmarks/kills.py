@@ -57,7 +57,7 @@ with embedded_s3() as server:
 
 def start(base: Path, channels: dict[str, str], target: S3Uri, *, synced: Path | None, half: bool) -> int:
     """Lays out a new instance and forks a job on it; its process id."""
-    from launcher.local.run import lay_out
+    from launcher.local.tree import lay_out
 
     shutil.rmtree(base, ignore_errors=True)
     lay_out(base, {**SETTINGS, "manual_upload_model_path": str(target)}, channels)

@@ -3,11 +3,22 @@
 Importing it pulls in neither torch nor a SageMaker SDK.
 """
 
-from launcher.api import check, contact_sheet, estimate, estimator, fit, model_trainer, request
+from launcher.api import (
+    JobSummary,
+    attach,
+    check,
+    contact_sheet,
+    estimate,
+    estimator,
+    fit,
+    list_jobs,
+    model_trainer,
+    request,
+)
 from launcher.aws.service_errors import ServiceError
-from launcher.jobs.job import Job, JobFailed, JobStopped, JobSummary, attach, list_jobs
+from launcher.jobs.job import Job, JobFailed, JobStopped
 from launcher.local.run import local_services
-from launcher.training_request import Resources
+from launcher.resources import Resources
 
 __all__ = [
     "Job",

@@ -5,19 +5,22 @@ from __future__ import annotations
 import atexit
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.printing import redact
-from launcher import submit
+from launcher import sdks, submit
 from launcher.aws.account import Account
 from launcher.aws.clients import Clients
 from launcher.aws.lookup import MANIFEST_FILE, Listed
+from launcher.aws.service_errors import asking
 from launcher.channels import Channel
 from launcher.estimates import Estimate
 from launcher.jobs.job import Job
-from launcher.local.run import run_locally
+from launcher.local.run import local_job, run_locally
 from launcher.options import Images, split_options, with_options
 from launcher.prepare import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
 from launcher.staging import lay_out_files
@@ -165,7 +168,7 @@ def estimator(images: Images, *, session: Session | None = None, **options: Any)
     Raises:
         UserError: for bad input, or where the SDK is not installed.
     """
-    return submit.estimator(_staged({"images": images, **options}, session).request, session)
+    return sdks.estimator(_staged({"images": images, **options}, session).request, session)
 
 
 @with_options(instance_type="auto")
@@ -177,7 +180,7 @@ def model_trainer(images: Images, *, session: Session | None = None, **options: 
     Raises:
         UserError: for bad input, or where the SDK is not installed.
     """
-    return submit.model_trainer(_staged({"images": images, **options}, session).request, session)
+    return sdks.model_trainer(_staged({"images": images, **options}, session).request, session)
 
 
 def _staged(options: Mapping[str, Any], session: Session | None) -> Order:
@@ -215,3 +218,57 @@ def _fit_locally(
     image = draft.resources.image_uri
     hyperparameters = draft.hyperparameters.to_sagemaker()
     return run_locally(hyperparameters, channels, image=image, directory=directory, log=log, wait=wait)
+
+
+@dataclass(frozen=True)
+class JobSummary:
+    """One line of :func:`list_jobs`."""
+
+    name: str
+    status: str
+    created: datetime
+    ended: datetime | None
+
+
+def attach(name: str, clients: Clients | None = None, *, session: Session | None = None) -> Job:
+    """A job that is running or has ended, such as one that an earlier notebook or another program started.
+
+    Args:
+        name: of the job.
+        clients: of its services; default: those of the session.
+        session: boto3's, for credentials and region; default: the standard AWS settings.
+
+    Raises:
+        UserError: there is no such job in this account and region.
+    """
+    here = local_job(name) if clients is None and session is None else None
+    job = here or Job(name, clients or Clients(session))
+    job.describe()
+    return job
+
+
+def list_jobs(
+    *, name_contains: str = "", limit: int = 20, clients: Clients | None = None, session: Session | None = None
+) -> list[JobSummary]:
+    """The latest training jobs of this account and region, the newest first.
+
+    Args:
+        name_contains: only jobs with this in their name.
+        limit: how many at most.
+        clients: of SageMaker; default: those of the session.
+        session: boto3's, for credentials and region; default: the standard AWS settings.
+    """
+    clients = clients or Clients(session)
+    options = {"NameContains": name_contains} if name_contains else {}
+    pages = clients("sagemaker").get_paginator("list_training_jobs")
+    found = pages.paginate(
+        SortBy="CreationTime", SortOrder="Descending", PaginationConfig={"MaxItems": limit}, **options
+    )
+    with asking("the jobs can't be listed"):
+        return [
+            JobSummary(
+                job["TrainingJobName"], job["TrainingJobStatus"], job["CreationTime"], job.get("TrainingEndTime")
+            )
+            for page in found
+            for job in page["TrainingJobSummaries"]
+        ]

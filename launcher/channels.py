@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import posixpath
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.storage import S3Uri, download_directory, get_object, list_objects
+from dreambooth_sm.storage import S3Uri
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    pass
 
 FOLDER, PREFIX, MANIFEST = "folder", "prefix", "manifest"
 # Base models in one file, as WebUI and Civitai have them.
@@ -95,57 +93,3 @@ def read_manifest(body: bytes, name: str) -> list[tuple[S3Uri, str]]:
     if wrong or not names or not isinstance(prefix, str):
         raise UserError(f"{name} is not a manifest: {str([*wrong, prefix][0])[:60]!r} in it; a manifest is {expected}")
     return [(S3Uri.parse(f"{prefix}{each}"), each) for each in names]
-
-
-def fetch_channel(source: Mapping[str, Any], target: Path, s3: S3Client) -> None:
-    """Downloads what an S3DataSource names, as SageMaker does before it starts a container.
-
-    Raises:
-        UserError, TransferError: there is nothing, or it can't be read.
-    """
-    location = source["S3Uri"]
-    if source.get("S3DataType") == "ManifestFile":
-        for uri, name in read_manifest(_read(location, s3), location):
-            _download(uri, _below(target, name), s3)
-        return
-    uri = S3Uri.parse(location)
-    folder = list_objects(uri, client=s3)
-    if folder or not uri.prefix:
-        download_directory(uri, target, client=s3)
-    if location.endswith("/") or not uri.prefix:
-        return
-    beside = uri.prefix.rpartition("/")[0]
-    others = [key for key in _keys_from(uri, s3) if not key.startswith(f"{uri.prefix}/") and not key.endswith("/")]
-    if not others and not folder:
-        raise UserError(f"{uri}: there is nothing below this prefix: check the bucket and the prefix")
-    for key in others:
-        _download(S3Uri(uri.bucket, key), _below(target, key.removeprefix(beside).lstrip("/")), s3)
-
-
-def _keys_from(uri: S3Uri, s3: S3Client) -> list[str]:
-    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=uri.bucket, Prefix=uri.prefix)
-    return [item["Key"] for page in pages for item in page.get("Contents", [])]
-
-
-def _read(location: str, s3: S3Client) -> bytes:
-    if location.startswith("file://"):
-        return Path(unquote(urlsplit(location).path)).read_bytes()
-    body = get_object(S3Uri.parse(location), client=s3)
-    if body is None:
-        raise UserError(f"{location}: there is no such object: check the bucket and the key")
-    return body
-
-
-def _below(target: Path, name: str) -> Path:
-    path = target / name
-    if not path.resolve().is_relative_to(target.resolve()):
-        raise UserError(f"{name!r} in a manifest leads out of the channel")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _download(uri: S3Uri, path: Path, s3: S3Client) -> None:
-    try:
-        s3.download_file(uri.bucket, uri.prefix, str(path))
-    except s3.exceptions.ClientError as error:
-        raise UserError(f"{uri}: there is no such object, or it can't be read: {error}") from error

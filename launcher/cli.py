@@ -28,7 +28,7 @@ from launcher.aws.iam import execution_policy, notebook_policy, trust_policy
 from launcher.estimates import documented_table, table
 from launcher.jobs.job import ENDED
 from launcher.options import Data, all_options, split_options
-from launcher.training_request import Resources
+from launcher.resources import Resources
 
 # Credentials of the environment, which would win over a profile.
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

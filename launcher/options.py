@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from dreambooth_sm.errors import Problems
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.declare import COMMON
-from launcher.training_request import Resources
+from launcher.resources import Resources
 
 Images = str | Path | Sequence[str | Path]
 Function = TypeVar("Function", bound=Callable[..., Any])

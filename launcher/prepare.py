@@ -27,8 +27,9 @@ from launcher.aws.lookup import MANIFEST_FILE, Listed, Lookup, pictures_in, s3_t
 from launcher.channels import MANIFEST, PREFIX, SINGLE_FILES, Channel
 from launcher.estimates import Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
-from launcher.local.run import CONTAINER
+from launcher.local.program import CONTAINER
 from launcher.options import Images, split_options
+from launcher.resources import Resources
 from launcher.staging import Files, all_files, digest, lay_out_files, picture_files, stage
 from launcher.training_request import (
     CHANNELS,
@@ -37,7 +38,6 @@ from launcher.training_request import (
     CONFIG_CHANNEL,
     IMAGES_CHANNEL,
     MODEL_CHANNEL,
-    Resources,
     find_secrets,
     move_long_values,
     refused_resources,

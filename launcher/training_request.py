@@ -9,38 +9,27 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Annotated, Any
-
-from annotated_types import Ge, Le
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.knobs.declare import COMMON
-from dreambooth_sm.knobs.ranges import PositiveInt
-from dreambooth_sm.knobs.takes import expected
 from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
 from dreambooth_sm.report import TRAINING_METRICS, metric_pattern
 from dreambooth_sm.storage import S3Uri
 from launcher.channels import Channel
 from launcher.instances import find_instance
+from launcher.resources import DEFAULT_MAX_MINUTES, DEFAULT_VOLUME_GB, MAX_RUN_MINUTES, Resources
 
 # Input channels, and where SageMaker mounts them.
 CHANNELS = "/opt/ml/input/data"
 IMAGES_CHANNEL, CLASS_IMAGES_CHANNEL, MODEL_CHANNEL, CONFIG_CHANNEL = "images", "class_images", "model", "config"
 CONCEPTS_FILE = "concepts_list.json"
-# Everything that the launcher itself puts into a bucket lies below this prefix.
-WORKSPACE = "dreambooth-sm"
 
-DEFAULT_MAX_MINUTES = 24 * 60
-# Ignored on instances with disks of their own, which are larger.
-DEFAULT_VOLUME_GB = 50
 
 # The limits of CreateTrainingJob. Longer values pass botocore's model, and are refused by the service's own text.
 MAX_VALUE, MAX_HYPERPARAMETERS = 256, 100
 MAX_ENVIRONMENT, MAX_ENVIRONMENT_TEXT = 100, 512
 MAX_CHANNELS, MAX_TAGS, MAX_IMAGE_URI, MAX_S3_URI = 20, 50, 255, 1024
-MAX_RUN_MINUTES = 28 * 24 * 60
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", re.ASCII)
 _CHANNEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -48,123 +37,6 @@ _VARIABLE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,511}")
 _KMS = re.compile(r"[a-zA-Z0-9:/_-]{1,2048}")
 _TAG = re.compile(r"[\w .:/=+@-]*")
 _VPC_ID = re.compile(r"(subnet|sg)-[0-9a-zA-Z]{1,26}")
-
-
-class Resources(BaseModel):
-    """What a job runs on, and where its results go: everything of a request that is not a hyperparameter."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    instance_type: str = Field(
-        default="auto",
-        description="ml.g4dn.xlarge, ml.g5.xlarge, ...; auto: the cheapest that does it in max_minutes; local: this "
-        "machine.",
-        json_schema_extra=COMMON,
-    )
-    instance_count: PositiveInt = Field(default=1, description="Instances that train together.")
-    max_minutes: Annotated[int, Ge(1), Le(MAX_RUN_MINUTES)] | None = Field(
-        default=None,
-        description=f"The job is stopped after so many minutes, with a checkpoint; {DEFAULT_MAX_MINUTES} if None.",
-        json_schema_extra=COMMON,
-    )
-    spot: bool = Field(
-        default=False,
-        description="Train on spare capacity, for less; an interrupted job is resumed from a checkpoint.",
-        json_schema_extra=COMMON,
-    )
-    max_wait_minutes: Annotated[int, Ge(1), Le(MAX_RUN_MINUTES)] | None = Field(
-        default=None,
-        description="spot: minutes that waiting and training may take together; twice max_minutes if None.",
-    )
-    max_retry_attempts: Annotated[int, Ge(1), Le(30)] | None = Field(
-        default=None, description="How often SageMaker may start the job again after a fault of its own; None: never."
-    )
-    keep_alive: Annotated[int, Ge(0), Le(3600)] = Field(
-        default=0,
-        description="Seconds that the instance is kept (and paid for) after the job, for the next one to start fast.",
-    )
-    output: str | None = Field(
-        default=None,
-        description="s3://bucket/prefix for the trained pipeline; None: below the job's name in `bucket`.",
-        json_schema_extra=COMMON,
-    )
-    compression: bool = Field(default=False, description="Leave a model.tar.gz instead of plain files.")
-    checkpoint: str | None = Field(
-        default=None,
-        description="s3://bucket/prefix for checkpoints; a job is resumed from those of an earlier one. None: one for "
-        "this job alone.",
-    )
-    bucket: str | None = Field(
-        default=None,
-        description="Bucket for pictures, checkpoints and models; None: that of `output`, or SageMaker's default one.",
-        json_schema_extra=COMMON,
-    )
-    role: str | None = Field(
-        default=None,
-        description="Name or ARN of the execution role; None: the notebook's, the role that you have assumed, or the "
-        "one that is called dreambooth-sm.",
-        json_schema_extra=COMMON,
-    )
-    image_uri: str | None = Field(
-        default=None,
-        description="Training image; None: the one of this version that build_and_push.sh put into your account.",
-        json_schema_extra=COMMON,
-    )
-    name: str | None = Field(
-        default=None, description="Name of the job; None: one with the time in it.", json_schema_extra=COMMON
-    )
-    vpc: tuple[str, ...] = Field(
-        default=(), description="Ids of the subnets and security groups to run in: subnet-... and sg-...."
-    )
-    kms: str | None = Field(default=None, description="Id or ARN of the KMS key for the model and the volume.")
-    network_isolation: bool = Field(
-        default=False, description="No network and no credentials in the container; the base model has to come from S3."
-    )
-    environment: dict[str, str] = Field(default={}, description="Environment variables of the container; no secrets.")
-    tags: dict[str, str] = Field(default={}, description="Tags of the job.")
-    volume_gb: Annotated[int, Ge(1), Le(16384)] | None = Field(
-        default=None,
-        description=f"Size of the volume; {DEFAULT_VOLUME_GB} if None. Types with disks of their own take none.",
-    )
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object]) -> Resources:
-        """Reads options as Python code gives them.
-
-        Raises:
-            UserError: with every value that is not valid.
-        """
-        problems = Problems()
-        resources = cls.read(values, problems)
-        problems.raise_any()
-        return resources
-
-    @classmethod
-    def read(cls, values: Mapping[str, object], problems: Problems) -> Resources:
-        """Reads the values that are valid; each of the others becomes a problem."""
-        given = {name: tuple(value) if isinstance(value, list | set) else value for name, value in values.items()}
-        try:
-            return cls.model_validate(given)
-        except ValidationError as error:
-            refused = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors())
-        problems.found += [f"{name}: this value is not valid; write {expectation(name)}" for name in refused]
-        return cls.model_validate({name: value for name, value in given.items() if name not in refused})
-
-    @property
-    def workspace(self) -> S3Uri:
-        """Where everything lies that has no place of its own."""
-        return S3Uri(self.bucket or "", WORKSPACE)
-
-
-def expectation(name: str) -> str:
-    """What an option of :class:`Resources` takes, in words."""
-    words = {
-        "vpc": "a list of subnet-... and sg-...",
-        "tags": "names and values, as a dictionary or NAME=VALUE",
-        "environment": "names and values, as a dictionary or NAME=VALUE",
-    }
-    field = Resources.model_fields.get(name)
-    return words.get(name) or (expected(field) if field else f"one of {', '.join(Resources.model_fields)}")
 
 
 def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str, S3Uri | Channel]) -> dict[str, Any]:

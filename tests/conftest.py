@@ -21,7 +21,7 @@ import launcher
 from dreambooth_sm.storage import S3Uri
 from launcher.local import training_job
 from launcher.local.s3 import EmbeddedS3, embedded_s3
-from launcher.local.sagemaker import EmbeddedServices
+from launcher.local.services import EmbeddedServices
 from tests.helpers import forks
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree

@@ -13,7 +13,7 @@ from dreambooth_sm.storage import S3Options, S3Uri, check_writable
 from launcher.aws.clients import Clients
 from launcher.aws.roles import reserved_for, role_of_notebook, trusts_sagemaker
 from launcher.aws.service_errors import Kind, ServiceError, asking
-from launcher.training_request import Resources
+from launcher.resources import Resources
 
 # The repository as build_and_push.sh names it, and the execution role as `dreambooth-launcher iam` does.
 REPOSITORY = ROLE = "dreambooth-sm"

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from launcher.jobs.progress import Progress
 from launcher.jobs.views import Display, Page, Pictures, Standing, choose_view
 
 if TYPE_CHECKING:
-    from boto3.session import Session
+    pass
 
 ENDED = ("Completed", "Failed", "Stopped")
 # Seconds between two looks at a job: of AWS, and of this machine.
@@ -483,62 +482,6 @@ class Job:
         uri = S3Uri.parse(place) / name
         with asking(f"{uri} can't be read"):
             return self._clients("s3").get_object(Bucket=uri.bucket, Key=uri.prefix)["Body"].read()
-
-
-@dataclass(frozen=True)
-class JobSummary:
-    """One line of :func:`list_jobs`."""
-
-    name: str
-    status: str
-    created: datetime
-    ended: datetime | None
-
-
-def attach(name: str, clients: Clients | None = None, *, session: Session | None = None) -> Job:
-    """A job that is running or has ended, such as one that an earlier notebook or another program started.
-
-    Args:
-        name: of the job.
-        clients: of its services; default: those of the session.
-        session: boto3's, for credentials and region; default: the standard AWS settings.
-
-    Raises:
-        UserError: there is no such job in this account and region.
-    """
-    from launcher.local.run import local_job
-
-    here = local_job(name) if clients is None and session is None else None
-    job = here or Job(name, clients or Clients(session))
-    job.describe()
-    return job
-
-
-def list_jobs(
-    *, name_contains: str = "", limit: int = 20, clients: Clients | None = None, session: Session | None = None
-) -> list[JobSummary]:
-    """The latest training jobs of this account and region, the newest first.
-
-    Args:
-        name_contains: only jobs with this in their name.
-        limit: how many at most.
-        clients: of SageMaker; default: those of the session.
-        session: boto3's, for credentials and region; default: the standard AWS settings.
-    """
-    clients = clients or Clients(session)
-    options = {"NameContains": name_contains} if name_contains else {}
-    pages = clients("sagemaker").get_paginator("list_training_jobs")
-    found = pages.paginate(
-        SortBy="CreationTime", SortOrder="Descending", PaginationConfig={"MaxItems": limit}, **options
-    )
-    with asking("the jobs can't be listed"):
-        return [
-            JobSummary(
-                job["TrainingJobName"], job["TrainingJobStatus"], job["CreationTime"], job.get("TrainingEndTime")
-            )
-            for page in found
-            for job in page["TrainingJobSummaries"]
-        ]
 
 
 def _ended_long_ago(description: dict[str, Any]) -> bool:

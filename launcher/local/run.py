@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import secrets
 import shutil
@@ -12,24 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
-from urllib.parse import unquote
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.storage import s3_client
-from launcher.channels import fetch_channel
 from launcher.jobs.job import Job
-from launcher.staging import link_or_copy
-
-if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
-
-    from launcher.local.sagemaker import EmbeddedServices
-
-# InstanceType of a job that runs in a container; any other runs as a process.
-CONTAINER = "local-container"
-ENTRYPOINT = Path(__file__).parents[2] / "container" / "train.py"
+from launcher.local.program import CONTAINER, ENTRYPOINT, docker
+from launcher.local.sagemaker import RequestError
+from launcher.local.services import EmbeddedServices, embedded_services
 
 
 def run_locally(
@@ -83,8 +72,6 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
     Raises:
         UserError: for a request that SageMaker would refuse, or where the entrypoint is not here.
     """
-    from launcher.local.sagemaker import RequestError
-
     if not ENTRYPOINT.is_file():
         raise UserError(f"{ENTRYPOINT} is missing: local jobs need a checkout of the project (pip install -e .)")
     if request["ResourceConfig"].get("InstanceType") == CONTAINER and not shutil.which(docker()):
@@ -96,11 +83,6 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
     except RequestError as error:
         raise UserError(str(error)) from error
     return Job(request["TrainingJobName"], services.clients(), directory=base)
-
-
-def docker() -> str:
-    """The Docker client."""
-    return os.environ.get("DOCKER", "docker")
 
 
 def local_job(name: str) -> Job | None:
@@ -121,8 +103,6 @@ def local_services() -> Iterator[EmbeddedServices]:
     Raises:
         UserError: moto is not installed.
     """
-    from launcher.local.sagemaker import embedded_services
-
     with embedded_services(with_account=True) as services, _environment_of(services):
         _running.append(services)
         try:
@@ -149,55 +129,7 @@ _running: list[EmbeddedServices] = []
 
 def _services() -> EmbeddedServices:
     if not _running:
-        from launcher.local.sagemaker import embedded_services
-
         stack = ExitStack()
         atexit.register(stack.close)
         _running.append(stack.enter_context(embedded_services(with_s3=False)))
     return _running[-1]
-
-
-def lay_out(
-    base: Path,
-    hyperparameters: Mapping[str, str],
-    channels: Mapping[str, str | Mapping[str, Any]],
-    *,
-    s3: S3Client | None = None,
-) -> None:
-    """Writes the ``/opt/ml`` tree of one job below ``base``, as SageMaker does before it starts a container.
-
-    Args:
-        channels: names to S3DataSources, or to ``s3://`` or ``file://`` locations or local folders.
-        s3: where ``s3://`` locations lie; default: the standard AWS settings.
-
-    Raises:
-        UserError, TransferError: a channel can't be read.
-    """
-    config = base / "input" / "config"
-    (base / "output" / "failure").unlink(missing_ok=True)
-    for folder in (config, base / "model", base / "output", base / "checkpoints", base / "input" / "data"):
-        folder.mkdir(parents=True, exist_ok=True)
-    for name, source in channels.items():
-        target = base / "input" / "data" / name
-        shutil.rmtree(target, ignore_errors=True)  # of an earlier job in this tree
-        described = {"S3Uri": source} if isinstance(source, str) else source
-        location = described["S3Uri"]
-        if location.startswith("s3://") or described.get("S3DataType") == "ManifestFile":
-            fetch_channel(described, target, s3 or s3_client())
-        else:
-            shutil.copytree(unquote(location.removeprefix("file://")), target, copy_function=_hard_link_or_copy)
-    files: dict[str, object] = {
-        "hyperparameters.json": dict(hyperparameters),
-        "inputdataconfig.json": {
-            name: {"TrainingInputMode": "File", "S3DistributionType": "FullyReplicated", "RecordWrapperType": "None"}
-            for name in channels
-        },
-        "resourceconfig.json": {"current_host": "algo-1", "hosts": ["algo-1"], "network_interface_name": "lo"},
-    }
-    for name, content in files.items():
-        (config / name).write_text(json.dumps(content, indent=1))
-
-
-def _hard_link_or_copy(source: str, target: str) -> None:
-    """A base model is gigabytes, and the tree has to outlive where its files came from."""
-    link_or_copy(source, target, os.link)

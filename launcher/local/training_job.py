@@ -27,7 +27,8 @@ from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list
 from launcher.aws.clients import Clients
 from launcher.jobs.logs import LOG_GROUP
 from launcher.local.environment import inherited, isolated, loader_variables
-from launcher.local.run import CONTAINER, docker, lay_out
+from launcher.local.program import CONTAINER, docker
+from launcher.local.tree import lay_out
 
 HOST = "algo-1"
 # Seconds between SIGTERM and SIGKILL, as SageMaker has it.

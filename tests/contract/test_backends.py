@@ -14,7 +14,8 @@ import pytest
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher.local.s3 import EmbeddedS3
-from launcher.training_request import Resources, training_job
+from launcher.resources import Resources
+from launcher.training_request import training_job
 from tests.helpers.api import refusals
 from tests.helpers.sdks import PYTHONS, run_script, send
 

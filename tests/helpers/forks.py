@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launcher.local.run import ENTRYPOINT
+from launcher.local.program import ENTRYPOINT
 from tests.helpers.fork_server import TERMINAL, Job
 
 ROOT = Path(__file__).parents[2]

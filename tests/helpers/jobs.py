@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.report import parse_metrics
-from launcher.local.run import ENTRYPOINT, lay_out
+from launcher.local.program import ENTRYPOINT
+from launcher.local.tree import lay_out
 from tests.helpers import forks
 from tests.helpers.patience import PATIENCE
 

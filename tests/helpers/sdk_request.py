@@ -20,7 +20,7 @@ from typing import Any
 
 import boto3
 
-from launcher import submit
+from launcher import sdks, submit
 from launcher.aws.clients import Clients
 
 MODULES = {"boto3": "boto3", "estimator": "sagemaker.estimator", "model_trainer": "sagemaker.train"}
@@ -28,9 +28,9 @@ MODULES = {"boto3": "boto3", "estimator": "sagemaker.estimator", "model_trainer"
 
 def start(backend: str, request: dict[str, Any], session: boto3.Session, *, follow: bool) -> None:
     if backend == "estimator":
-        submit.estimator(request, session).fit(wait=follow)
+        sdks.estimator(request, session).fit(wait=follow)
     elif backend == "model_trainer":
-        submit.model_trainer(request, session).train(wait=follow)
+        sdks.model_trainer(request, session).train(wait=follow)
     else:
         job = submit.submit(request, Clients(session))
         if follow:

@@ -10,7 +10,7 @@ from typing import Any
 
 from dreambooth_sm.storage import S3Uri, list_objects, upload_directory
 from launcher.jobs.job import Job
-from launcher.local.sagemaker import EmbeddedServices
+from launcher.local.services import EmbeddedServices
 from tests.helpers.jobs import SMALL
 from tests.helpers.patience import PATIENCE
 

@@ -23,8 +23,8 @@ from launcher.aws.advice import advice_for
 from launcher.aws.clients import Clients
 from launcher.aws.roles import trusts_sagemaker
 from launcher.aws.service_errors import Kind
-from launcher.local.sagemaker import EmbeddedServices
-from launcher.training_request import Resources
+from launcher.local.services import EmbeddedServices
+from launcher.resources import Resources
 
 ACCOUNT = "123456789012"
 PROMPT = {"instance_prompt": "photo of zwx toy", "resolution": 64}

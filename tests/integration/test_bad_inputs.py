@@ -27,7 +27,7 @@ from PIL import Image
 from dreambooth_sm.errors import EXIT_BAD_INPUT
 from dreambooth_sm.sagemaker import FAILURE_LENGTH
 from dreambooth_sm.storage import S3Uri, list_objects
-from launcher.local.run import ENTRYPOINT
+from launcher.local.program import ENTRYPOINT
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.jobs import WEIGHTS, Ended, JobTree
 

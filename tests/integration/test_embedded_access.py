@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 import launcher
 from launcher.local.s3 import EmbeddedS3
-from launcher.local.sagemaker import EmbeddedServices, embedded_services
+from launcher.local.services import EmbeddedServices, embedded_services
 from launcher.local.signatures import REGION_KEY, Refused, authenticate, guarded
 from tests.helpers.services import Workplace, eventually
 

@@ -20,7 +20,7 @@ import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import upload_directory
 from launcher.jobs.job import Job, JobFailed, JobStopped
-from launcher.local.sagemaker import embedded_services
+from launcher.local.services import embedded_services
 from tests.helpers.jobs import SMALL, read_weights, same_weights
 from tests.helpers.services import Workplace, eventually
 

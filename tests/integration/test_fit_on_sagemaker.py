@@ -21,7 +21,7 @@ from launcher.aws.account import Account
 from launcher.aws.clients import Clients
 from launcher.aws.iam import notebook_policy
 from launcher.cli import main
-from launcher.local.sagemaker import EmbeddedServices
+from launcher.local.services import EmbeddedServices
 from tests.helpers.api import refusals
 from tests.helpers.jobs import SMALL
 

@@ -16,7 +16,7 @@ import launcher
 from launcher.aws.clients import Clients
 from launcher.aws.service_errors import Kind
 from launcher.jobs.job import Job
-from launcher.local.sagemaker import embedded_services
+from launcher.local.services import embedded_services
 from tests.helpers.services import Workplace, eventually
 
 # Says three lines, the second when it is let to, and ends.

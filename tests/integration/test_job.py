@@ -38,7 +38,7 @@ print("phase=train state=ended seconds=1.5")
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
-    from launcher.local.sagemaker import embedded_services
+    from launcher.local.services import embedded_services
 
     program = tmp_path_factory.mktemp("program") / "train.py"
     program.write_text(PROGRAM)

@@ -16,8 +16,8 @@ import pytest
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Uri, list_objects, upload_directory
-from launcher.local.run import lay_out
 from launcher.local.s3 import EmbeddedS3
+from launcher.local.tree import lay_out
 from tests.helpers.jobs import SMALL, read_weights, same_weights
 from tests.helpers.patience import PATIENCE
 

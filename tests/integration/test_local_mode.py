@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dreambooth_sm.storage import S3Uri, download_directory, upload_directory
-from launcher.local.sagemaker import EmbeddedServices
+from launcher.local.services import EmbeddedServices
 from tests.helpers.containers import needs_engine
 from tests.helpers.jobs import SEED_NOTEBOOK, SMALL, read_weights
 from tests.helpers.sdks import run_script

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Uri
-from launcher.channels import fetch_channel, read_manifest, write_manifest
+from launcher.channels import read_manifest, write_manifest
 from launcher.local.s3 import EmbeddedS3
-from launcher.local.sagemaker import EmbeddedServices
+from launcher.local.services import EmbeddedServices
+from launcher.local.tree import fetch_channel
 from launcher.prepare import read_local
 from tests.helpers.api import refusals
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.local.sagemaker import EmbeddedServices
+from launcher.local.services import EmbeddedServices
 from tests.helpers.readme_blocks import README, blocks
 from tests.helpers.sdks import start_script
 

@@ -12,7 +12,7 @@ import pytest
 import launcher
 from dreambooth_sm.storage import S3Uri, list_objects
 from launcher.jobs.job import Job
-from launcher.local.sagemaker import EmbeddedServices
+from launcher.local.services import EmbeddedServices
 from tests.helpers.jobs import SMALL, read_weights, same_weights
 from tests.helpers.patience import PATIENCE
 from tests.helpers.sdks import start_script

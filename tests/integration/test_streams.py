@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
-from launcher.local.run import ENTRYPOINT
+from launcher.local.program import ENTRYPOINT
 from tests.helpers.jobs import JobTree, end, read_until
 
 NO_CLASS = {"class_prompt": "None", "train_text_encoder": "false"}

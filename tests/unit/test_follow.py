@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.api import attach
 from launcher.aws.advice import advice_for
 from launcher.aws.clients import Clients
-from launcher.jobs.job import Job, JobFailed, attach
+from launcher.jobs.job import Job, JobFailed
 from launcher.jobs.logs import LogReader
 from launcher.jobs.progress import Progress
 from launcher.jobs.views import NotebookView, Standing, TerminalView, choose_view, job_html
@@ -322,7 +323,7 @@ def test_following_imports_nothing_heavy() -> None:
 
 def test_there_is_no_such_job() -> None:
     from dreambooth_sm.errors import UserError
-    from launcher.local.sagemaker import embedded_services
+    from launcher.local.services import embedded_services
 
     with embedded_services() as services, pytest.raises(UserError, match="no training job 'nobody'"):
         attach("nobody", services.clients())

@@ -17,14 +17,8 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.report import TRAINING_METRICS, Reporter
 from dreambooth_sm.storage import S3Uri
-from launcher.training_request import (
-    CONCEPTS_FILE,
-    Resources,
-    find_secrets,
-    metric_definitions,
-    move_long_values,
-    training_job,
-)
+from launcher.resources import Resources
+from launcher.training_request import CONCEPTS_FILE, find_secrets, metric_definitions, move_long_values, training_job
 from tests.helpers.api import refusals
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.local.run import lay_out
+from launcher.local.tree import lay_out
 from launcher.staging import digest, lay_out_files
 
 
