@@ -1,11 +1,11 @@
-"""``dreambooth-sm``: the command line."""
+"""``dreambooth-sm``: the command line, but for the demo, which :mod:`launcher.tool` adds."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dreambooth_sm import __version__, command_line, storage
@@ -21,13 +21,22 @@ from dreambooth_sm.plan import find_card, make_plan, tier_rows, tier_table
 _FIELDS = {name: field for name, field in Hyperparameters.model_fields.items() if name != "instance_data_dir"}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
-    return command_line.run(_run, arguments, (storage.TransferError,))
+Demo = Callable[[Path], int]
 
 
-def _run(arguments: Sequence[str]) -> int:
-    options = _parser(everything="--help-all" in arguments).parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, demo: Demo | None = None) -> int:
+    """Runs one command; returns its exit code.
+
+    Args:
+        arguments: default: those of the process.
+        demo: runs the demo, which needs the launcher, in a directory, and returns the exit code; without it there is
+            no such command.
+    """
+    return command_line.run(lambda words: _run(words, demo), arguments, (storage.TransferError,))
+
+
+def _run(arguments: Sequence[str], demo: Demo | None) -> int:
+    options = _parser(everything="--help-all" in arguments, demo=demo is not None).parse_args(arguments)
     if options.command == "hyperparameters":
         print(markdown_table(Hyperparameters))
     elif options.command == "plan":
@@ -38,18 +47,19 @@ def _run(arguments: Sequence[str]) -> int:
         return print_check(options.directory, _hyperparameters(options), sheet=options.sheet, as_json=options.json)
     elif options.command == "verify":
         return verify_upload(options.uri, as_json=options.json, requester_pays=options.requester_pays)
-    else:
-        return run_demo(options.output)
+    elif demo:
+        return demo(options.output)
     return EXIT_OK
 
 
-def _parser(*, everything: bool) -> command_line.Parser:
+def _parser(*, everything: bool, demo: bool = False) -> command_line.Parser:
     parser = command_line.Parser(prog="dreambooth-sm", description="DreamBooth on SageMaker, or on a laptop.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("hyperparameters", help="print every hyperparameter as a Markdown table")
-    demo = commands.add_parser("demo", help="run the whole job on this machine, with an embedded S3 server")
-    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="directory for what the demo makes")
+    if demo:
+        show = commands.add_parser("demo", help="run the whole job on this machine, with an embedded S3 server")
+        show.add_argument("--output", type=Path, default=Path("demo-output"), help="directory for what the demo makes")
     plan = commands.add_parser(
         "plan",
         help="print the settings that a card gets",
@@ -171,18 +181,6 @@ def verify_upload(uri: str, *, as_json: bool, requester_pays: bool) -> int:
         verdict = "whole" if found.whole else "NOT whole"
         print(f"{source}: {verdict}: {len(manifest.files)} files, {manifest.size:,} bytes, of {manifest.created}")
     return EXIT_OK if found.whole else EXIT_FAILURE
-
-
-def run_demo(output: Path) -> int:
-    """Runs the demo; 1 where anything of it failed."""
-    from launcher import JobFailed, demo  # imports torch
-
-    try:
-        demo.main(output)
-    except (demo.DemoFailed, JobFailed, storage.TransferError) as error:
-        print(f"error: the demo failed: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-    return EXIT_OK
 
 
 if __name__ == "__main__":

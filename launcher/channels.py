@@ -9,13 +9,9 @@ import json
 import posixpath
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Uri
-
-if TYPE_CHECKING:
-    pass
 
 FOLDER, PREFIX, MANIFEST = "folder", "prefix", "manifest"
 # Base models in one file, as WebUI and Civitai have them.

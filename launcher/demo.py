@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+import launcher
 from dreambooth_sm import storage, toybox
 from dreambooth_sm.gallery import grid
 from dreambooth_sm.quiet import quiet_libraries
@@ -61,7 +62,6 @@ def main(output: Path) -> None:
     """
     started = time.monotonic()
     quiet_libraries()
-    import launcher
 
     work = output / time.strftime("job-%Y%m%d-%H%M%S")
     said: list[str] = []

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dreambooth_sm import cli
-from launcher import demo
+from launcher import demo, tool
 from tests.helpers.patience import PATIENCE
 
 
 def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "dreambooth_sm.cli", "demo", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "launcher.tool", "demo", "--output", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"model     {demo.MODEL}" in run.stdout
@@ -52,7 +51,7 @@ def test_a_failed_demo_is_one_line_and_an_exit_code(
 ) -> None:
     monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(demo, "CLASS_PROMPT", "zwx " * 200)  # longer than the text encoder takes
-    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
+    assert tool.main(["demo", "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "error: the demo failed" in error
     assert "max_token_length" in error

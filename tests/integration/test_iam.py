@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dreambooth_sm.iam import execution_role_policy
 from dreambooth_sm.storage import (
     S3Options,
     S3Uri,
@@ -20,6 +19,7 @@ from dreambooth_sm.storage import (
     upload_directory,
     verify,
 )
+from launcher.aws.iam import execution_role_policy
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.s3_proxy import Answer, Request, s3_proxy
 

@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import launcher.cli
+import launcher.tool
 from dreambooth_sm import cli
 from dreambooth_sm.command_line import EXIT_INTERRUPTED, EXIT_READER_GONE, run
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, UserError
@@ -25,8 +27,9 @@ from tests.helpers.patience import PATIENCE
 from tests.helpers.services import eventually
 
 Main = Callable[[list[str]], int]
-TOOLS: dict[str, Main] = {"dreambooth-sm": cli.main, "dreambooth-launcher": launcher.cli.main}
-MODULES = {"dreambooth-sm": "dreambooth_sm.cli", "dreambooth-launcher": "launcher.cli"}
+TOOLS: dict[str, Main] = {"dreambooth-sm": launcher.tool.main, "dreambooth-launcher": launcher.cli.main}
+PARSERS = {"dreambooth-sm": partial(cli._parser, demo=True), "dreambooth-launcher": launcher.cli._parser}
+MODULES = {"dreambooth-sm": "launcher.tool", "dreambooth-launcher": "launcher.cli"}
 
 
 def refused(command: str) -> None:
@@ -84,7 +87,7 @@ def test_what_is_mistyped_is_refused_with_the_nearest(
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_flag_of_any_command_is_abbreviated_or_swallowed(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each flag, without its last letters and with a letter too many, whatever command it belongs to."""
-    parser = {"dreambooth-sm": cli._parser, "dreambooth-launcher": launcher.cli._parser}[tool](everything=True)
+    parser = PARSERS[tool](everything=True)
     [subcommands] = [action for action in parser._actions if action.choices and action.nargs]
     for name, command in subcommands.choices.items():  # type: ignore[union-attr]
         for flag in [flag for flag in command._option_string_actions if len(flag) > 5]:
@@ -117,7 +120,7 @@ def test_json_is_all_there_is_on_standard_output(
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setattr("dreambooth_sm.storage.verify", _fail)
     try:
-        assert cli.main(command.split()[1:]) == code
+        assert launcher.tool.main(command.split()[1:]) == code
     except SystemExit as error:
         assert error.code == code  # noqa: PT017
     shown = capsys.readouterr()
@@ -266,7 +269,7 @@ def documented() -> list[str]:
 @pytest.mark.parametrize("command", documented())
 def test_what_documents_name_is_taken(command: str) -> None:
     tool, *arguments = shlex.split(command, comments=True)
-    parser = {"dreambooth-sm": cli._parser, "dreambooth-launcher": launcher.cli._parser}[tool](everything=False)
+    parser = PARSERS[tool](everything=False)
     parser.parse_args(arguments)
 
 
