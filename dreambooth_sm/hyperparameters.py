@@ -1,4 +1,4 @@
-"""Every knob of the job, once: name, type, default, help, allowed values.
+"""The hyperparameters of a job: the groups of :mod:`dreambooth_sm.knobs` together, each knob declared once.
 
 The container, the launcher, the command line and the docs all read this schema. It imports no torch.
 

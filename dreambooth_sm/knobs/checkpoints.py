@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from dreambooth_sm.knobs.declare import Knobs, knob
 from dreambooth_sm.knobs.ranges import Few, Steps, StepsOrNone
@@ -11,7 +11,7 @@ from dreambooth_sm.knobs.ranges import Few, Steps, StepsOrNone
 class CheckpointKnobs(Knobs):
     """Checkpoints, and the lines of the log."""
 
-    group: ClassVar[str] = "Checkpoints and logs"
+    group = "Checkpoints and logs"
 
     save_steps: StepsOrNone = knob(
         0,

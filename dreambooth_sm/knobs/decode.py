@@ -45,9 +45,9 @@ def read_values(knobs: type[Knobs], raw: Mapping[str, object]) -> Reading:
     own = {key: value for key, value in raw.items() if not _PLATFORM_KEY.fullmatch(key)}
     strangers = [key for key in own if key not in knobs.model_fields and key not in aliases]
     for key, value in own.items():
-        if key in strangers or key in translated:
-            continue
         name = aliases.get(key, key)
+        if name not in knobs.model_fields or key in translated:
+            continue
         decoded = decode(value, knobs.model_fields[name])
         if name in found.values and found.values[name] != decoded:
             found.problems.append(f"{key} and {origins[name]} mean the same and have different values; keep one")

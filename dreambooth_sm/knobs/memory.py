@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.optimizer import OptimizerKnobs
@@ -13,7 +13,7 @@ from dreambooth_sm.knobs.ranges import Auto, Few
 class MemoryKnobs(OptimizerKnobs):
     """Precision, kernels, and what is kept or computed again."""
 
-    group: ClassVar[str] = "Memory and speed"
+    group = "Memory and speed"
 
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = knob("auto", "Precision of the forward and backward pass.")
     attention: Literal["auto", "default", "xformers", "flash_attention"] = knob(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from dreambooth_sm.families import find_family
 from dreambooth_sm.knobs.declare import Knobs, knob, rule
@@ -21,7 +21,7 @@ _WHAT_TO_WRITE = "write owner/name, s3://bucket/prefix or an absolute path"
 class ModelKnobs(Knobs):
     """The base model, and what of it is taken."""
 
-    group: ClassVar[str] = "Model"
+    group = "Model"
 
     pretrained_model_name_or_path: str = knob(
         "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from dreambooth_sm.knobs.declare import Alias, Knobs, knob
 from dreambooth_sm.knobs.ranges import Auto, Fraction, NonNegativeFloat, PositiveFloat
@@ -11,7 +11,7 @@ from dreambooth_sm.knobs.ranges import Auto, Fraction, NonNegativeFloat, Positiv
 class OptimizerKnobs(Knobs):
     """The optimizer, its settings, and the average of the weights."""
 
-    group: ClassVar[str] = "Optimizer"
+    group = "Optimizer"
 
     optimizer: Literal["auto", "auto16", "blockwise", "adamw", "adamw8bit"] = knob(
         "auto",

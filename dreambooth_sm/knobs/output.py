@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import ClassVar, Literal
+from typing import Literal
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.knobs.declare import Alias, knob, rule
@@ -20,7 +20,7 @@ DEFAULT_MODELS_PATH = "/opt/ml/model"
 class OutputKnobs(ModelKnobs):
     """The trained model: its name, its files, and how they leave the instance."""
 
-    group: ClassVar[str] = "Output"
+    group = "Output"
 
     model_name: str = knob(
         "aws-trained-dreambooth-model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge, Le
 from pydantic import model_validator
@@ -26,7 +26,7 @@ FILEWORDS = "[filewords]"
 class PictureKnobs(OutputKnobs):
     """What the model is shown."""
 
-    group: ClassVar[str] = "Data"
+    group = "Data"
 
     instance_data_dir: str = knob(
         DEFAULT_INSTANCE_DATA_DIR, "Directory with the pictures of the subject.", resume="free", path=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
@@ -16,7 +16,7 @@ from dreambooth_sm.knobs.ranges import Auto, Few, NonNegativeFloat
 class PriorKnobs(PictureKnobs):
     """Prior preservation: class images, or the base model's own predictions."""
 
-    group: ClassVar[str] = "Prior preservation"
+    group = "Prior preservation"
 
     with_prior_preservation: bool | Auto = knob(
         "auto",

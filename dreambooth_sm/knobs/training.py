@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Literal
 
 from dreambooth_sm.knobs.declare import Knobs, Tunable, knob, rule
 from dreambooth_sm.knobs.ranges import Auto, Few, PositiveFloat, Seed, Steps, StepsOrNone
@@ -14,7 +14,7 @@ DEFAULT_TRAIN_STEPS = 800
 class TrainingKnobs(Knobs):
     """Steps, batches, learning rate and loss."""
 
-    group: ClassVar[str] = "Training"
+    group = "Training"
 
     max_train_steps: Steps | None = knob(
         None,

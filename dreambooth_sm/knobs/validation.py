@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from annotated_types import Ge
 
@@ -18,7 +18,7 @@ _ENCODERS = re.compile(r"\s*(judge|(dino|clip)=\S+(\s+(?!\2)(dino|clip)=\S+)?)\s
 class ValidationKnobs(CheckpointKnobs):
     """Validation pictures, and measures of them."""
 
-    group: ClassVar[str] = "Validation"
+    group = "Validation"
 
     validation_prompt: str | None = knob(
         None,

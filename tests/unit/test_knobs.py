@@ -6,7 +6,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -25,7 +25,7 @@ FIELDS = Hyperparameters.model_fields
 class Sparkle(Hyperparameters):
     """A job with a few knobs more."""
 
-    group: ClassVar[str] = "Sparkle"
+    group = "Sparkle"
 
     trained_by: Literal["full", "glitter"] = knob("full", "Method that trains the weights.")
     sparkle: Few | Auto = knob(
