@@ -27,7 +27,8 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import detect_card, make_plan
+from dreambooth_sm.planning.cards import detect_card
+from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sampling import sampling_pipeline
 

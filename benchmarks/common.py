@@ -23,7 +23,10 @@ from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import CONTEXT_GB, CPU, Card, Plan, Rung, make_plan
+from dreambooth_sm.planning.cards import CONTEXT_GB, CPU, Card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.ladder import Rung
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Schedule, Trainer
 from tests.helpers.tiny import byte_tokenizer

@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.common import PROMPTS, emit, make_trainer, plan_of_rung
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
-from dreambooth_sm.plan import LADDER, Rung
+from dreambooth_sm.planning.ladder import LADDER, Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.loop import Trainer

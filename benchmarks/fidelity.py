@@ -45,7 +45,7 @@ from dreambooth_sm.fidelity import Fidelity, load_encoders, measure, measure_rea
 from dreambooth_sm.gallery import grid
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel, load_base
-from dreambooth_sm.plan import LADDER, Rung
+from dreambooth_sm.planning.ladder import LADDER, Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.toybox import SIDE

@@ -35,7 +35,10 @@ from benchmarks.common import (
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan, find_card, make_plan, sampling_peak_gb
+from dreambooth_sm.planning.cards import find_card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.memory import sampling_peak_gb
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sampling import draw, sampling_pipeline
 
 CARDS = {

@@ -32,7 +32,10 @@ from benchmarks.common import (
     sd15,
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import Plan, detect_card, make_plan, predict_peak_gb
+from dreambooth_sm.planning.cards import detect_card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.memory import predict_peak_gb
+from dreambooth_sm.planning.plan import Plan
 
 UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
 BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}

@@ -15,7 +15,9 @@ from dreambooth_sm.data.sheet import contact_sheet, table
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.docs import markdown_table
-from dreambooth_sm.plan import find_card, make_plan, tier_rows, tier_table
+from dreambooth_sm.planning.cards import find_card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.table import tier_rows, tier_table
 
 # `check` takes the directory as a word of its own.
 _FIELDS = {name: field for name, field in Hyperparameters.model_fields.items() if name != "instance_data_dir"}

@@ -19,7 +19,9 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel, check_base
 from dreambooth_sm.outputs import make_way
-from dreambooth_sm.plan import Plan, detect_card, make_plan
+from dreambooth_sm.planning.cards import detect_card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.validation import SAMPLES

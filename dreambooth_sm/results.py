@@ -24,7 +24,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.gallery import SUBJECT_FILE, before_and_after, gallery, write_subjects
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Attempt, Reporter
 from dreambooth_sm.toybox import BASE as TOYBOX
 

@@ -25,7 +25,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dreambooth_sm.data.conditioning import Conditioning, embed, size_numbers
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.model import ZEROS, Pipeline, parts_of
 from dreambooth_sm.stored.schedule import drawing_scheduler
 

@@ -13,7 +13,7 @@ from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 
 # For pictures, reports and the file system itself.
 _SPARE = 16 * 2**20

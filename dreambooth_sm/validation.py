@@ -19,7 +19,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Method
 from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, Sample
 from dreambooth_sm.sampling import draw, sampling_pipeline
 

@@ -14,7 +14,10 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
-from dreambooth_sm.plan import LADDER, Card, Plan, make_plan
+from dreambooth_sm.planning.cards import Card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.ladder import LADDER
+from dreambooth_sm.planning.plan import Plan
 from launcher.instances import INSTANCES, PRICES, Instance
 
 # 16-bit tensor arithmetic without sparsity, in TFLOP/s, and memory bandwidth, in TB/s, as the makers state them.

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.plan import CARDS, Card
+from dreambooth_sm.planning.cards import CARDS, Card
 
 # On-demand prices of training, in dollars an hour. Where a price is missing, so is the estimate of the cost.
 PRICES = "us-west-2, November 2026"

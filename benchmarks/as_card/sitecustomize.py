@@ -5,16 +5,16 @@ Python imports this module at its start from wherever ``PYTHONPATH`` first finds
 
 import os
 
-from dreambooth_sm import plan
+from dreambooth_sm.planning import cards
 
-_card = plan.find_card(os.environ["AS_CARD"])
+_card = cards.find_card(os.environ["AS_CARD"])
 
 
-def _detect_card() -> plan.Card:
+def _detect_card() -> cards.Card:
     from benchmarks.common import limit_memory
 
     limit_memory(_card, float(os.environ["AS_CARD_GB"]) if "AS_CARD_GB" in os.environ else None)
     return _card
 
 
-plan.detect_card = _detect_card
+cards.detect_card = _detect_card

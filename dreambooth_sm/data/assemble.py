@@ -27,7 +27,8 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.objectives import Diffusion
-from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, Plan
+from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sampling import sampling_pipeline
 from dreambooth_sm.training.loop import TrainingSet
 

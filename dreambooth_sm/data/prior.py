@@ -22,7 +22,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.outputs import scratch_directory
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents, sampling_pipeline
 from dreambooth_sm.storage import S3Options, S3Uri

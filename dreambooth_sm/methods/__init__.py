@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 
 
 class Method(Protocol):

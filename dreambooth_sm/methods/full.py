@@ -8,7 +8,7 @@ import copy
 import torch
 
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.precision import weights_dtype
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
 

@@ -25,7 +25,7 @@ from dreambooth_sm.methods import Method
 from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.objectives import Diffusion, Objective
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema

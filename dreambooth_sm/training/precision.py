@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

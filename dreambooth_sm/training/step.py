@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss
 from dreambooth_sm.training.updater import Updater

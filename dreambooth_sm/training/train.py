@@ -14,7 +14,8 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Plan, smaller_plan
+from dreambooth_sm.planning.choice import smaller_plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth_sm.plan import Plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
 
 

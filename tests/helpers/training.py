@@ -19,7 +19,9 @@ from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.plan import Card, Plan, make_plan
+from dreambooth_sm.planning.cards import Card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Trainer, TrainingSet, make_schedule
 

@@ -18,7 +18,8 @@ from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure_real, verdict
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel, load_base
-from dreambooth_sm.plan import CPU, make_plan
+from dreambooth_sm.planning.cards import CPU
+from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.selection import Examiner
 from dreambooth_sm.training.loop import Schedule, Trainer

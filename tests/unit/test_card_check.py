@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dreambooth_sm import plan, preflight
+from dreambooth_sm import preflight
 from dreambooth_sm.distributed import World
 from dreambooth_sm.driver import Build, Host
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import CPU, Card
+from dreambooth_sm.planning.cards import CPU, Card
+from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sagemaker import Contract
 
 # What the index gives on Linux, with and without a GPU.
@@ -23,7 +24,7 @@ ALONE = World()
 
 def check(
     monkeypatch: pytest.MonkeyPatch, contract: Contract, card: Card, host: Host | None = None, use_cpu: bool = False
-) -> plan.Plan:
+) -> Plan:
     monkeypatch.setattr(preflight, "detect_card", lambda: card)
     monkeypatch.setattr(preflight, "find_build", lambda: CUDA_13)
     monkeypatch.setattr(preflight, "find_host", lambda: host)

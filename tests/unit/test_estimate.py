@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import make_plan
+from dreambooth_sm.planning.choice import make_plan
 from launcher.estimates import MARGIN, Estimate, choose_instance, estimate_on, slowdown
 from launcher.instances import INSTANCES, find_instance
 from tests.helpers.api import shape_of

@@ -14,7 +14,8 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
-from dreambooth_sm.plan import CARDS, CPU, find_card, make_plan
+from dreambooth_sm.planning.cards import CARDS, CPU, find_card
+from dreambooth_sm.planning.choice import make_plan
 from tests.helpers.training import hyperparameters, same, weights
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}

@@ -8,7 +8,8 @@ import pytest
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import Card, make_plan
+from dreambooth_sm.planning.cards import Card
+from dreambooth_sm.planning.choice import make_plan
 
 T4 = Card("Tesla T4", 14.6, (7, 5))
 H200 = Card("NVIDIA H200", 139.8, (9, 0))

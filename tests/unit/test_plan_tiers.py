@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from dreambooth_sm.cli import main
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.plan import CARDS, LADDER, Card, find_card, make_plan, predict_peak_gb, smaller_plan, tier_table
+from dreambooth_sm.planning.cards import CARDS, Card, find_card
+from dreambooth_sm.planning.choice import make_plan, smaller_plan
+from dreambooth_sm.planning.ladder import LADDER
+from dreambooth_sm.planning.memory import predict_peak_gb
+from dreambooth_sm.planning.table import tier_table
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 

@@ -15,7 +15,9 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.objectives import Diffusion
-from dreambooth_sm.plan import OUTPUTS_PER_IMAGE, find_card, make_plan
+from dreambooth_sm.planning.cards import find_card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet
 from tests.helpers.training import CPU, SEED, cpu_plan, hyperparameters, paint_pictures

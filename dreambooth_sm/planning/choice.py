@@ -1,0 +1,219 @@
+"""Chooses the settings for a card: by its memory, and by what was asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.planning.cards import CARDS, Card
+from dreambooth_sm.planning.ladder import LADDER, Rung, Weights
+from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
+from dreambooth_sm.planning.plan import EmaPlace, Optimizer, Plan, Precision
+
+
+def make_plan(h: Hyperparameters, card: Card) -> Plan:
+    """Chooses the settings for a card: the first rung of the ladder that fits, with explicit hyperparameters in place.
+
+    Raises:
+        UserError: where an explicit value can't work on this card, or what was asked for can't fit; the error names
+            what would.
+    """
+    problems = _impossible(h, card)
+    if problems:
+        raise UserError(problems)
+    if h.use_cpu or card.is_cpu:
+        return _cpu_plan(h, card)
+    plans = _candidates(h, card)
+    for plan in plans:
+        if plan.predicted_peak_gb <= card.budget_gb:
+            return plan
+    raise UserError(_too_large(h, card, plans[-1]))
+
+
+def smaller_plan(plan: Plan, h: Hyperparameters) -> Plan | None:
+    """The next plan to try after ``plan`` ran out of memory; None where there is nothing left to give up.
+
+    What is trained stays the same, and so does everything that was asked for explicitly.
+    """
+    steps: list[dict[str, object]] = []
+    if h.use_ema == "auto" or plan.ema == "device":
+        steps.append({"ema": "cpu"} if plan.ema == "device" else {})
+    if h.gradient_checkpointing == "auto":
+        steps.append({"gradient_checkpointing": True})
+    if plan.optimizer == "blockwise":
+        if _may_drop_gradients(h):
+            steps.append({"update_in_backward": True, "max_grad_norm": None})
+        steps.append({"weights": "stochastic"} if plan.weights == "residual" else {})
+        if h.optimizer != "auto16":
+            steps.append({"state_bits": min(plan.state_bits, 4)})
+    for change in steps:
+        if any(getattr(plan, name) != value for name, value in change.items()):
+            smaller = dataclasses.replace(plan, **change, tier=f"{plan.tier.removesuffix('-')}-")  # type: ignore[arg-type]
+            return dataclasses.replace(smaller, predicted_peak_gb=predict_peak_gb(smaller, h))
+    return None
+
+
+def _candidates(h: Hyperparameters, card: Card) -> list[Plan]:
+    """The plans to choose from, best first. An average that has no room on the device may live on the CPU."""
+    return [
+        _on(rung, ema_place, h, card)
+        for rung in LADDER
+        if card.memory_gib >= rung.from_gib
+        for ema_place in (("device", "cpu") if h.use_ema is True else ("device",))
+    ]
+
+
+def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan:
+    """A rung of the ladder with the explicit hyperparameters in place of its own choices."""
+    notes: list[str] = []
+    precision = _precision(h, card)
+    weights: Weights = rung.weights
+    optimizer: Optimizer = "blockwise"
+    state_bits: int = rung.state_bits
+    if h.optimizer == "adamw" or h.optimizer == "adamw8bit":
+        optimizer = h.optimizer
+        weights, state_bits = "fp32", 8 if optimizer == "adamw8bit" else 32
+    elif h.optimizer == "auto16":
+        state_bits = 16
+        notes.append("optimizer=auto16 (use_8bit_adam=false): Adam's state takes 16 bits a value")
+    if precision == "fp32":
+        weights = "fp32"
+    keeps = rung.keeps_gradients or not _may_drop_gradients(h) or optimizer != "blockwise" or card.count > 1
+    clips = keeps and h.max_grad_norm is not None
+    if not keeps and h.max_grad_norm == "auto":
+        notes.append("gradients are not clipped: each is used and dropped inside the backward pass")
+    if weights == "stochastic":
+        notes.append("16-bit weights with stochastic rounding: unbiased, but noisier than an fp32 master")
+    if not card.has_bf16 and precision == "fp16":
+        notes.append(f"{card.name} has no bf16: fp16 with loss scaling")
+    if optimizer == "adamw8bit" and h.cuda_graph is not False:
+        notes.append("no CUDA graph: bitsandbytes' optimizer counts its steps on the host")
+    ema = _choose(h.use_ema, rung.use_ema)
+    trainable = FAMILIES[h.architecture].footprint.trains_text_encoder
+    text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and trainable)
+    if draws_while_training(h):
+        notes.append(f"validation_steps: drawing takes {drawing_gb(precision, h):.1f} GB beside training's memory")
+    if not trainable:
+        notes.append("the text encoders are not trained: with an SDXL base model the job trains the UNet only")
+    elif not text_encoder and h.train_text_encoder == "auto":
+        notes.append("the text encoder is not trained: the card has no room for it")
+    plan = Plan(
+        tier=rung.name if optimizer == "blockwise" and weights == rung.weights else "reference",
+        device="cuda",
+        precision=precision,
+        weights=weights,
+        optimizer=optimizer,
+        state_bits=state_bits,
+        update_in_backward=not keeps,
+        gradient_checkpointing=_choose(h.gradient_checkpointing, rung.gradient_checkpointing),
+        attention="default" if h.attention == "auto" else h.attention,
+        # Volta and older have no fast fp16 kernels for it.
+        channels_last=card.capability >= (7, 5),
+        cuda_graph=optimizer != "adamw8bit" and h.cuda_graph is not False,
+        compile=h.torch_compile is True,
+        train_text_encoder=text_encoder,
+        ema=ema_place if ema else "no",
+        cache_latents=h.not_cache_latents in (False, "auto"),
+        sample_batch_size=1,
+        max_grad_norm=(1.0 if h.max_grad_norm == "auto" else h.max_grad_norm) if clips else None,
+        notes=tuple(notes),
+    )
+    plan = dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h))
+    if h.sample_batch_size != "auto":
+        return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
+    # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
+    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= LADDER[0].from_gib else (16, 8, 4, 2, 1)
+    batches = [n for n in sizes if sampling_peak_gb(n, h) <= card.budget_gb]
+    return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
+
+
+def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
+    notes = ["use_cpu: training on the CPU" if h.use_cpu else "no CUDA device: training on the CPU"]
+    if h.mixed_precision == "fp16":
+        notes.append("mixed_precision=fp16 needs a GPU: the CPU computes in fp32")
+    if h.attention in ("xformers", "flash_attention"):
+        notes.append(f"attention={h.attention} needs a GPU: SDPA serves")
+    return Plan(
+        tier="cpu",
+        device="cpu",
+        precision="bf16" if h.mixed_precision == "bf16" else "fp32",
+        weights="fp32",
+        optimizer="blockwise" if h.optimizer == "blockwise" else "adamw",
+        state_bits=8 if h.optimizer == "blockwise" else 32,
+        update_in_backward=False,
+        gradient_checkpointing=_choose(h.gradient_checkpointing, False),
+        attention="default",
+        channels_last=False,
+        cuda_graph=False,
+        compile=h.torch_compile is True,
+        train_text_encoder=_choose(h.train_text_encoder, False),
+        ema="device" if _choose(h.use_ema, False) else "no",
+        cache_latents=h.not_cache_latents in (False, "auto"),
+        sample_batch_size=1 if h.sample_batch_size == "auto" else h.sample_batch_size,
+        max_grad_norm=1.0 if h.max_grad_norm == "auto" else h.max_grad_norm,
+        notes=tuple(notes),
+    )
+
+
+def _impossible(h: Hyperparameters, card: Card) -> list[str]:
+    """Explicit values that this card, or the base model, can't run, whatever its memory."""
+    problems: list[str] = []
+    if h.train_text_encoder is True and not FAMILIES[h.architecture].footprint.trains_text_encoder:
+        problems.append(
+            "train_text_encoder=true: with an SDXL base model the job trains the UNet only; set it to false or auto"
+        )
+    if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
+        problems.append(
+            "optimizer=adamw8bit or use_8bit_adam=true needs a GPU; set optimizer to auto, or use_8bit_adam to false"
+        )
+    if not card.is_cpu and not h.use_cpu and h.mixed_precision == "bf16" and not card.has_bf16:
+        problems.append(f"mixed_precision=bf16: {card.name} has no bf16; write fp16 or auto")
+    if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
+        problems.append(f"attention=flash_attention: {card.name} can't run it; write default or auto")
+    return problems
+
+
+def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
+    """Why nothing fits, and what would: the explicit values whose absence makes room."""
+    wishes = {
+        "gradient_checkpointing": False,
+        "train_text_encoder": True,
+        "use_ema": True,
+        "optimizer": h.optimizer if h.optimizer in ("adamw", "auto16") else object(),
+        "mixed_precision": "no",
+        "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
+    }
+    asked = {name: "auto" for name, value in wishes.items() if getattr(h, name) == value}
+    resolution = min(h.resolution, FAMILIES[h.architecture].resolution)
+    smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": resolution}
+    asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
+    text = (
+        f"the job needs {smallest.predicted_peak_gb:.1f} GB at least and {card.name} has {card.budget_gb:.1f} GB for it"
+    )
+    drawing = {"validation_steps": 0} if draws_while_training(h) else {}
+    both = {**asked, **asked_sizes}
+    for change in (drawing, asked, asked_sizes, both, {**both, **drawing}):
+        if change:
+            relaxed = h.model_copy(update=change)
+            if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card)):
+                return [f"{text}; it fits with {' '.join(f'{k}={v}' for k, v in change.items())}"]
+    needed = [c for c in CARDS.values() if c.budget_gb >= smallest.predicted_peak_gb]
+    return [f"{text}; use a larger card{f', such as {needed[0].name}' if needed else ''}"]
+
+
+def _precision(h: Hyperparameters, card: Card) -> Precision:
+    if h.mixed_precision == "auto":
+        return "bf16" if card.has_bf16 else "fp16"
+    return "fp32" if h.mixed_precision == "no" else h.mixed_precision
+
+
+def _may_drop_gradients(h: Hyperparameters) -> bool:
+    """Accumulation and clipping to a global norm need every gradient at the end of the backward pass."""
+    return h.gradient_accumulation_steps == 1 and not isinstance(h.max_grad_norm, float)
+
+
+def _choose(wish: bool | Literal["auto"], otherwise: bool) -> bool:
+    return otherwise if wish == "auto" else wish

@@ -1,0 +1,64 @@
+"""Predicted peak memory; the constants are fitted to benchmarks/train_step.py and benchmarks/tiers.py."""
+
+from __future__ import annotations
+
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.planning.plan import Plan, Precision
+
+# With prior=output: a prediction says less than a picture, and many are kept for each class image that would be made.
+OUTPUTS_PER_IMAGE = 8
+# The text encoder's share of activations, for one prompt of 77 tokens.
+_TEXT_ACTIVATIONS_GB = 0.05
+# Workspaces, the largest gradients in flight and the caches of latents and embeddings.
+_OVERHEAD_GB = 0.12
+# Gradients grow while activations go: their peaks add up in part.
+_OVERLAP = 0.2
+
+
+def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
+    """Highest allocation of the training phase, in GB (1e9 bytes)."""
+    model = FAMILIES[h.architecture].footprint
+    millions = model.unet + (model.text_encoder if plan.train_text_encoder else 0)
+    scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
+    state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
+    weights = {"fp32": 4.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
+    average = 4.0 if plan.ema == "device" else 0.0
+    width = 4 if plan.weights == "fp32" else 2
+    gradients = 0.0 if plan.update_in_backward else width * millions * 1e-3
+    # Autocast makes a 16-bit copy of every fp32 weight, which its backward pass needs.
+    casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0
+    rows = h.train_batch_size * (2 if h.prior_preservation else 1)
+    activations = model.checkpointed_gb if plan.gradient_checkpointing else model.activations_gb
+    scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
+    text = _TEXT_ACTIVATIONS_GB if plan.train_text_encoder and not plan.gradient_checkpointing else 0
+    samples = casts + rows * (activations * scale + text)
+    passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
+    vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + 1.2 * (h.resolution / 512) ** 2
+    if h.prior_preservation and h.prior == "output":  # the latents of its outputs
+        vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
+    kept = (weights + state + average) * millions * 1e-3 + vae + _OVERHEAD_GB
+    peak = kept + passing
+    if draws_while_training(h):
+        # A captured step keeps all its memory while pictures are drawn; another one its gradients at most.
+        held = passing if plan.cuda_graph else gradients
+        peak = max(peak, kept + held + drawing_gb(plan.precision, h))
+    return round(peak, 2)
+
+
+def draws_while_training(h: Hyperparameters) -> bool:
+    """Whether pictures are drawn while training's memory stays where it is."""
+    return h.validation_prompt is not None and h.validation_steps > 0
+
+
+def drawing_gb(precision: Precision, h: Hyperparameters) -> float:
+    """What a validation picture takes beside training: a pipeline of its own, VAE included, only while it draws."""
+    return sampling_peak_gb(1, h) * (2 if precision == "fp32" else 1)
+
+
+def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
+    """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
+    model = FAMILIES[h.architecture].footprint
+    models = 2e-3 * (model.unet + model.text_encoder) + 1e-3 * model.vae_bytes * model.vae
+    decoding = 0.35 * model.vae_bytes
+    return models + max(model.drawn_gb * batch_size, decoding) * (h.resolution / 512) ** 2
