@@ -133,6 +133,12 @@ def test_what_auto_stands_for_may_be_said(subject: Subject) -> None:
     check_resumable(saved, identity_of(subject, **said, aspect_ratio_buckets=h.buckets), SCHEDULE)
 
 
+def test_a_checkpoint_from_when_8_bit_adam_was_a_knob_of_its_own_is_resumed(subject: Subject) -> None:
+    identity = identity_of(subject)
+    assert (identity["optimizer"], identity["use_8bit_adam"]) == ("adamw 32 bits", False)
+    check_resumable(checkpoint_of(identity), identity_of(subject, use_8bit_adam="False"), SCHEDULE)
+
+
 def change_picture(folder: Path) -> None:
     shutil.copy(folder / "00.png", folder / "01.png")
 
