@@ -116,9 +116,9 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
         # planned for training.
         encoders = load_encoders(h.fidelity_encoders) if h.fidelity_encoders and job.world.is_main else None
     samples, previous = job.directory / SAMPLES, start.previous
-    if job.world.is_main:
-        take_over_pictures(previous.pictures if previous else None, samples)
     if previous:
+        if job.world.is_main:
+            take_over_pictures(previous.pictures, samples)
         report.go_on(previous.record, previous.step, samples)
     return Loaded(base, encoders, space)
 

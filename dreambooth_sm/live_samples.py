@@ -21,7 +21,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.report import Reporter, Sample
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Options, S3Uri, TransferError, put_object
-from dreambooth_sm.validation import SAMPLES, take_over_pictures
+from dreambooth_sm.validation import SAMPLES
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -76,7 +76,6 @@ class SyncedSamples:
 
     def __init__(self, synced: Path) -> None:
         self.directory = synced / SAMPLES
-        take_over_pictures(None, self.directory)
 
     def send(self, samples: Sequence[Sample]) -> None:
         self.directory.mkdir(exist_ok=True)

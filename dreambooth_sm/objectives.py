@@ -91,12 +91,13 @@ class Diffusion:
             return None
         signal = self.alphas_cumprod[times]
         snr = signal / (1 - signal)
-        divisor = snr + 1 if self.prediction_type == "v_prediction" else snr
-        return snr.clamp(max=self.snr_gamma) / divisor
+        if self.prediction_type == "epsilon":
+            return (self.snr_gamma / snr).clamp(max=1)  # 1 where nothing of the picture is left, and nothing to divide
+        return snr.clamp(max=self.snr_gamma) / (snr + 1)
 
     def invert(self, seen: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """At times that leave some of the picture."""
-        signal = self._signal(times)
+        # A last time that leaves nothing of the picture leaves a trace here, as in diffusers' samplers.
+        signal = self._signal(times).clamp(min=2**-24)
         if self.prediction_type == "v_prediction":
             return (
                 signal.sqrt() * seen - (1 - signal).sqrt() * prediction,

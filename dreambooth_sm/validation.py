@@ -38,15 +38,13 @@ def validation_prompts(h: Hyperparameters, subjects: tuple[Subject, ...]) -> tup
     return tuple(dict.fromkeys(prompt for prompt in [*asked, *classes] if prompt))
 
 
-def take_over_pictures(earlier: Path | None, directory: Path) -> None:
-    """Puts the whole pictures of the attempts before this one into ``directory``, in place of another job's.
+def take_over_pictures(earlier: Path, directory: Path) -> None:
+    """Puts the whole pictures of the attempts before this one into ``directory``, beside those of other jobs.
 
     Args:
-        earlier: where they lie; None for a first attempt.
+        earlier: where they lie.
     """
-    for other in directory.glob(_NAMES):
-        other.unlink()
-    for picture in sorted(earlier.glob(_NAMES)) if earlier else []:
+    for picture in sorted(earlier.glob(_NAMES)):
         if picture.is_symlink() or not picture.is_file():
             continue
         if picture.stem.endswith(_digest(picture.read_bytes())):

@@ -143,7 +143,7 @@ class OutputKnobs(ModelKnobs):
     @rule("s3_endpoint_url")
     def _server_is_an_address(self) -> Iterator[str]:
         url = self.s3_endpoint_url
-        if url is not None and not re.match(r"https?://[^/\s]+", url):
+        if url is not None and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", url):
             yield f"s3_endpoint_url: {short(url)} is no address; write https://host:port"
         if url is not None and has_userinfo(url):
             yield (

@@ -26,6 +26,7 @@ from dreambooth_sm.storage import (
     list_objects,
     upload_directory,
 )
+from dreambooth_sm.training.checkpoint import all_checkpoints
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -88,15 +89,19 @@ class RemoteCheckpoints:
         return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
 
     def fetch(self, root: Path) -> None:
-        """Puts the newest whole checkpoint below ``root``, unless there is one of its name."""
+        """Puts the newest whole checkpoint below ``root``, unless it is there undamaged."""
         listed = list_objects(self.place, self._options, client=self._client)
+        here = {checkpoint.directory.name: checkpoint for checkpoint in all_checkpoints(root)}
         for name in self._steps():
-            if f"{name}/{MANIFEST_NAME}" not in listed or (root / name).is_dir():
+            if f"{name}/{MANIFEST_NAME}" not in listed:
                 continue
+            if name in here and here[name].is_undamaged():
+                return
             partial = root / f".partial-{name}"
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 download_directory(self.place / name, partial, self._options, client=self._client)
+                shutil.rmtree(root / name, ignore_errors=True)
                 partial.rename(root / name)
             except (TransferError, UserError, OSError) as error:
                 shutil.rmtree(partial, ignore_errors=True)

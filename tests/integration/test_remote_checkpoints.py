@@ -7,8 +7,11 @@ import shutil
 import threading
 from pathlib import Path
 
+import torch
+
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import S3Options, S3Uri, list_objects, s3_client, verify
+from dreambooth_sm.training.checkpoint import save_checkpoint, undamaged_checkpoints
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.s3_proxy import Answer, Request, s3_proxy
@@ -73,3 +76,22 @@ def test_a_checkpoint_that_cannot_be_sent_is_a_warning_and_the_next_one_goes(
     assert "step-00000002" not in log.getvalue()
     assert verify(target / "checkpoints" / "step-00000002", client=s3.client()).whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_a_damaged_checkpoint_is_fetched_again(tmp_path: Path, target: S3Uri, s3: EmbeddedS3) -> None:
+    """Whole in S3, cut on this disk: the older ones are not what the job goes back to."""
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"seed": 7}, {"weights": {"w": torch.full((9,), float(step))}}, keep=5)
+    newest = tmp_path / "step-00000002"
+    log = io.StringIO()
+    remote = RemoteCheckpoints(target, S3Options(), s3.client(), Reporter(log))
+    with remote:
+        remote.send(newest)
+    remote.fetch(tmp_path)
+    assert "came from" not in log.getvalue()  # it is there
+    content = (newest / "tensors.pt").read_bytes()
+    (newest / "tensors.pt").write_bytes(bytes(len(content)))
+    remote.fetch(tmp_path)
+    assert f"checkpoint step-00000002 came from {target}" in log.getvalue()
+    assert (newest / "tensors.pt").read_bytes() == content
+    assert [checkpoint.step for checkpoint in undamaged_checkpoints(tmp_path)] == [2, 1]

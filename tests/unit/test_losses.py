@@ -141,6 +141,24 @@ def test_min_snr_weights_of_every_time_step(prediction_type: str) -> None:
     assert (weights <= 1).all()
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_last_time_without_a_trace_of_the_picture(prediction_type: str) -> None:
+    """Schedules with zero terminal SNR (Lin et al. 2024): nothing is divided by nothing."""
+    scheduler = DDPMScheduler.from_config(SCHEDULER.config, rescale_betas_zero_snr=True)
+    objective = Diffusion(prediction_type, scheduler.alphas_cumprod, 5.0)
+    last = torch.tensor([999, 999])
+    assert scheduler.alphas_cumprod[-1] == 0
+    weights = objective.row_weights(last)
+    assert weights is not None
+    assert weights.tolist() == ([1.0, 1.0] if prediction_type == "epsilon" else [0.0, 0.0])
+    latents, noise, _ = draw(2)
+    seen, said = objective.noised(latents, noise, last), objective.target(latents, noise, last)
+    found, found_noise = objective.invert(seen, said, last)
+    assert found.isfinite().all()
+    torch.testing.assert_close(objective.noised(found, found_noise, last), seen, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(objective.target(found, found_noise, last), said, rtol=1e-3, atol=1e-3)
+
+
 def test_an_unknown_prediction_type() -> None:
     with pytest.raises(ValueError, match="'sample'"):
         Diffusion("sample", SCHEDULER.alphas_cumprod)

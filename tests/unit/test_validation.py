@@ -106,7 +106,7 @@ def test_a_later_attempt_draws_what_is_missing_alone(base: BaseModel, tmp_path: 
     assert {sample.path for sample in drawn} == set((tmp_path / "samples").iterdir())
 
 
-def test_whole_pictures_of_earlier_attempts_take_the_place_of_other_jobs(base: BaseModel, tmp_path: Path) -> None:
+def test_whole_pictures_of_earlier_attempts_come_beside_those_of_other_jobs(base: BaseModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path)
     validator = Validator(base, ("one", "two"), run.h, run.plan, tmp_path / "earlier", run.recorder)
     validator.draw(0)
@@ -114,12 +114,12 @@ def test_whole_pictures_of_earlier_attempts_take_the_place_of_other_jobs(base: B
     half.write_bytes(half.read_bytes()[:-9])
     here = tmp_path / "samples"
     here.mkdir()
-    (here / "step-000400-prompt-0-seed-2000-0123abcd.png").write_bytes(b"another job's")
-    (here / "mine.png").write_bytes(b"the user's")
+    others = {"step-000400-prompt-0-seed-2000-0123abcd.png": b"another job's", "mine.png": b"the user's"}
+    for name, content in others.items():
+        (here / name).write_bytes(content)
     take_over_pictures(tmp_path / "earlier", here)
-    assert sorted(path.name for path in here.iterdir()) == ["mine.png", whole.name]
-    take_over_pictures(None, here)
-    assert [path.name for path in here.iterdir()] == ["mine.png"]
+    found = {path.name: path.read_bytes() for path in here.iterdir()}
+    assert found == others | {whole.name: whole.read_bytes()}
 
 
 def test_the_class_is_drawn_as_well(tmp_path: Path) -> None:
