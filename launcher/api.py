@@ -18,11 +18,12 @@ from launcher.aws.clients import Clients
 from launcher.aws.lookup import MANIFEST_FILE, Listed
 from launcher.aws.service_errors import asking
 from launcher.channels import Channel
+from launcher.draft import LOCAL, ON_THIS_MACHINE
 from launcher.estimates import Estimate
 from launcher.jobs.job import Job
 from launcher.local.run import local_job, run_locally
 from launcher.options import Images, split_options, with_options
-from launcher.prepare import LOCAL, ON_THIS_MACHINE, Order, describe, read_local
+from launcher.prepare import Order, describe, read_local
 from launcher.staging import lay_out_files
 
 if TYPE_CHECKING:
