@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,19 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.printing import redact
-from launcher import sdks, submit
+from launcher import sdks
 from launcher.aws.account import Account
 from launcher.aws.clients import Clients
-from launcher.aws.lookup import MANIFEST_FILE, Listed
 from launcher.aws.service_errors import asking
-from launcher.channels import Channel
 from launcher.draft import LOCAL, ON_THIS_MACHINE
 from launcher.estimates import Estimate
 from launcher.jobs.job import Job
-from launcher.local.run import local_job, run_locally
+from launcher.local.run import local_job
 from launcher.options import Images, split_options, with_options
-from launcher.prepare import Order, describe, read_local
-from launcher.staging import lay_out_files
+from launcher.prepare import PreparedJob, prepare, prepare_local
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -68,14 +63,14 @@ def fit(
         ...           instance_type="ml.g5.xlarge", max_train_steps=400)  # doctest: +SKIP
     """
     options = {"images": images, "instance_type": LOCAL, **options}
-    if options["instance_type"] in ON_THIS_MACHINE:
-        return _fit_locally(options, directory, wait=wait, log=log)
-    account = Account(Clients(session))
-    order = describe(options, account, directory=directory)
     say = log or print
-    _tell(order, say)
-    order.stage(account, say)
-    job = submit.submit(order.request, account.clients, price=order.estimate.instance.usd_per_hour)
+    if options["instance_type"] in ON_THIS_MACHINE:
+        local = prepare_local(options)
+        _tell(local.lines(), say)
+        return local.submit(directory, wait=wait, log=log)
+    prepared = prepare(options, Account(Clients(session)), directory=directory)
+    _tell(prepared.lines(), say)
+    job = prepared.submit(say)
     return job.wait(log) if wait else job
 
 
@@ -117,11 +112,9 @@ def check(
     """
     options = {"images": images, "instance_type": LOCAL, **options}
     if options["instance_type"] in ON_THIS_MACHINE:
-        for warning in read_local(options).warnings:
-            log(redact(f"warning: {warning}"))
-        log("pictures and hyperparameters are in order")
+        _tell([*prepare_local(options).lines(), "pictures and hyperparameters are in order"], log)
     else:
-        _tell(describe(options, Account(Clients(session))), log)
+        _tell(prepare(options, Account(Clients(session))).lines(), log)
 
 
 @with_options(instance_type="auto")
@@ -138,7 +131,7 @@ def estimate(images: Images | None = None, **options: Any) -> Estimate:
         >>> estimate(instance_prompt="photo of zwx toy", instance_type="ml.g4dn.xlarge").lines()[0]
         'instance: ml.g4dn.xlarge (T4)'
     """
-    return describe({"images": images, **options}, None).estimate
+    return prepare({"images": images, **options}, None).estimate
 
 
 @with_options(instance_type="auto")
@@ -184,41 +177,15 @@ def model_trainer(images: Images, *, session: Session | None = None, **options: 
     return sdks.model_trainer(_staged({"images": images, **options}, session).request, session)
 
 
-def _staged(options: Mapping[str, Any], session: Session | None) -> Order:
-    account = Account(Clients(session))
-    order = describe(options, account, thorough=False)
-    order.stage(account, lambda line: None)
-    return order
+def _staged(options: Mapping[str, Any], session: Session | None) -> PreparedJob:
+    prepared = prepare(options, Account(Clients(session)), thorough=False)
+    prepared.stage()
+    return prepared
 
 
-def _tell(order: Order, say: Callable[[str], None]) -> None:
-    for line in order.lines():
+def _tell(lines: Iterable[str], say: Callable[[str], None]) -> None:
+    for line in lines:
         say(redact(line))
-
-
-def _fit_locally(
-    options: Mapping[str, Any], directory: str | Path | None, *, wait: bool, log: Callable[[str], None] | None
-) -> Job:
-    draft = read_local(options)
-    assert draft.hyperparameters is not None
-    for warning in draft.warnings:
-        (log or print)(redact(f"warning: {warning}"))
-    # A job that nobody waits for reads its channels later.
-    scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
-    atexit.register(scratch.cleanup)
-    channels: dict[str, dict[str, str]] = {}
-    for name, source in draft.sources.items():
-        if isinstance(source, Channel):
-            channels[name] = source.data_source
-            continue
-        folder = Path(scratch.name, name)
-        lay_out_files(source.files if isinstance(source, Listed) else source, folder)
-        channels[name] = {"S3DataType": "S3Prefix", "S3Uri": folder.resolve().as_uri()}
-        if isinstance(source, Listed):
-            channels[name] = {"S3DataType": "ManifestFile", "S3Uri": (folder / MANIFEST_FILE).resolve().as_uri()}
-    image = draft.resources.image_uri
-    hyperparameters = draft.hyperparameters.to_sagemaker()
-    return run_locally(hyperparameters, channels, image=image, directory=directory, log=log, wait=wait)
 
 
 @dataclass(frozen=True)

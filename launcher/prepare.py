@@ -1,17 +1,21 @@
-"""From options to an order: a job that has been described, and checked as far as it can be before it starts."""
+"""From options to a prepared job: checked as far as it can be before it starts, staged once, submitted at will."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.data.check import printable
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Options, S3Uri
 from launcher.aws.account import Account
 from launcher.aws.clients import Clients
@@ -20,13 +24,17 @@ from launcher.channels import MANIFEST, Channel
 from launcher.draft import Draft, read_draft
 from launcher.estimates import Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
+from launcher.jobs.job import Job
 from launcher.local.program import CONTAINER
+from launcher.local.run import run_locally
 from launcher.resources import Resources
-from launcher.staging import Files, digest, stage
+from launcher.staging import Files, digest, lay_out_files, stage
+from launcher.submit import submit
 from launcher.training_request import (
     CONCEPTS_FILE,
     CONFIG_CHANNEL,
     IMAGES_CHANNEL,
+    MAX_NAME,
     find_secrets,
     move_long_values,
     refused_resources,
@@ -37,44 +45,158 @@ from launcher.training_request import (
 _STANDINS = {"role": "arn:aws:iam::000000000000:role/unknown", "image_uri": "unknown", "bucket": "unknown"}
 
 
-@dataclass(frozen=True)
-class Order:
-    """A job that has been checked and has only to be sent.
+@dataclass
+class PreparedJob:
+    """A job for SageMaker that has been checked: its files are staged once, and it is submitted any number of times.
 
     Attributes:
-        request: for ``create_training_job``.
+        resources: with role, image, bucket and name filled in.
+        channels: where each input channel lies in S3.
+        estimate: plan, memory, minutes and dollars.
         files: what has to be in S3 before, by its place there.
         options: how they are written there.
+        account: that it runs in; None: it is only described, and can't be staged.
         warnings: what is odd about the pictures, and what could not be checked.
         new_bucket: that has to be made before, if any.
     """
 
-    request: dict[str, Any]
+    hyperparameters: Hyperparameters
+    resources: Resources
+    channels: Mapping[str, Channel]
     estimate: Estimate
     files: Mapping[S3Uri, Files]
     options: S3Options
+    account: Account | None = None
     warnings: tuple[str, ...] = ()
     new_bucket: str | None = None
+    _staged: bool = field(default=False, init=False, repr=False)
+    _submitted: int = field(default=0, init=False, repr=False)
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """For ``create_training_job``."""
+        return training_job(self.hyperparameters, self.resources, self.channels)
 
     def lines(self) -> list[str]:
         """What will be done, for people."""
-        lines = [f"job: {self.request['TrainingJobName']}", *self.estimate.lines()]
+        lines = [f"job: {self.resources.name}", *self.estimate.lines()]
         if self.new_bucket:
             lines.append(f"bucket: {self.new_bucket} is missing; a job that starts makes it")
         lines += [f"files: {len(files)} for {place}" for place, files in self.files.items()]
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
-    def stage(self, account: Account, say: Callable[[str], None]) -> None:
-        """Makes a bucket that is missing, and sends the files that are not in S3 yet."""
+    def stage(self, say: Callable[[str], None] = lambda line: None) -> None:
+        """Makes a bucket that is missing, and sends the files that are not in S3 yet; does nothing the second time.
+
+        Args:
+            say: gets a line about each of them.
+
+        Raises:
+            UserError: no permission.
+            TransferError: the transfer failed in spite of retries.
+        """
+        if self._staged:
+            return
+        account = self._account
         if bucket := account.make_bucket():
             say(f"bucket: made {bucket}")
         for place, files in self.files.items():
             sent = stage(files, place, account.clients("s3"), self.options)
             say(f"files: {len(files)} {'sent to' if sent else 'already in'} {place}")
+        self._staged = True
+
+    def submit(self, say: Callable[[str], None] = lambda line: None, *, name: str | None = None) -> Job:
+        """Stages the files, and starts a job with boto3.
+
+        Args:
+            say: as for :meth:`stage`.
+            name: of this job; None: the one that was prepared, with a number from the second job on.
+
+        Raises:
+            UserError: SageMaker refuses the job, or its files can't be sent.
+            ServiceError: AWS can't be reached, not with these credentials, or has a fault of its own.
+            TransferError: the transfer failed in spite of retries.
+        """
+        self.stage(say)
+        resources = self.resources.model_copy(update={"name": name or self._next_name()})
+        request = training_job(self.hyperparameters, resources, self.channels)
+        job = submit(request, self._account.clients, price=self.estimate.instance.usd_per_hour)
+        self._submitted += 1
+        return job
+
+    @property
+    def _account(self) -> Account:
+        if self.account is None:
+            raise ValueError("a job that was prepared without an account can't be staged")
+        return self.account
+
+    def _next_name(self) -> str:
+        """SageMaker takes a name once, and checkpoints lie below it."""
+        name, number = self.resources.name or "", f"-{self._submitted + 1}"
+        return name[: MAX_NAME - len(number)] + number if self._submitted else name
 
 
-def read_local(options: Mapping[str, Any]) -> Draft:
-    """What a job of this machine needs, checked.
+@dataclass
+class PreparedLocalJob:
+    """A job for this machine that has been checked; it is submitted any number of times.
+
+    Attributes:
+        sources: channels to what they hold in S3, or to files of this machine.
+        pictures: how many there are of the subject.
+        image: that Docker runs; None: the job is a process.
+        warnings: what is odd about the pictures.
+    """
+
+    hyperparameters: Hyperparameters
+    sources: Mapping[str, Channel | Listed | Files]
+    pictures: int
+    image: str | None = None
+    warnings: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """What to know before, for people."""
+        return [f"warning: {warning}" for warning in self.warnings]
+
+    def submit(
+        self, directory: str | Path | None = None, *, wait: bool = True, log: Callable[[str], None] | None = None
+    ) -> Job:
+        """Starts a job of this machine.
+
+        Args:
+            directory: root of its ``/opt/ml`` tree; a new temporary directory if None.
+            wait: follow it until it has ended.
+            log: gets each line of its log; default: printed, with a progress display.
+
+        Raises:
+            UserError: the entrypoint, or Docker, is not here.
+            JobFailed: with the job's reason.
+        """
+        hyperparameters = self.hyperparameters.to_sagemaker()
+        return run_locally(
+            hyperparameters, self._data_sources, image=self.image, directory=directory, log=log, wait=wait
+        )
+
+    @cached_property
+    def _data_sources(self) -> dict[str, dict[str, str]]:
+        """The channels as S3DataSources, files of this machine laid out in a folder of their own."""
+        # A job that nobody waits for reads its channels later.
+        scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
+        atexit.register(scratch.cleanup)
+        found: dict[str, dict[str, str]] = {}
+        for name, source in self.sources.items():
+            if isinstance(source, Channel):
+                found[name] = source.data_source
+                continue
+            folder = Path(scratch.name, name)
+            lay_out_files(source.files if isinstance(source, Listed) else source, folder)
+            found[name] = {"S3DataType": "S3Prefix", "S3Uri": folder.resolve().as_uri()}
+            if isinstance(source, Listed):
+                found[name] = {"S3DataType": "ManifestFile", "S3Uri": (folder / MANIFEST_FILE).resolve().as_uri()}
+        return found
+
+
+def prepare_local(options: Mapping[str, Any]) -> PreparedLocalJob:
+    """Checks what a job of this machine needs.
 
     Raises:
         UserError: with everything that was found.
@@ -90,17 +212,20 @@ def read_local(options: Mapping[str, Any]) -> Draft:
         for name in sorted(resources.model_fields_set - fitting)
     ]
     draft.raise_any()
-    return draft
+    assert draft.hyperparameters is not None
+    return PreparedLocalJob(
+        draft.hyperparameters, draft.sources, draft.pictures, resources.image_uri, tuple(draft.warnings)
+    )
 
 
-def describe(
+def prepare(
     options: Mapping[str, Any],
     account: Account | None,
     *,
     thorough: bool = True,
     directory: str | Path | None = None,
-) -> Order:
-    """Checks everything that can be checked, and describes the job.
+) -> PreparedJob:
+    """Checks everything that can be checked of a job on SageMaker.
 
     Args:
         account: where to look for what was not given; None: nowhere.
@@ -159,7 +284,8 @@ def describe(
     draft.problems.found += find_secrets(request, os.environ)
     draft.raise_any()
     warnings = (*draft.warnings, *(account.warnings if account else ()))
-    return Order(request, chosen, files, draft.writing, warnings, account.missing_bucket if account else None)
+    missing = account.missing_bucket if account else None
+    return PreparedJob(h, resources, channels, chosen, files, draft.writing, account, warnings, missing)
 
 
 def _lookup(account: Account | None, *, thorough: bool) -> Lookup:

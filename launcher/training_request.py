@@ -27,7 +27,7 @@ CONCEPTS_FILE = "concepts_list.json"
 
 
 # The limits of CreateTrainingJob. Longer values pass botocore's model, and are refused by the service's own text.
-MAX_VALUE, MAX_HYPERPARAMETERS = 256, 100
+MAX_NAME, MAX_VALUE, MAX_HYPERPARAMETERS = 63, 256, 100
 MAX_ENVIRONMENT, MAX_ENVIRONMENT_TEXT = 100, 512
 MAX_CHANNELS, MAX_TAGS, MAX_IMAGE_URI, MAX_S3_URI = 20, 50, 255, 1024
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
@@ -105,10 +105,10 @@ def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str
 
 def refused_resources(r: Resources, channels: Mapping[str, S3Uri | Channel]) -> Iterator[str]:
     """What of a request breaks a rule of CreateTrainingJob, whatever its hyperparameters are."""
-    if not r.name or len(r.name) > 63 or not _NAME.fullmatch(r.name):
+    if not r.name or len(r.name) > MAX_NAME or not _NAME.fullmatch(r.name):
         yield (
-            f"name: {r.name!r} is not the name of a job; set 1 to 63 letters, digits and hyphens, with a letter or "
-            "digit first and last"
+            f"name: {r.name!r} is not the name of a job; set 1 to {MAX_NAME} letters, digits and hyphens, with a "
+            "letter or digit first and last"
         )
     if not r.role or not _ROLE.fullmatch(r.role) or len(r.role) > 2048:
         yield f"role: {r.role!r} is not the ARN of a role; set arn:aws:iam::123456789012:role/NAME"

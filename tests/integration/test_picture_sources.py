@@ -18,7 +18,7 @@ from launcher.channels import read_manifest, write_manifest
 from launcher.local.s3 import EmbeddedS3
 from launcher.local.services import EmbeddedServices
 from launcher.local.tree import fetch_channel
-from launcher.prepare import read_local
+from launcher.prepare import prepare_local
 from tests.helpers.api import refusals
 
 PROMPT = "photo of zwx toy"
@@ -152,9 +152,9 @@ def test_pictures_in_s3_are_counted(services: EmbeddedServices, bucket: str) -> 
     s3.put_object(Bucket=bucket, Key="unnamed/IMG_0001", Body=jpeg)
     s3.put_object(Bucket=bucket, Key="masked/a.jpg", Body=jpeg)
     s3.put_object(Bucket=bucket, Key="masked/a-mask.png", Body=b"mask")
-    assert read_local({"images": f"s3://{bucket}/unnamed", "instance_prompt": PROMPT}).sources  # by its content
+    assert prepare_local({"images": f"s3://{bucket}/unnamed", "instance_prompt": PROMPT}).sources  # by its content
     for images, count in (("masked", 1), ("toys/", 3), ("pic", 2), ("toys/01.jpg", 1), ("m/list.manifest", 2)):
-        assert read_local({"images": f"s3://{bucket}/{images}", "instance_prompt": PROMPT}).pictures == count
+        assert prepare_local({"images": f"s3://{bucket}/{images}", "instance_prompt": PROMPT}).pictures == count
 
 
 def test_a_base_model_is_a_file_or_a_folder_by_what_is_there(services: EmbeddedServices, bucket: str) -> None:

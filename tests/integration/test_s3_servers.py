@@ -31,7 +31,7 @@ from dreambooth_sm.storage import (
 )
 from launcher.jobs.archive import unpack
 from launcher.local.s3 import EmbeddedS3
-from launcher.prepare import describe
+from launcher.prepare import prepare
 from launcher.staging import stage
 from tests.helpers.s3_proxy import Answer, Request, s3_proxy
 
@@ -315,7 +315,7 @@ def test_an_order_sends_its_files_as_the_job_writes(
         "instance_type": "ml.g5.xlarge",
         "resolution": 64,
     }
-    assert describe({**common, **options}, None).options == writing
+    assert prepare({**common, **options}, None).options == writing
 
 
 # --- A model.tar.gz ---------------------------------------------------------------------------------------------------

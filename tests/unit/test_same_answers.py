@@ -14,7 +14,7 @@ from PIL import Image
 from dreambooth_sm.data.concepts import find_subjects
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from launcher.prepare import describe
+from launcher.prepare import prepare
 from launcher.staging import lay_out_files, picture_files
 from tests.unit.test_check import blocks, content
 
@@ -50,7 +50,7 @@ def on_client(images: Path, classes: Path, **options: Any) -> tuple[set[str], se
     """The problems, and the warnings, of a job on SageMaker that is only described."""
     given = {"images": images, "class_images": classes, **ON_SAGEMAKER, **PROMPTS, **options}
     try:
-        return set(), set(describe(given, None).warnings)
+        return set(), set(prepare(given, None).warnings)
     except UserError as error:
         return set(error.problems), set()
 
@@ -114,7 +114,7 @@ def test_prompts_beside_the_pictures_serve_the_client_as_well(tmp_path: Path) ->
     for number in range(4):
         blocks(number).save(tmp_path / f"{number}.png")
     (tmp_path / "dataset_info.json").write_text('{"instance_prompt": "photo of zwx toy"}')
-    request = describe({"images": tmp_path, **ON_SAGEMAKER}, None).request
+    request = prepare({"images": tmp_path, **ON_SAGEMAKER}, None).request
     assert request["HyperParameters"]["instance_prompt"] == "photo of zwx toy"
 
 
@@ -123,7 +123,7 @@ def test_names_that_s3_can_not_have_are_told_before_anything_is_sent(tmp_path: P
         blocks(number).save(tmp_path / f"{number}.png")
     (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(content(blocks(5), "PNG"))
     with pytest.raises(UserError) as caught:
-        describe({"images": tmp_path, "instance_prompt": "photo of zwx toy", **ON_SAGEMAKER}, None)
+        prepare({"images": tmp_path, "instance_prompt": "photo of zwx toy", **ON_SAGEMAKER}, None)
     assert caught.value.problems == [r"the name of \udcff.png is not UTF-8, as names in S3 are; rename it"]
 
 
@@ -140,6 +140,6 @@ def test_a_base_model_of_this_machine_is_looked_into_before_it_is_sent(tmp_path:
         blocks(number).save(pictures / f"{number}.png")
     given = {"images": pictures, "base_model": model, **ON_SAGEMAKER, **prompts}
     with pytest.raises(UserError, match="FlowMatchEulerDiscreteScheduler") as refused:
-        describe(given, None)
+        prepare(given, None)
     assert [problem for problem in refused.value.problems if problem.startswith("base_model: ")]
-    assert not describe(given | {"base_model": tiny_base}, None).warnings
+    assert not prepare(given | {"base_model": tiny_base}, None).warnings
