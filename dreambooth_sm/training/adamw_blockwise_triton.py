@@ -18,14 +18,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from dreambooth_sm.training.adamw_blockwise import BlockFormat, DeviceScalars, Moments
+from dreambooth_sm.training.moments import BlockFormat, DeviceScalars, Moments
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

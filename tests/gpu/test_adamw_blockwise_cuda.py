@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_sm.training import adamw_blockwise
-from dreambooth_sm.training.adamw_blockwise import FORMATS, BlockwiseAdamW
+from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
+from dreambooth_sm.training.moments import FORMATS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 
 from dreambooth_sm.training import adamw_blockwise
 from dreambooth_sm.training.adamw_blockwise import (
-    FORMATS,
     BlockwiseAdamW,
-    PowerCode,
     hash32,
     join_bfloat16,
     join_float16,
@@ -33,6 +31,7 @@ from dreambooth_sm.training.adamw_blockwise import (
     split_bfloat16,
     split_float16,
 )
+from dreambooth_sm.training.moments import FORMATS, PowerCode
 from tests.helpers.patience import PATIENCE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,87 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield (node.module or "").partition(".")[0]
+
+
+def modules(root: Path, *packages: str) -> dict[str, Path]:
+    """Every module of some packages, by its full name."""
+    found = {}
+    for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(modules: Mapping[str, Path]) -> dict[str, set[str]]:
+    """The modules that each one imports of them: at its top, in functions, and for the type checker alone.
+
+    That a module is inside a package is not an import of the package.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                source = node.module or ""
+                if node.level:  # counted from the package that the module is in, or is
+                    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+                    parent = package[: len(package) + 1 - node.level]
+                    source = ".".join([*parent, *([node.module] if node.module else [])])
+                names = {f"{source}.{alias.name}" for alias in node.names}
+                named |= {name if name in modules else source for name in names}
+        graph[module] = (named & modules.keys()) - {module}
+    return graph
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, the first one again at the end; none where there is no ring."""
+    done: set[str] = set()
+
+    def follow(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module not in done:
+            for needed in sorted(graph[module]):
+                if found := follow(needed, [*way, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := follow(module, []))), [])
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = imports(modules(ROOT, "dreambooth_sm", "launcher"))
+    assert sum(map(len, graph.values())) > len(graph)
+    assert not circle(graph)
+
+
+def test_a_circle_is_found_wherever_its_imports_stand(tmp_path: Path) -> None:
+    files = {
+        "__init__.py": "from package.a import thing",
+        "a.py": "import package.b",
+        "b.py": "def late():\n    from package import c",
+        "c.py": "if TYPE_CHECKING:\n    from .d.e import thing",
+        "d/__init__.py": "",
+        "d/e.py": "from package.a import thing",
+        "f.py": "import os\nfrom package.a import thing",
+    }
+    for name, text in files.items():
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).write_text(text)
+    ring = ["package.a", "package.b", "package.c", "package.d.e", "package.a"]
+    assert circle(imports(modules(tmp_path, "package"))) == ring
+    (tmp_path / "package" / "d" / "e.py").write_text("from .. import f")
+    assert circle(imports(modules(tmp_path, "package")))[-1] == "package.a"  # by f
+    (tmp_path / "package" / "d" / "e.py").write_text("")
+    assert not circle(imports(modules(tmp_path, "package")))
+
+
+def test_the_library_does_not_import_its_client() -> None:
+    for path in sorted((ROOT / "dreambooth_sm").rglob("*.py")):
+        assert not {"launcher", "container"} & set(imported(path)), path
 
 
 @pytest.mark.parametrize("package", PRODUCTION)
