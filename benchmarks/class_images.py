@@ -1,6 +1,7 @@
 """Class images: how fast they are made, cold and warm, beside diffusers' way of making them.
 
     python -m benchmarks.class_images [ours full_guidance batch_16 diffusers ...] [--count 50]
+        [--write dreambooth_sm/planning/measured]
 
 Stable Diffusion 1.5's architecture with random weights, 512 pixels. ``cold`` is the first call of a process: moving
 the model to the device, loading kernels, and all pictures as a job keeps them. ``warm`` is as many other pictures
@@ -22,6 +23,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from benchmarks.common import PROMPTS, emit, in_fresh_processes, peaks, reset_peaks, sd15
+from benchmarks.figures import add_write_option, write_figures
 from dreambooth_sm.data import prior
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
@@ -96,9 +98,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--count", type=int, default=50)
+    add_write_option(parser)
     options = parser.parse_args()
     if len(options.variants) > 1:
-        in_fresh_processes("benchmarks.class_images", options.variants, f"--count={options.count}")
+        write = [f"--write={options.write}"] if options.write else []
+        in_fresh_processes("benchmarks.class_images", options.variants, f"--count={options.count}", *write)
         return
     (name,) = options.variants
     base = sd15()
@@ -107,6 +111,9 @@ def main() -> None:
         work = Path(folder)
         result = run_diffusers(base, work) if name == "diffusers" else run_ours(name, base, options.count, work)
     emit(variant=name, **result, **peaks())
+    if options.write and name == "ours":
+        command = f"python -m benchmarks.class_images {name} --count {options.count}"
+        write_figures(options.write, "sd", {"class_images_per_s": float(str(result["per_s"]))}, by=command)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from dreambooth_sm.fidelity import Fidelity, load_encoders, measure, measure_rea
 from dreambooth_sm.gallery import grid
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel, load_base
-from dreambooth_sm.planning.ladder import LADDER, Rung
+from dreambooth_sm.planning.ladder import LADDERS, Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.toybox import SIDE
@@ -66,8 +66,8 @@ VARIANTS: dict[str, tuple[Rung | None, str]] = {
     "reference": (None, "fp32"),
     "no_prior": (None, "fp32"),
     "prior_output": (None, "fp32"),
-    **{rung.name: (rung, "bf16") for rung in LADDER if rung.name not in ("large", "lean")},
-    "medium_fp16": (next(rung for rung in LADDER if rung.name == "medium"), "fp16"),
+    **{rung.name: (rung, "bf16") for rung in LADDERS["full"] if rung.name not in ("large", "lean")},
+    "medium_fp16": (next(rung for rung in LADDERS["full"] if rung.name == "medium"), "fp16"),
 }
 # diffusers' script runs beside ours; more at a time, or more threads, would only hold everything up.
 PEERS_AT_A_TIME, PEER_THREADS = 2, {"OMP_NUM_THREADS": "2"}

@@ -1,6 +1,6 @@
 """Each tier's plan under that card's memory: does it run, how fast, and how good is the predicted peak.
 
-    python -m benchmarks.tiers [CARD ...] [--steps 100] [--model sdxl]
+    python -m benchmarks.tiers [CARD ...] [--steps 100] [--model sdxl] [--write dreambooth_sm/planning/measured]
 
 A large card stands in for the small ones: PyTorch's allocator is capped at what such a card leaves to a process, and
 cards before Ampere get fp16 and neither flash nor cuDNN attention. Speeds are those of the card that it runs on. A
@@ -33,6 +33,7 @@ from benchmarks.common import (
     measure_steps,
     reset_peaks,
 )
+from benchmarks.figures import add_write_option, step_figures, write_figures
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.planning.cards import find_card
@@ -94,14 +95,24 @@ def main() -> None:
     parser.add_argument("cards", nargs="*")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", choices=MODELS, default="sd15")
+    add_write_option(parser)
     options = parser.parse_args()
     cards = options.cards or CARDS[options.model]
     if len(cards) > 1:
-        return in_fresh_processes("benchmarks.tiers", cards, f"--steps={options.steps}", f"--model={options.model}")
+        write = [f"--write={options.write}"] if options.write else []
+        return in_fresh_processes(
+            "benchmarks.tiers", cards, f"--steps={options.steps}", f"--model={options.model}", *write
+        )
     name = cards[0]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            emit(card=name, model=options.model, **run_tier(name, options.model, options.steps, Path(folder)))
+            result = run_tier(name, options.model, options.steps, Path(folder))
+            emit(card=name, model=options.model, **result)
+            if options.write:
+                h = hyperparameters(options.model)
+                command = f"python -m benchmarks.tiers {name} --model {options.model} --steps {options.steps}"
+                figures = step_figures(h.method, str(result["tier"]), result)
+                write_figures(options.write, h.architecture, figures, by=command)
         except Exception as error:
             traceback.print_exc()
             emit(card=name, model=options.model, error=f"{type(error).__name__}: {error}"[:300])

@@ -1,6 +1,7 @@
 """Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, or SDXL at 1,024.
 
     python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
+        [--write dreambooth_sm/planning/measured]
 
 One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures.
 """
@@ -31,6 +32,7 @@ from benchmarks.common import (
     reset_peaks,
     sd15,
 )
+from benchmarks.figures import add_write_option, step_figures, write_figures
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.planning.cards import detect_card
 from dreambooth_sm.planning.choice import make_plan
@@ -81,6 +83,9 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     ),
     "everything": ({"train_text_encoder": True, "use_ema": True}, {}),
 }
+# The variants that estimates are made from, and what their figures are called. `lean` is a rung that no card of
+# benchmarks.tiers gets.
+FIGURES = {"unet": "unet", "both": "both", "unet_faithful_small": "lean", "unet_reference_eager": "reference"}
 # diffusers' settings of the same jobs.
 PEERS = {
     "diffusers_a": ["--mixed_precision=fp16", "--use_8bit_adam", "--gradient_checkpointing"],
@@ -142,17 +147,25 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--steps", type=int, default=60)
+    add_write_option(parser)
     options = parser.parse_args()
     model = options.model
     # SDXL's text encoders are not trained.
     fitting = [name for name, (wishes, _) in VARIANTS.items() if model == "sd15" or not wishes["train_text_encoder"]]
     variants = options.variants or fitting
     if len(variants) > 1:
-        in_fresh_processes("benchmarks.train_step", variants, f"--steps={options.steps}", f"--model={model}")
+        write = [f"--write={options.write}"] if options.write else []
+        in_fresh_processes("benchmarks.train_step", variants, f"--steps={options.steps}", f"--model={model}", *write)
     with tempfile.TemporaryDirectory() as folder:
         for name in variants if len(variants) == 1 else ():
             try:
-                emit(variant=name, model=model, **run_variant(name, model, options.steps, Path(folder)))
+                result = run_variant(name, model, options.steps, Path(folder))
+                emit(variant=name, model=model, **result)
+                if options.write and name in FIGURES:
+                    h = hyperparameters(model)
+                    command = f"python -m benchmarks.train_step {name} --model {model} --steps {options.steps}"
+                    figures = step_figures(h.method, FIGURES[name], result)
+                    write_figures(options.write, h.architecture, figures, by=command)
             except Exception as error:
                 traceback.print_exc()
                 emit(variant=name, model=model, error=f"{type(error).__name__}: {error}"[:300])

@@ -1,8 +1,9 @@
 """How long a job will take on an instance type, and what it will cost: an estimate, made without a GPU or an account.
 
 The steps of each plan were measured on an H200 (docs/performance.md), on its own memory or under the cap of the card
-that the plan is for. Other cards are scaled from it by their data sheets: half of a step is taken to follow 16-bit
-arithmetic and half memory bandwidth. Downloads and the start of the container are assumed, not measured.
+that the plan is for (``dreambooth_sm/planning/measured``). Other cards are scaled from it by their data sheets: half of
+a step is taken to follow 16-bit arithmetic and half memory bandwidth. Downloads and the start of the container are
+assumed, not measured.
 """
 
 from __future__ import annotations
@@ -16,39 +17,21 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
-from dreambooth_sm.planning.ladder import LADDER
+from dreambooth_sm.planning.figures import figure
+from dreambooth_sm.planning.ladder import LADDERS
 from dreambooth_sm.planning.plan import Plan
 from launcher.instances import INSTANCES, PRICES, Instance
 
-# 16-bit tensor arithmetic without sparsity, in TFLOP/s, and memory bandwidth, in TB/s, as the makers state them.
-_PEAKS = {
-    "T4": (65, 0.32),
-    "V100": (125, 0.90),
-    "A10G": (70, 0.60),
-    "L4": (121, 0.30),
-    "L40S": (362, 0.864),
-    "A100-40": (312, 1.555),
-    "A100-80": (312, 2.039),
-    "H100": (989, 3.35),
-    "H200": (989, 4.8),
-    "B200": (2250, 8.0),
-}
-# Steps a second on the H200, of what each rung of the plan trains: one instance and one class picture of 512 pixels.
-_STEPS_PER_S = {"roomy": 22.3, "large": 22.7, "medium": 25.3, "small": 20.0, "lean": 21.6, "tight": 22.0, "tiny": 21.7}
-# The T4's fp16, with loss scaling and neither flash nor cuDNN attention, against bf16.
-_FP16_COST = 25.3 / 18.8
-# What training the text encoder, and averaging the weights, add to a step.
-_TEXT_ENCODER_COST, _EMA_COST = 26.8 / 24.5, 24.5 / 22.3
-# Without a CUDA graph: what the GPU is busy for, and what the host needs to launch a step's kernels.
-_EAGER_BUSY_S, _EAGER_HOST_S = 0.0475, 1 / 5.3
+# The family whose steps and class images were timed; what those of the others cost is relative to it.
+_TIMED = next(iter(FAMILIES))
 # Of a step with two pictures, this share does not grow with them: the optimizer, mostly.
-_FIXED_SHARE = 0.54
-# Two GPUs take 22.2 / 19.6 of the time of one for a step.
-_SEVERAL_CARDS = 1.13
+_FIXED_SHARE = figure("shared", "fixed_share")
+# Of a step's time on one GPU, where there are several.
+_SEVERAL_CARDS = figure("shared", "several_cards_cost")
 # Class images on the H200: GPU seconds of a picture in a large batch, and the host's seconds for a batch.
-_CLASS_IMAGE_S, _CLASS_BATCH_HOST_S = 1 / 12, 0.83
+_CLASS_IMAGE_S, _CLASS_BATCH_HOST_S = 1 / figure(_TIMED, "class_images_per_s"), figure("shared", "class_batch_host_s")
 # Assumed: pulling the image, fetching the base model and loading it; saving the model and sending it to S3.
-_START_MINUTES, _END_MINUTES = 4.0, 1.0
+_START_MINUTES, _END_MINUTES = figure("shared", "start_minutes"), figure("shared", "end_minutes")
 # An instance type is chosen for a time limit only if the estimate leaves it this much room.
 MARGIN = 1.5
 
@@ -103,14 +86,14 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
         return Estimate(instance, instance_count, plan, None, None)
     slower = slowdown(instance.card)
     size = (h.resolution / 512) ** 2
-    step = _step_seconds(plan, slower)
+    step = _step_seconds(plan, slower, h.method)
     samples = h.train_batch_size * (2 if h.prior_preservation else 1)
-    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * FAMILIES[h.architecture].step_cost
+    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * figure(h.architecture, "step_cost")
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
     seconds = step * _steps(h, pictures, processes)
     if h.prior_preservation:
         batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
-        image = _CLASS_IMAGE_S * slower * size * FAMILIES[h.architecture].class_image_cost
+        image = _CLASS_IMAGE_S * slower * size * figure(h.architecture, "class_image_cost")
         seconds += batches * max(_CLASS_BATCH_HOST_S, plan.sample_batch_size * image)
     minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
     price = instance.usd_per_hour
@@ -119,10 +102,11 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
 
 
 def slowdown(card: Card) -> float:
-    """How many times longer than an H200 a card takes."""
-    tflops, bandwidth = _PEAKS["H200"]
-    own_tflops, own_bandwidth = _PEAKS[card.name]
-    return (tflops / own_tflops + bandwidth / own_bandwidth) / 2
+    """How many times longer than an H200 a card takes, by 16-bit arithmetic without sparsity and memory bandwidth."""
+    tflops, bandwidth = (
+        figure("cards", f"H200.{key}") / figure("cards", f"{card.name}.{key}") for key in ("tflops", "tb_per_s")
+    )
+    return (tflops + bandwidth) / 2
 
 
 def choose_instance(
@@ -160,15 +144,24 @@ def _processes(h: Hyperparameters, instance: Instance) -> int:
     return instance.count if h.num_processes == "auto" else h.num_processes
 
 
-def _step_seconds(plan: Plan, slower: float) -> float:
+def _step_seconds(plan: Plan, slower: float, method: str) -> float:
     """One optimizer step with one instance and one class picture of 512 pixels each."""
-    rung = next((rung for rung in LADDER if rung.name == plan.tier), None)
-    cost = slower * (_FP16_COST if plan.precision == "fp16" else 1)
-    cost *= _TEXT_ENCODER_COST ** (plan.train_text_encoder - (rung is not None and rung.train_text_encoder))
-    cost *= _EMA_COST ** (plan.use_ema - (rung is not None and rung.use_ema))
-    if rung is None or not plan.cuda_graph:
-        return max(_EAGER_HOST_S, _EAGER_BUSY_S * cost)
-    return cost / _STEPS_PER_S[rung.name]
+
+    def steps_per_s(trained: str, precision: str = "bf16") -> float:
+        return figure(_TIMED, f"{method}.{trained}.{precision}.steps_per_s")
+
+    rung = next((rung for rung in LADDERS[method] if rung.name == plan.tier), None)
+    # The T4's fp16, with loss scaling and neither flash nor cuDNN attention, against bf16.
+    cost = slower * (steps_per_s("medium") / steps_per_s("medium", "fp16") if plan.precision == "fp16" else 1)
+    # What training the text encoder, and averaging the weights, add to a step.
+    text_encoder_cost = steps_per_s("unet") / steps_per_s("both")
+    ema_cost = steps_per_s("both") / steps_per_s("roomy")
+    cost *= text_encoder_cost ** (plan.train_text_encoder - (rung is not None and rung.train_text_encoder))
+    cost *= ema_cost ** (plan.use_ema - (rung is not None and rung.use_ema))
+    if rung is None or not plan.cuda_graph:  # the host launches each kernel
+        busy = figure(_TIMED, f"{method}.reference.bf16.gpu_busy_ms") / 1e3
+        return max(1 / steps_per_s("reference"), busy * cost)
+    return cost / steps_per_s(rung.name)
 
 
 def _steps(h: Hyperparameters, pictures: int, processes: int) -> int:

@@ -8,11 +8,7 @@ FACTS = Facts(
     name="sd",
     title="Stable Diffusion 1 or 2",
     resolution=512,
-    footprint=Footprint(
-        unet=859.5, text_encoder=123.1, vae=83.7, activations_gb=0.88, checkpointed_gb=0.18, drawn_gb=0.15
-    ),
-    step_cost=1.0,
-    class_image_cost=1.0,
+    footprint=Footprint(unet=859.5, text_encoder=123.1, vae=83.7),
     tags=("stable-diffusion", "stable-diffusion-diffusers"),
     licences={
         "stable-diffusion-v1-5/": "creativeml-openrail-m",

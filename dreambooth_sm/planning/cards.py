@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.planning.figures import figure
 
 # What the CUDA context of one process takes beside the allocator.
-CONTEXT_GB = 0.6
+CONTEXT_GB = figure("shared", "context_gb")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.planning.cards import CARDS, Card
-from dreambooth_sm.planning.ladder import LADDER, Rung, Weights
+from dreambooth_sm.planning.ladder import LADDERS, Rung, Weights
 from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
 from dreambooth_sm.planning.plan import EmaPlace, Optimizer, Plan, Precision
 
@@ -60,7 +60,7 @@ def _candidates(h: Hyperparameters, card: Card) -> list[Plan]:
     """The plans to choose from, best first. An average that has no room on the device may live on the CPU."""
     return [
         _on(rung, ema_place, h, card)
-        for rung in LADDER
+        for rung in LADDERS[h.method]
         if card.memory_gib >= rung.from_gib
         for ema_place in (("device", "cpu") if h.use_ema is True else ("device",))
     ]
@@ -125,7 +125,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if h.sample_batch_size != "auto":
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
     # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
-    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= LADDER[0].from_gib else (16, 8, 4, 2, 1)
+    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= LADDERS[h.method][0].from_gib else (16, 8, 4, 2, 1)
     batches = [n for n in sizes if sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
 

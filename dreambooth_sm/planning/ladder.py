@@ -1,4 +1,4 @@
-"""The ladder of settings: the VRAM tiers."""
+"""The ladders of settings: the VRAM tiers, for each method."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rung:
 # From the most generous to the smallest. A card gets the first rung that it is large enough for and whose predicted
 # peak fits: 40 GB cards and up `roomy`, A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`, and
 # 4 GB `tiny`.
-LADDER = (
+_FULL = (
     #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
     Rung("roomy", 36, "residual", 8, True, False, True, True),
     Rung("large", 20, "residual", 8, False, False, True, True),
@@ -44,3 +44,5 @@ LADDER = (
     Rung("tight", 0, "stochastic", 8, False, True, False, False),
     Rung("tiny", 0, "stochastic", 4, False, True, False, False),
 )
+# By the name of the method.
+LADDERS: dict[str, tuple[Rung, ...]] = {"full": _FULL}

@@ -1,19 +1,23 @@
-"""Predicted peak memory; the constants are fitted to benchmarks/train_step.py and benchmarks/tiers.py."""
+"""Predicted peak memory, from figures that are fitted to measurements."""
 
 from __future__ import annotations
 
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.planning.figures import figure
 from dreambooth_sm.planning.plan import Plan, Precision
 
 # With prior=output: a prediction says less than a picture, and many are kept for each class image that would be made.
 OUTPUTS_PER_IMAGE = 8
 # The text encoder's share of activations, for one prompt of 77 tokens.
-_TEXT_ACTIVATIONS_GB = 0.05
+_TEXT_ACTIVATIONS_GB = figure("shared", "text_activations_gb")
 # Workspaces, the largest gradients in flight and the caches of latents and embeddings.
-_OVERHEAD_GB = 0.12
+_OVERHEAD_GB = figure("shared", "overhead_gb")
 # Gradients grow while activations go: their peaks add up in part.
-_OVERLAP = 0.2
+_OVERLAP = figure("shared", "overlap")
+# The VAE's activations for a picture of 512 pixels: in 32 bits while it encodes, and for each byte of its values' width
+# while it decodes.
+_ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "decoding_gb")
 
 
 def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
@@ -29,12 +33,13 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     # Autocast makes a 16-bit copy of every fp32 weight, which its backward pass needs.
     casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0
     rows = h.train_batch_size * (2 if h.prior_preservation else 1)
-    activations = model.checkpointed_gb if plan.gradient_checkpointing else model.activations_gb
+    # Of one 512-pixel sample in 16 bits: recomputed unit by unit, or everything kept.
+    activations = figure(h.architecture, "checkpointed_gb" if plan.gradient_checkpointing else "activations_gb")
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = _TEXT_ACTIVATIONS_GB if plan.train_text_encoder and not plan.gradient_checkpointing else 0
     samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
-    vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + 1.2 * (h.resolution / 512) ** 2
+    vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + _ENCODING_GB * (h.resolution / 512) ** 2
     if h.prior_preservation and h.prior == "output":  # the latents of its outputs
         vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
     kept = (weights + state + average) * millions * 1e-3 + vae + _OVERHEAD_GB
@@ -60,5 +65,5 @@ def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
     model = FAMILIES[h.architecture].footprint
     models = 2e-3 * (model.unet + model.text_encoder) + 1e-3 * model.vae_bytes * model.vae
-    decoding = 0.35 * model.vae_bytes
-    return models + max(model.drawn_gb * batch_size, decoding) * (h.resolution / 512) ** 2
+    decoding = _DECODING_GB * model.vae_bytes
+    return models + max(figure(h.architecture, "drawn_gb") * batch_size, decoding) * (h.resolution / 512) ** 2

@@ -134,3 +134,13 @@ def test_the_wheel_has_every_package_of_production() -> None:
         for path in (ROOT / package).rglob("__init__.py")
     }
     assert set(settings["tool"]["setuptools"]["packages"]) == there
+
+
+def test_the_wheel_has_what_lies_beside_the_code() -> None:
+    """The measured figures, the base model and its pictures ..."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    for package, patterns in settings["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT / package
+        there = {path for path in folder.rglob("[!.]*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        taken = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+        assert there <= taken, package
