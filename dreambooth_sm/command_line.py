@@ -117,7 +117,7 @@ def read_options(options: Mapping[str, Any], fields: Mapping[str, FieldInfo]) ->
     """The words of each option that was given.
 
     Raises:
-        UserError: one that is no switch stands alone.
+        UserError: one that is not a switch stands alone.
     """
     known = {**fields, **translated_aliases(fields)}
     given = {name: words for name, words in options.items() if name in known and words is not None}

@@ -43,7 +43,7 @@ def convert(
         remarks on what was guessed of the source; for the user to read.
 
     Raises:
-        UserError: where ``source`` is no such model, or ``target`` can't be written.
+        UserError: where ``source`` is not such a model, or ``target`` can't be written.
     """
     if os.path.lexists(target):
         raise UserError(f"{target} exists; name a new one")

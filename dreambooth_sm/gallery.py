@@ -42,7 +42,7 @@ def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
     """Pictures of one size side by side, row by row, on white.
 
     Raises:
-        ValueError: where there is no picture.
+        ValueError: where there is not a picture.
     """
     if not pictures:
         raise ValueError("a grid needs at least one picture")

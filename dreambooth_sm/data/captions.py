@@ -20,7 +20,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.knobs.escapes import unescape_prompt
 from dreambooth_sm.knobs.pictures import FILEWORDS
 
-# Bytes of a file with captions; more are no captions.
+# Bytes of a file with captions; more are not captions.
 _MOST_BYTES, _MOST_TABLE_BYTES = 1 << 20, 1 << 28
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -86,7 +86,7 @@ def words_of(path: Path) -> str:
     >>> words_of(Path("IMG_2041.HEIC"))
     ''
     """
-    stem = path.stem.encode("utf-8", "ignore").decode()  # without bytes that are no text
+    stem = path.stem.encode("utf-8", "ignore").decode()  # without bytes that are not text
     parts = re.split(r"[\s_\-.,()\[\]+~#]+", stem)
     return " ".join(p for p in parts if p and not re.search(r"\d", p) and p.lower() not in _NO_WORDS)
 
@@ -111,7 +111,9 @@ def read_dataset_info(directory: Path) -> dict[str, str]:
         raise UserError(f"{path} can't be read as JSON: {error}") from None
     prompts = {key: content.get(key) for key in ("instance_prompt", "class_prompt")} if _is_object(content) else {}
     if not prompts or not all(value is None or isinstance(value, str) for value in prompts.values()):
-        raise UserError(f'{path} is no object with prompts; write {{"instance_prompt": "...", "class_prompt": "..."}}')
+        raise UserError(
+            f'{path} is not an object with prompts; write {{"instance_prompt": "...", "class_prompt": "..."}}'
+        )
     return {key: text for key, value in prompts.items() if value and (text := unescape_prompt(value))}
 
 

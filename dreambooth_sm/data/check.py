@@ -23,7 +23,7 @@ from dreambooth_sm.knobs.pictures import FILEWORDS
 # Stand-ins for prompts, where nothing depends on what they say.
 ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 FEWEST, MOST = 4, 100
-# Times that a picture may be enlarged, a side; more is no picture of the subject any more, but blocks.
+# Times that a picture may be enlarged, a side; more is not a picture of the subject any more, but blocks.
 MOST_ENLARGED = 4.0
 # Bits of 512 in which the difference hashes of two pictures differ at most when they are called near duplicates. Copies
 # that were scaled, brightened or saved anew differ by 0 to 31; the closest two of different photos and drawings by 93.

@@ -75,7 +75,7 @@ def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
     """Digest of all weights of several modules; computed where they are, exact on any device.
 
     Each tensor counts with its name, shape, type and two sums of its words, weighted by pseudo-random odd numbers,
-    modulo 2**64: no two models that anybody has will share them, but it is no defence against forgery.
+    modulo 2**64: no two models that anybody has will share them, but it is not a defence against forgery.
     """
     sums = [
         (part, name, list(tensor.shape), str(tensor.dtype), *_weighted_sums(tensor))

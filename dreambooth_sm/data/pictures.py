@@ -84,7 +84,7 @@ def load_picture(path: Path, needed: Shape | None = None, warn: Callable[[str], 
         warn: gets a line where a colour profile can't be used.
 
     Raises:
-        UserError: where the file is no picture, is damaged or too large.
+        UserError: where the file is not a picture, is damaged or too large.
     """
     with _opened(path) as file:
         if needed:
@@ -107,7 +107,7 @@ def read_size(path: Path) -> Shape:
     """Width and height of a picture when it is upright.
 
     Raises:
-        UserError: where the file is no picture.
+        UserError: where the file is not a picture.
     """
     status = path.stat()
     return _size_of(path, status.st_mtime_ns, status.st_size)
@@ -125,7 +125,7 @@ def has_transparency(path: Path) -> bool:
     """Whether a picture has an alpha channel or a transparent colour; reads its header alone.
 
     Raises:
-        UserError: where the file is no picture.
+        UserError: where the file is not a picture.
     """
     with _opened(path) as file:
         return file.has_transparency_data
@@ -191,7 +191,7 @@ def _unidentified(path: Path) -> str:
     if begin[4:8] == b"ftyp" and begin[8:12] in _HEIC_BRANDS:
         return f"{path} is HEIC, which needs the package pillow-heif; install it, or save it as JPEG or PNG"
     return (
-        f"{path} is no picture, whatever its name says; remove or replace it "
+        f"{path} is not a picture, whatever its name says; remove or replace it "
         f"(what is read: {', '.join(FORMATS[:-1])} and {FORMATS[-1]})"
     )
 

@@ -26,7 +26,7 @@ def contact_sheet(pictures: Sequence[Picture]) -> Image.Image:
     All tiles are as large as the largest picture and the longest text need.
 
     Raises:
-        ValueError: where there is no picture.
+        ValueError: where there is not a picture.
     """
     if not pictures:
         raise ValueError("a contact sheet needs at least one picture")

@@ -79,7 +79,7 @@ class Meaning:
             schema["aliases"] = [alias.name for alias in self.aliases]
 
 
-# Of options that are no knobs.
+# Of options that are not knobs.
 COMMON = Meaning(common=True)
 
 
@@ -109,7 +109,7 @@ def knob(
 
 
 def meaning(field: FieldInfo) -> Meaning:
-    """What the declaration of a field says; the usual for a field that is no knob."""
+    """What the declaration of a field says; the usual for a field that is not a knob."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, Meaning) else Meaning()
 
 

@@ -52,7 +52,7 @@ def read_values(knobs: type[Knobs], raw: Mapping[str, object]) -> Reading:
         if name in found.values and found.values[name] != decoded:
             found.problems.append(f"{key} and {origins[name]} mean the same and have different values; keep one")
         elif not all(is_text(text) for text in texts(decoded)):
-            found.problems.append(f"{key}: {short(decoded)} holds characters that are no text; write it anew")
+            found.problems.append(f"{key}: {short(decoded)} holds characters that are not text; set it again")
             found.refused.add(name)
         else:
             found.values[name] = decoded
@@ -107,7 +107,7 @@ def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
                 problems.append(f"--{key} is given twice; keep one")
             current = words[key] = [value] if equals else []
         elif current is None:
-            problems.append(f"{argument!r} is no option; write --name value")
+            problems.append(f"{argument!r} is not an option; write --name value")
         else:
             current.append(argument)
     if problems:

@@ -45,7 +45,9 @@ def readable(error: ValidationError, model: type[BaseModel], values: Mapping[str
             )
             if detail["type"] == "extra_forbidden":
                 key = str(detail["loc"][-1])
-                lines[name] = f"concepts_list: {key!r} is no key of a concept; write {', '.join(Concept.model_fields)}"
+                lines[name] = (
+                    f"concepts_list: {key!r} is not a key of a concept; write {', '.join(Concept.model_fields)}"
+                )
             else:
                 lines.setdefault(
                     name,

@@ -18,7 +18,7 @@ class OptimizerKnobs(Knobs):
         "blockwise: ours, with quantised state; adamw: torch's with fp32 weights and state, the reference; adamw8bit: "
         "bitsandbytes' 8-bit AdamW on fp32 weights; auto: the plan's choice; auto16: the same with no less than 16 "
         "bits of state a value. Also accepted as `use_8bit_adam`: true is adamw8bit, false is auto16.",
-        # The seed's name. False is no choice of an optimizer: any without 8-bit state agrees with it.
+        # The seed's name. False is not a choice of an optimizer: any without 8-bit state agrees with it.
         aliases=(
             Alias(
                 "use_8bit_adam",

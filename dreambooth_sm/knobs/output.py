@@ -144,7 +144,7 @@ class OutputKnobs(ModelKnobs):
     def _server_is_an_address(self) -> Iterator[str]:
         url = self.s3_endpoint_url
         if url is not None and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", url):
-            yield f"s3_endpoint_url: {short(url)} is no address; write https://host:port"
+            yield f"s3_endpoint_url: {short(url)} is not an address; write https://host:port"
         if url is not None and has_userinfo(url):
             yield (
                 "s3_endpoint_url holds a user's name or password, which job descriptions and logs would show; write "
@@ -170,7 +170,7 @@ class OutputKnobs(ModelKnobs):
 
 
 def refused_location(name: str, uri: str | None) -> Iterator[str]:
-    """Why a knob's value is no location in S3, in a line; nothing for None."""
+    """Why a knob's value is not a location in S3, in a line; nothing for None."""
     try:
         S3Uri.parse(uri or "s3://none")
     except UserError as error:

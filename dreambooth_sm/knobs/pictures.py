@@ -134,7 +134,7 @@ class PictureKnobs(OutputKnobs):
             yield "concepts_list is empty; name at least one concept or leave it out"
         if isinstance(self.concepts_list, str) and self.concepts_list.startswith("["):
             yield (
-                f"concepts_list: {short(self.concepts_list)} is no valid JSON; write a JSON list of "
+                f"concepts_list: {short(self.concepts_list)} is not valid JSON; write a JSON list of "
                 f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one"
             )
 
@@ -147,7 +147,7 @@ class PictureKnobs(OutputKnobs):
     def _resolution_is_a_multiple(self) -> Iterator[str]:
         if self.resolution % 8 != 0:
             nearest = max(64, round(self.resolution / 8) * 8)
-            yield f"resolution={self.resolution} is no multiple of 8; write {nearest}"
+            yield f"resolution={self.resolution} is not a multiple of 8; write {nearest}"
 
     @rule("instance_data_dir", "class_data_dir")
     def _folders_differ(self) -> Iterator[str]:

@@ -151,7 +151,7 @@ def fill(
         name: dtype or (tensor.dtype if tensor.dtype in _HALF else torch.float32) for name, tensor in wanted.items()
     }
     module.load_state_dict(load_tensors(wanted, dtypes, torch.device(device)), assign=True)
-    module.to(device).requires_grad_(False).eval()  # buffers are no weights, and move here
+    module.to(device).requires_grad_(False).eval()  # buffers are not weights, and move here
 
 
 def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str, Stored]) -> None:

@@ -160,7 +160,7 @@ def _yaml_beside(path: Path) -> dict[str, Any]:
         return {**options["unet_config"]["params"], **options}
     except (OSError, UnicodeError, yaml.YAMLError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{beside} is no configuration of a Stable Diffusion model ({reason})") from None
+        raise UserError(f"{beside} is not a configuration of a Stable Diffusion model ({reason})") from None
 
 
 def _unet(tensors: dict[str, Stored], options: dict[str, Any]) -> dict[str, Any]:

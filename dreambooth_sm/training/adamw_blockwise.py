@@ -498,7 +498,7 @@ class BlockwiseAdamW(Optimizer):
         self._updated.clear()
 
     def prepare_capture(self) -> None:
-        """Begin to capture a graph: what is recorded is no step, and the numbers on the device stay as they are."""
+        """Begin to capture a graph: what is recorded is not a step, and the numbers on the device stay as they are."""
         self._prepared = True
         self._updated.clear()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dreambooth_sm.report import parse_metrics
 
-# Larger counts are no job's; floats would not hold them either.
+# Larger counts are not a job's; floats would not hold them either.
 _MOST = 2**53
 
 

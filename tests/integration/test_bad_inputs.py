@@ -227,7 +227,7 @@ EARLY = [
         arrange=writes(f"{CONFIG}/hyperparameters.json", "[" * 100_000),
     ),
     Bad("hosts no list", ("hosts", "5"), arrange=writes(f"{CONFIG}/resourceconfig.json", '{"hosts": 5}')),
-    Bad("argument without a name", ("'resolution' is no option", "--name value"), arguments=("resolution", "64")),
+    Bad("argument without a name", ("'resolution' is not an option", "--name value"), arguments=("resolution", "64")),
     Bad("argument given twice", ("--seed is given twice",), arguments=("train", "--seed", "1", "--seed=2")),
     Bad(
         "bad argument over a good file",
@@ -345,8 +345,10 @@ LATE = [
         writes("input/data/one.jpg", "x"),
     ),
     Bad("images folder of an endless name", ("name too long",), {"instance_data_dir": "/opt/ml/" + "x" * 5000}),
-    Bad("text named .jpg", ("{base}/input/data/images/t.jpg is no picture",), arrange=writes(f"{IMAGES}/t.jpg", "hi")),
-    Bad("picture of no bytes", ("images/empty.png is no picture",), arrange=writes(f"{IMAGES}/empty.png", b"")),
+    Bad(
+        "text named .jpg", ("{base}/input/data/images/t.jpg is not a picture",), arrange=writes(f"{IMAGES}/t.jpg", "hi")
+    ),
+    Bad("picture of no bytes", ("images/empty.png is not a picture",), arrange=writes(f"{IMAGES}/empty.png", b"")),
     Bad("truncated JPEG", ("images/00.jpg is damaged", "replace it"), arrange=cuts(f"{IMAGES}/00.jpg", 700)),
     Bad("picture of 196 million pixels", ("images/huge.png has more than", "scale it"), arrange=with_huge_picture),
     Bad(
@@ -361,17 +363,17 @@ LATE = [
     ),
     Bad(
         "damaged picture whose name is no UTF-8",
-        (r"images/\udcff.jpg is no picture",),
+        (r"images/\udcff.jpg is not a picture",),
         arrange=lambda tree: (tree.images / os.fsdecode(b"\xff.jpg")).write_text("x"),
     ),
     Bad(
         "two damaged pictures, both told",
-        ("images/a.png is no picture", "images/b.png is no picture"),
+        ("images/a.png is not a picture", "images/b.png is not a picture"),
         arrange=lambda tree: [tree.write(f"{IMAGES}/{name}.png", "x") for name in "ab"],
     ),
     Bad(
         "nothing left after skipping",
-        ("images/00.jpg is damaged", "images/02.jpg is no picture"),
+        ("images/00.jpg is damaged", "images/02.jpg is not a picture"),
         {"on_bad_image": "skip"},
         lambda tree: (
             without_pictures(tree),

@@ -90,7 +90,7 @@ def test_the_estimate_names_plan_minutes_and_dollars(cells: list[nbformat.Notebo
 def test_bad_input_is_explained(cells: list[nbformat.NotebookNode]) -> None:
     shown = text_of(cell_with(cells, "learning_rte"))
     assert "did you mean learning_rate?" in shown
-    assert "resolution=500 is no multiple of 8" in shown
+    assert "resolution=500 is not a multiple of 8" in shown
 
 
 def test_the_pictures_are_shown(cells: list[nbformat.NotebookNode]) -> None:

@@ -103,7 +103,7 @@ def test_a_bad_picture_is_left_out_when_asked(mixed: Path, tmp_path: Path, tiny_
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
     (line,) = [line for line in ended.log.splitlines() if line.startswith("warning: left out")]
-    assert f"{job.images / 'bad.jpg'} is no picture" in line
+    assert f"{job.images / 'bad.jpg'} is not a picture" in line
 
 
 def test_a_caption_that_is_too_long_ends_the_job_before_training(mixed: Path, tmp_path: Path, tiny_base: Path) -> None:

@@ -120,9 +120,9 @@ LEFT_OUT = {
 # Of those, what people may think is used.
 NAMED = ["a.jpg.part", "clip.mp4", "deep/plain.txt", "notes.txt", "readme.md"]
 BAD = {
-    "text.jpg": (b"remember to add pictures", "is no picture"),
-    "page.png": (b"<!DOCTYPE html>", "is no picture"),
-    "empty.webp": (b"", "is no picture"),
+    "text.jpg": (b"remember to add pictures", "is not a picture"),
+    "page.png": (b"<!DOCTYPE html>", "is not a picture"),
+    "empty.webp": (b"", "is not a picture"),
     "half.jpg": (content(blocks(61), "JPEG")[:900], "is damaged"),
     "half.heic": (content(blocks(62, (640, 480)), "HEIF")[:900], "is"),
     "half.avif": (content(blocks(63, (640, 480)), "AVIF")[:500], "is"),
@@ -363,8 +363,8 @@ def test_the_command_speaks_json_and_fails_on_errors(awkward: Path, capsys: pyte
     told = capsys.readouterr()
     found = json.loads(told.out)
     assert len(found["pictures"]) == len(GOOD)
-    assert "text.jpg is no picture" in found["errors"][0]
-    assert told.err.startswith(f"error: {awkward / 'text.jpg'} is no picture")
+    assert "text.jpg is not a picture" in found["errors"][0]
+    assert told.err.startswith(f"error: {awkward / 'text.jpg'} is not a picture")
     for arguments, said in (
         (["check", str(awkward / "gone")], "does not exist"),
         (["check", str(awkward), "--resolution", "65"], "write 64"),

@@ -73,7 +73,7 @@ def test_several_concepts(tmp_path: Path, as_file: bool) -> None:
         (None, "does not exist"),
         ("[{", "can't be read as JSON"),
         ("{}", "concepts_list"),
-        ('[{"instance_promt": "a"}]', "'instance_promt' is no key of a concept"),
+        ('[{"instance_promt": "a"}]', "'instance_promt' is not a key of a concept"),
         ("[]", "concepts_list is empty"),
     ],
 )
@@ -177,7 +177,7 @@ def test_captions_and_findings(folders: dict[str, str]) -> None:
     assert subject.prompts == ("photo of zwx toy, on a table, at night", "photo of zwx toy", "photo of zwx toy")
     assert [path.name for path in subject.pictures] == ["00.png", "01.png", "02.png"]
     assert [path.name for path in subject.class_pictures] == ["01.png"]
-    said = ["images/bad.png is no picture", "class_images/00.png is no picture", "3 pictures in"]
+    said = ["images/bad.png is not a picture", "class_images/00.png is not a picture", "3 pictures in"]
     assert [sum(words in line for line in told) for words in said] == [1, 1, 1]
 
 

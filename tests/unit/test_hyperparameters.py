@@ -404,7 +404,7 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         ({"fidelity_encoders": "clip=a/b clip=c/d"}, "fidelity_encoders"),
         ({"fidelity_encoders": "judge dino=a/b"}, "fidelity_encoders"),
         ({"concepts_list": "[]"}, "concepts_list is empty"),
-        ({"concepts_list": '[{"instance_promt": "a"}]'}, "'instance_promt' is no key of a concept"),
+        ({"concepts_list": '[{"instance_promt": "a"}]'}, "'instance_promt' is not a key of a concept"),
         ({"concepts_list": '["a"]'}, "concepts_list: item"),
         ({"concepts_list": "{}", "instance_prompt": None}, None),
         (
@@ -624,7 +624,7 @@ def test_a_problem_of_another_knob_is_told_although_it_names_a_refused_one() -> 
 
 def test_a_problem_that_a_refused_value_makes_is_not_told() -> None:
     (line,) = problems({"concepts_list": '[{"instance_promt": "a"}]'})
-    assert "is no key of a concept" in line
+    assert "is not a key of a concept" in line
 
 
 @pytest.mark.parametrize("name", INTEGERS)

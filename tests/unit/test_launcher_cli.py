@@ -110,8 +110,8 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
         (["attach"], "required: name"),
         (["logs", "--follow"], "required: name"),
         (["stop"], "required: name"),
-        (["list", "--limit", "0"], "'0' is no whole number from 1"),
-        (["list", "--limit", "ten"], "'ten' is no whole number from 1"),
+        (["list", "--limit", "0"], "'0' is not a whole number from 1"),
+        (["list", "--limit", "ten"], "'ten' is not a whole number from 1"),
     ],
 )
 def test_what_is_missing_or_no_number(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def test_masks_that_can_not_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "00-mask.png").write_text("no picture")
     Image.new("L", (64, 80), 255).save(tmp_path / "01-mask.png")
     Image.new("L", (80, 64), 60).save(tmp_path / "02-mask.png")
-    for name, said in (("00", "is no picture"), ("01", "make a mask of the same shape"), ("02", "shows no subject")):
+    for name, said in (("00", "is not a picture"), ("01", "make a mask of the same shape"), ("02", "shows no subject")):
         with pytest.raises(UserError, match=said):
             read_mask(tmp_path / f"{name}.png")
     found = check_folder(tmp_path, hyperparameters())

@@ -214,9 +214,9 @@ def test_several_pictures_in_one_file_as_phones_make_them(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("empty.jpg", b"", "is no picture, whatever its name says"),
-        ("text.jpg", b"remember to add pictures", "is no picture, whatever its name says"),
-        ("page.png", b"<!DOCTYPE html><html></html>", "is no picture, whatever its name says"),
+        ("empty.jpg", b"", "is not a picture, whatever its name says"),
+        ("text.jpg", b"remember to add pictures", "is not a picture, whatever its name says"),
+        ("page.png", b"<!DOCTYPE html><html></html>", "is not a picture, whatever its name says"),
         ("half.jpg", damaged_jpeg(), "is damaged and can't be read"),
         ("half.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", "is"),
     ],

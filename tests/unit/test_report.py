@@ -74,7 +74,7 @@ FORGERIES = [
 @pytest.mark.parametrize(
     "say",
     [
-        lambda report, name: report.warn(f"left out: {name} is no picture"),
+        lambda report, name: report.warn(f"left out: {name} is not a picture"),
         lambda report, name: report.verdict(f'good: "{name}": learned'),
         lambda report, name: report.say(f"resuming from {name}"),
         lambda report, name: report.metrics(checkpoint=name, model=name),

@@ -79,12 +79,12 @@ def test_the_same_problems(folders: tuple[Path, Path], tmp_path: Path) -> None:
     assert problems == in_container(*folders, tmp_path)[0]
     assert len(problems) == 6
     for name, said in {
-        "images/text.jpg": "is no picture",
-        "images/eps.png": "is no picture",
-        "images/0_mask.PNG": "is no picture",
+        "images/text.jpg": "is not a picture",
+        "images/eps.png": "is not a picture",
+        "images/0_mask.PNG": "is not a picture",
         "images/2.txt": "can't be read as UTF-8",
         "images/strip.png": "would be enlarged",
-        "classes/text.jpg": "is no picture",
+        "classes/text.jpg": "is not a picture",
     }.items():
         assert any(line.startswith(f"{tmp_path / name} {said}") for line in problems) or any(
             line.startswith(f"{tmp_path / name} ") and said in line for line in problems

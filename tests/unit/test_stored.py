@@ -354,7 +354,7 @@ def test_sd1_with_a_v_prediction_mark() -> None:
 def test_a_yaml_that_is_none(tmp_path: Path) -> None:
     tensors, _ = meta_model(1)
     (tmp_path / "m.yaml").write_text("model: [")
-    with pytest.raises(UserError, match=r"m\.yaml is no configuration"):
+    with pytest.raises(UserError, match=r"m\.yaml is not a configuration"):
         read_configs(TensorFile(tmp_path / "m.ckpt", tensors, {}), None)
 
 
