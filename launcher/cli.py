@@ -26,7 +26,7 @@ from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
 from launcher.aws.iam import execution_policy, notebook_policy, trust_policy
 from launcher.estimates import documented_table, table
-from launcher.jobs.job import ENDED
+from launcher.jobs.outputs import ENDED
 from launcher.options import Data, all_options, split_options
 from launcher.resources import Resources
 

@@ -112,7 +112,7 @@ def main(output: Path) -> None:
         raise DemoFailed(f"the subject was not learned: similarity {after['subject']}, and {ENOUGH} is wanted")
 
 
-def _show(line: str, bar: tqdm) -> None:
+def _show(line: str, bar: tqdm[Any]) -> None:
     pairs = parse_metrics(line)
     if pairs.get("state") == "started":
         bar.set_description(pairs["phase"])

@@ -36,7 +36,7 @@ def estimator(request: Mapping[str, Any], session: Session | None = None) -> Est
         for source in [channel["DataSource"]["S3DataSource"]]
     }
 
-    class DreamBoothEstimator(Estimator):
+    class DreamBoothEstimator(Estimator):  # type: ignore[misc]  # the SDK has no types
         """Knows its inputs and its name, and leaves the profiler out of the request."""
 
         def fit(self, inputs: Any = None, *args: Any, job_name: str | None = None, **options: Any) -> None:

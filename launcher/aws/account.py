@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Account:
 
     @property
     def region(self) -> str:
-        return self.clients("sagemaker").meta.region_name
+        return str(self.clients("sagemaker").meta.region_name)
 
     def identity(self) -> dict[str, str]:
         """Account and ARN of the caller.
@@ -81,7 +81,7 @@ class Account:
             return self._arn_of_role(assumed["name"])
         try:
             with asking("role"):
-                return self.clients("iam").get_role(RoleName=ROLE)["Role"]["Arn"]
+                return str(self.clients("iam").get_role(RoleName=ROLE)["Role"]["Arn"])
         except ServiceError:
             owner = "a person's (SSO)" if assumed else "no role's"
             raise UserError(
@@ -105,7 +105,7 @@ class Account:
         """IAM knows a role's path; without a right to ask, it is what SageMaker's console chooses for its roles."""
         try:
             with asking("role"):
-                return self.clients("iam").get_role(RoleName=name)["Role"]["Arn"]
+                return str(self.clients("iam").get_role(RoleName=name)["Role"]["Arn"])
         except ServiceError as error:
             if error.kind is Kind.MISSING:
                 raise UserError(f"role: there is no role {name!r} in this account; correct its name") from None
@@ -203,12 +203,13 @@ class Account:
         """
         self.identity()
         problems = Problems()
-        for check in (
+        checks: tuple[Callable[[], None], ...] = (
             lambda: self._check_image(resources.image_uri or ""),
             lambda: self._check_role(resources.role or ""),
             lambda: self._check_places(resources, options),
             lambda: self._check_quota(resources),
-        ):
+        )
+        for check in checks:
             with problems.collected():
                 check()
         problems.raise_any()

@@ -47,7 +47,7 @@ def role_of_notebook(metadata: Path, clients: Clients) -> str | None:
 def _ask_for_role(known: Mapping[str, Any], sagemaker: Any) -> str | None:
     domain, profile = known.get("DomainId"), known.get("UserProfileName")
     if domain is None:
-        return sagemaker.describe_notebook_instance(NotebookInstanceName=known["ResourceName"])["RoleArn"]
+        return str(sagemaker.describe_notebook_instance(NotebookInstanceName=known["ResourceName"])["RoleArn"])
     if space := known.get("SpaceName"):
         described = sagemaker.describe_space(DomainId=domain, SpaceName=space)
         private = described.get("SpaceSharingSettings", {}).get("SharingType") == "Private"
@@ -55,9 +55,9 @@ def _ask_for_role(known: Mapping[str, Any], sagemaker: Any) -> str | None:
     if profile:
         user = sagemaker.describe_user_profile(DomainId=domain, UserProfileName=profile)
         if role := user.get("UserSettings", {}).get("ExecutionRole"):
-            return role
+            return str(role)
     settings = "DefaultUserSettings" if profile else "DefaultSpaceSettings"
-    return sagemaker.describe_domain(DomainId=domain)[settings]["ExecutionRole"]
+    return str(sagemaker.describe_domain(DomainId=domain)[settings]["ExecutionRole"])
 
 
 def reserved_for(arn: str) -> str | None:

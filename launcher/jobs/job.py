@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.knobs.declare import spellings
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.printing import redact
-from dreambooth_sm.storage import (
-    MANIFEST_NAME,
-    Manifest,
-    S3Options,
-    S3Uri,
-    download_directory,
-    get_object,
-    list_objects,
-)
 from launcher.aws.advice import advice_for
 from launcher.aws.clients import Clients
 from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.instances import INSTANCES
-from launcher.jobs.archive import unpack
 from launcher.jobs.logs import LogReader
+from launcher.jobs.outputs import ENDED, Outputs
 from launcher.jobs.progress import Progress
 from launcher.jobs.views import Display, Page, Pictures, Standing, choose_view
 
 if TYPE_CHECKING:
     pass
 
-ENDED = ("Completed", "Failed", "Stopped")
 # Seconds between two looks at a job: of AWS, and of this machine.
 _POLL, _POLL_LOCAL = 2.0, 0.25
 # CloudWatch shows a line some seconds after it was written: how long an ended job's log has to stay silent.
@@ -137,7 +121,7 @@ class Job:
     @property
     def status(self) -> str:
         """``InProgress``, ``Stopping``, ``Completed``, ``Failed`` or ``Stopped``, now."""
-        return self.describe()["TrainingJobStatus"]
+        return str(self.describe()["TrainingJobStatus"])
 
     @property
     def cost(self) -> float | None:
@@ -334,8 +318,9 @@ class Job:
         price = self.price or (instance.usd_per_hour if instance else None)
         if price is None or self.is_local:
             return None
-        seconds = description.get("BillableTimeInSeconds") or _seconds(description)
-        return price * resources.get("InstanceCount", 1) * seconds / 3600
+        seconds: float = description.get("BillableTimeInSeconds") or _seconds(description)
+        count: int = resources.get("InstanceCount", 1)
+        return price * count * seconds / 3600
 
     def _read_log(self) -> list[str]:
         """What is new in the log."""
@@ -370,14 +355,12 @@ class Job:
 
     @property
     def model_uri(self) -> str:
-        """Where the trained pipeline lies: an ``s3://`` prefix, a ``model.tar.gz`` there, or a local directory."""
-        if target := self._target():
-            return str(target)
-        description = self.describe()
-        uri = description.get("ModelArtifacts", {}).get("S3ModelArtifacts", "")
-        if not uri:
-            raise UserError(f"{self.name} has no model: it is {description['TrainingJobStatus']}")
-        return unquote(urlsplit(uri).path).rstrip("/") if uri.startswith("file://") else uri.rstrip("/")
+        """Where the trained pipeline lies: an ``s3://`` prefix, a ``model.tar.gz`` there, or a local directory.
+
+        Raises:
+            UserError: there is no model yet.
+        """
+        return self._outputs().model_uri
 
     def download(self, directory: str | Path) -> Path:
         """Fetches the trained pipeline, each file checked against the upload's manifest where there is one.
@@ -392,22 +375,7 @@ class Job:
             UserError: there is no model, or it can't be read.
             TransferError: what came is not what was sent.
         """
-        directory, source = Path(directory), self.model_uri
-        target = self._target()
-        if target and MANIFEST_NAME not in list_objects(target, self._s3_options, client=self._clients("s3")):
-            raise UserError(f"{self.name} has no whole model in {target} yet: it is {self.status}")
-        if source.endswith(".tar.gz"):
-            return unpack(source, directory, self._clients("s3"), self._s3_options)
-        if not source.startswith("s3://"):
-            return Path(shutil.copytree(source, directory, dirs_exist_ok=True))
-        download_directory(S3Uri.parse(source), directory, self._s3_options, client=self._clients("s3"))
-        return directory
-
-    @property
-    def _s3_options(self) -> S3Options:
-        """How the job's objects are read."""
-        pays = self.describe().get("HyperParameters", {}).get("s3_requester_pays", "")
-        return S3Options(requester_pays=pays.strip('"').lower() == "true")
+        return self._outputs().download(Path(directory))
 
     def samples(self) -> Pictures:
         """The pictures that the job has drawn so far, a list of Pillow's by name; a notebook shows them.
@@ -415,15 +383,7 @@ class Job:
         Raises:
             UserError: the model lies in a ``model.tar.gz``, which :meth:`download` unpacks.
         """
-        import io
-
-        from PIL import Image
-
-        from dreambooth_sm.data.pictures import FORMATS
-
-        place = self._samples_place()
-        names = sorted(name for name in self._names(place) if re.fullmatch(r"samples/.+\.(png|jpg|webp)", name))
-        return Pictures(Image.open(io.BytesIO(self._read(place, name)), formats=FORMATS) for name in names)
+        return self._outputs().samples()
 
     def report(self) -> Page:
         """The job's report page, text in HTML; a notebook shows it.
@@ -431,57 +391,10 @@ class Job:
         Raises:
             UserError: the job wrote none, or it lies in a ``model.tar.gz``.
         """
-        place = self.model_uri
-        if "report.html" not in self._names(place):
-            raise UserError(f"{self.name} wrote no report.html to {place}")
-        return Page(self._read(place, "report.html").decode())
+        return self._outputs().report()
 
-    def _target(self) -> S3Uri | None:
-        """Where the job itself uploads its model, if it does."""
-        hyperparameters = self.describe().get("HyperParameters", {})
-        own = "manual_upload_model_path"
-        for name in spellings(own, Hyperparameters.model_fields[own]):
-            target = hyperparameters.get(name, "").strip('"')
-            if target.startswith("s3://"):  # another image may mean something else by it
-                return S3Uri.parse(target)
-        return None
-
-    def _samples_place(self) -> str:
-        """Where the pictures are: beside the model, or, until there is one, what the platform keeps in S3 or here."""
-        description = self.describe()
-        if description["TrainingJobStatus"] in ENDED or self._target():
-            return self.model_uri
-        if self.directory:
-            return str(self.directory / "model")
-        synced = str(description.get("CheckpointConfig", {}).get("S3Uri", ""))
-        return synced.rstrip("/") if synced.startswith("s3://") else self.model_uri
-
-    def _names(self, place: str) -> list[str]:
-        """The job's files below a place; of a place that other jobs used as well, those of this one."""
-        if place.endswith(".tar.gz"):
-            raise UserError(f"{place} is an archive: download() unpacks it")
-        if not place.startswith("s3://"):
-            return [path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()]
-        source, s3 = S3Uri.parse(place), self._clients("s3")
-        if source != self._target():
-            return list(list_objects(source, client=s3))
-        body = get_object(source / MANIFEST_NAME, client=s3)
-        with suppress(ValueError):  # something else of this name
-            if body and (manifest := Manifest.from_json(body)).job == self.name:
-                return [entry.path for entry in manifest.files]
-        # Until then, what has come since the job was created. S3 keeps whole seconds.
-        since = self.describe()["CreationTime"].replace(microsecond=0)
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=source.bucket, Prefix=f"{source.prefix}/")
-        with asking(f"{source} can't be listed"):
-            objects = [item for page in pages for item in page.get("Contents", [])]
-        return [o["Key"].removeprefix(f"{source.prefix}/") for o in objects if o["LastModified"] >= since]
-
-    def _read(self, place: str, name: str) -> bytes:
-        if not place.startswith("s3://"):
-            return (Path(place) / name).read_bytes()
-        uri = S3Uri.parse(place) / name
-        with asking(f"{uri} can't be read"):
-            return self._clients("s3").get_object(Bucket=uri.bucket, Key=uri.prefix)["Body"].read()
+    def _outputs(self) -> Outputs:
+        return Outputs(self.name, self.describe(), self._clients, self.directory)
 
 
 def _ended_long_ago(description: dict[str, Any]) -> bool:
@@ -500,7 +413,8 @@ def _steps(hyperparameters: dict[str, str]) -> int | None:
 
 def _seconds(description: dict[str, Any]) -> float:
     """That the job has run, without the wait for its instance."""
-    started = description.get("TrainingStartTime")
+    started: datetime | None = description.get("TrainingStartTime")
     if started is None:
         return 0.0
-    return ((description.get("TrainingEndTime") or datetime.now(UTC)) - started).total_seconds()
+    ended: datetime = description.get("TrainingEndTime") or datetime.now(UTC)
+    return (ended - started).total_seconds()

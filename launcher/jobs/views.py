@@ -181,12 +181,13 @@ class NotebookView(View):
             self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import HTML, display
+        import IPython.display
 
+        notebook: Any = IPython.display
         assert self._standing is not None
-        html = HTML(job_html(self._name, self._standing, list(self._lines)))
+        html = notebook.HTML(job_html(self._name, self._standing, list(self._lines)))
         if self._handle is None:
-            self._handle = display(html, display_id=True)
+            self._handle = notebook.display(html, display_id=True)
         else:
             self._handle.update(html)
         self._due = time.monotonic() + _NOTEBOOK_PAUSE

@@ -270,14 +270,14 @@ def _body(environ: dict[str, Any]) -> bytes:
     """The whole body, left in the environ for whoever reads it next."""
     stream = environ["wsgi.input"]
     if environ.get("wsgi.input_terminated"):  # comes in chunks of HTTP
-        content = stream.read()
+        content: bytes = stream.read()
         environ.pop("HTTP_TRANSFER_ENCODING", None)
         environ["wsgi.input_terminated"] = False
         environ["CONTENT_LENGTH"] = str(len(content))
     elif isinstance(stream, io.BytesIO):
         return stream.getvalue()
     else:
-        content = stream.read(int(environ.get("CONTENT_LENGTH") or 0))
+        content = bytes(stream.read(int(environ.get("CONTENT_LENGTH") or 0)))
     environ["wsgi.input"] = io.BytesIO(content)
     return content
 

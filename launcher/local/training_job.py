@@ -274,7 +274,7 @@ class Training:
 
     @property
     def _in_container(self) -> bool:
-        return self.request["ResourceConfig"].get("InstanceType") == CONTAINER
+        return bool(self.request["ResourceConfig"].get("InstanceType") == CONTAINER)
 
     def _command(self) -> list[str]:
         if not self._in_container:
@@ -335,7 +335,7 @@ class Training:
 
     @property
     def _checkpoint_uri(self) -> str:
-        return self.request.get("CheckpointConfig", {}).get("S3Uri", "").rstrip("/")
+        return str(self.request.get("CheckpointConfig", {}).get("S3Uri", "")).rstrip("/")
 
     def _keep_checkpoints_synced(self, done: threading.Event) -> None:
         while not done.wait(_SYNC_PAUSE):
