@@ -1,6 +1,7 @@
 """The client: from a folder of pictures to a training job, checked before it starts.
 
-Importing it pulls in neither torch nor a SageMaker SDK.
+Importing it pulls in neither torch nor a SageMaker SDK. ``api.py`` has its functions; ``aws``, ``jobs`` and ``local``
+are the account, jobs after their start, and SageMaker on this machine.
 """
 
 from launcher.api import (

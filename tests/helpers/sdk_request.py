@@ -1,4 +1,4 @@
-"""Sends requests with one of the launcher's backends, as an SDK's own user would.
+"""Sends requests with one of the launcher's three ways, as an SDK's own user would.
 
 Run in an environment with that SDK, with requests as a JSON list on standard input:
 ``python sdk_request.py boto3|estimator|model_trainer send`` prints the bodies that really went to SageMaker;

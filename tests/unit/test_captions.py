@@ -138,7 +138,11 @@ def test_prompts_beside_the_pictures(tmp_path: Path) -> None:
     path = tmp_path / "dataset_info.json"
     path.write_text(json.dumps({"instance_prompt": r"photo\ of zwx  toy", "class_prompt": None, "version": 2}))
     assert read_dataset_info(tmp_path) == {"instance_prompt": "photo of zwx toy"}
-    for broken, said in (("{", "can't be read as JSON"), ("[]", "not an object"), ('{"class_prompt": 3}', "not an object")):
+    for broken, said in (
+        ("{", "can't be read as JSON"),
+        ("[]", "not an object"),
+        ('{"class_prompt": 3}', "not an object"),
+    ):
         path.write_text(broken)
         with pytest.raises(UserError, match=said):
             read_dataset_info(tmp_path)

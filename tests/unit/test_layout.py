@@ -100,6 +100,16 @@ def test_a_circle_is_found_wherever_its_imports_stand(tmp_path: Path) -> None:
     assert not circle(imports(modules(tmp_path, "package")))
 
 
+def test_the_rooms_of_the_launcher_stand_on_each_other() -> None:
+    """The account knows nothing of jobs, and jobs nothing of the machine that may run them."""
+    above = {"aws": ("launcher.jobs", "launcher.local"), "jobs": ("launcher.local",)}
+    graph = imports(modules(ROOT, "launcher"))
+    for room, others in above.items():
+        for module, needed in graph.items():
+            if module.startswith(f"launcher.{room}"):
+                assert not [each for each in needed if each.startswith(others)], module
+
+
 def test_the_library_does_not_import_its_client() -> None:
     for path in sorted((ROOT / "dreambooth_sm").rglob("*.py")):
         assert not {"launcher", "container"} & set(imported(path)), path
