@@ -38,7 +38,7 @@ from launcher.training_request import (
     find_secrets,
     move_long_values,
     refused_resources,
-    training_job,
+    training_request,
 )
 
 # What a request holds where there is no account to ask, or where the account had no answer.
@@ -75,7 +75,7 @@ class PreparedJob:
     @property
     def request(self) -> dict[str, Any]:
         """For ``create_training_job``."""
-        return training_job(self.hyperparameters, self.resources, self.channels)
+        return training_request(self.hyperparameters, self.resources, self.channels)
 
     def lines(self) -> list[str]:
         """What will be done, for people."""
@@ -119,7 +119,7 @@ class PreparedJob:
         """
         self.stage(say)
         resources = self.resources.model_copy(update={"name": name or self._next_name()})
-        request = training_job(self.hyperparameters, resources, self.channels)
+        request = training_request(self.hyperparameters, resources, self.channels)
         job = submit(request, self._account.clients, price=self.estimate.instance.usd_per_hour)
         self._submitted += 1
         return job
@@ -280,7 +280,7 @@ def prepare(
         channels[name] = Channel(place / MANIFEST_FILE, MANIFEST) if isinstance(source, Listed) else Channel(place)
     request: dict[str, Any] = {}
     with draft.problems.collected():
-        request = training_job(h, resources, channels or {IMAGES_CHANNEL: Channel(resources.workspace / "unknown")})
+        request = training_request(h, resources, channels or {IMAGES_CHANNEL: Channel(resources.workspace / "unknown")})
     draft.problems.found += find_secrets(request, os.environ)
     draft.raise_any()
     warnings = (*draft.warnings, *(account.warnings if account else ()))

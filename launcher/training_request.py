@@ -1,7 +1,7 @@
 """The description of a training job: from hyperparameters, resources and channels to SageMaker's own request.
 
-:func:`training_job` is pure: it reads no file, no environment and no account. The dictionary that it returns is what
-boto3's ``create_training_job`` takes; Step Functions, Terraform and AWS Batch take the same.
+:func:`training_request` is pure: it reads no file, no environment and no account. The dictionary that it returns is
+what boto3's ``create_training_job`` takes; Step Functions, Terraform and AWS Batch take the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ _TAG = re.compile(r"[\w .:/=+@-]*")
 _VPC_ID = re.compile(r"(subnet|sg)-[0-9a-zA-Z]{1,26}")
 
 
-def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str, S3Uri | Channel]) -> dict[str, Any]:
+def training_request(
+    h: Hyperparameters, resources: Resources, channels: Mapping[str, S3Uri | Channel]
+) -> dict[str, Any]:
     """The request of one training job, as ``boto3.client("sagemaker").create_training_job(**request)`` takes it.
 
     Args:
@@ -51,7 +53,7 @@ def training_job(h: Hyperparameters, resources: Resources, channels: Mapping[str
         UserError: with everything that SageMaker, or the job on it, would refuse.
 
     Examples:
-        >>> request = training_job(
+        >>> request = training_request(
         ...     Hyperparameters.parse({"instance_prompt": "photo of zwx toy"}),
         ...     Resources(
         ...         instance_type="ml.g5.xlarge", name="zwx", bucket="models", image_uri="image:1",

@@ -18,7 +18,7 @@ from launcher.local.environment import HUB_TOKENS, loader_variables, own_credent
 from launcher.local.program import CONTAINER, ENTRYPOINT
 from launcher.local.s3 import REGION, EmbeddedS3
 from launcher.local.signatures import REGION_KEY, Application
-from launcher.local.training_job import GRACE, Training
+from launcher.local.training_job import GRACE, TrainingJob
 
 ACCOUNT = "123456789012"  # moto's
 _TARGET = "SageMaker."
@@ -63,7 +63,7 @@ class EmbeddedSageMaker:
         entrypoint: Path = ENTRYPOINT,
         grace: float = GRACE,
     ) -> None:
-        self.jobs: dict[str, Training] = {}
+        self.jobs: dict[str, TrainingJob] = {}
         self._directory = directory
         self._server = server
         self._with_s3 = with_s3
@@ -128,7 +128,7 @@ class EmbeddedSageMaker:
         _check(request)
         name = request["TrainingJobName"]
         arn = _arn(name, region)
-        job = Training(
+        job = TrainingJob(
             request,
             arn,
             directory or self._directory / region / name,
@@ -155,7 +155,7 @@ class EmbeddedSageMaker:
         """
         self.named(name).interrupt()
 
-    def named(self, name: str) -> Training:
+    def named(self, name: str) -> TrainingJob:
         """The job of this name, the latest of several regions.
 
         Raises:
@@ -177,7 +177,7 @@ class EmbeddedSageMaker:
             return {**self._server.environment(region), **(tokens if own else {})}
         return own_credentials() if in_container else own_settings()
 
-    def _find(self, request: dict[str, Any], region: str) -> Training:
+    def _find(self, request: dict[str, Any], region: str) -> TrainingJob:
         try:
             return self.jobs[_arn(request["TrainingJobName"], region)]
         except KeyError:

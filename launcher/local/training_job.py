@@ -50,7 +50,7 @@ _MESSAGES = {
 }
 
 
-class Training:
+class TrainingJob:
     """A training job: its description, and the thread that runs it.
 
     Args:

@@ -15,7 +15,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher.local.s3 import EmbeddedS3
 from launcher.resources import Resources
-from launcher.training_request import training_job
+from launcher.training_request import training_request
 from tests.helpers.api import refusals
 from tests.helpers.sdks import PYTHONS, run_script, send
 
@@ -61,7 +61,7 @@ def test_what_goes_over_the_wire_is_the_request(backend: str, s3: EmbeddedS3, tm
     requests = []
     for kind, options in JOBS.items():
         resources = Resources.parse({**PLAIN, **options, "name": f"{kind}-{backend.replace('_', '-')}"})
-        requests.append(training_job(Hyperparameters.parse(VALUES), resources, channels))
+        requests.append(training_request(Hyperparameters.parse(VALUES), resources, channels))
         assert refusals("CreateTrainingJob", requests[-1]) == []
     ended = send(backend, requests, tmp_path, s3.environment())
     assert ended.returncode == 0, ended.stderr

@@ -345,12 +345,12 @@ def answered(clients: Clients, answers: list[Any]) -> None:
 def request_of_a_job() -> dict[str, Any]:
     from dreambooth_sm.hyperparameters import Hyperparameters
     from dreambooth_sm.storage import S3Uri
-    from launcher.training_request import training_job
+    from launcher.training_request import training_request
 
     resources = Resources(
         instance_type="ml.g5.xlarge", name="zwx", bucket="models", image_uri="image:1", role=ROLE, max_retry_attempts=3
     )
-    return training_job(
+    return training_request(
         Hyperparameters.parse({"instance_prompt": "photo of zwx toy"}), resources, {"images": S3Uri("models", "p")}
     )
 

@@ -18,7 +18,13 @@ from dreambooth_sm.printing import redact
 from dreambooth_sm.report import TRAINING_METRICS, Reporter
 from dreambooth_sm.storage import S3Uri
 from launcher.resources import Resources
-from launcher.training_request import CONCEPTS_FILE, find_secrets, metric_definitions, move_long_values, training_job
+from launcher.training_request import (
+    CONCEPTS_FILE,
+    find_secrets,
+    metric_definitions,
+    move_long_values,
+    training_request,
+)
 from tests.helpers.api import refusals
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
@@ -68,7 +74,7 @@ def hyperparameters(**values: object) -> Hyperparameters:
 def make(
     channels: dict[str, S3Uri] | None = None, values: dict[str, object] | None = None, **resources: object
 ) -> dict[str, Any]:
-    return training_job(
+    return training_request(
         hyperparameters(**(values or {})),
         Resources.parse({**RESOURCES, **resources}),
         CHANNELS if channels is None else channels,
@@ -211,7 +217,7 @@ def test_what_passes_here_passes_there(options: dict[str, Any], prompt: str) -> 
     resources = Resources.read({**RESOURCES, **options}, problems)
     try:
         h, _ = move_long_values(hyperparameters(instance_prompt=prompt))
-        request = training_job(h, resources, CHANNELS)
+        request = training_request(h, resources, CHANNELS)
     except UserError:
         return
     assert refusals("CreateTrainingJob", request) == []
