@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.validation import SAMPLES
+
+# Those that the SageMaker SDK adds for itself.
+_PLATFORM_CHANNELS = ("code", "sm_drivers")
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,21 @@ def preflight(job: Context) -> Checked:
         with problems.collected():
             target = check_target(h) if job.world.is_main else None
         problems.raise_any()
+    for name in find_unused_channels(job):
+        job.report.warn(
+            f"the channel {name} is not used: no hyperparameter names a path in it, such as "
+            f"instance_data_dir=/opt/ml/input/data/{name}"
+        )
     for line in plan.lines():
         job.report.say(f"plan: {line}")
     return Checked(plan, subjects, target)
+
+
+def find_unused_channels(job: Context) -> list[str]:
+    """Channels that SageMaker fetched and the job never looks into."""
+    values = f"{job.asked.model_dump_json()} {job.h.model_dump_json()}"
+    others = [name for name in job.contract.channels if name not in _PLATFORM_CHANNELS]
+    return [name for name in sorted(others) if not re.search(rf"/input/data/{re.escape(name)}(?![\w.-])", values)]
 
 
 def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
