@@ -8,13 +8,17 @@ SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
 # Older versions of diffusers, which have to read what is written here (140 MB each; torch is .venv's).
 READERS := .venv-diffusers-0.27/.installed .venv-diffusers-0.32/.installed
 
-.PHONY: demo test test-quickly test-cuda-image lint docs lock clean
+.PHONY: demo check test test-quickly test-cuda-image lint docs lock clean
 
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
 
 test: $(STAMP) $(SDKS) $(READERS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+
+# An answer within three minutes: all but tests that start jobs and servers, and those that are marked slow.
+check: lint
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/unit tests/contract
 
 # The image on the CUDA build of torch that the package index has: 2.7 GB to fetch, 6 GB of Docker's disk.
 test-cuda-image: $(STAMP)
@@ -22,7 +26,7 @@ test-cuda-image: $(STAMP)
 
 # What another Python, or another build of torch, could break: `make test-quickly VENV=.venv-3.13 PYTHON=python3.13`.
 test-quickly: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/integration/test_demo.py
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/integration/test_demo.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -769,6 +769,7 @@ def compare_kernel_with_reference() -> None:
             print(dtype, master, "averaged")
 
 
+@pytest.mark.slow
 def test_kernel_in_the_interpreter() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")

@@ -17,6 +17,8 @@ from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.train import train
 from tests.helpers.training import SEED, Run, hyperparameters, same, weights
 
+pytestmark = pytest.mark.slow
+
 FAST: dict[str, Any] = {"optimizer": "blockwise", "state_bits": 8, "update_in_backward": True, "max_grad_norm": None}
 PLANS: dict[str, dict[str, Any]] = {
     "roomy": {**FAST, "precision": "bf16", "weights": "residual", "update_in_backward": False, "max_grad_norm": 1.0},
