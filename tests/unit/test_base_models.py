@@ -252,6 +252,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFacto
     return directory
 
 
+@pytest.mark.slow
 def test_models_a_level_too_high_in_archives_and_under_other_names(
     tiny_base: Path, single: Path, expected: dict[str, Any], tmp_path: Path, kept: Path
 ) -> None:

@@ -510,6 +510,7 @@ def test_a_loss_that_rose_is_told_from_noise(losses: list[float], rises: bool, e
     assert (find_rise(rows) is not None) == rises
 
 
+@pytest.mark.slow
 def test_a_job_that_got_worse_says_so(base: BaseModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, max_train_steps=40, logging_steps=5)
     real = run.trainer._loss

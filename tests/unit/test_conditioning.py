@@ -136,6 +136,7 @@ def test_the_text_encoders_and_the_vae_are_left_bitwise(xl_base: BaseModel, tmp_
     assert not same(weights(run.base.unet), weights(xl_base.unet))
 
 
+@pytest.mark.slow
 def test_resumed_training_is_bitwise_the_uninterrupted_one(xl_base: BaseModel, tmp_path: Path) -> None:
     values = {"with_prior_preservation": True, "use_ema": True, "center_crop": False, "max_train_steps": 5, **XL}
     whole = Run(xl_base, tmp_path / "whole", **values).train()

@@ -69,6 +69,7 @@ def test_losses_are_the_stored_ones(case: Case) -> None:
         assert list(ours) == pytest.approx(theirs, rel=1e-4), f"step {step}"
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_process_is_bitwise_the_first(case: Case, tmp_path: Path) -> None:
     again = train(case.base, tmp_path, case.name)
     assert again.losses == case.run.losses
@@ -145,6 +146,7 @@ def xl_conditions(base: BaseModel, reference: Run, size: int) -> tuple[torch.Ten
     return states, {"text_embeds": pooled, "time_ids": torch.tensor([[64, 80, 0, 8, 64, 64]] * 2 * size).float()}
 
 
+@pytest.mark.slow
 def test_an_independent_loop_agrees(case: Case) -> None:
     plain = copy.deepcopy(case.base)
     theirs = plain_losses(plain, case.run)

@@ -158,6 +158,7 @@ def masked(tmp_path: Path) -> Subject:
     return Subject(tuple(pictures), "photo of zwx toy", "photo of a toy", tmp_path / "class", tuple(classes))
 
 
+@pytest.mark.slow
 def test_the_trainer_weighs_the_subject(masked: Subject, base: BaseModel, tmp_path: Path) -> None:
     values: dict[str, object] = {
         "center_crop": False,

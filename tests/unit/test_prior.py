@@ -304,6 +304,7 @@ def test_what_is_not_latents_counts_as_damaged(kind: str) -> None:
     assert unpack(BAD[kind], (4, 32, 32)) is None
 
 
+@pytest.mark.slow
 def test_bad_objects_cost_time_and_not_the_job(
     base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3
 ) -> None:

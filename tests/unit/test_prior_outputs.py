@@ -67,6 +67,7 @@ def test_the_untrained_model_has_no_prior_loss(base: BaseModel, tmp_path: Path) 
     assert float(first.prior) < 1e-6 < float(first.instance)
 
 
+@pytest.mark.slow
 def test_it_pulls_back_what_drifts(base: BaseModel, tmp_path: Path) -> None:
     def drift(weight: float) -> float:
         made = trainer(copy.deepcopy(base), tmp_path / str(weight), prior_loss_weight=weight, learning_rate=1e-3)

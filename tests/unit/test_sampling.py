@@ -99,6 +99,7 @@ def test_batches_are_of_one_size_as_far_as_that_goes(
     assert [len(batch) for batch in batches] == sizes
 
 
+@pytest.mark.slow
 def test_a_picture_that_does_not_fit_is_decoded_in_tiles(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory for tiles of 256 pixels, and no more."""
     latents = drawn(base, [1], size=(384, 320), steps=2)

@@ -85,6 +85,7 @@ def test_restoring_a_checkpoint_is_exact(base: BaseModel, tmp_path: Path) -> Non
     assert all(torch.equal(parameter, saved[f"unet.{name}"]) for name, parameter in run.base.unet.named_parameters())
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_measured_in_every_place(
     base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

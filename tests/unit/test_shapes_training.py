@@ -60,6 +60,7 @@ def test_all_shapes_and_prompts_are_trained_on(base: BaseModel, subject: Subject
     assert run.train().losses == Run(base, tmp_path, subject=subject, **VALUES).train().losses
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_large_batch(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
     values = {**VALUES, "adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": None}
     runs = [

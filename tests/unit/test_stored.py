@@ -816,6 +816,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "source", "target", "share"),
     [

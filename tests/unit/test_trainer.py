@@ -33,6 +33,7 @@ def gradients(run: Run) -> torch.Tensor:
 # Batches and accumulation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", [False, True])
 def test_accumulated_batches_are_one_large_batch(base: BaseModel, tmp_path: Path, prior: bool) -> None:
     """1 x 4 and 4 x 1, with SGD-like Adam (a large epsilon), so that no sign of a tiny gradient decides."""

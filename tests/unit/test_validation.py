@@ -60,6 +60,7 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(picture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_training_is_the_same_and_pictures_are_the_models(name: str, base: BaseModel, tmp_path: Path) -> None:
     with_ = train(base, tmp_path / "with", PLANS[name], steps=4, validate=True)
