@@ -19,6 +19,8 @@ from launcher.training_request import training_request
 from tests.helpers.api import refusals
 from tests.helpers.sdks import PYTHONS, run_script, send
 
+pytestmark = pytest.mark.slow
+
 PLAIN: dict[str, Any] = {
     "instance_type": "ml.g5.xlarge",
     "name": "zwx",

@@ -35,6 +35,7 @@ DOCKERFILE = 'ARG BASE_IMAGE\nFROM scratch\nCOPY build_and_push.sh /\nARG VERSIO
 
 pytestmark = [
     needs_engine,
+    pytest.mark.slow,
     pytest.mark.skipif(not shutil.which("docker-registry"), reason="needs a registry: apt-get install docker-registry"),
     pytest.mark.skipif(not shutil.which("aws"), reason="needs the AWS CLI: pip install awscli"),
 ]
