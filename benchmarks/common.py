@@ -28,7 +28,8 @@ from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.ladder import Rung
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.training.loop import Schedule, Trainer
+from dreambooth_sm.training.loop import Trainer
+from dreambooth_sm.training.schedule import Schedule
 from tests.helpers.tiny import byte_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

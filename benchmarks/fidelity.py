@@ -50,7 +50,8 @@ from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.toybox import SIDE
 from dreambooth_sm.toybox.labels import BACKGROUNDS
-from dreambooth_sm.training.loop import Schedule, Trainer
+from dreambooth_sm.training.loop import Trainer
+from dreambooth_sm.training.schedule import Schedule
 from toybox import examine
 from toybox.paint import paint
 from toybox.toys import HELD_OUT, scenes_of

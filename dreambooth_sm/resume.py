@@ -30,8 +30,8 @@ from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.checkpoint import Checkpoint, undamaged_checkpoints
-from dreambooth_sm.training.loop import Schedule, make_rate, make_schedule
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
+from dreambooth_sm.training.schedule import Schedule, make_rate, make_schedule
 
 # Known only once the base model is loaded.
 BASE = "base_model"

@@ -7,13 +7,12 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 
 from dreambooth_sm.data.conditioning import Conditioning
 from dreambooth_sm.data.prompts import encode
@@ -31,9 +30,11 @@ from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, dreambooth_loss
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
+from dreambooth_sm.training.schedule import Schedule, make_rate, make_scheduler
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
 from dreambooth_sm.training.trend import find_rise
 from dreambooth_sm.training.updater import make_updater
+from dreambooth_sm.training.window import Window
 from dreambooth_sm.validation import Validator
 
 # A loss scaler needs some steps to find its scale; more than this many skipped in a row is a broken job.
@@ -64,83 +65,6 @@ class TrainingSet:
     weights: SubjectWeights | None = None
     pooled: torch.Tensor | None = None
     sizes: PictureSizes | None = None
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long the job trains, in optimizer steps.
-
-    Attributes:
-        save_every: 0 for never.
-    """
-
-    steps: int
-    save_every: int
-    learning_rate: float
-
-
-def make_schedule(h: Hyperparameters, instance_pictures: int, default_steps: int, processes: int = 1) -> Schedule:
-    """Turns epochs into steps; ``max_train_steps`` wins."""
-    batch = h.train_batch_size * h.gradient_accumulation_steps * processes
-    steps_per_epoch = -(-instance_pictures // batch)
-    steps = h.max_train_steps or (h.num_train_epochs or 0) * steps_per_epoch or default_steps
-    rate = h.learning_rate * (batch if h.scale_lr else 1)
-    return Schedule(steps, h.save_steps * (steps_per_epoch if h.save_use_epochs else 1), rate)
-
-
-def make_rate(h: Hyperparameters, schedule: Schedule) -> Callable[[int], float]:
-    """The learning rate of the step that follows so many steps: a function of the schedule and of nothing before."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=schedule.learning_rate)
-    factor = _scheduler(h, schedule, optimizer).lr_lambdas[0]
-    return lambda done: float(schedule.learning_rate * factor(done))
-
-
-def _scheduler(h: Hyperparameters, schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
-    return get_scheduler(
-        h.lr_scheduler, optimizer, num_warmup_steps=h.lr_warmup_steps, num_training_steps=schedule.steps
-    )
-
-
-@dataclass
-class _Window:
-    """Means since the last metric line; kept on the device until they are shown."""
-
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    count: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def add(self, loss: Loss) -> None:
-        self.count += 1
-        for name, value in (("loss", loss.total), ("instance_loss", loss.instance), ("prior_loss", loss.prior)):
-            if value is not None:
-                self.sums[name] = self.sums.get(name, 0) + value.detach()
-
-    def means(self, world: World) -> dict[str, float]:
-        """Over the steps, and over the processes."""
-        mine = {name: (total / self.count).item() for name, total in self.sums.items()}
-        everyone = world.gather(mine)
-        return {name: sum(means[name] for means in everyone) / world.size for name in mine}
-
-    def share(self, world: World) -> None:
-        """Gives every process the mean of all their sums, which leaves the means as they are: one can save for all."""
-        if world.size > 1:
-            means = self.means(world)
-            self.sums = {name: torch.full_like(total, means[name] * self.count) for name, total in self.sums.items()}
-
-    def state(self) -> dict[str, Any]:
-        """On the CPU."""
-        sums = {name: total.cpu() for name, total in self.sums.items()}
-        return {"sums": sums, "count": self.count, "seconds": self.seconds}
-
-    @classmethod
-    def going_on(cls, state: Mapping[str, Any], device: torch.device) -> _Window:
-        """From another's :meth:`state`, whose time stood still meanwhile."""
-        sums = {name: total.to(device) for name, total in state["sums"].items()}
-        return cls(sums, state["count"], time.monotonic() - state["seconds"])
 
 
 class Trainer:
@@ -196,7 +120,7 @@ class Trainer:
         self.make_step.shapes = len(data.dice.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
-        self.scheduler = _scheduler(h, schedule, self.updater.optimizer)
+        self.scheduler = make_scheduler(h, schedule, self.updater.optimizer)
         if plan.use_ema:
             on_cpu = plan.ema == "cpu" and device.type != "cpu"
             self.make_step.ema = Ema(
@@ -217,7 +141,7 @@ class Trainer:
         self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
         self._started_after = 0
         self._last_saved: Path | None = None
-        self._window = _Window()
+        self._window = Window()
 
     @property
     def ema(self) -> Ema | None:
@@ -253,7 +177,7 @@ class Trainer:
             self.ema.load_state_dict(state["ema"])
         self.step = self._started_after = step
         self._finite_steps.zero_()
-        self._window = _Window.going_on(state["window"], self.device)
+        self._window = Window.going_on(state["window"], self.device)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on where ``checkpoint`` was written.
@@ -340,7 +264,7 @@ class Trainer:
             self._window.add(self.optimizer_step(rate))
             if self.step == 1 or self.step % self.h.logging_steps == 0 or self.step == self.schedule.steps:
                 self._log(rate)
-                self._window = _Window()
+                self._window = Window()
             last = self.step == self.schedule.steps
             if validator and not last and self.world.is_main and validator.is_due(self.step):
                 paused = time.monotonic()

@@ -18,7 +18,8 @@ from dreambooth_sm.planning.choice import smaller_plan
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint
-from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet
+from dreambooth_sm.training.loop import Trainer, TrainingSet
+from dreambooth_sm.training.schedule import Schedule
 from dreambooth_sm.validation import Validator
 
 

@@ -13,7 +13,8 @@ import torch
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.models import BaseModel, load_base
-from dreambooth_sm.training.loop import Schedule, Trainer
+from dreambooth_sm.training.loop import Trainer
+from dreambooth_sm.training.schedule import Schedule
 from dreambooth_sm.training.step import WARM_UP_STEPS, CapturedStep, Inputs, Step
 from tests.helpers.training import SEED, Recorder, cpu_plan, hyperparameters, paint_pictures
 

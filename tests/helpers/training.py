@@ -23,7 +23,8 @@ from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.training.loop import Trainer, TrainingSet, make_schedule
+from dreambooth_sm.training.loop import Trainer, TrainingSet
+from dreambooth_sm.training.schedule import make_schedule
 
 CPU = torch.device("cpu")
 SEED = 7

@@ -22,7 +22,8 @@ from dreambooth_sm.planning.cards import CPU
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.selection import Examiner
-from dreambooth_sm.training.loop import Schedule, Trainer
+from dreambooth_sm.training.loop import Trainer
+from dreambooth_sm.training.schedule import Schedule
 from toybox import paint, toys
 
 STEPS = 80

@@ -23,8 +23,9 @@ from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.resume import check_resumable, find_other_rates
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint, save_checkpoint
-from dreambooth_sm.training.loop import Schedule, TrainingError
+from dreambooth_sm.training.loop import TrainingError
 from dreambooth_sm.training.losses import Loss
+from dreambooth_sm.training.schedule import Schedule
 from dreambooth_sm.training.step import Inputs
 from dreambooth_sm.training.trend import find_rise
 from tests.helpers.training import Run, same, weights

@@ -19,7 +19,8 @@ from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.training.loop import Schedule, Trainer, TrainingSet
+from dreambooth_sm.training.loop import Trainer, TrainingSet
+from dreambooth_sm.training.schedule import Schedule
 from tests.helpers.training import CPU, SEED, cpu_plan, hyperparameters, paint_pictures
 
 VALUES = {"prior": "output", "class_prompt": "photo of a toy", "with_prior_preservation": True, "num_class_images": 2}

@@ -23,7 +23,7 @@ from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import BaseModel
 from dreambooth_sm.resume import BASE, check_resumable, fingerprint, first_that_fits, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint, undamaged_checkpoints
-from dreambooth_sm.training.loop import Schedule
+from dreambooth_sm.training.schedule import Schedule
 from tests.helpers.training import SMALL, Recorder, cpu_plan, hyperparameters, make_subject, paint_pictures
 
 FIELDS = Hyperparameters.model_fields

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dreambooth_sm.models import BaseModel
-from dreambooth_sm.training.loop import Schedule, TrainingError, make_schedule
+from dreambooth_sm.training.loop import TrainingError
+from dreambooth_sm.training.schedule import Schedule, make_schedule
 from dreambooth_sm.training.step import attention_context
 from tests.helpers.training import Run, hyperparameters, same, weights
 
