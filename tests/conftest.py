@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -27,6 +28,16 @@ from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 
 EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: trainers, which collect garbage, do not walk millions of their objects."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
