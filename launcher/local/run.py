@@ -1,4 +1,4 @@
-"""Jobs on this machine: the ``/opt/ml`` tree that SageMaker mounts, and the embedded services that run them."""
+"""Starts jobs on this machine, on embedded services that this process runs."""
 
 from __future__ import annotations
 
