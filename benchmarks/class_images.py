@@ -28,7 +28,7 @@ from dreambooth_sm.data import prior
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import detect_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.report import Reporter
@@ -39,7 +39,7 @@ VARIANTS = ("ours", "full_guidance", "batch_16", "diffusers")
 PEER_PICTURES = 16
 
 
-def run_ours(name: str, base: BaseModel, count: int, work: Path) -> dict[str, object]:
+def run_ours(name: str, base: PretrainedModel, count: int, work: Path) -> dict[str, object]:
     plan = make_plan(Hyperparameters.parse(PROMPTS), detect_card())
     if name == "batch_16":
         plan = dataclasses.replace(plan, sample_batch_size=16)
@@ -73,7 +73,7 @@ def run_ours(name: str, base: BaseModel, count: int, work: Path) -> dict[str, ob
     }
 
 
-def run_diffusers(base: BaseModel, work: Path) -> dict[str, object]:
+def run_diffusers(base: PretrainedModel, work: Path) -> dict[str, object]:
     started = time.perf_counter()
     pipeline: StableDiffusionPipeline = base.pipeline().to("cuda", torch.float16)
     pipeline.set_progress_bar_config(disable=True)

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CONTEXT_GB, CPU, Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.ladder import Rung
@@ -36,7 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 
 
-def sd15() -> BaseModel:
+def sd15() -> PretrainedModel:
     """Stable Diffusion 1.5's architecture with random weights, in fp32 on the CPU."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -44,7 +44,7 @@ def sd15() -> BaseModel:
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
         )
         vae, text_encoder = _vae(), CLIPTextModel(_clip())
-    base = BaseModel(
+    base = PretrainedModel(
         name="sd15",
         unet=unet,
         vae=vae,
@@ -57,7 +57,7 @@ def sd15() -> BaseModel:
     return _put_away(base)
 
 
-def sdxl() -> BaseModel:
+def sdxl() -> PretrainedModel:
     """Stable Diffusion XL's architecture, likewise."""
     torch.manual_seed(0)
     with torch.device(DEVICE):
@@ -77,7 +77,7 @@ def sdxl() -> BaseModel:
         vae, text_encoder = _vae(scaling_factor=0.13025, force_upcast=True), CLIPTextModel(_clip())
         second = _clip(width=1280, layers=32, heads=20, hidden_act="gelu", projection_dim=1280)
         text_encoder_2 = CLIPTextModelWithProjection(second)
-    base = BaseModel(
+    base = PretrainedModel(
         name="sdxl",
         unet=unet,
         vae=vae,
@@ -93,7 +93,7 @@ def sdxl() -> BaseModel:
 
 
 # What `--model` takes.
-MODELS: dict[str, Callable[[], BaseModel]] = {"sd15": sd15, "sdxl": sdxl}
+MODELS: dict[str, Callable[[], PretrainedModel]] = {"sd15": sd15, "sdxl": sdxl}
 
 
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:
@@ -124,7 +124,7 @@ def _clip(*, width: int = 768, layers: int = 12, heads: int = 12, **options: Any
     )
 
 
-def _put_away(base: BaseModel) -> BaseModel:
+def _put_away(base: PretrainedModel) -> PretrainedModel:
     """On the CPU, as a job loads it."""
     base.to("cpu")
     torch.cuda.empty_cache()
@@ -143,7 +143,7 @@ def make_pictures(directory: Path, count: int, side: int = 512) -> tuple[Path, .
     return paths
 
 
-def make_trainer(base: BaseModel, plan: Plan, h: Hyperparameters, pictures: Path, steps: int) -> Trainer:
+def make_trainer(base: PretrainedModel, plan: Plan, h: Hyperparameters, pictures: Path, steps: int) -> Trainer:
     """A trainer on five instance and seven class pictures."""
     subject = Subject(
         pictures=make_pictures(pictures / "instance", 5, h.resolution),

@@ -44,7 +44,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure, measure_real, score, verdict
 from dreambooth_sm.gallery import grid
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel, load_base
+from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.planning.ladder import LADDERS, Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
@@ -97,7 +97,7 @@ class Drawn:
 class Studio:
     """Draws with the base model, or with other weights of its UNet."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: PretrainedModel) -> None:
         own = copy.deepcopy(base)
         own.to(DEVICE)
         self._pipeline, self._base_weights = own.pipeline(), list(base.unet.parameters())
@@ -150,7 +150,7 @@ def save_pictures(pictures: Sequence[Image.Image], directory: Path) -> tuple[Pat
     return paths
 
 
-def make_trainer(variant: str, case: Case, base: BaseModel, options: argparse.Namespace, steps: int) -> Trainer:
+def make_trainer(variant: str, case: Case, base: PretrainedModel, options: argparse.Namespace, steps: int) -> Trainer:
     """Trains a copy of the base's UNet; the same data, order and noise for every variant of a case."""
     has_prior = variant != "no_prior"
     h = Hyperparameters.parse(
@@ -294,7 +294,7 @@ def save_grid(case: Case, drawn: dict[str, Drawn], out: Path) -> None:
     grid(pictures, columns).save(out / f"{case.subject}.png")
 
 
-def run_curve(case: Case, base: BaseModel, studio: Studio, record: Record, options: argparse.Namespace) -> None:
+def run_curve(case: Case, base: PretrainedModel, studio: Studio, record: Record, options: argparse.Namespace) -> None:
     """Where overfitting starts: the figures after more and more steps."""
     for variant in ("reference", "no_prior"):
         trainer = make_trainer(variant, case, base, options, max(options.curve))

@@ -35,7 +35,7 @@ from benchmarks.common import (
 )
 from benchmarks.figures import add_write_option, step_figures, write_figures
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.memory import sampling_peak_gb
@@ -48,7 +48,7 @@ CARDS = {
 }
 
 
-def sampling_peak(base: BaseModel, plan: Plan, h: Hyperparameters) -> dict[str, object]:
+def sampling_peak(base: PretrainedModel, plan: Plan, h: Hyperparameters) -> dict[str, object]:
     """Peak memory of one batch of class images, decoded."""
     seeds = list(range(plan.sample_batch_size))
     reset_peaks()

@@ -23,7 +23,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.live_samples import live_samples
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import BaseModel, load_base
+from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.preflight import Checked, check_prompts, preflight
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.results import REPORT_FILES, gather_facts, write_results
@@ -91,7 +91,7 @@ class Loaded:
         space: what the job will write, and where to.
     """
 
-    base: BaseModel
+    base: PretrainedModel
     encoders: Encoders | None
     space: Space
 

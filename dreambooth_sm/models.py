@@ -34,7 +34,7 @@ RENAMED = {
 
 
 @dataclass
-class BaseModel:
+class PretrainedModel:
     """A Stable Diffusion pipeline, taken apart.
 
     All modules are on the CPU, in eval mode and without gradients, as loaded: in fp32, or in the precision of their
@@ -224,7 +224,7 @@ def _read(h: Hyperparameters, path: Path, vae: StoredPart | None) -> StoredModel
     return read_stored(path, variant=variant, use_ema=h.use_ema_weights, prediction_type=prediction, vae=vae)
 
 
-def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> BaseModel:
+def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> PretrainedModel:
     """Loads the base pipeline, and the replacement VAE if one is asked for.
 
     Args:
@@ -250,9 +250,9 @@ def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
     return _taken_apart(name, stored)
 
 
-def _taken_apart(name: str, stored: StoredModel) -> BaseModel:
+def _taken_apart(name: str, stored: StoredModel) -> PretrainedModel:
     parts = stored.pipeline
-    return BaseModel(
+    return PretrainedModel(
         name=name,
         unet=parts.unet,
         vae=parts.vae,

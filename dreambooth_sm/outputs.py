@@ -16,7 +16,7 @@ from dreambooth_sm.context import upload_client
 from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
@@ -25,7 +25,7 @@ from dreambooth_sm.training.checkpoint import all_checkpoints
 from dreambooth_sm.validation import SAMPLES
 
 
-def save(base: BaseModel, h: Hyperparameters, shown: Path, checkpoints: Path) -> set[str]:
+def save(base: PretrainedModel, h: Hyperparameters, shown: Path, checkpoints: Path) -> set[str]:
     """Puts the trained model, in the format and precision that are asked for, into its directory.
 
     Args:
@@ -67,7 +67,7 @@ def save(base: BaseModel, h: Hyperparameters, shown: Path, checkpoints: Path) ->
     return written
 
 
-def export(base: BaseModel, h: Hyperparameters, directory: Path, dtype: torch.dtype | None) -> None:
+def export(base: PretrainedModel, h: Hyperparameters, directory: Path, dtype: torch.dtype | None) -> None:
     """Writes the model in the format that is asked for; ``dtype`` None leaves weights as they are."""
     if h.export != "single_file":
         base.save(directory, dtype)

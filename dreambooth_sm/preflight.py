@@ -18,7 +18,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.driver import find_build, find_host, find_mismatch, find_missing_kernels
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel, check_base
+from dreambooth_sm.models import PretrainedModel, check_base
 from dreambooth_sm.outputs import make_way
 from dreambooth_sm.planning.cards import detect_card
 from dreambooth_sm.planning.choice import make_plan
@@ -157,7 +157,7 @@ def check_checkpoints(contract: Contract) -> None:
         ) from None
 
 
-def check_prompts(base: BaseModel, subjects: tuple[Subject, ...], h: Hyperparameters) -> None:
+def check_prompts(base: PretrainedModel, subjects: tuple[Subject, ...], h: Hyperparameters) -> None:
     """Raises UserError for prompts that are too long, before class images are made for them."""
     prompts = [prompt for s in subjects for prompt in (s.prompt, s.class_prompt, *s.prompts) if prompt]
     tokenize_for(tokenizers_in(base), prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)

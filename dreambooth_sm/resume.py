@@ -24,7 +24,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.sagemaker import Contract
@@ -63,7 +63,7 @@ class Start:
     _older: Iterator[Checkpoint]
 
     def fit_to(
-        self, base: BaseModel, parameters: Mapping[str, torch.nn.Parameter], h: Hyperparameters, report: Reporter
+        self, base: PretrainedModel, parameters: Mapping[str, torch.nn.Parameter], h: Hyperparameters, report: Reporter
     ) -> None:
         """Looks whether the checkpoint is one of this model, now that it is loaded; an older one may be.
 
@@ -163,7 +163,7 @@ def _digest(picture: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(base: BaseModel) -> dict[str, str]:
+def fingerprint(base: PretrainedModel) -> dict[str, str]:
     """A digest of each part of a base model: of some values of each tensor, and of what else training depends on."""
     modules = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
     if base.text_encoder_2 is not None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dreambooth_sm.data.conditioning import Conditioning, embed, size_numbers
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.model import ZEROS, Pipeline, parts_of
 from dreambooth_sm.stored.schedule import drawing_scheduler
@@ -28,7 +28,7 @@ _TILE = 256
 GUIDED_SIGMAS = (5.42, 0.28)
 
 
-def sampling_pipeline(base: BaseModel, plan: Plan) -> Pipeline:
+def sampling_pipeline(base: PretrainedModel, plan: Plan) -> Pipeline:
     """The base model ready to draw on the plan's device: a copy in half precision on a GPU, else itself."""
     pipeline = base.pipeline()
     if plan.device == "cpu" or plan.precision == "fp32":

@@ -23,7 +23,7 @@ from dreambooth_sm.fidelity import Encoders, Fidelity, measure, measure_real, sc
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Method
 from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sampling import draw, sampling_pipeline
@@ -74,7 +74,7 @@ class Examiner:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: PretrainedModel,
         subjects: tuple[Subject, ...],
         encoders: Encoders,
         h: Hyperparameters,

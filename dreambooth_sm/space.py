@@ -12,7 +12,7 @@ import torch
 from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 
 # For pictures, reports and the file system itself.
@@ -36,7 +36,7 @@ class Space:
     @classmethod
     def needed(
         cls,
-        base: BaseModel,
+        base: PretrainedModel,
         trained: Mapping[str, torch.nn.Parameter],
         h: Hyperparameters,
         plan: Plan,

@@ -18,7 +18,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Method
 from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, Sample
 from dreambooth_sm.sampling import draw, sampling_pipeline
@@ -74,7 +74,7 @@ class Validator:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: PretrainedModel,
         prompts: tuple[str, ...],
         h: Hyperparameters,
         plan: Plan,
@@ -85,7 +85,7 @@ class Validator:
         self._method = method
         self._base, self._prompts, self._h, self._plan, self._report = base, prompts, h, plan, report
         self._directory = directory
-        self._copy: BaseModel | None = None
+        self._copy: PretrainedModel | None = None
         self._seeds = [_SEED + number for number in range(h.num_validation_images)]
         self.on_draw: Callable[[Sequence[Sample]], object] | None = None
         if prompts and h.validation_steps:
@@ -121,7 +121,7 @@ class Validator:
         """Draws with the model itself, before or after training, what an earlier attempt has not drawn."""
         self._draw(self._base, step, batch_size=self._plan.sample_batch_size)
 
-    def _draw(self, model: BaseModel, step: int, *, batch_size: int) -> None:
+    def _draw(self, model: PretrainedModel, step: int, *, batch_size: int) -> None:
         there = {(sample.prompt, sample.seed) for sample in self._report.samples if sample.step == step}
         missing = {p: [s for s in self._seeds if (p, s) not in there] for p in self._prompts}
         if not any(missing.values()):

@@ -25,7 +25,7 @@ from dreambooth_sm.data.training_set import (
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.planning.plan import Plan
@@ -34,7 +34,7 @@ from dreambooth_sm.training.loop import TrainingSet
 
 
 def encode_training_set(
-    base: BaseModel,
+    base: PretrainedModel,
     subjects: tuple[Subject, ...],
     h: Hyperparameters,
     plan: Plan,
@@ -115,7 +115,7 @@ def encode_training_set(
 
 
 def outputs_of_base(
-    base: BaseModel,
+    base: PretrainedModel,
     subjects: tuple[Subject, ...],
     h: Hyperparameters,
     plan: Plan,

@@ -60,7 +60,7 @@ def size_numbers(original: tuple[int, int], crop: tuple[int, int], target: tuple
 
 
 def tokenizers_in(model: Any) -> list[Any]:
-    """The tokenizers of a :class:`~dreambooth_sm.models.BaseModel` or a pipeline, one for each text encoder."""
+    """The tokenizers of a :class:`~dreambooth_sm.models.PretrainedModel` or a pipeline, one for each text encoder."""
     return [t for t in (model.tokenizer, getattr(model, "tokenizer_2", None)) if t is not None]
 
 
@@ -72,7 +72,7 @@ def embed(
     draws asks here: both see all of a prompt that is longer than the encoders' window.
 
     Args:
-        model: a :class:`~dreambooth_sm.models.BaseModel` or a pipeline.
+        model: a :class:`~dreambooth_sm.models.PretrainedModel` or a pipeline.
         max_tokens, pad: see :func:`~dreambooth_sm.data.prompts.tokenize`.
         zeros_for_empty: embeds the empty prompt as zeros where there are two text encoders.
     """

@@ -20,7 +20,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.outputs import scratch_directory
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -168,7 +168,7 @@ def _writable(directory: Path) -> Path | None:
 
 
 def make_class_images(
-    base: BaseModel,
+    base: PretrainedModel,
     subjects: tuple[Subject, ...],
     h: Hyperparameters,
     plan: Plan,

@@ -179,7 +179,7 @@ class PromptTable:
         return tokenize(self._tokenizer, list(self._texts), max_tokens=self._max_tokens, pad=self._pad)
 
     def embeddings(self, model: Any) -> Conditioning:
-        """The prompts as the text encoders of a :class:`~dreambooth_sm.models.BaseModel` see them, on their device."""
+        """The prompts as the text encoders of a model see them, on their device."""
         return embed(
             model,
             list(self._texts),

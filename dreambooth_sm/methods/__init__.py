@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 
 
@@ -21,16 +21,16 @@ class Method(Protocol):
 
     name: str
 
-    def parameters(self, model: BaseModel, plan: Plan) -> dict[str, torch.nn.Parameter]:
+    def parameters(self, model: PretrainedModel, plan: Plan) -> dict[str, torch.nn.Parameter]:
         """What is trained, by names that stay: full-precision values before training and after it."""
 
-    def attach(self, model: BaseModel, plan: Plan, device: torch.device) -> None:
+    def attach(self, model: PretrainedModel, plan: Plan, device: torch.device) -> None:
         """Puts what the training step runs on the device, in the plan's precision, with gradients where it trains.
 
         Raises:
             torch.OutOfMemoryError: the caller puts the parameters' values back.
         """
 
-    def drawable(self, model: BaseModel, plan: Plan, dtype: torch.dtype) -> BaseModel:
+    def drawable(self, model: PretrainedModel, plan: Plan, dtype: torch.dtype) -> PretrainedModel:
         """A model that pictures are drawn with while ``model`` is trained: :meth:`parameters` of it take the values
         of training, in ``dtype``, and leave training's own alone."""

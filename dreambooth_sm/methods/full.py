@@ -7,7 +7,7 @@ import copy
 
 import torch
 
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.precision import weights_dtype
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
@@ -18,14 +18,14 @@ class Full:
 
     name = "full"
 
-    def parameters(self, model: BaseModel, plan: Plan) -> dict[str, torch.nn.Parameter]:
+    def parameters(self, model: PretrainedModel, plan: Plan) -> dict[str, torch.nn.Parameter]:
         return {
             f"{part}.{key}": parameter
             for part, module in self._modules(model, plan).items()
             for key, parameter in module.named_parameters()
         }
 
-    def attach(self, model: BaseModel, plan: Plan, device: torch.device) -> None:
+    def attach(self, model: PretrainedModel, plan: Plan, device: torch.device) -> None:
         for module in self._modules(model, plan).values():
             module.to(device=device, dtype=weights_dtype(plan)).requires_grad_(True).train()
             if plan.gradient_checkpointing:
@@ -37,13 +37,13 @@ class Full:
         else:
             recompute_gates(model.unet)
 
-    def drawable(self, model: BaseModel, plan: Plan, dtype: torch.dtype) -> BaseModel:
+    def drawable(self, model: PretrainedModel, plan: Plan, dtype: torch.dtype) -> PretrainedModel:
         drawn = copy.copy(model)
         for part, module in self._modules(model, plan).items():
             setattr(drawn, part, copy.deepcopy(module).to(dtype))
         return drawn
 
-    def _modules(self, model: BaseModel, plan: Plan) -> dict[str, torch.nn.Module]:
+    def _modules(self, model: PretrainedModel, plan: Plan) -> dict[str, torch.nn.Module]:
         return {"unet": model.unet} | ({"text_encoder": model.text_encoder} if plan.train_text_encoder else {})
 
 

@@ -22,7 +22,7 @@ from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Method
 from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.objectives import Diffusion, Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -83,7 +83,7 @@ class Trainer:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: PretrainedModel,
         data: TrainingSet,
         plan: Plan,
         h: Hyperparameters,

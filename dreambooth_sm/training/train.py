@@ -13,7 +13,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.choice import smaller_plan
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -24,7 +24,7 @@ from dreambooth_sm.validation import Validator
 
 
 def train(
-    base: BaseModel,
+    base: PretrainedModel,
     data: TrainingSet,
     plan: Plan,
     h: Hyperparameters,

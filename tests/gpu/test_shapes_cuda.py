@@ -12,7 +12,7 @@ import torch
 
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
-from dreambooth_sm.models import BaseModel, load_base
+from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.schedule import Schedule
 from dreambooth_sm.training.step import WARM_UP_STEPS, CapturedStep, Inputs, Step
@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda")
 
 
 @pytest.fixture(scope="module")
-def base(tiny_base: Path) -> BaseModel:
+def base(tiny_base: Path) -> PretrainedModel:
     return load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_base)))
 
 
@@ -50,7 +50,7 @@ REFERENCE: dict[str, Any] = {"precision": "bf16", "weights": "fp32", "optimizer"
 IN_BACKWARD: dict[str, Any] = {"update_in_backward": True, "max_grad_norm": None}
 
 
-def make_trainer(base: BaseModel, subject: Subject, *, graph: bool, parts: int, **choices: Any) -> Trainer:
+def make_trainer(base: PretrainedModel, subject: Subject, *, graph: bool, parts: int, **choices: Any) -> Trainer:
     h = hyperparameters(
         center_crop=False,
         bucket_step=8,
@@ -91,7 +91,7 @@ def make_trainer(base: BaseModel, subject: Subject, *, graph: bool, parts: int, 
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
 def test_graphs_of_all_shapes_give_the_losses_of_eager_steps(
-    base: BaseModel, subject: Subject, choices: dict[str, Any], parts: int
+    base: PretrainedModel, subject: Subject, choices: dict[str, Any], parts: int
 ) -> None:
     losses, rates = [], []
     for graph in (False, True):
@@ -114,7 +114,9 @@ def test_graphs_of_all_shapes_give_the_losses_of_eager_steps(
     assert rates[0] == rates[1]
 
 
-def test_a_captured_reference_step_follows_its_learning_rate_and_resumes(base: BaseModel, subject: Subject) -> None:
+def test_a_captured_reference_step_follows_its_learning_rate_and_resumes(
+    base: PretrainedModel, subject: Subject
+) -> None:
     """The rate is read from the device by the graph; a checkpoint of an eager job continues in a captured one."""
     eager, captured = (make_trainer(base, subject, graph=graph, parts=1, **REFERENCE) for graph in (False, True))
     for trainer in (eager, captured):

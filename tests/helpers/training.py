@@ -18,7 +18,7 @@ from PIL import Image
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.plan import Plan
@@ -80,7 +80,7 @@ def make_subject(root: Path, *, pictures: int = 3, class_pictures: int = 0) -> S
 
 
 def make_set(
-    base: BaseModel, subjects: Sequence[Subject], h: Hyperparameters, plan: Plan, seed: int = SEED
+    base: PretrainedModel, subjects: Sequence[Subject], h: Hyperparameters, plan: Plan, seed: int = SEED
 ) -> TrainingSet:
     return encode_training_set(base, tuple(subjects), h, plan, device=CPU, seed=seed)
 
@@ -119,7 +119,7 @@ class Run:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: PretrainedModel,
         root: Path,
         *,
         pictures: int = 3,

@@ -17,7 +17,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure_real, verdict
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel, load_base
+from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.planning.cards import CPU
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.report import Reporter
@@ -41,12 +41,12 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def toybox_base() -> BaseModel:
+def toybox_base() -> PretrainedModel:
     return load_base(Hyperparameters.parse(SETTINGS))
 
 
 @pytest.fixture(scope="module")
-def subject(toybox_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def subject(toybox_base: PretrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Subject:
     """Five photos of a toy that the base never saw, and class pictures that it drew."""
     folder = tmp_path_factory.mktemp("subject")
     for number, scene in enumerate(toys.scenes_of(toys.HELD_OUT["teal_hatter"], 5, seed=0)):
@@ -65,7 +65,7 @@ def subject(toybox_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) ->
     return images.complete(photos, [(128, 128)] * 24)
 
 
-def learn(base: BaseModel, subject: Subject, root: Path, **settings: object) -> tuple[Fidelity, Fidelity, str]:
+def learn(base: PretrainedModel, subject: Subject, root: Path, **settings: object) -> tuple[Fidelity, Fidelity, str]:
     """Figures before and after training, and the verdict's word."""
     h = Hyperparameters.parse(SETTINGS | settings)
     plan = make_plan(h, CPU)
@@ -96,7 +96,9 @@ def _fewer_pictures() -> Any:
         yield
 
 
-def test_the_subject_is_learned_and_the_class_is_kept(toybox_base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_the_subject_is_learned_and_the_class_is_kept(
+    toybox_base: PretrainedModel, subject: Subject, tmp_path: Path
+) -> None:
     before, after, word = learn(toybox_base, subject, tmp_path)
     assert before.subject < 0.3
     assert after.subject > before.subject + 0.5
@@ -110,7 +112,7 @@ def test_the_subject_is_learned_and_the_class_is_kept(toybox_base: BaseModel, su
 
 @pytest.mark.parametrize("settings", [{"with_prior_preservation": False}, {"prior_loss_weight": 0.0}])
 def test_without_the_prior_loss_the_class_becomes_the_subject(
-    settings: dict[str, object], toybox_base: BaseModel, subject: Subject, tmp_path: Path
+    settings: dict[str, object], toybox_base: PretrainedModel, subject: Subject, tmp_path: Path
 ) -> None:
     before, after, word = learn(toybox_base, subject, tmp_path, **settings)
     assert after.subject > before.subject + 0.5

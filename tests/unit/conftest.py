@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from dreambooth_sm.models import BaseModel
+    from dreambooth_sm.models import PretrainedModel
 
 # The same examples in every run, and no clock: a failure comes from the change that it shows up with.
 settings.register_profile("unit", derandomize=True, deadline=None, max_examples=80)
@@ -18,7 +18,7 @@ settings.load_profile("unit")
 
 
 @pytest.fixture(scope="session")
-def loaded_base(tiny_base: Path) -> BaseModel:
+def loaded_base(tiny_base: Path) -> PretrainedModel:
     """The tiny pipeline's parts; not to be written to."""
     from dreambooth_sm.models import load_base
     from tests.helpers.training import hyperparameters
@@ -27,7 +27,7 @@ def loaded_base(tiny_base: Path) -> BaseModel:
 
 
 @pytest.fixture(scope="session")
-def loaded_xl_base(tiny_xl_base: Path) -> BaseModel:
+def loaded_xl_base(tiny_xl_base: Path) -> PretrainedModel:
     """The tiny SDXL pipeline's parts; not to be written to."""
     from dreambooth_sm.models import load_base
     from tests.helpers.training import hyperparameters
@@ -36,12 +36,12 @@ def loaded_xl_base(tiny_xl_base: Path) -> BaseModel:
 
 
 @pytest.fixture
-def xl_base(loaded_xl_base: BaseModel) -> BaseModel:
+def xl_base(loaded_xl_base: PretrainedModel) -> PretrainedModel:
     """The tiny SDXL pipeline's parts, the test's own."""
     return copy.deepcopy(loaded_xl_base)
 
 
 @pytest.fixture
-def base(loaded_base: BaseModel) -> BaseModel:
+def base(loaded_base: PretrainedModel) -> PretrainedModel:
     """The tiny pipeline's parts, the test's own."""
     return copy.deepcopy(loaded_base)

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreambooth_sm.errors import StopRequested, UserError
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.resume import check_resumable, find_other_rates
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint, save_checkpoint
 from dreambooth_sm.training.loop import TrainingError
@@ -202,7 +202,7 @@ RESUMED = {
 
 
 @pytest.mark.parametrize("kind", RESUMED)
-def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: BaseModel, tmp_path: Path, kind: str) -> None:
+def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: PretrainedModel, tmp_path: Path, kind: str) -> None:
     """Bitwise: losses of the steps that are left, and the weights that are saved in the end."""
     values = {"max_train_steps": 4, "train_batch_size": 2, **RESUMED[kind]}
     whole = Run(base, tmp_path / "whole", **values).train()
@@ -224,7 +224,7 @@ def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: BaseModel, tmp_
     assert same(weights(resumed.base.text_encoder), weights(whole.base.text_encoder))
 
 
-def test_metric_lines_cover_the_steps_before_an_interruption(base: BaseModel, tmp_path: Path) -> None:
+def test_metric_lines_cover_the_steps_before_an_interruption(base: PretrainedModel, tmp_path: Path) -> None:
     """Stopped between two lines: the next one is a mean over steps of both attempts."""
     values = {"max_train_steps": 8, "logging_steps": 3}
     whole = Run(base, tmp_path / "whole", **values).train()
@@ -378,7 +378,7 @@ def test_pictures_and_what_there_is_to_tell_come_with_a_checkpoint(tmp_path: Pat
     assert latest_checkpoint(tmp_path / "c") == found, "a picture that is missing does not cost a checkpoint"
 
 
-def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(base: BaseModel, tmp_path: Path) -> None:
+def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(base: PretrainedModel, tmp_path: Path) -> None:
     Run(base, tmp_path / "a", max_train_steps=6, save_steps=2, checkpoints_total_limit=5).train()
     assert names(tmp_path / "a" / "checkpoints") == ["step-00000002", "step-00000004", "step-00000006"]
     Run(base, tmp_path / "b", pictures=2, max_train_steps=5, save_steps=1, save_use_epochs=True).train()
@@ -387,13 +387,13 @@ def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(base: BaseModel,
     assert names(tmp_path / "c" / "checkpoints") == ["step-00000003"]
 
 
-def test_no_checkpoint_takes_the_room_of_the_model(base: BaseModel, tmp_path: Path) -> None:
+def test_no_checkpoint_takes_the_room_of_the_model(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, max_train_steps=3, save_steps=2)
     run.trainer.train(tmp_path / "checkpoints", run.recorder.stop, keep_last=lambda: False)
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
 
 
-def test_a_finished_job_does_no_step_again(base: BaseModel, tmp_path: Path) -> None:
+def test_a_finished_job_does_no_step_again(base: PretrainedModel, tmp_path: Path) -> None:
     first = Run(base, tmp_path, max_train_steps=3, save_steps=2, use_ema=True).train()
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
@@ -406,7 +406,7 @@ def test_a_finished_job_does_no_step_again(base: BaseModel, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"])
 def test_a_longer_schedule_gives_the_rates_that_it_would_have_had_from_the_start(
-    base: BaseModel, tmp_path: Path, scheduler: str
+    base: PretrainedModel, tmp_path: Path, scheduler: str
 ) -> None:
     longer = {"max_train_steps": 8, "lr_scheduler": scheduler}
     rates = [step["lr"] for step in Run(base, tmp_path / "whole", **longer).train().recorder.steps]
@@ -441,7 +441,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("what", ["loss", "weight", "average"])
 def test_no_checkpoint_of_weights_that_are_not_finite_replaces_a_good_one(
-    base: BaseModel, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+    base: PretrainedModel, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Metric lines are far apart: they do not notice it."""
     run = Run(
@@ -512,7 +512,7 @@ def test_a_loss_that_rose_is_told_from_noise(losses: list[float], rises: bool, e
 
 
 @pytest.mark.slow
-def test_a_job_that_got_worse_says_so(base: BaseModel, tmp_path: Path) -> None:
+def test_a_job_that_got_worse_says_so(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, max_train_steps=40, logging_steps=5)
     real = run.trainer._loss
 
@@ -531,7 +531,7 @@ def test_a_job_that_got_worse_says_so(base: BaseModel, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
-    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Run(base, tmp_path / "whole", max_train_steps=6).train()
     run = Run(base, tmp_path, max_train_steps=6, save_steps=2, checkpoints_total_limit=1)

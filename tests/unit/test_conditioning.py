@@ -15,7 +15,7 @@ from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.data.pictures import View, crop, open_picture
 from dreambooth_sm.data.training_set import PictureSizes, PromptTable
 from dreambooth_sm.errors import StopRequested, UserError
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.stored.tokenizer import bpe_tokenizer
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, paint_pictures, same, weights
@@ -23,7 +23,7 @@ from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, pai
 XL = {"base_architecture": "sdxl"}
 
 
-def test_prompts_are_embedded_as_diffusers_does(xl_base: BaseModel) -> None:
+def test_prompts_are_embedded_as_diffusers_does(xl_base: PretrainedModel) -> None:
     prompts = ["photo of zwx toy", "a toy, on the beach", "x" * 60]
     ours = embed(xl_base, prompts)
     states, _, pooled, _ = xl_base.pipeline().encode_prompt(prompts, do_classifier_free_guidance=False)
@@ -34,7 +34,7 @@ def test_prompts_are_embedded_as_diffusers_does(xl_base: BaseModel) -> None:
     assert not ours.states.requires_grad
 
 
-def test_long_prompts_have_the_states_of_all_chunks_and_the_first_pooled(xl_base: BaseModel) -> None:
+def test_long_prompts_have_the_states_of_all_chunks_and_the_first_pooled(xl_base: PretrainedModel) -> None:
     long, short = "toy " * 75 + "cat", "toy " * 75
     one, other = (embed(xl_base, [prompt], max_tokens=150) for prompt in (long, short))
     assert one.states.shape == (1, 154, 192)
@@ -44,7 +44,7 @@ def test_long_prompts_have_the_states_of_all_chunks_and_the_first_pooled(xl_base
 
 
 @pytest.mark.parametrize(("words", "pad", "length"), [(1, True, 77), (1, False, 3 + 2), (30, True, 2 * 77)])
-def test_tokenizers_that_count_differently(words: int, pad: bool, length: int, xl_base: BaseModel) -> None:
+def test_tokenizers_that_count_differently(words: int, pad: bool, length: int, xl_base: PretrainedModel) -> None:
     """The second one spells what is one token for the first one; prompts are as long as it needs."""
     xl_base.tokenizer_2 = bpe_tokenizer(["z z"])
     ours = embed(xl_base, ["toy " * words], max_tokens=150, pad=pad)
@@ -54,7 +54,7 @@ def test_tokenizers_that_count_differently(words: int, pad: bool, length: int, x
 
 
 @pytest.mark.parametrize("zeros", [True, False])
-def test_the_empty_prompt_is_what_it_is_when_pictures_are_drawn(xl_base: BaseModel, zeros: bool) -> None:
+def test_the_empty_prompt_is_what_it_is_when_pictures_are_drawn(xl_base: PretrainedModel, zeros: bool) -> None:
     xl_base.zeros_for_empty_prompt = zeros
     table = PromptTable(xl_base.tokenizer, max_tokens=75, pad=True, shuffle=False, seed=0)
     rows = [table.rows("a toy"), table.rows("")]
@@ -100,7 +100,7 @@ def test_a_generated_class_image_was_drawn_as_a_whole(tmp_path: Path) -> None:
     assert sizes._rows[0].tolist() == [[64, 96, 0, 0, 64, 96]]
 
 
-def test_each_row_of_a_batch_has_the_sizes_of_its_view(xl_base: BaseModel, tmp_path: Path) -> None:
+def test_each_row_of_a_batch_has_the_sizes_of_its_view(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, center_crop=False, aspect_ratio_buckets=False, with_prior_preservation=True, **XL)
     assert run.data.sizes is not None
     seen = set()
@@ -114,7 +114,7 @@ def test_each_row_of_a_batch_has_the_sizes_of_its_view(xl_base: BaseModel, tmp_p
     assert seen <= set(range(17))
 
 
-def test_the_loss_depends_on_pooled_states_and_sizes(xl_base: BaseModel, tmp_path: Path) -> None:
+def test_the_loss_depends_on_pooled_states_and_sizes(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, **XL)
     batch = run.data.dice.batch(0, 1)
     before = run.trainer.loss(batch).total.item()
@@ -129,7 +129,7 @@ def test_the_loss_depends_on_pooled_states_and_sizes(xl_base: BaseModel, tmp_pat
     assert len({before, pooled, sizes}) == 3
 
 
-def test_the_text_encoders_and_the_vae_are_left_bitwise(xl_base: BaseModel, tmp_path: Path) -> None:
+def test_the_text_encoders_and_the_vae_are_left_bitwise(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, use_ema=True, **XL).train()
     for part in ("vae", "text_encoder", "text_encoder_2"):
         assert same(weights(getattr(run.base, part)), weights(getattr(xl_base, part)))
@@ -137,7 +137,7 @@ def test_the_text_encoders_and_the_vae_are_left_bitwise(xl_base: BaseModel, tmp_
 
 
 @pytest.mark.slow
-def test_resumed_training_is_bitwise_the_uninterrupted_one(xl_base: BaseModel, tmp_path: Path) -> None:
+def test_resumed_training_is_bitwise_the_uninterrupted_one(xl_base: PretrainedModel, tmp_path: Path) -> None:
     values = {"with_prior_preservation": True, "use_ema": True, "center_crop": False, "max_train_steps": 5, **XL}
     whole = Run(xl_base, tmp_path / "whole", **values).train()
     stopped = Run(xl_base, tmp_path / "stopped", **values)
@@ -152,7 +152,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(xl_base: BaseModel, t
     assert same(weights(again.base.unet), weights(whole.base.unet))
 
 
-def test_the_base_models_own_output_as_prior(xl_base: BaseModel, tmp_path: Path) -> None:
+def test_the_base_models_own_output_as_prior(xl_base: PretrainedModel, tmp_path: Path) -> None:
     """Its sizes and pooled states are those that training tells: before the first update nothing is to be corrected."""
     values = {"prior": "output", "class_prompt": "photo of a toy", "with_prior_preservation": True, **XL}
     values |= {"num_class_images": 2, "center_crop": False, "aspect_ratio_buckets": False}

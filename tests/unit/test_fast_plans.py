@@ -11,7 +11,7 @@ import torch
 
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
-from dreambooth_sm.models import BaseModel, load_base
+from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.train import train
@@ -33,14 +33,14 @@ JOB: dict[str, Any] = {"max_train_steps": 40, "learning_rate": 3e-4, "with_prior
 
 
 @pytest.fixture(scope="module")
-def reference(loaded_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def reference(loaded_base: PretrainedModel, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Losses of torch's AdamW in fp32."""
     run = Run(loaded_base, tmp_path_factory.mktemp("reference"), **JOB).train()
     return [loss[0] for loss in run.losses]
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_learns_as_the_reference_does(name: str, base: BaseModel, tmp_path: Path, reference: list[float]) -> None:
+def test_learns_as_the_reference_does(name: str, base: PretrainedModel, tmp_path: Path, reference: list[float]) -> None:
     """Same data, order and noise, so the curves may be compared step by step.
 
     The measure: the mean distance of the curves, as a share of what the reference has learned. A plan whose updates
@@ -58,7 +58,7 @@ def test_learns_as_the_reference_does(name: str, base: BaseModel, tmp_path: Path
 @pytest.mark.parametrize("text_encoder", [False, True])
 @pytest.mark.parametrize("name", ["medium", "medium fp16", "tiny"])
 def test_a_base_that_waits_in_half_precision_trains_the_same_to_the_bit(
-    name: str, text_encoder: bool, base: BaseModel, tmp_path: Path
+    name: str, text_encoder: bool, base: PretrainedModel, tmp_path: Path
 ) -> None:
     base.save(tmp_path / "half")
     h = hyperparameters(pretrained_model_name_or_path=str(tmp_path / "half"))
@@ -73,7 +73,9 @@ def test_a_base_that_waits_in_half_precision_trains_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("name", ["medium", "tiny"])
-def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(name: str, base: BaseModel, tmp_path: Path) -> None:
+def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(
+    name: str, base: PretrainedModel, tmp_path: Path
+) -> None:
     options = JOB | {"max_train_steps": 9, "use_ema": True}
     changes = PLANS[name] | {"ema": "device"}
     whole = Run(base, tmp_path / "whole", plan=changes, **options).train()
@@ -89,7 +91,7 @@ def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(name: str, ba
     assert same(weights(second.base.unet), weights(whole.base.unet))
 
 
-def test_a_checkpoint_of_a_smaller_plan_can_be_continued(base: BaseModel, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_smaller_plan_can_be_continued(base: PretrainedModel, tmp_path: Path) -> None:
     """A job that stepped down and was interrupted: its successor begins with the larger plan again."""
     stepped_down = Run(base, tmp_path, plan=PLANS["tiny"], **JOB)
     with pytest.raises(StopRequested):
@@ -119,7 +121,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, at_steps: set[int]) -> No
 
 @pytest.mark.parametrize("name", ["reference", "medium"])
 def test_out_of_memory_steps_down_and_goes_on(
-    name: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = JOB | {"max_train_steps": 6, "gradient_checkpointing": "auto", "use_ema": True}
     changes = PLANS.get(name, {}) | {"ema": "device"}

@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from tests.helpers.training import Run, same, weights
 
 STORED = Path(__file__).parent / "golden"
@@ -44,11 +44,11 @@ class Case:
     """A training that has run: where it began, and where it came to."""
 
     name: str
-    base: BaseModel
+    base: PretrainedModel
     run: Run
 
 
-def train(base: BaseModel, root: Path, name: str) -> Run:
+def train(base: PretrainedModel, root: Path, name: str) -> Run:
     return Run(base, root, max_train_steps=STEPS, **CASES[name]).train()
 
 
@@ -81,7 +81,7 @@ def flat(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([value.detach().flatten() for value in module.parameters()])
 
 
-def plain_losses(base: BaseModel, reference: Run) -> list[tuple[float, ...]]:
+def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...]]:
     """The same training written down once more: torch, diffusers' scheduler, and the batches; nothing else of ours."""
     h, data = reference.h, reference.data
     parts, size = h.gradient_accumulation_steps, h.train_batch_size
@@ -139,7 +139,7 @@ def plain_losses(base: BaseModel, reference: Run) -> list[tuple[float, ...]]:
 
 
 @torch.no_grad()
-def xl_conditions(base: BaseModel, reference: Run, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def xl_conditions(base: PretrainedModel, reference: Run, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """By diffusers' own encoding of the prompts; all pictures are 80 x 64 and cropped to the middle."""
     prompts = [reference.subject.prompt] * size + [str(reference.subject.class_prompt)] * size
     states, _, pooled, _ = base.pipeline().encode_prompt(prompts, do_classifier_free_guidance=False)

@@ -17,7 +17,7 @@ from dreambooth_sm.data.masks import keep_subject, read_mask, subject_box
 from dreambooth_sm.data.pictures import View, crop
 from dreambooth_sm.data.training_set import subject_weights
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.training.losses import dreambooth_loss
 from tests.helpers.training import Run, hyperparameters, paint_pictures, same, weights
 from tests.unit.test_fast_plans import PLANS
@@ -94,7 +94,7 @@ def test_the_subject_is_seen_as_far_as_it_can_be(
             assert after == pytest.approx(before, abs=1e-6) or seen > 1 - 1e-6, "a view that has it all is left alone"
 
 
-def test_a_subject_at_the_edge_is_in_the_square(tmp_path: Path, base: BaseModel) -> None:
+def test_a_subject_at_the_edge_is_in_the_square(tmp_path: Path, base: PretrainedModel) -> None:
     (path,) = paint_pictures(tmp_path, 1, size=(128, 64))
     mask_of((128, 64), (100, 0, 128, 64)).save(tmp_path / "00-mask.png")
     subject = Subject((path,), "photo of zwx toy", None, tmp_path, ())
@@ -159,7 +159,7 @@ def masked(tmp_path: Path) -> Subject:
 
 
 @pytest.mark.slow
-def test_the_trainer_weighs_the_subject(masked: Subject, base: BaseModel, tmp_path: Path) -> None:
+def test_the_trainer_weighs_the_subject(masked: Subject, base: PretrainedModel, tmp_path: Path) -> None:
     values: dict[str, object] = {
         "center_crop": False,
         "bucket_step": 8,

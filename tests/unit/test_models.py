@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import RENAMED, BaseModel, check_base, load_base
+from dreambooth_sm.models import RENAMED, PretrainedModel, check_base, load_base
 from tests.helpers.training import hyperparameters, same, weights
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -41,7 +41,9 @@ def test_modules_are_loaded_in_fp32_frozen_and_in_eval_mode(tiny_base: Path) -> 
     assert same(weights(base.unet), load_file(tiny_base / UNET))
 
 
-def test_a_saved_model_is_a_pipeline_of_half_precision_that_loads_everywhere(base: BaseModel, tmp_path: Path) -> None:
+def test_a_saved_model_is_a_pipeline_of_half_precision_that_loads_everywhere(
+    base: PretrainedModel, tmp_path: Path
+) -> None:
     expected = {name: {k: v.half() for k, v in weights(getattr(base, name)).items()} for name in ("unet", "vae")}
     base.save(tmp_path)
     assert {path.suffix for path in tmp_path.rglob("*") if path.stat().st_size > 100_000} == {".safetensors"}
@@ -55,7 +57,7 @@ def test_a_saved_model_is_a_pipeline_of_half_precision_that_loads_everywhere(bas
     assert ours.scheduler.config.beta_schedule == base.scheduler.config.beta_schedule
 
 
-def test_a_pipeline_shares_the_parts_weights(base: BaseModel) -> None:
+def test_a_pipeline_shares_the_parts_weights(base: PretrainedModel) -> None:
     pipeline = base.pipeline()
     assert pipeline.unet is base.unet
     assert pipeline.safety_checker is None

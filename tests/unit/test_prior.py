@@ -24,7 +24,7 @@ from dreambooth_sm.data.class_cache import Recipe, fingerprint, read_latents, un
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.errors import StopRequested
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import S3Uri, get_object, list_objects, put_object
 from launcher.local.s3 import EmbeddedS3, embedded_s3
@@ -60,7 +60,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedS3]:
 class Made:
     """Class images of one job, its log, and how many pictures it drew."""
 
-    def __init__(self, base: BaseModel, subject: Subject, root: Path, **options: object) -> None:
+    def __init__(self, base: PretrainedModel, subject: Subject, root: Path, **options: object) -> None:
         stream = io.StringIO()
         settings = {"batch_size": 1, "guidance": 7.5, "remote": None, "stop": threading.Event()}
         sizes = options.pop("sizes", [(64, 64)] * WANTED)
@@ -92,7 +92,7 @@ def moved(subject: Subject, directory: Path) -> Subject:
     return dataclasses.replace(subject, class_directory=directory)
 
 
-def test_missing_pictures_are_made_beside_the_others(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_missing_pictures_are_made_beside_the_others(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     made = Made(base, subject, tmp_path)
     assert {path.parent for path in made.paths} == {subject.class_directory}
     assert sorted(subject.class_directory.iterdir()) == sorted(made.paths)
@@ -100,14 +100,14 @@ def test_missing_pictures_are_made_beside_the_others(base: BaseModel, subject: S
     assert not torch.equal(made.latents[0], made.latents[1])
 
 
-def test_some_are_decoded_for_people(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_some_are_decoded_for_people(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     Made(base, subject, tmp_path)
     shown = sorted((tmp_path / "shown").iterdir())
     assert [path.name for path in shown] == ["class-0.png", "class-1.png"]
     assert {Image.open(path).size for path in shown} == {(64, 64)}
 
 
-def test_each_picture_depends_on_its_own_seed_alone(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_each_picture_depends_on_its_own_seed_alone(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     one_by_one = Made(base, subject, tmp_path).latents
     together = Made(base, moved(subject, tmp_path / "other"), tmp_path, batch_size=2).latents
     assert torch.allclose(one_by_one, together, rtol=2e-3, atol=2e-2)  # sums of a batch may round differently
@@ -115,7 +115,7 @@ def test_each_picture_depends_on_its_own_seed_alone(base: BaseModel, subject: Su
     assert torch.equal(later[:2], one_by_one[1:])
 
 
-def test_the_users_own_come_first(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_the_users_own_come_first(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     whole = Made(base, subject, tmp_path).latents
     own = (tmp_path / "own.png",)
     made = Made(base, moved(dataclasses.replace(subject, class_pictures=own), tmp_path / "more"), tmp_path)
@@ -123,21 +123,21 @@ def test_the_users_own_come_first(base: BaseModel, subject: Subject, tmp_path: P
     assert torch.equal(torch.stack([read_latents(path) for path in made.paths[1:]]), whole[1:])
 
 
-def test_nothing_is_drawn_that_is_not_needed(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_nothing_is_drawn_that_is_not_needed(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     done = dataclasses.replace(subject, class_pictures=tuple(tmp_path / f"{n}.png" for n in range(WANTED)))
     assert Made(base, done, tmp_path).paths == done.class_pictures
     assert Made(base, dataclasses.replace(subject, class_prompt=None), tmp_path).paths == ()
 
 
 def test_a_directory_that_can_not_be_written_gives_way_to_scratch(
-    base: BaseModel, subject: Subject, tmp_path: Path
+    base: PretrainedModel, subject: Subject, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
     made = Made(base, moved(subject, tmp_path / "file" / "class"), tmp_path)
     assert {path.parent for path in made.paths} == {tmp_path / "scratch"}
 
 
-def test_a_stop_between_batches_keeps_what_is_done(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_a_stop_between_batches_keeps_what_is_done(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     asked = threading.Event()
     asked.set()
     with pytest.raises(StopRequested, match="2 of 3"):
@@ -145,19 +145,19 @@ def test_a_stop_between_batches_keeps_what_is_done(base: BaseModel, subject: Sub
     assert Made(base, subject, tmp_path).drawn == 1
 
 
-def test_pictures_of_several_sizes(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_pictures_of_several_sizes(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     made = Made(base, subject, tmp_path, sizes=[(64, 64), (96, 64), (64, 64)], batch_size=2)
     assert [tuple(read_latents(path).shape) for path in made.paths] == [(4, 32, 32), (4, 32, 48), (4, 32, 32)]
     assert made.drawn == WANTED
 
 
-def test_the_next_job_finds_them(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_the_next_job_finds_them(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     first, second = Made(base, subject, tmp_path), Made(base, subject, tmp_path)
     assert (first.drawn, second.drawn) == (WANTED, 0)
     assert second.paths == first.paths
 
 
-def test_the_next_job_finds_them_in_s3(base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
+def test_the_next_job_finds_them_in_s3(base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
     first = Made(base, subject, tmp_path, remote=CACHE)
     assert sorted(list_objects(CACHE)) == sorted(path.name for path in first.paths)
     second = Made(base, moved(subject, tmp_path / "elsewhere"), tmp_path, remote=CACHE)
@@ -165,7 +165,9 @@ def test_the_next_job_finds_them_in_s3(base: BaseModel, subject: Subject, tmp_pa
     assert torch.equal(second.latents, first.latents)
 
 
-def test_damaged_entries_are_made_again(base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
+def test_damaged_entries_are_made_again(
+    base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3
+) -> None:
     first = Made(base, subject, tmp_path, remote=CACHE)
     expected = first.latents
     content = bytearray(first.paths[0].read_bytes())
@@ -180,7 +182,7 @@ def test_damaged_entries_are_made_again(base: BaseModel, subject: Subject, tmp_p
     assert third.drawn == 0, "the damaged entries were replaced"
 
 
-def test_two_jobs_at_once(base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
+def test_two_jobs_at_once(base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
     with ThreadPoolExecutor(2) as pool:
         jobs = [
             pool.submit(Made, base, moved(subject, tmp_path / name), tmp_path / name, remote=CACHE)
@@ -191,20 +193,22 @@ def test_two_jobs_at_once(base: BaseModel, subject: Subject, tmp_path: Path, s3:
     assert Made(base, moved(subject, tmp_path / "three"), tmp_path, remote=CACHE).drawn == 0
 
 
-def test_a_cache_that_fails_costs_time_alone(base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
+def test_a_cache_that_fails_costs_time_alone(
+    base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3
+) -> None:
     made = Made(base, subject, tmp_path, remote=S3Uri("no-such-bucket", "toys"))
     assert made.drawn == WANTED
     assert "warning: class_cache: s3://no-such-bucket/" in made.log
 
 
-def other_weights(base: BaseModel) -> BaseModel:
+def other_weights(base: PretrainedModel) -> PretrainedModel:
     other = copy.deepcopy(base)
     with torch.no_grad():
         next(other.unet.parameters()).view(-1)[7] += 1e-6
     return other
 
 
-def other_scheduler(base: BaseModel) -> BaseModel:
+def other_scheduler(base: PretrainedModel) -> PretrainedModel:
     scheduler = type(base.scheduler).from_config(base.scheduler.config, beta_end=0.02)
     return dataclasses.replace(base, scheduler=scheduler)
 
@@ -234,8 +238,8 @@ def other_scheduler(base: BaseModel) -> BaseModel:
     ],
 )
 def test_whatever_determines_a_picture_is_in_its_name(
-    change: Callable[..., tuple[BaseModel, Subject, dict[str, object]]],
-    base: BaseModel,
+    change: Callable[..., tuple[PretrainedModel, Subject, dict[str, object]]],
+    base: PretrainedModel,
     subject: Subject,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -247,7 +251,7 @@ def test_whatever_determines_a_picture_is_in_its_name(
     assert not set(after.paths) & set(before)
 
 
-def test_half_precision_has_a_fingerprint_of_its_own(base: BaseModel) -> None:
+def test_half_precision_has_a_fingerprint_of_its_own(base: PretrainedModel) -> None:
     half = copy.deepcopy(base.unet).half()
     assert fingerprint({"unet": half}) != fingerprint({"unet": base.unet})
     assert fingerprint({"unet": half}) == fingerprint({"unet": copy.deepcopy(half)})
@@ -306,7 +310,7 @@ def test_what_is_not_latents_counts_as_damaged(kind: str) -> None:
 
 @pytest.mark.slow
 def test_bad_objects_cost_time_and_not_the_job(
-    base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3
+    base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3
 ) -> None:
     first = Made(base, subject, tmp_path, remote=CACHE, sizes=[(64, 64)] * len(BAD))
     expected = first.latents
@@ -327,7 +331,7 @@ def test_bad_objects_cost_time_and_not_the_job(
 
 
 def test_an_object_that_is_too_large_is_not_read(
-    base: BaseModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch
+    base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Made(base, subject, tmp_path, remote=CACHE)
     put_object(CACHE / made.paths[0].name, bytes(1 << 20))

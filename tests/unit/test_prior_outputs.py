@@ -13,7 +13,7 @@ import torch
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan
@@ -41,13 +41,13 @@ def subject_in(root: Path, pictures: int, size: tuple[int, int] = (80, 64)) -> S
     return Subject(paths, "photo of zwx toy", "photo of a toy", root / "class", ())
 
 
-def training_set(base: BaseModel, root: Path, **values: object) -> TrainingSet:
+def training_set(base: PretrainedModel, root: Path, **values: object) -> TrainingSet:
     h = hyperparameters(**(VALUES | values))
     subject = subject_in(root, 3)
     return encode_training_set(base, (subject,), h, cpu_plan(h), device=CPU, seed=SEED)
 
 
-def trainer(base: BaseModel, root: Path, **values: object) -> Trainer:
+def trainer(base: PretrainedModel, root: Path, **values: object) -> Trainer:
     h = hyperparameters(**(VALUES | values))
     return Trainer(
         base,
@@ -61,7 +61,7 @@ def trainer(base: BaseModel, root: Path, **values: object) -> Trainer:
     )
 
 
-def test_the_untrained_model_has_no_prior_loss(base: BaseModel, tmp_path: Path) -> None:
+def test_the_untrained_model_has_no_prior_loss(base: PretrainedModel, tmp_path: Path) -> None:
     """What is kept is what the base model says: before the first update there is nothing to correct."""
     first = trainer(copy.deepcopy(base), tmp_path).optimizer_step(0.0)
     assert first.prior is not None
@@ -69,7 +69,7 @@ def test_the_untrained_model_has_no_prior_loss(base: BaseModel, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_it_pulls_back_what_drifts(base: BaseModel, tmp_path: Path) -> None:
+def test_it_pulls_back_what_drifts(base: PretrainedModel, tmp_path: Path) -> None:
     def drift(weight: float) -> float:
         made = trainer(copy.deepcopy(base), tmp_path / str(weight), prior_loss_weight=weight, learning_rate=1e-3)
         for _ in range(12):
@@ -80,7 +80,7 @@ def test_it_pulls_back_what_drifts(base: BaseModel, tmp_path: Path) -> None:
     assert drift(5.0) < 0.7 * drift(0.0)
 
 
-def test_outputs_repeat_for_a_seed(base: BaseModel, tmp_path: Path) -> None:
+def test_outputs_repeat_for_a_seed(base: PretrainedModel, tmp_path: Path) -> None:
     one, other = (training_set(copy.deepcopy(base), tmp_path / name) for name in ("one", "other"))
     assert len(one.dice.classes) >= OUTPUTS_PER_IMAGE * VALUES["num_class_images"]  # type: ignore[operator]
     batches = [data.dice.batch(3, 2) for data in (one, other)]
@@ -89,7 +89,7 @@ def test_outputs_repeat_for_a_seed(base: BaseModel, tmp_path: Path) -> None:
     assert {sample.timestep for sample in one.dice.classes} <= set(range(1000))
 
 
-def test_every_shape_has_outputs(base: BaseModel, tmp_path: Path) -> None:
+def test_every_shape_has_outputs(base: PretrainedModel, tmp_path: Path) -> None:
     h = hyperparameters(**VALUES, center_crop=False, aspect_ratio_buckets=True, bucket_step=8)
     wide = subject_in(tmp_path, 2, (192, 96))
     tall = subject_in(tmp_path / "tall", 2, (96, 192))
@@ -100,7 +100,7 @@ def test_every_shape_has_outputs(base: BaseModel, tmp_path: Path) -> None:
         assert data.latents(data.dice.batch(number, 1)).shape[0] == 2
 
 
-def test_masks_weigh_the_subject_alone(base: BaseModel, tmp_path: Path) -> None:
+def test_masks_weigh_the_subject_alone(base: PretrainedModel, tmp_path: Path) -> None:
     data = training_set(base, tmp_path, background_weight=0.5)
     assert data.weights is not None
     weights = data.weights(data.dice.batch(0, 1))
@@ -115,7 +115,7 @@ def test_the_plan_counts_them() -> None:
     assert 0.05 < outputs.predicted_peak_gb - images.predicted_peak_gb < 0.2
 
 
-def test_a_whole_job_makes_no_class_images(base: BaseModel, tmp_path: Path) -> None:
+def test_a_whole_job_makes_no_class_images(base: PretrainedModel, tmp_path: Path) -> None:
     from dreambooth_sm.data.prior import make_class_images
     from dreambooth_sm.distributed import World
 

@@ -10,7 +10,7 @@ import torch
 from dreambooth_sm.data.prompts import TAG_ORDERS, encode, tag_orders, tokenize
 from dreambooth_sm.data.training_set import PromptTable
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from tests.helpers.tiny import byte_tokenizer
 
 PROMPT = "photo of zwx toy"
@@ -55,7 +55,7 @@ def test_a_long_prompt_is_cut_into_chunks_each_with_its_marks(tokenizer: Any) ->
     assert rows[1, 1].tolist() == [start, end, *[filler] * 75]
 
 
-def test_chunks_are_encoded_one_by_one_and_put_in_a_row(base: BaseModel) -> None:
+def test_chunks_are_encoded_one_by_one_and_put_in_a_row(base: PretrainedModel) -> None:
     ids = tokenize(base.tokenizer, ["photo of zwx toy, " * 12, PROMPT], max_tokens=150)
     whole = encode(base.text_encoder, ids)
     by_hand = torch.stack(
@@ -101,7 +101,7 @@ def test_nothing_to_shuffle(prompt: str) -> None:
     assert tag_orders(prompt, seed=0) == [prompt]
 
 
-def test_the_prompt_table_holds_each_text_once(base: BaseModel) -> None:
+def test_the_prompt_table_holds_each_text_once(base: PretrainedModel) -> None:
     table = PromptTable(base.tokenizer, max_tokens=75, pad=True, shuffle=False, seed=0)
     assert [table.rows(prompt) for prompt in (PROMPT, "a toy", PROMPT)] == [(0,), (1,), (0,)]
     expected = base.text_encoder(tokenize(base.tokenizer, [PROMPT, "a toy"])[:, 0]).last_hidden_state
@@ -109,7 +109,7 @@ def test_the_prompt_table_holds_each_text_once(base: BaseModel) -> None:
     assert not table.embeddings(base).states.requires_grad
 
 
-def test_the_prompt_table_with_shuffled_tags(base: BaseModel) -> None:
+def test_the_prompt_table_with_shuffled_tags(base: PretrainedModel) -> None:
     table = PromptTable(base.tokenizer, max_tokens=75, pad=True, shuffle=True, seed=0)
     rows = table.rows("zwx, red, small, new")
     assert len(rows) == TAG_ORDERS

@@ -20,7 +20,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.knobs.takes import alternatives
 from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.resume import BASE, check_resumable, fingerprint, first_that_fits, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint, undamaged_checkpoints
 from dreambooth_sm.training.schedule import Schedule
@@ -217,8 +217,8 @@ def test_class_pictures_and_concepts_count_as_well(tmp_path: Path) -> None:
         check_resumable(saved, identity_of(other, concepts_list=concepts), SCHEDULE)
 
 
-def alter(part: str) -> Callable[[BaseModel], None]:
-    def change(base: BaseModel) -> None:
+def alter(part: str) -> Callable[[PretrainedModel], None]:
+    def change(base: PretrainedModel) -> None:
         with torch.no_grad():
             for parameter in getattr(base, part).parameters():
                 parameter.mul_(1.001)
@@ -226,7 +226,7 @@ def alter(part: str) -> Callable[[BaseModel], None]:
     return change
 
 
-def other_prediction(base: BaseModel) -> None:
+def other_prediction(base: PretrainedModel) -> None:
     base.scheduler.register_to_config(prediction_type="v_prediction")
 
 
@@ -240,7 +240,7 @@ def other_prediction(base: BaseModel) -> None:
     ],
 )
 def test_another_base_model_under_the_same_name_is_refused(
-    base: BaseModel, subject: Subject, part: str, change: Callable[[BaseModel], None]
+    base: PretrainedModel, subject: Subject, part: str, change: Callable[[PretrainedModel], None]
 ) -> None:
     identity = identity_of(subject)
     saved = checkpoint_of(identity | {BASE: fingerprint(base)})
@@ -254,7 +254,7 @@ def test_another_base_model_under_the_same_name_is_refused(
         check_resumable(saved, identity | {BASE: fingerprint(other)}, SCHEDULE)
 
 
-def test_a_model_in_half_precision_is_the_same_in_single(base: BaseModel) -> None:
+def test_a_model_in_half_precision_is_the_same_in_single(base: PretrainedModel) -> None:
     half = copy.deepcopy(base)
     for module in (half.unet, half.vae, half.text_encoder):
         module.half()
@@ -264,7 +264,7 @@ def test_a_model_in_half_precision_is_the_same_in_single(base: BaseModel) -> Non
     assert fingerprint(half) == fingerprint(single)
 
 
-def test_checkpoints_of_another_model_are_passed_over(base: BaseModel, tmp_path: Path) -> None:
+def test_checkpoints_of_another_model_are_passed_over(base: PretrainedModel, tmp_path: Path) -> None:
     def tensors(module: torch.nn.Module) -> dict[str, Any]:
         weights = {f"unet.{name}": parameter for name, parameter in module.named_parameters()}
         return {"weights": weights, "ema": None, "step": {}, "window": {}}

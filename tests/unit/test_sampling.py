@@ -11,13 +11,13 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from dreambooth_sm.data.training_set import PromptTable
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.sampling import decode, draw, draw_latents
 
 SIZE = (64, 64)
 
 
-def drawn(base: BaseModel, seeds: list[int], **options: object) -> torch.Tensor:
+def drawn(base: PretrainedModel, seeds: list[int], **options: object) -> torch.Tensor:
     settings = {"size": SIZE, "batch_size": len(seeds), "steps": 6} | options
     return torch.cat(list(draw_latents(base.pipeline(), "a toy", seeds, **settings)))  # type: ignore[arg-type]
 
@@ -25,7 +25,7 @@ def drawn(base: BaseModel, seeds: list[int], **options: object) -> torch.Tensor:
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("which", ["base", "xl_base"])
 def test_the_same_as_the_pipelines_own_call(which: str, guidance: float, request: pytest.FixtureRequest) -> None:
-    base: BaseModel = request.getfixturevalue(which)
+    base: PretrainedModel = request.getfixturevalue(which)
     pipeline = base.pipeline()
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
@@ -48,7 +48,7 @@ def test_the_same_as_the_pipelines_own_call(which: str, guidance: float, request
 def test_a_prompt_over_one_window_is_drawn_as_it_is_trained(
     which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base: BaseModel = request.getfixturevalue(which)
+    base: PretrainedModel = request.getfixturevalue(which)
     forward, seen = type(base.unet).forward, []
 
     def watched(self: torch.nn.Module, *rest: object, **options: Any) -> object:
@@ -69,7 +69,7 @@ def test_a_prompt_over_one_window_is_drawn_as_it_is_trained(
     assert not torch.allclose(*pictures, atol=1e-4)
 
 
-def test_guidance_acts_between_its_noise_levels_alone(base: BaseModel) -> None:
+def test_guidance_acts_between_its_noise_levels_alone(base: PretrainedModel) -> None:
     guided, unguided = drawn(base, [1]), drawn(base, [1], guidance=1.0)
     nowhere = drawn(base, [1], guided=(0.0, 0.0))
     assert torch.allclose(nowhere, unguided, atol=1e-5)
@@ -78,14 +78,14 @@ def test_guidance_acts_between_its_noise_levels_alone(base: BaseModel) -> None:
     assert not torch.allclose(somewhere, guided, atol=1e-3)
 
 
-def test_a_picture_depends_on_its_own_seed_alone(base: BaseModel) -> None:
+def test_a_picture_depends_on_its_own_seed_alone(base: PretrainedModel) -> None:
     together = drawn(base, [5, 6, 7])
     one_by_one = drawn(base, [5, 6, 7], batch_size=1)
     assert torch.allclose(together, one_by_one, atol=1e-4)
     assert torch.allclose(drawn(base, [6]), together[1:2], atol=1e-4)
 
 
-def test_width_and_height_are_what_was_asked_for(base: BaseModel) -> None:
+def test_width_and_height_are_what_was_asked_for(base: PretrainedModel) -> None:
     latents = drawn(base, [0], size=(96, 64))
     (picture,) = decode(base.pipeline(), latents)
     assert picture.size == (96, 64)
@@ -93,14 +93,16 @@ def test_width_and_height_are_what_was_asked_for(base: BaseModel) -> None:
 
 @pytest.mark.parametrize(("count", "batch_size", "sizes"), [(50, 16, [13, 13, 12, 12]), (5, 8, [5]), (4, 2, [2, 2])])
 def test_batches_are_of_one_size_as_far_as_that_goes(
-    count: int, batch_size: int, sizes: list[int], base: BaseModel
+    count: int, batch_size: int, sizes: list[int], base: PretrainedModel
 ) -> None:
     batches = draw_latents(base.pipeline(), "a toy", range(count), size=SIZE, batch_size=batch_size, steps=1)
     assert [len(batch) for batch in batches] == sizes
 
 
 @pytest.mark.slow
-def test_a_picture_that_does_not_fit_is_decoded_in_tiles(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_does_not_fit_is_decoded_in_tiles(
+    base: PretrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Memory for tiles of 256 pixels, and no more."""
     latents = drawn(base, [1], size=(384, 320), steps=2)
     (whole,) = decode(base.pipeline(), latents)
@@ -117,7 +119,7 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles(base: BaseModel, monkey
     assert np.abs(np.asarray(tiled).astype(int) - np.asarray(whole)).mean() < 16
 
 
-def test_a_batch_that_does_not_fit_is_halved(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_that_does_not_fit_is_halved(base: PretrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = type(base.unet).forward
 
     def small(self: torch.nn.Module, sample: torch.Tensor, *rest: object, **options: object) -> object:

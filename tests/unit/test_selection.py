@@ -12,7 +12,7 @@ from dreambooth_sm import selection
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.fidelity import Encoders, Fidelity
 from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.selection import PLACES, Examiner, restore
 from dreambooth_sm.training.checkpoint import all_checkpoints
 from tests.helpers.training import Run, same, weights
@@ -32,7 +32,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, subjects: list[float]) -> None:
     monkeypatch.setattr(selection, "draw", lambda pipeline, prompt, seeds, **_: iter([[None] * len(seeds)]))
 
 
-def trained(base: BaseModel, root: Path, **options: object) -> Run:
+def trained(base: PretrainedModel, root: Path, **options: object) -> Run:
     """Four steps, with checkpoints after the second, third and last."""
     return Run(base, root, max_train_steps=4, save_steps=1, checkpoints_total_limit=3, **options).train()
 
@@ -46,7 +46,7 @@ def examiner(run: Run) -> Examiner:
     ("final", "second", "third", "best"), [(0.9, 0.5, 0.8, 4), (0.6, 0.9, 0.8, 2), (0.7, 0.7, 0.7, 4)]
 )
 def test_the_best_one_is_left_in_the_model(
-    base: BaseModel,
+    base: PretrainedModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     final: float,
@@ -77,7 +77,7 @@ def test_the_best_one_is_left_in_the_model(
     assert f"best={best} " in log
 
 
-def test_restoring_a_checkpoint_is_exact(base: BaseModel, tmp_path: Path) -> None:
+def test_restoring_a_checkpoint_is_exact(base: PretrainedModel, tmp_path: Path) -> None:
     run = trained(base, tmp_path)
     checkpoint = all_checkpoints(tmp_path / "checkpoints")[-1]
     restore(FULL.parameters(run.base, run.plan), checkpoint.load())
@@ -87,7 +87,7 @@ def test_restoring_a_checkpoint_is_exact(base: BaseModel, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_what_was_learned_is_measured_in_every_place(
-    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real drawing and measuring, with an encoder that finds all pictures alike: a perfect and collapsed model."""
     run = Run(base, tmp_path, max_train_steps=1, with_prior_preservation=True).train()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dreambooth_sm.data.concepts import Subject, shapes_of
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from tests.helpers.training import Run, hyperparameters, paint_pictures, same, weights
 from tests.unit.test_fast_plans import PLANS
 
@@ -49,7 +49,7 @@ def test_shapes_of_a_subject(subject: Subject) -> None:
         assert shapes_of([subject], h) == [[(64, 64)] * 4]
 
 
-def test_all_shapes_and_prompts_are_trained_on(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_all_shapes_and_prompts_are_trained_on(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     run = Run(base, tmp_path, subject=subject, **VALUES)
     dice = run.data.dice
     assert dice.shapes == [(64, 64), (48, 80), (80, 48)]
@@ -61,7 +61,7 @@ def test_all_shapes_and_prompts_are_trained_on(base: BaseModel, subject: Subject
 
 
 @pytest.mark.slow
-def test_accumulated_batches_are_one_large_batch(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_large_batch(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     values = {**VALUES, "adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": None}
     runs = [
         Run(
@@ -74,20 +74,24 @@ def test_accumulated_batches_are_one_large_batch(base: BaseModel, subject: Subje
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_cached_or_not_the_model_is_the_same(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_cached_or_not_the_model_is_the_same(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     runs = [Run(base, tmp_path, subject=subject, not_cache_latents=n, **VALUES).train() for n in (True, False)]
     assert runs[0].losses == runs[1].losses
     assert same(weights(runs[0].base.unet), weights(runs[1].base.unet))
 
 
 @pytest.mark.parametrize("name", ["medium", "tiny"])
-def test_plans_for_gpus_take_shapes_as_they_come(name: str, base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_plans_for_gpus_take_shapes_as_they_come(
+    name: str, base: PretrainedModel, subject: Subject, tmp_path: Path
+) -> None:
     run = Run(base, tmp_path, subject=subject, plan=PLANS[name], train_text_encoder=True, **VALUES).train()
     assert len(run.losses) == 6
     assert all(torch.isfinite(torch.tensor(loss)).all() for loss in run.losses)
 
 
-def test_captions_of_more_than_75_tokens_are_encoded_whole(base: BaseModel, subject: Subject, tmp_path: Path) -> None:
+def test_captions_of_more_than_75_tokens_are_encoded_whole(
+    base: PretrainedModel, subject: Subject, tmp_path: Path
+) -> None:
     """The end of a long caption reaches the model, with the text encoder trained or not."""
     for trained in (False, True):
         tables = []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.training.loop import TrainingError
 from dreambooth_sm.training.schedule import Schedule, make_schedule
 from dreambooth_sm.training.step import attention_context
@@ -36,7 +36,7 @@ def gradients(run: Run) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prior", [False, True])
-def test_accumulated_batches_are_one_large_batch(base: BaseModel, tmp_path: Path, prior: bool) -> None:
+def test_accumulated_batches_are_one_large_batch(base: PretrainedModel, tmp_path: Path, prior: bool) -> None:
     """1 x 4 and 4 x 1, with SGD-like Adam (a large epsilon), so that no sign of a tiny gradient decides."""
     values = {
         "max_train_steps": 2,
@@ -59,14 +59,14 @@ def test_accumulated_batches_are_one_large_batch(base: BaseModel, tmp_path: Path
     assert distance(runs[0].base.unet, base.unet) > 1e-4
 
 
-def test_both_halves_are_reported_and_weighed(base: BaseModel, tmp_path: Path) -> None:
+def test_both_halves_are_reported_and_weighed(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, with_prior_preservation=True, prior_loss_weight=0.25, max_train_steps=1).train()
     ((total, instance, prior),) = run.losses
     assert total == pytest.approx(instance + 0.25 * prior, rel=1e-6)
     assert [len(losses) for losses in Run(base, tmp_path, max_train_steps=1).train().losses] == [2]
 
 
-def test_the_same_seed_trains_the_same_model_and_another_does_not(base: BaseModel, tmp_path: Path) -> None:
+def test_the_same_seed_trains_the_same_model_and_another_does_not(base: PretrainedModel, tmp_path: Path) -> None:
     first = Run(base, tmp_path, max_train_steps=2).train()
     torch.rand(5)
     second = Run(base, tmp_path, max_train_steps=2).train()
@@ -81,7 +81,7 @@ def test_the_same_seed_trains_the_same_model_and_another_does_not(base: BaseMode
 # Gradients
 
 
-def test_gradients_are_clipped_to_their_global_norm(base: BaseModel, tmp_path: Path) -> None:
+def test_gradients_are_clipped_to_their_global_norm(base: PretrainedModel, tmp_path: Path) -> None:
     """With a large epsilon Adam's first step is as long as the gradient, and so must be the clipped one."""
     steps: dict[float | None, float] = {}
     values = {"max_train_steps": 1, "adam_epsilon": 1e3, "learning_rate": 1e3, "adam_weight_decay": 0}
@@ -97,14 +97,16 @@ def test_gradients_are_clipped_to_their_global_norm(base: BaseModel, tmp_path: P
     assert steps[norm / 4] == pytest.approx(norm / 4, rel=1e-2)
 
 
-def test_gradient_checkpointing_changes_no_gradient(base: BaseModel, tmp_path: Path) -> None:
+def test_gradient_checkpointing_changes_no_gradient(base: PretrainedModel, tmp_path: Path) -> None:
     plain, checkpointed = (Run(base, tmp_path, gradient_checkpointing=on) for on in (False, True))
     assert checkpointed.base.unet.is_gradient_checkpointing
     torch.testing.assert_close(gradients(plain), gradients(checkpointed))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_base_models_prediction_type_is_trained(base: BaseModel, tmp_path: Path, prediction_type: str) -> None:
+def test_the_base_models_prediction_type_is_trained(
+    base: PretrainedModel, tmp_path: Path, prediction_type: str
+) -> None:
     base.scheduler = type(base.scheduler).from_config(base.scheduler.config, prediction_type=prediction_type)
     run = Run(base, tmp_path)
     batch = run.data.dice.batch(0, 1)
@@ -122,26 +124,26 @@ def test_the_base_models_prediction_type_is_trained(base: BaseModel, tmp_path: P
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_the_text_encoder_is_trained_or_left_bitwise(base: BaseModel, tmp_path: Path, trained: bool) -> None:
+def test_the_text_encoder_is_trained_or_left_bitwise(base: PretrainedModel, tmp_path: Path, trained: bool) -> None:
     run = Run(base, tmp_path, train_text_encoder=trained, max_train_steps=2).train()
     assert same(weights(run.base.text_encoder), weights(base.text_encoder)) is not trained
     assert not same(weights(run.base.unet), weights(base.unet))
     assert same(weights(run.base.vae), weights(base.vae))
 
 
-def test_trained_or_not_the_first_loss_is_that_of_the_same_model(base: BaseModel, tmp_path: Path) -> None:
+def test_trained_or_not_the_first_loss_is_that_of_the_same_model(base: PretrainedModel, tmp_path: Path) -> None:
     """Cached embeddings are what the text encoder would have given."""
     first = [Run(base, tmp_path, train_text_encoder=on, max_train_steps=1).train().losses[0] for on in (False, True)]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
 
 
-def test_every_weight_is_trained(base: BaseModel, tmp_path: Path) -> None:
+def test_every_weight_is_trained(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, max_train_steps=2, adam_weight_decay=0).train()
     before = weights(base.unet)
     assert [name for name, value in run.base.unet.named_parameters() if torch.equal(value, before[name])] == []
 
 
-def test_the_average_is_what_is_saved(base: BaseModel, tmp_path: Path) -> None:
+def test_the_average_is_what_is_saved(base: PretrainedModel, tmp_path: Path) -> None:
     plain = Run(base, tmp_path, max_train_steps=1, learning_rate=1e-2).train()
     averaged = Run(base, tmp_path, max_train_steps=1, learning_rate=1e-2, use_ema=True).train()
     assert averaged.losses == plain.losses
@@ -151,7 +153,7 @@ def test_the_average_is_what_is_saved(base: BaseModel, tmp_path: Path) -> None:
         torch.testing.assert_close(mean, start + (end - start) * (1 - 2 / 11), rtol=1e-4, atol=1e-6)
 
 
-def test_training_lowers_the_loss_on_what_it_was_shown(base: BaseModel, tmp_path: Path) -> None:
+def test_training_lowers_the_loss_on_what_it_was_shown(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, pictures=1, max_train_steps=25, learning_rate=1e-3, train_batch_size=2)
     batches = [run.data.dice.batch(number, 2) for number in range(5)]
 
@@ -204,12 +206,14 @@ def test_schedules(values: dict[str, object], pictures: int, expected: Schedule)
         ({"lr_scheduler": "constant", "scale_lr": True, "gradient_accumulation_steps": 2}, [2, 2, 2, 2]),
     ],
 )
-def test_learning_rates(base: BaseModel, tmp_path: Path, values: dict[str, object], expected: list[float]) -> None:
+def test_learning_rates(
+    base: PretrainedModel, tmp_path: Path, values: dict[str, object], expected: list[float]
+) -> None:
     run = Run(base, tmp_path, pictures=1, max_train_steps=4, **values).train()
     assert [step["lr"] for step in run.recorder.steps] == pytest.approx([1e-4 * share for share in expected])
 
 
-def test_the_learning_rate_of_the_line_is_the_one_that_was_used(base: BaseModel, tmp_path: Path) -> None:
+def test_the_learning_rate_of_the_line_is_the_one_that_was_used(base: PretrainedModel, tmp_path: Path) -> None:
     """Adam's first step moves most weights by the learning rate, and by nothing while it is 0."""
     values = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2, "adam_weight_decay": 0}
     run = Run(base, tmp_path, max_train_steps=3, **values)
@@ -225,7 +229,7 @@ def test_the_learning_rate_of_the_line_is_the_one_that_was_used(base: BaseModel,
     assert moved[1] < moved[2] < 1.1e-4
 
 
-def test_metric_lines_are_as_frequent_as_asked(base: BaseModel, tmp_path: Path) -> None:
+def test_metric_lines_are_as_frequent_as_asked(base: PretrainedModel, tmp_path: Path) -> None:
     every = Run(base, tmp_path, max_train_steps=7).train()
     some = Run(base, tmp_path, max_train_steps=7, logging_steps=3).train()
     assert [step["step"] for step in some.recorder.steps] == [1, 3, 6, 7]
@@ -238,7 +242,7 @@ def test_metric_lines_are_as_frequent_as_asked(base: BaseModel, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_the_job(base: BaseModel, tmp_path: Path, value: float) -> None:
+def test_a_loss_that_is_not_finite_stops_the_job(base: PretrainedModel, tmp_path: Path, value: float) -> None:
     run = Run(base, tmp_path)
     run.data.prompts.fill_(value)
     with pytest.raises(TrainingError, match="loss of step 1 is not finite"):
@@ -246,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_the_job(base: BaseModel, tmp_path: Path
     assert run.trainer.step == 0
 
 
-def test_gradients_that_are_not_finite_stop_the_job(base: BaseModel, tmp_path: Path) -> None:
+def test_gradients_that_are_not_finite_stop_the_job(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, max_grad_norm=None)
     next(run.base.unet.parameters()).register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(TrainingError, match="gradients are not finite at step 1"):
@@ -254,7 +258,7 @@ def test_gradients_that_are_not_finite_stop_the_job(base: BaseModel, tmp_path: P
 
 
 @pytest.mark.parametrize("blocked", ["unet", "text_encoder"])
-def test_an_update_that_changes_nothing_stops_the_job(base: BaseModel, tmp_path: Path, blocked: str) -> None:
+def test_an_update_that_changes_nothing_stops_the_job(base: PretrainedModel, tmp_path: Path, blocked: str) -> None:
     run = Run(base, tmp_path, train_text_encoder=True, adam_weight_decay=0)
     for parameter in getattr(run.base, blocked).parameters():
         parameter.register_hook(torch.zeros_like)
@@ -262,18 +266,18 @@ def test_an_update_that_changes_nothing_stops_the_job(base: BaseModel, tmp_path:
         run.train()
 
 
-def test_a_learning_rate_too_small_for_the_weights_stops_the_job(base: BaseModel, tmp_path: Path) -> None:
+def test_a_learning_rate_too_small_for_the_weights_stops_the_job(base: PretrainedModel, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="left the weights of unet"):
         Run(base, tmp_path, learning_rate=1e-60).train()  # 0 in fp32
 
 
-def test_warm_up_steps_with_no_learning_rate_are_no_reason_to_stop(base: BaseModel, tmp_path: Path) -> None:
+def test_warm_up_steps_with_no_learning_rate_are_no_reason_to_stop(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, max_train_steps=2, lr_scheduler="constant_with_warmup", lr_warmup_steps=2).train()
     assert [step["lr"] for step in run.recorder.steps] == pytest.approx([0, 0.5e-4])
     assert distance(run.base.unet, base.unet) > 0
 
 
-def test_the_first_update_after_warm_up_is_checked(base: BaseModel, tmp_path: Path) -> None:
+def test_the_first_update_after_warm_up_is_checked(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, adam_weight_decay=0, lr_scheduler="constant_with_warmup", lr_warmup_steps=2)
     for parameter in run.base.unet.parameters():
         parameter.register_hook(torch.zeros_like)
@@ -282,7 +286,7 @@ def test_the_first_update_after_warm_up_is_checked(base: BaseModel, tmp_path: Pa
     assert run.trainer.step == 1
 
 
-def test_xformers_that_can_not_run_gives_way_with_a_line(base: BaseModel, tmp_path: Path) -> None:
+def test_xformers_that_can_not_run_gives_way_with_a_line(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path)
     said: list[str] = []
     attention_context(dataclasses.replace(run.plan, attention="xformers"), run.base.unet, said.append)

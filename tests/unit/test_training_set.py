@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dreambooth_sm.data.pictures import View, crop, open_picture
 from dreambooth_sm.data.training_set import VIEWS, Batch, Dice, Latents, Sample, mix, random_views, to_tensor, views_of
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, make_subject, paint_pictures
 
 TENSORS = ("samples", "views", "prompts", "latent_noise", "noise", "timesteps")
@@ -260,7 +260,9 @@ def test_pixels_as_the_vae_takes_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"hflip": True}, {"center_crop": False}, {"center_crop": False, "hflip": True}]
 )
-def test_cached_or_not_the_latents_are_the_same(base: BaseModel, tmp_path: Path, options: dict[str, object]) -> None:
+def test_cached_or_not_the_latents_are_the_same(
+    base: PretrainedModel, tmp_path: Path, options: dict[str, object]
+) -> None:
     subject = make_subject(tmp_path, pictures=2, class_pictures=1)
     found = []
     for not_cached in (True, False):
@@ -273,7 +275,7 @@ def test_cached_or_not_the_latents_are_the_same(base: BaseModel, tmp_path: Path,
     assert torch.equal(*found)
 
 
-def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel, tmp_path: Path) -> None:
+def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: PretrainedModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
     views = [[View(), View(left=1.0, mirrored=True)], [View(left=0.0), View(left=0.3)]]
     latents = Latents(pictures, [(64, 64)] * 2, views, base.vae, cached=True)
@@ -295,7 +297,7 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: BaseModel,
     assert not torch.equal(ours[0], ours[2])
 
 
-def test_cached_latents_need_neither_the_files_nor_the_vae(base: BaseModel, tmp_path: Path) -> None:
+def test_cached_latents_need_neither_the_files_nor_the_vae(base: PretrainedModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
     latents = Latents(pictures, [(64, 64)] * 2, [[View()]] * 2, base.vae, cached=True)
     for path in pictures:
@@ -306,7 +308,7 @@ def test_cached_latents_need_neither_the_files_nor_the_vae(base: BaseModel, tmp_
     assert latents._vae is None
 
 
-def test_embeddings_or_token_ids(base: BaseModel, tmp_path: Path) -> None:
+def test_embeddings_or_token_ids(base: PretrainedModel, tmp_path: Path) -> None:
     fixed = Run(base, tmp_path / "a", with_prior_preservation=True)
     trained = Run(base, tmp_path / "b", with_prior_preservation=True, train_text_encoder=True)
     assert fixed.data.prompts.shape == (2, 77, 32)
@@ -314,7 +316,7 @@ def test_embeddings_or_token_ids(base: BaseModel, tmp_path: Path) -> None:
     assert trained.data.prompts.dtype == torch.int64
 
 
-def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path, loaded_base: BaseModel) -> None:
+def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path, loaded_base: PretrainedModel) -> None:
     wide, square = paint_pictures(tmp_path / "a", 1), paint_pictures(tmp_path / "b", 1, size=(64, 64))
     pictures = [*wide, *square]
     views = views_of(pictures, [(64, 64)] * 2, [None] * 2, 0, random_crop=True, mirror=False)

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.models import BaseModel
+from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter, Sample
 from dreambooth_sm.validation import Validator, take_over_pictures, validation_prompts
 from tests.helpers.training import Run, hyperparameters, make_subject, same, weights
@@ -40,7 +40,7 @@ JOB: dict[str, Any] = {
 }
 
 
-def train(base: BaseModel, root: Path, plan: dict[str, Any], *, steps: int, validate: bool) -> Run:
+def train(base: PretrainedModel, root: Path, plan: dict[str, Any], *, steps: int, validate: bool) -> Run:
     run = Run(base, root, plan=plan, max_train_steps=steps, train_text_encoder="train_text_encoder" in plan, **JOB)
     prompts = validation_prompts(run.h, (run.subject,))
     validator = Validator(copy.deepcopy(base), prompts, run.h, run.plan, root / "samples", run.recorder)
@@ -48,7 +48,7 @@ def train(base: BaseModel, root: Path, plan: dict[str, Any], *, steps: int, vali
     return run
 
 
-def draw(base: BaseModel, run: Run, directory: Path, *, step: int) -> list[Sample]:
+def draw(base: PretrainedModel, run: Run, directory: Path, *, step: int) -> list[Sample]:
     """What a run's validator draws with a model as it is."""
     report = Reporter(io.StringIO())
     Validator(base, validation_prompts(run.h, ()), run.h, run.plan, directory, report).draw(step)
@@ -62,7 +62,7 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
-def test_training_is_the_same_and_pictures_are_the_models(name: str, base: BaseModel, tmp_path: Path) -> None:
+def test_training_is_the_same_and_pictures_are_the_models(name: str, base: PretrainedModel, tmp_path: Path) -> None:
     with_ = train(base, tmp_path / "with", PLANS[name], steps=4, validate=True)
     without = train(base, tmp_path / "without", PLANS[name], steps=4, validate=False)
     assert with_.losses == without.losses
@@ -80,7 +80,7 @@ def test_training_is_the_same_and_pictures_are_the_models(name: str, base: BaseM
         assert not np.array_equal(pixels(mine.path), pixels(untrained.path))
 
 
-def test_pictures_know_their_prompt_and_seed(base: BaseModel, tmp_path: Path) -> None:
+def test_pictures_know_their_prompt_and_seed(base: PretrainedModel, tmp_path: Path) -> None:
     h = hyperparameters(validation_prompt="a “toy” at night")
     run = Run(base, tmp_path)
     validator = Validator(base, validation_prompts(h, ()), h, run.plan, tmp_path / "samples", run.recorder)
@@ -93,7 +93,7 @@ def test_pictures_know_their_prompt_and_seed(base: BaseModel, tmp_path: Path) ->
         assert f"Seed: {second.seed}" in picture.text["parameters"]  # type: ignore[attr-defined]
 
 
-def test_a_later_attempt_draws_what_is_missing_alone(base: BaseModel, tmp_path: Path) -> None:
+def test_a_later_attempt_draws_what_is_missing_alone(base: PretrainedModel, tmp_path: Path) -> None:
     h = hyperparameters(validation_prompt="a toy", num_validation_images=2)
     run = Run(base, tmp_path)
     drawn: list[Sample] = []
@@ -107,7 +107,9 @@ def test_a_later_attempt_draws_what_is_missing_alone(base: BaseModel, tmp_path: 
     assert {sample.path for sample in drawn} == set((tmp_path / "samples").iterdir())
 
 
-def test_whole_pictures_of_earlier_attempts_come_beside_those_of_other_jobs(base: BaseModel, tmp_path: Path) -> None:
+def test_whole_pictures_of_earlier_attempts_come_beside_those_of_other_jobs(
+    base: PretrainedModel, tmp_path: Path
+) -> None:
     run = Run(base, tmp_path)
     validator = Validator(base, ("one", "two"), run.h, run.plan, tmp_path / "earlier", run.recorder)
     validator.draw(0)
