@@ -12,6 +12,7 @@ from dreambooth_sm import storage
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS, Method
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sagemaker import Contract
 
@@ -41,6 +42,11 @@ class Context:
     report: Reporter
     stop: threading.Event
     background: contextlib.ExitStack
+
+    @property
+    def method(self) -> Method:
+        """What it trains of the model."""
+        return METHODS[self.h.method]
 
     @property
     def directory(self) -> Path:

@@ -22,7 +22,6 @@ from dreambooth_sm.fidelity import Encoders, load_encoders
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.live_samples import live_samples
 from dreambooth_sm.memory import free_memory
-from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.preflight import Checked, check_prompts, preflight
 from dreambooth_sm.report import Reporter
@@ -107,7 +106,7 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
         for remark in base.remarks:
             report.warn(remark)
         check_prompts(base, checked.subjects, h)
-        parameters = FULL.parameters(base, plan)
+        parameters = job.method.parameters(base, plan)
         space = Space.needed(base, parameters, h, plan, start.checkpoints)
         if warning := space.check(h.checkpoints_total_limit if h.save_steps else 1):
             report.warn(warning)
@@ -160,7 +159,9 @@ def draw_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior) ->
         return None
     live = live_samples(job.h, job.contract, checked.target, job.background, job.report)
     with job.report.phase("validate_base"):
-        validator = Validator(loaded.base, prompts, job.h, checked.plan, job.directory / SAMPLES, job.report)
+        validator = Validator(
+            loaded.base, prompts, job.h, checked.plan, job.directory / SAMPLES, job.report, job.method
+        )
         if live:
             live.send(job.report.samples.copy())
             validator.on_draw = live.send
@@ -181,7 +182,7 @@ def measure_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior)
     if loaded.encoders is None:
         return None
     with job.report.phase("measure_base"):
-        return Examiner(loaded.base, prior.subjects, loaded.encoders, job.h, checked.plan, job.report)
+        return Examiner(loaded.base, prior.subjects, loaded.encoders, job.h, checked.plan, job.report, job.method)
 
 
 def teach(
@@ -204,6 +205,7 @@ def teach(
             report=job.report,
             stop=job.stop,
             world=job.world,
+            method=job.method,
         )
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 
@@ -34,3 +35,6 @@ class Method(Protocol):
     def drawable(self, model: PretrainedModel, plan: Plan, dtype: torch.dtype) -> PretrainedModel:
         """A model that pictures are drawn with while ``model`` is trained: :meth:`parameters` of it take the values
         of training, in ``dtype``, and leave training's own alone."""
+
+
+METHODS: dict[str, Method] = {method.name: method for method in (FULL,)}

@@ -13,6 +13,8 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
+from dreambooth_sm.methods import Method
+from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.choice import smaller_plan
 from dreambooth_sm.planning.plan import Plan
@@ -39,6 +41,7 @@ def train(
     report: Reporter,
     stop: threading.Event,
     world: World,
+    method: Method = FULL,
 ) -> None:
     """Trains ``base`` in place. Where the card runs out of memory all the same, goes on with the next smaller plan.
 
@@ -52,7 +55,16 @@ def train(
         try:
             device = torch.device(plan.device)
             trainer = Trainer(
-                base, data, plan, h, schedule, device=device, identity=identity, report=report, world=world
+                base,
+                data,
+                plan,
+                h,
+                schedule,
+                device=device,
+                identity=identity,
+                report=report,
+                world=world,
+                method=method,
             )
             trainer.on_save = on_save
             if rescued is not None:
