@@ -16,7 +16,7 @@ demo: $(STAMP)
 test: $(STAMP) $(SDKS) $(READERS)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
-# An answer within three minutes: all but tests that start jobs and servers, and those that are marked slow.
+# An answer in two minutes: all but tests that start jobs and servers, and those that are marked slow.
 check: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/unit tests/contract
 

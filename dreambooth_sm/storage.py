@@ -54,6 +54,8 @@ PART_SIZE = 16 * 2**20
 _COMING = 4 * PART_SIZE
 # Requests at a time, which hide the network's latency.
 WORKERS = min(32, max(16, 4 * (os.cpu_count() or 1)))
+# Of small files alone: their requests are the processor's work, and more threads of Python only wait for each other.
+_SMALL_AT_ONCE = 8
 # What `check_writable` writes, and deletes again.
 PROBE_NAME = ".upload-check"
 
@@ -179,7 +181,8 @@ def upload_directory(
     in_parts = [upload for upload in due if len(upload.spans) > 1]
     try:
         do_all((upload.begin for upload in in_parts), workers)
-        with in_parallel((send for upload in due for send in upload.sends()), workers) as sizes:
+        at_once = workers if in_parts else min(workers, _SMALL_AT_ONCE)
+        with in_parallel((send for upload in due for send in upload.sends()), at_once) as sizes:
             for size in sizes:
                 done += size
                 if progress:
