@@ -75,17 +75,19 @@ def _run(job: Context) -> Path | S3Uri:
 
 @contextlib.contextmanager
 def _joined() -> Iterator[World]:
+    world = join()
     try:
-        yield join()
+        yield world
     finally:
         leave()
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The base model, in place of which the trained one will stand.
+    """What was loaded.
 
     Attributes:
+        base: the base model, which training turns into the trained one.
         encoders: that measure fidelity; None where nothing is measured.
         space: what the job will write, and where to.
     """

@@ -16,8 +16,10 @@ from dreambooth_sm.planning.plan import Plan
 
 
 class Method(Protocol):
-    """Attributes:
-    name: as the hyperparameter ``method`` says it.
+    """One way of teaching.
+
+    Attributes:
+        name: as the hyperparameter ``method`` says it.
     """
 
     name: str
