@@ -1,0 +1,70 @@
+"""Every family with every method: what is promised of all of them. A new file is tested by being there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from dreambooth_sm.errors import StopRequested, UserError
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
+from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.planning.cards import CARDS
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.training.checkpoint import latest_checkpoint
+from tests.helpers.training import Run, same
+
+# A tiny model of the family's true classes.
+BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base"}
+ALL = [(family, method) for family in FAMILIES for method in METHODS]
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest, family: str) -> PretrainedModel:
+    found: PretrainedModel = request.getfixturevalue(BASES[family])
+    return found
+
+
+def trained(run: Run, method: str) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in METHODS[method].parameters(run.base, run.plan).items()}
+
+
+@pytest.mark.parametrize(("family", "method"), ALL)
+def test_fits_a_card(family: str, method: str) -> None:
+    h = Hyperparameters.parse({"instance_prompt": "photo of zwx toy", "base_architecture": family})
+    assert h.method == method
+
+    def fits(name: str) -> bool:
+        try:
+            return 0 < make_plan(h, CARDS[name]).predicted_peak_gb <= CARDS[name].budget_gb
+        except UserError:
+            return False
+
+    assert any(fits(name) for name in CARDS)
+
+
+@pytest.mark.parametrize(("family", "method"), ALL)
+def test_trains_resumes_and_exports(family: str, method: str, model: PretrainedModel, tmp_path: Path) -> None:
+    values = {"base_architecture": family, "max_train_steps": 2, "use_ema": True}
+    whole = Run(model, tmp_path / "whole", **values)
+    before = trained(whole, method)
+    after = trained(whole.train(), method)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+    with pytest.raises(StopRequested):
+        Run(model, tmp_path / "stopped", **values).train(stop_at=1)
+    checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint is not None
+    assert list(checkpoint.load()["weights"]) == list(before), "the names of parameters are the checkpoint's keys"
+    resumed = Run(model, tmp_path / "stopped", **values)
+    resumed.trainer.resume(checkpoint)
+    assert same(trained(resumed.train(), method), after)
+
+    whole.base.save(tmp_path / "model", torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    (picture,) = pipeline("photo of zwx toy", height=64, width=64, num_inference_steps=1).images
+    assert picture.size == (64, 64)
