@@ -91,9 +91,9 @@ class Diffusion:
             return None
         signal = self.alphas_cumprod[times]
         snr = signal / (1 - signal)
-        if self.prediction_type == "epsilon":
-            return (self.snr_gamma / snr).clamp(max=1)  # 1 where nothing of the picture is left, and nothing to divide
-        return snr.clamp(max=self.snr_gamma) / (snr + 1)
+        divisor = snr + 1 if self.prediction_type == "v_prediction" else snr
+        # 0 / 0 where nothing of the picture is left, to predict noise from noise.
+        return (snr.clamp(max=self.snr_gamma) / divisor).nan_to_num(nan=1.0)
 
     def invert(self, seen: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         # A last time that leaves nothing of the picture leaves a trace here, as in diffusers' samplers.
