@@ -26,7 +26,7 @@ FEWEST, MOST = 4, 100
 # Times that a picture may be enlarged, a side; more is not a picture of the subject any more, but blocks.
 MOST_ENLARGED = 4.0
 # Bits of 512 in which the difference hashes of two pictures differ at most when they are called near duplicates. Copies
-# that were scaled, brightened or saved anew differ by 0 to 31; the closest two of different photos and drawings by 93.
+# that were scaled, brightened or saved again differ by 0 to 31; the closest two of different photos and drawings by 93.
 NEAR = 50
 # Variance of the Laplacian (8 bits a pixel) in the sharpest sixteenth of a picture. Real photos have 250 to 6,000;
 # blurred by 2 pixels, none has more than 40.
@@ -269,7 +269,7 @@ def picture_shapes(sizes: Sequence[Shape], h: Hyperparameters) -> list[Shape]:
 
 def difference_hash(picture: Image.Image) -> int:
     """dHash (Krawetz 2013, "Kind of Like That") in both directions: 512 bits that mostly stay when a picture is scaled
-    or saved anew. Each of 16 x 16 places is brighter than the next one to the right or not, and than that below."""
+    or saved again. Each of 16 x 16 places is brighter than the next one to the right or not, and than that below."""
     grey = picture.convert("L")
     wide, high = (grey.resize(size, Image.Resampling.LANCZOS).tobytes() for size in ((17, 16), (16, 17)))
     bits = [left > right for start in range(0, 272, 17) for left, right in pairwise(wide[start : start + 17])]

@@ -46,7 +46,7 @@ def read_mask(path: Path) -> Image.Image | None:
         return None
     mask.thumbnail((_SIDE, _SIDE), Image.Resampling.BOX)
     if subject_box(mask) is None:
-        raise UserError(f"{source} shows no subject: no part of it is white (or opaque); draw it anew or remove it")
+        raise UserError(f"{source} shows no subject: no part of it is white (or opaque); draw it again or remove it")
     return mask
 
 

@@ -34,7 +34,7 @@ class Sample:
     """A picture, the prompts it may be shown with (rows of the prompt table), and its width and height in training.
 
     Attributes:
-        noise, timestep: those that the sample always has; None draws them anew each time.
+        noise, timestep: those that the sample always has; None draws new ones each time.
     """
 
     picture: Path
@@ -302,7 +302,7 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 class Latents:
     """The latents of all pictures: encoded ahead and kept on the device, or encoded when they are asked for.
 
-    The VAE's mean and deviation are kept, not one draw, so that each step draws anew.
+    The VAE's mean and deviation are kept, not one draw, so that each step draws another.
 
     Args:
         pictures: one entry a row of the picture table.

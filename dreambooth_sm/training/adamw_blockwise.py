@@ -511,7 +511,7 @@ class BlockwiseAdamW(Optimizer):
         """Finish a step: update what backward did not, then the loss scale.
 
         Args:
-            closure: computes the loss and the gradients anew; rarely useful.
+            closure: computes the loss and the gradients again; rarely useful.
 
         Returns:
             What `closure` returned.

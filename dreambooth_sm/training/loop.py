@@ -159,7 +159,7 @@ class Trainer:
     def load_state(self, state: dict[str, Any], step: int) -> None:
         """Goes on from another trainer's :meth:`state`, after ``step`` optimizer steps.
 
-        Learning rates are those of this trainer's schedule at that step. Adam's moments start anew where they have
+        Learning rates are those of this trainer's schedule at that step. Adam's moments start from zero where they have
         another format: the other trainer had run out of memory, or has.
         """
         for name, parameter in self.named_parameters.items():
@@ -167,7 +167,7 @@ class Trainer:
         if self.updater.accepts(state["step"]):
             self.updater.load_state_dict(state["step"])
         else:
-            self.report.warn("Adam's moments have another format than this plan's and start anew")
+            self.report.warn("Adam's moments have another format than this plan's and start from zero")
         rate = make_rate(self.h, self.schedule)(step)
         now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate]}
         self.scheduler.load_state_dict(self.scheduler.state_dict() | now)

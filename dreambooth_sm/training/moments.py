@@ -157,7 +157,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class DeviceScalars:
-    """What changes from step to step, on the device, so that a captured CUDA graph reads it anew.
+    """What changes from step to step, on the device, so that a captured CUDA graph reads the present values.
 
     Attributes:
         hyper: (1 + groups, 8) float32, written by the host before a step. Row 0: the step's random key as the bits

@@ -207,12 +207,12 @@ def test_copies_are_reported(photos: Path) -> None:
     assert check(photos).warnings == ()
     write(photos / "copy.jpg", (photos / "00.jpg").read_bytes())
     with Image.open(photos / "01.jpg") as picture:
-        picture.resize((300, 225)).save(photos / "saved anew.jpg", quality=50)
+        picture.resize((300, 225)).save(photos / "saved again.jpg", quality=50)
     same, near = check(photos).warnings
     assert same.startswith("the same file twice")
     assert same.endswith("copy.jpg = 00.jpg")
     assert near.startswith("nearly the same picture twice")
-    assert near.endswith("saved anew.jpg ~ 01.jpg")
+    assert near.endswith("saved again.jpg ~ 01.jpg")
 
 
 @pytest.mark.parametrize("change", ["scaled", "saved", "brighter"])

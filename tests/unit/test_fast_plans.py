@@ -101,7 +101,7 @@ def test_a_checkpoint_of_a_smaller_plan_can_be_continued(base: PretrainedModel, 
     assert checkpoint is not None
     successor.trainer.resume(checkpoint)
     successor.train()
-    assert "start anew" in successor.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    assert "start from zero" in successor.recorder.stream.getvalue()  # type: ignore[attr-defined]
     assert [step["step"] for step in successor.recorder.steps] == [11, 12]
     assert all(loss[0] < 0.8 * stepped_down.losses[0][0] for loss in successor.losses)
 

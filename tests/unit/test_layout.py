@@ -57,7 +57,7 @@ def imports(modules: Mapping[str, Path]) -> dict[str, set[str]]:
 
 
 def circle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Modules that import each other in a ring, the first one again at the end; none where there is no ring."""
+    """Modules that import each other in a ring, the first one again at the end; empty where imports form a tree."""
     done: set[str] = set()
 
     def follow(module: str, way: list[str]) -> list[str]:

@@ -8,18 +8,21 @@ from pathlib import Path
 
 from dreambooth_sm.context import Context
 from dreambooth_sm.distributed import World
-from dreambooth_sm.preflight import find_unused_channels, localize
+from dreambooth_sm.preflight import find_unused_channels, localize, preflight
 from dreambooth_sm.sagemaker import Contract
-from tests.helpers.training import Recorder, hyperparameters
+from tests.helpers.training import Recorder, hyperparameters, paint_pictures
+
+
+def job_in(base: Path, *channels: str, **values: object) -> Context:
+    contract = Contract(base, channels={name: base / "input" / "data" / name for name in channels})
+    asked = hyperparameters(**values)
+    return Context(asked, asked, contract, World(), Recorder(), threading.Event(), contextlib.ExitStack())
 
 
 def unused(base: Path, *channels: str, **values: object) -> list[str]:
-    contract = Contract(base, channels={name: base / "input" / "data" / name for name in channels})
-    asked = hyperparameters(**values)
-    h = localize(asked, contract)
-    return find_unused_channels(
-        Context(h, asked, contract, World(), Recorder(), threading.Event(), contextlib.ExitStack())
-    )
+    job = job_in(base, *channels, **values)
+    job.h = localize(job.h, job.contract)
+    return find_unused_channels(job)
 
 
 def test_channels_that_nothing_reads_are_told(tmp_path: Path) -> None:
@@ -27,6 +30,15 @@ def test_channels_that_nothing_reads_are_told(tmp_path: Path) -> None:
     assert unused(tmp_path, "images", "regularization", "code") == ["regularization"]
     assert unused(tmp_path, "images", "model", pretrained_model_name_or_path="toybox") == ["model"]
     assert unused(tmp_path, "image", "images") == ["image"]
+
+
+def test_the_job_says_so_and_goes_on(tmp_path: Path, tiny_base: Path) -> None:
+    paint_pictures(tmp_path / "input" / "data" / "images", 2)
+    job = job_in(tmp_path, "images", "spare", pretrained_model_name_or_path=str(tiny_base))
+    assert len(preflight(job).subjects[0].pictures) == 2
+    log = job.report.stream.getvalue()  # type: ignore[attr-defined]
+    assert log.count("warning: the channel spare is not used") == 1
+    assert "the channel images" not in log
 
 
 def test_channels_that_something_reads(tmp_path: Path) -> None:
