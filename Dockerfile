@@ -99,6 +99,9 @@ ENTRYPOINT ["python", "/opt/dreambooth-sm/container/train.py"]
 
 ARG VERSION=unknown
 ARG REVISION=unknown
+# The tag that no other build has; the job's log and report name it.
+ARG BUILD=""
+ENV DREAMBOOTH_SM_BUILD=${BUILD}
 LABEL org.opencontainers.image.title="dreambooth-sm" \
       org.opencontainers.image.description="DreamBooth fine-tuning of Stable Diffusion as a SageMaker training job" \
       org.opencontainers.image.version="${VERSION}" \

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Builds the training image and pushes it to Amazon ECR. Progress goes to standard error; the last line on standard
-# output is the image's URI with its digest:  image_uri=$(./build_and_push.sh --region us-west-2)
+# Builds the training image and pushes it to Amazon ECR, under a tag that no other build has. Progress goes to standard
+# error; the last line on standard output is the image's URI with its digest:
+#   image_uri=$(./build_and_push.sh --region us-west-2)
 set -euo pipefail
 
 usage() {
   cat <<'USAGE'
 Usage: build_and_push.sh [options]
 
-Builds the training image and pushes it to Amazon ECR, into a repository that is created when it is missing.
-The last line on standard output is the image's URI with its digest.
+Builds the training image and pushes it to Amazon ECR, into a repository that is created when it is missing, under a
+tag of its own: VERSION-gREVISION-CODE.BUILD, the last two digests of all that goes in. A build that is there is not
+made again. The last line on standard output is the image's URI with its digest.
 
   --region REGION         AWS region (default: AWS_REGION, AWS_DEFAULT_REGION, or the profile's)
   --profile PROFILE       AWS profile (default: AWS_PROFILE, or the default credentials)
   --repository NAME       ECR repository (default: dreambooth-sm)
-  --tag TAG               tag beside the git revision and `latest` (default: the package's version)
+  --tag TAG               tag that moves to this build, as `latest` does (default: the package's version)
   --base-image IMAGE      base image instead of the Dockerfile's
   --build-arg NAME=VALUE  build argument of the Dockerfile, such as WITH_XFORMERS=1; may be repeated
   --secret id=ID,src=FILE
@@ -53,15 +55,48 @@ attempt() {
   } 3>&1
 }
 
-# check_build_arg NAME=VALUE, or NAME for the environment's value: fails for what must not be read in the history.
-check_build_arg() {
+# add_build_arg NAME=VALUE, or NAME for the environment's value: fails for what must not be read in the history.
+add_build_arg() {
   local name=${1%%=*} value=${1#*=}
   [[ $name =~ ^[A-Za-z_][A-Za-z_0-9]*$ ]] || fail "--build-arg takes NAME=VALUE, not '$name'"
   [[ $1 == *=* ]] || value=${!name-}
+  build_args+=(--build-arg "$1")
+  build_values+=("$name=$value")
   case $name in *_proxy | *_PROXY) return ;; esac # which Docker keeps out of the history
   if [[ $name == *TOKEN* || $name == *PASSWORD* || $value =~ ://[^/]*@ ]]; then
     fail "--build-arg $name holds a password, and the image's history would show it; pass it as a build secret:" \
       "--secret id=pip.conf,src=FILE with pip's settings, --secret id=hf_token,src=FILE with the model hub's token"
+  fi
+}
+
+# name_build: sets `build_tag`, the tag that this build alone has.
+name_build() {
+  command -v python3 >/dev/null || fail "'python3' is not installed, or not on PATH"
+  build_tag=$(attempt "cannot read what the image is made of" python3 -I launcher/aws/image_tags.py \
+    "$version" "${revision%-dirty}" ${build_values[@]+"${build_values[@]}"})
+}
+
+# find_build: sets `digest` and `media_type` of the build in ECR; false where it is not there.
+find_build() {
+  local found
+  if ! found=$(attempt "cannot look for $uri:$build_tag" aws ecr describe-images --repository-name "$repository" \
+    --image-ids "imageTag=$build_tag" --query 'imageDetails[0].[imageDigest,imageManifestMediaType]' --output text 2>&1); then
+    [[ $found == *ImageNotFoundException* ]] && return 1
+    echo "$found" >&2 && exit 1
+  fi
+  read -r digest media_type <<<"$found"
+}
+
+# move_tag TAG: gives the build one more tag, which an earlier build may have; where tags are immutable, it keeps it.
+move_tag() {
+  local refused
+  if refused=$(attempt "cannot give the build the tag $1" aws ecr put-image --repository-name "$repository" \
+    --image-tag "$1" --image-digest "$digest" --image-manifest "$manifest" 2>&1 >/dev/null); then
+    say "the tag $1 is that of this build"
+  elif [[ $refused == *ImageTagAlreadyExistsException* ]]; then
+    say "the tag $1 stays with an earlier build: the tags of '$repository' are immutable"
+  elif [[ $refused != *ImageAlreadyExistsException* ]]; then
+    echo "$refused" >&2 && exit 1
   fi
 }
 
@@ -82,13 +117,39 @@ find_builder() {
   export DOCKER_BUILDKIT=1 BUILDX_NO_DEFAULT_ATTESTATIONS=1
 }
 
+# push_build: builds the image and pushes it under its own tag.
+push_build() {
+  local host=${uri%%/*} password refused log
+  password=$(attempt "cannot get a login for ECR" aws ecr get-login-password)
+  # ECR's credential helper keeps no logins: newer ones ignore this one, older ones refuse it, and all log in by themselves.
+  export AWS_ECR_IGNORE_CREDS_STORAGE=true
+  if ! refused=$(attempt "cannot log $engine in to $host" \
+    "$engine" login --username AWS --password-stdin "$host" 2>&1 >/dev/null <<<"$password"); then
+    [[ $refused == *"not implemented"* ]] || { echo "$refused" >&2 && exit 1; }
+    say "the credential helper for $host keeps no logins, and logs in by itself"
+  fi
+
+  # Shown as it comes, and kept to find what helps.
+  if ! log=$("${build[@]}" "--tag=$uri:$build_tag" . 2>&1 \
+    | while IFS= read -r line || [[ $line ]]; do echo "$line" >&2 && echo "$line"; done); then
+    fail "the build failed; its own messages are above$(advice "$log")"
+  fi
+  say "pushing $uri:$build_tag"
+  if ! { refused=$(attempt "cannot push $uri:$build_tag" "$engine" push "$uri:$build_tag" 2>&1 >&4); } 4>&2; then
+    # Somebody else built the same meanwhile.
+    [[ $refused == *immutable* ]] || { echo "$refused" >&2 && exit 1; }
+    say "$build_tag is there already"
+  fi
+}
+
 region=${AWS_REGION:-${AWS_DEFAULT_REGION:-}}
 repository=dreambooth-sm
 tag=
 dry_run=
 engine=docker
 command -v docker >/dev/null || ! command -v podman >/dev/null || engine=podman
-build_args=()
+build_args=() # as the builder takes them
+build_values=()
 while (($#)); do
   case $1 in
     --region | --profile | --repository | --tag | --base-image | --build-arg | --secret | --engine)
@@ -98,8 +159,8 @@ while (($#)); do
         --profile) export AWS_PROFILE=$2 ;;
         --repository) repository=$2 ;;
         --tag) tag=$2 ;;
-        --base-image) build_args+=(--build-arg "BASE_IMAGE=$2") ;;
-        --build-arg) check_build_arg "$2" && build_args+=(--build-arg "$2") ;;
+        --base-image) add_build_arg "BASE_IMAGE=$2" ;;
+        --build-arg) add_build_arg "$2" ;;
         --secret) build_args+=(--secret "$2") ;;
         --engine) engine=$2 ;;
       esac
@@ -115,16 +176,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' dreambooth_sm/__init__.py)
 # Outside of a git checkout the image goes without a revision.
 revision=$(git describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || true)
-tag=${tag:-$version}
-tags=("$tag" ${revision:+"$revision"} latest)
+name_build
+moving=("${tag:-$version}" latest)
 find_builder
 build+=(--platform linux/amd64 ${build_args[@]+"${build_args[@]}"}
-  --build-arg "VERSION=$version" --build-arg "REVISION=${revision:-unknown}")
+  --build-arg "VERSION=$version" --build-arg "REVISION=${revision:-unknown}" --build-arg "BUILD=$build_tag")
 
 if [[ $dry_run ]]; then
   echo "would create the ECR repository '$repository' in ${region:-the configured region} if it is missing"
   echo "would build: ${build[*]} ."
-  echo "would push it with the tags: ${tags[*]}"
+  echo "would push it as $build_tag, unless that is there, and move to it the tags: ${moving[*]}"
   exit
 fi
 
@@ -146,7 +207,7 @@ if ! uri=$(attempt "cannot read the ECR repository '$repository'" "${describe[@]
   uri=$(attempt "cannot create the ECR repository '$repository'" \
     aws ecr create-repository --repository-name "$repository" --image-scanning-configuration scanOnPush=true \
     --query repository.repositoryUri --output text)
-  # Each push leaves the image that it replaces without a tag.
+  # Builds keep their tags, and stay; what somebody takes its last tag from goes.
   attempt "cannot set the lifecycle rule of '$repository'" \
     aws ecr put-lifecycle-policy --repository-name "$repository" --lifecycle-policy-text '{"rules": [{
       "rulePriority": 1, "description": "expire images that lost their tags",
@@ -154,29 +215,19 @@ if ! uri=$(attempt "cannot read the ECR repository '$repository'" "${describe[@]
       "action": {"type": "expire"}}]}' >/dev/null
 fi
 
-host=${uri%%/*}
-password=$(attempt "cannot get a login for ECR" aws ecr get-login-password)
-# ECR's credential helper keeps no logins: newer ones ignore this one, older ones refuse it, and all log in by themselves.
-export AWS_ECR_IGNORE_CREDS_STORAGE=true
-if ! refused=$(attempt "cannot log $engine in to $host" \
-  "$engine" login --username AWS --password-stdin "$host" 2>&1 >/dev/null <<<"$password"); then
-  [[ $refused == *"not implemented"* ]] || { echo "$refused" >&2 && exit 1; }
-  say "the credential helper for $host keeps no logins, and logs in by itself"
+docker_manifest=vnd.docker.distribution.manifest.v2+json
+if find_build && [[ $media_type == *"$docker_manifest" ]]; then
+  say "$build_tag is there already"
+else
+  push_build
+  find_build || fail "ECR does not show $uri:$build_tag, which was pushed"
 fi
+[[ $media_type == *"$docker_manifest" ]] || fail "ECR holds $uri:$build_tag as $media_type, which" \
+  "SageMaker refuses; build it with Docker's buildx plugin or with podman, which can be told to make plain Docker manifests"
 
-# Shown as it comes, and kept to find what helps.
-if ! log=$("${build[@]}" "${tags[@]/#/--tag=$uri:}" . 2>&1 \
-  | while IFS= read -r line || [[ $line ]]; do echo "$line" >&2 && echo "$line"; done); then
-  fail "the build failed; its own messages are above$(advice "$log")"
-fi
-for each in "${tags[@]}"; do
-  say "pushing $uri:$each"
-  attempt "cannot push $uri:$each" "$engine" push "$uri:$each" >&2
+manifest=$(attempt "cannot read the manifest of $uri:$build_tag" aws ecr batch-get-image --repository-name "$repository" \
+  --image-ids "imageDigest=$digest" --query 'images[0].imageManifest' --output text)
+for each in "${moving[@]}"; do
+  move_tag "$each"
 done
-
-pushed=$(attempt "cannot read the digest of $uri:$tag" aws ecr describe-images --repository-name "$repository" \
-  --image-ids "imageTag=$tag" --query 'imageDetails[0].[imageDigest,imageManifestMediaType]' --output text)
-read -r digest media_type <<<"$pushed"
-[[ $media_type == *vnd.docker.distribution.manifest.v2* ]] || fail "ECR holds $uri:$tag as $media_type, which SageMaker" \
-  "refuses; build it with Docker's buildx plugin or with podman, which can be told to make plain Docker manifests"
 echo "$uri@$digest"

@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from dreambooth_sm import distributed, sagemaker
+from dreambooth_sm import __build__, distributed, sagemaker
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> int:
     stop = sagemaker.stop_event()
     report = Reporter()
     try:
+        if __build__ and not distributed.is_worker():
+            report.say(f"image: {__build__}")
         if arguments[:1] == ["serve"]:
             raise UserError(
                 "this image trains and serves no endpoint: what it writes is a diffusers pipeline directory; serve it "

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from dreambooth_sm import __version__
+from dreambooth_sm import __build__, __version__
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.gallery import SUBJECT_FILE, before_and_after, gallery, write_subjects
@@ -112,6 +112,7 @@ def gather_facts(
         ],
         "versions": {
             "dreambooth-sm": __version__,
+            "image": __build__,
             "python": platform.python_version(),
             **{name: version(name) for name in _LIBRARIES},
             "cuda": torch.version.cuda,

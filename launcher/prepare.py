@@ -58,6 +58,7 @@ class PreparedJob:
         account: that it runs in; None: it is only described, and can't be staged.
         warnings: what is odd about the pictures, and what could not be checked.
         new_bucket: that has to be made before, if any.
+        build: tag of the image that was found for this code; None where the image was given.
     """
 
     hyperparameters: Hyperparameters
@@ -69,6 +70,7 @@ class PreparedJob:
     account: Account | None = None
     warnings: tuple[str, ...] = ()
     new_bucket: str | None = None
+    build: str | None = None
     _staged: bool = field(default=False, init=False, repr=False)
     _submitted: int = field(default=0, init=False, repr=False)
 
@@ -79,7 +81,8 @@ class PreparedJob:
 
     def lines(self) -> list[str]:
         """What will be done, for people."""
-        lines = [f"job: {self.resources.name}", *self.estimate.lines()]
+        image = [f"image: {self.build}"] if self.build else []
+        lines = [f"job: {self.resources.name}", *image, *self.estimate.lines()]
         if self.new_bucket:
             lines.append(f"bucket: {self.new_bucket} is missing; a job that starts makes it")
         lines += [f"files: {len(files)} for {place}" for place, files in self.files.items()]
@@ -284,8 +287,8 @@ def prepare(
     draft.problems.found += find_secrets(request, os.environ)
     draft.raise_any()
     warnings = (*draft.warnings, *(account.warnings if account else ()))
-    missing = account.missing_bucket if account else None
-    return PreparedJob(h, resources, channels, chosen, files, draft.writing, account, warnings, missing)
+    missing, build = (account.missing_bucket, account.build) if account else (None, None)
+    return PreparedJob(h, resources, channels, chosen, files, draft.writing, account, warnings, missing, build)
 
 
 def _lookup(account: Account | None, *, thorough: bool) -> Lookup:
@@ -353,6 +356,9 @@ def _complete(resources: Resources, draft: Draft, account: Account | None) -> Re
         if account is not None:
             with draft.problems.collected():
                 found["role"] = account.complete_role(resources.role)
+    if resources.image_uri is not None and account is not None:
+        with draft.problems.collected():
+            found["image_uri"] = account.complete_image(resources.image_uri)
     if resources.name is None:
         found["name"] = f"dreambooth-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     return resources.model_copy(update=found)

@@ -79,7 +79,8 @@ class Resources(BaseModel):
     )
     image_uri: str | None = Field(
         default=None,
-        description="Training image; None: the one of this version that build_and_push.sh put into your account.",
+        description="Training image; None: the build of this code that build_and_push.sh put into your account. A "
+        "repository in ECR, without a tag: the build of this code that is there.",
         json_schema_extra=COMMON,
     )
     name: str | None = Field(

@@ -7,22 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dreambooth_sm import __version__
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.storage import S3Options, S3Uri, check_writable
 from launcher.aws.clients import Clients
+from launcher.aws.images import Place, find_build, repository_uri
 from launcher.aws.roles import reserved_for, role_of_notebook, trusts_sagemaker
 from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.resources import Resources
 
-# The repository as build_and_push.sh names it, and the execution role as `dreambooth-launcher iam` does.
-REPOSITORY = ROLE = "dreambooth-sm"
+# The execution role as `dreambooth-launcher iam` names it.
+ROLE = "dreambooth-sm"
 # SageMaker notebooks and Studio spaces describe themselves here.
 _NOTEBOOK_METADATA = Path("/opt/ml/metadata/resource-metadata.json")
-_ECR = re.compile(
-    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.[a-z0-9.]+/(?P<repository>[^@:]+)"
-    r"(?::(?P<tag>[^@]+))?(?:@(?P<digest>sha256:[0-9a-f]+))?"
-)
 
 
 class Account:
@@ -35,12 +31,14 @@ class Account:
     Attributes:
         warnings: what could not be checked, and why.
         missing_bucket: SageMaker's default bucket, if it is wanted and has to be made.
+        build: tag of the image that was found for this code, if one was looked for.
     """
 
     def __init__(self, clients: Clients, metadata: Path = _NOTEBOOK_METADATA) -> None:
         self.clients = clients
         self.warnings: list[str] = []
         self.missing_bucket: str | None = None
+        self.build: str | None = None
         self._metadata = metadata
         self._identity: dict[str, str] | None = None
 
@@ -173,24 +171,25 @@ class Account:
         return name
 
     def find_image(self) -> str:
-        """The image that build_and_push.sh pushed for this version of the project, with its digest.
+        """The image that build_and_push.sh pushed for this code, with its digest.
 
         Raises:
             UserError: it is not there.
         """
-        ecr = self.clients("ecr")
-        wanted = {"repositoryName": REPOSITORY, "imageIds": [{"imageTag": __version__}]}
-        try:
-            with asking("image_uri"):
-                repository = ecr.describe_repositories(repositoryNames=[REPOSITORY])["repositories"][0]
-                image = ecr.describe_images(**wanted)["imageDetails"][0]
-        except ServiceError as error:
-            found = "is not in ECR" if error.kind is Kind.MISSING else "can't be looked for in ECR"
-            raise UserError(
-                f"image_uri: the image {REPOSITORY}:{__version__} {found} ({error.reason}); run "
-                f"`./build_and_push.sh --region {self.region}` once, or set image_uri='...'"
-            ) from None
-        return f"{repository['repositoryUri']}@{image['imageDigest']}"
+        return self.complete_image(repository_uri(self.clients("ecr"), self.region))
+
+    def complete_image(self, uri: str) -> str:
+        """The image of this code, with its digest, for a repository in ECR; any other image as it is given.
+
+        Raises:
+            UserError: the repository has none.
+        """
+        place = Place.parse(uri)
+        if place is None or place.tag or place.digest or place.region != self.region:
+            return uri
+        found = find_build(self.clients("ecr"), uri, place)
+        self.build = found.tag
+        return f"{uri}@{found.digest}"
 
     def check(self, resources: Resources, options: S3Options = S3Options()) -> None:  # noqa: B008 - frozen
         """Whether a job with these resources can start: image, role, buckets and quota.
@@ -215,15 +214,15 @@ class Account:
         problems.raise_any()
 
     def _check_image(self, uri: str) -> None:
-        image = _ECR.fullmatch(uri)
-        if image is None or image["account"] != self.identity()["Account"]:
+        image = Place.parse(uri)
+        if image is None or image.account != self.identity()["Account"]:
             self.warnings.append("image_uri: whether an image of another registry is there can't be checked")
             return
-        if image["region"] != self.region:
-            raise UserError(f"image_uri: the image is in {image['region']}, and the job will run in {self.region}")
-        wanted = {"imageDigest": image["digest"]} if image["digest"] else {"imageTag": image["tag"] or "latest"}
+        if image.region != self.region:
+            raise UserError(f"image_uri: the image is in {image.region}, and the job will run in {self.region}")
+        wanted = {"imageDigest": image.digest} if image.digest else {"imageTag": image.tag or "latest"}
         with self._looking("image_uri: whether the image is there", f"image_uri: {uri} is not in ECR; push it"):
-            self.clients("ecr").describe_images(repositoryName=image["repository"], imageIds=[wanted])
+            self.clients("ecr").describe_images(repositoryName=image.repository, imageIds=[wanted])
 
     def _check_role(self, arn: str) -> None:
         """The role has to be the account's, and to let SageMaker assume it."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dreambooth_sm.storage import PROBE_NAME, S3Options, S3Uri
-from launcher.aws.account import REPOSITORY
+from launcher.aws.images import REPOSITORY
 
 Policy = dict[str, Any]
 

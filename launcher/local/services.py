@@ -13,6 +13,7 @@ from typing import Any
 
 from dreambooth_sm import __version__
 from launcher.aws.clients import Clients
+from launcher.aws.image_tags import code_digest, image_tag
 from launcher.local.clients import EmbeddedClients
 from launcher.local.program import ENTRYPOINT
 from launcher.local.s3 import REGION, EmbeddedS3, embedded_s3
@@ -21,6 +22,7 @@ from launcher.local.signatures import REGION_KEY, Application
 from launcher.local.training_job import GRACE
 
 _REPOSITORY = _ROLE = "dreambooth-sm"  # the repository as build_and_push.sh names it
+_BUILD = "0" * 8  # digest of how an image was built that nobody built
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class EmbeddedServices(EmbeddedS3):
         return EmbeddedClients(self, with_s3=self.with_s3, region=region)
 
     def set_up_account(self, region: str = REGION) -> None:
-        """Makes what an account needs for jobs: an execution role, this version's image, the SDKs' bucket."""
+        """Makes what an account needs for jobs: an execution role, this code's image, the SDKs' bucket."""
         clients = EmbeddedClients(self, region=region)
         trust = {"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"}
         policy = json.dumps({"Version": "2012-10-17", "Statement": [trust]})
@@ -55,7 +57,8 @@ class EmbeddedServices(EmbeddedS3):
             "config": {"digest": f"sha256:{hashlib.sha256(b'').hexdigest()}"},
             "layers": [],
         }
-        image = {"repositoryName": _REPOSITORY, "imageTag": __version__, "imageManifest": json.dumps(manifest)}
+        tag = image_tag(__version__, "", code_digest(), _BUILD)
+        image = {"repositoryName": _REPOSITORY, "imageTag": tag, "imageManifest": json.dumps(manifest)}
         with _unless_there():
             clients("iam").create_role(RoleName=_ROLE, AssumeRolePolicyDocument=policy)
         with _unless_there():

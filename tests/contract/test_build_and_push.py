@@ -14,12 +14,14 @@ import pytest
 from packaging.requirements import Requirement
 
 from dreambooth_sm import __version__
+from launcher.aws.image_tags import LEFT_OUT, REST, build_digest, code_digest, image_tag
 from tests.helpers.patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "build_and_push.sh"
 TOOLS = ("bash", "cat", "dirname", "grep", "sed", "tail")
 REVISION = "0123456789ab"
+TAG = image_tag(__version__, REVISION, code_digest(), build_digest())
 DIGEST = "sha256:" + "d" * 64
 HOSTS = {
     "us-west-2": "123456789012.dkr.ecr.us-west-2.amazonaws.com",
@@ -41,7 +43,13 @@ AWS = (
   "sts get-caller-identity") echo 123456789012 ;;
   "ecr describe-repositories" | "ecr create-repository") echo "$HOST/$4" ;;
   "ecr get-login-password") echo the-password ;;
-  "ecr describe-images") printf '%s\\t%s\\n' "$DIGEST" "$MEDIA_TYPE" ;;
+  "ecr describe-images")
+    if [[ $IN_ECR ]] || grep -q '^[a-z]* push' "$CALLS"; then
+      printf '%s\\t%s\\n' "$DIGEST" "$MEDIA_TYPE"
+    else
+      echo "An error occurred (ImageNotFoundException): it does not exist" >&2 && exit 254
+    fi ;;
+  "ecr batch-get-image") printf '{\\n  "schemaVersion": 2\\n}\\n' ;;
 esac
 """
 )
@@ -50,12 +58,14 @@ ENGINE = (
     + """case $1 in
   --version) echo "$ENGINE_VERSION" ;;
   login) read -r password; echo "stdin $password" >>"$CALLS" ;;
+  push) echo "pushed by layers" ;;
   build | buildx) echo "$BUILD_LOG" >&2; [[ -z $BUILD_LOG || $2 == version ]] || exit 1 ;;
 esac
 """
 )
 DOCKER_26, DOCKER_20, PODMAN = "Docker version 26.1.5, build a72d7cd", "Docker version 20.10.24", "podman version 4.3.1"
-GIT = f"#!/bin/bash\necho {REVISION}\n"
+GIT = "#!/bin/bash\necho $GIT_SAYS\n"
+PYTHON = f'#!/bin/bash\nexec {sys.executable} "$@"\n'
 
 # How the engine is told to build is asked of its client alone.
 LOCAL = ["docker --version", "docker buildx"]
@@ -91,7 +101,7 @@ class Shell:
             path = shutil.which(tool)
             assert path, f"{tool} is needed to run the script"
             (self.bin / tool).symlink_to(path)
-        for name, body in {"aws": AWS, "docker": ENGINE, "git": GIT}.items():
+        for name, body in {"aws": AWS, "docker": ENGINE, "git": GIT, "python3": PYTHON}.items():
             self.add(name, body)
 
     def add(self, name: str, body: str) -> Shell:
@@ -107,6 +117,8 @@ class Shell:
         media_type: str = "vnd.docker.distribution.manifest.v2+json",
         version: str = DOCKER_26,
         build_log: str = "",
+        in_ecr: bool = False,
+        script: Path = SCRIPT,
         **variables: str,
     ) -> Outcome:
         env = {
@@ -119,9 +131,11 @@ class Shell:
             "MEDIA_TYPE": f"application/{media_type}",
             "ENGINE_VERSION": version,
             "BUILD_LOG": build_log,
+            "IN_ECR": "yes" if in_ecr else "",
+            "GIT_SAYS": REVISION,
             **variables,
         }
-        done = subprocess.run([str(SCRIPT), *options], env=env, capture_output=True, text=True, timeout=PATIENCE)
+        done = subprocess.run([str(script), *options], env=env, capture_output=True, text=True, timeout=PATIENCE)
         calls = self.calls.read_text().splitlines() if self.calls.exists() else []
         return Outcome(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), calls)
 
@@ -155,31 +169,165 @@ def test_first_push_makes_the_repository_and_prints_the_uri(shell: Shell) -> Non
         "aws ecr describe-repositories",
         "aws ecr create-repository",
         "aws ecr put-lifecycle-policy",
+        "aws ecr describe-images",
         "aws ecr get-login-password",
         "docker login",
         "stdin the-password",
         "docker buildx",
-        *["docker push"] * 3,
+        "docker push",
         "aws ecr describe-images",
+        "aws ecr batch-get-image",
+        *["aws ecr put-image"] * 2,
     ]
     assert outcome.out == [f"{HOSTS['us-west-2']}/dreambooth-sm@{DIGEST}"]
     create = next(call for call in outcome.calls if "create-repository" in call)
     assert "--image-scanning-configuration scanOnPush=true" in create
 
 
-def test_the_build_is_labelled_and_pushed_with_three_tags(shell: Shell) -> None:
+def test_the_build_is_labelled_and_pushed_with_a_tag_of_its_own(shell: Shell) -> None:
     outcome = shell()
     image = f"{HOSTS['us-west-2']}/dreambooth-sm"
-    tags = [__version__, REVISION, "latest"]
-    build = outcome.build
     for expected in (
         "--platform linux/amd64",
         f"--build-arg VERSION={__version__}",
         f"--build-arg REVISION={REVISION}",
-        *(f"--tag={image}:{tag}" for tag in tags),
+        f"--build-arg BUILD={TAG}",
+        f"--tag={image}:{TAG}",
     ):
-        assert expected in build
-    assert [call for call in outcome.calls if "push" in call] == [f"docker push {image}:{tag}" for tag in tags]
+        assert expected in outcome.build
+    assert outcome.build.count("--tag=") == 1
+    assert [call for call in outcome.calls if " push" in call] == [f"docker push {image}:{TAG}"]
+    assert [call for call in outcome.calls if "describe-images" in call][-1].count(f"imageTag={TAG}") == 1
+
+
+def test_what_the_engine_says_is_shown_and_is_no_output(shell: Shell) -> None:
+    outcome = shell()
+    assert "pushed by layers" in outcome.err
+    assert len(outcome.out) == 1
+
+
+def test_the_tags_that_move_name_the_build(shell: Shell) -> None:
+    calls = [call for call in shell().calls if "put-image" in call]
+    for call, tag in zip(calls, (__version__, "latest"), strict=True):
+        assert f"--image-tag {tag} --image-digest {DIGEST} --image-manifest {{ " in call
+
+
+def test_a_build_that_is_there_is_neither_made_nor_pushed(shell: Shell) -> None:
+    outcome = shell("--tag", "production", in_ecr=True)
+    assert outcome.code == 0, outcome.err
+    assert not {"docker login", "docker buildx build", "docker push"} & set(outcome.verbs)
+    assert not [call for call in outcome.calls if "--tag=" in call]
+    assert outcome.out == [f"{HOSTS['us-west-2']}/dreambooth-sm@{DIGEST}"]
+    assert any(f"{TAG} is there already" in line for line in outcome.err)
+    assert [call.split()[6] for call in outcome.calls if "put-image" in call] == ["production", "latest"]
+
+
+IMMUTABLE = (
+    "The image tag 'x' already exists in the 'dreambooth-sm' repository and cannot be overwritten because the "
+    "{} is immutable."
+)
+
+
+def test_tags_that_may_not_move_stay_and_are_no_failure(shell: Shell) -> None:
+    refusal = f"An error occurred (ImageTagAlreadyExistsException): {IMMUTABLE.format('repository')}"
+    outcome = shell(fails=f"aws ecr put-image|{refusal}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == [f"{HOSTS['us-west-2']}/dreambooth-sm@{DIGEST}"]
+    said = [line for line in outcome.err if "stays with an earlier build" in line]
+    assert [line.split()[3] for line in said] == [__version__, "latest"]
+
+
+def test_a_tag_that_names_the_build_already_is_not_worth_a_word(shell: Shell) -> None:
+    outcome = shell(fails="aws ecr put-image|An error occurred (ImageAlreadyExistsException): it does", in_ecr=True)
+    assert outcome.code == 0, outcome.err
+    assert not [line for line in outcome.err if "the tag" in line]
+
+
+def test_somebody_else_may_push_the_same_build_first(shell: Shell) -> None:
+    outcome = shell(fails=f"docker push|tag invalid: {IMMUTABLE.format('tag')}")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == [f"{HOSTS['us-west-2']}/dreambooth-sm@{DIGEST}"]
+
+
+def tag_of(outcome: Outcome) -> str:
+    assert outcome.code == 0, outcome.err
+    return outcome.out[-1].split()[4].rstrip(",")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """What the script reads of a checkout, to change."""
+    root = tmp_path / "checkout"
+    for name in ("build_and_push.sh", "launcher/aws/image_tags.py", *(name for name in REST if name != "container")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    for name in ("container/train.py", "dreambooth_sm/__init__.py", "dreambooth_sm/job.py"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "Dockerfile",
+        "container/train.py",
+        "dreambooth_sm/job.py",
+        "dreambooth_sm/new.py",
+        "dreambooth_sm/data/new/prior.json",
+        "requirements/image.txt",
+    ],
+)
+def test_a_change_that_nobody_committed_is_another_build(shell: Shell, checkout: Path, file: str) -> None:
+    """Also one more change, of a tree that is dirty already."""
+    script = checkout / "build_and_push.sh"
+    (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+    tags = [tag_of(shell("--dry-run", script=script))]
+    for text in ("\n", "# more\n"):
+        with (checkout / file).open("a") as opened:
+            opened.write(text)
+        tags.append(tag_of(shell("--dry-run", script=script, GIT_SAYS=f"{REVISION}-dirty")))
+    assert len(set(tags)) == len(tags)
+    assert all(tag.startswith(f"{__version__}-g{REVISION}-") for tag in tags)
+
+
+@pytest.mark.parametrize("file", ["README.md", "tests/test.py", "dreambooth_sm/__pycache__/job.cpython-311.pyc"])
+def test_what_does_not_go_into_the_image_makes_no_other_build(shell: Shell, checkout: Path, file: str) -> None:
+    script = checkout / "build_and_push.sh"
+    before = tag_of(shell("--dry-run", script=script))
+    (checkout / file).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / file).write_text("new")
+    assert tag_of(shell("--dry-run", script=script, GIT_SAYS=f"{REVISION}-dirty")) == before
+
+
+def test_build_arguments_make_another_build_of_the_same_code(shell: Shell) -> None:
+    options: list[list[str]] = [
+        [],
+        ["--build-arg", "WITH_XFORMERS=1"],
+        ["--build-arg", "WITH_XFORMERS=0"],
+        ["--build-arg", "WITH_XFORMERS=1", "--build-arg", "WITH_XFORMERS=0"],
+        ["--build-arg", "WITH_XFORMERS=0", "--build-arg", "WITH_XFORMERS=1"],
+        ["--base-image", "registry/base@sha256:1"],
+        ["--base-image", "registry/base@sha256:2"],
+    ]
+    tags = [tag_of(shell("--dry-run", *each)) for each in options]
+    assert len(set(tags)) == len(tags)
+    assert {tag.rpartition(".")[0] for tag in tags} == {TAG.rpartition(".")[0]}
+    same = (["--build-arg", "https_proxy=http://me:swordfish@proxy"], ["--secret", "id=hf_token,src=/token"])
+    assert {tag_of(shell("--dry-run", *each)) for each in same} == {TAG}
+    assert tag_of(shell("--dry-run", "--build-arg", "WITH_XFORMERS", WITH_XFORMERS="1")) == tags[1]
+
+
+def test_outside_of_git_the_digests_are_the_tag(shell: Shell) -> None:
+    shell.add("git", "#!/bin/bash\nexit 128\n")
+    assert tag_of(shell("--dry-run")) == TAG.replace(f"-g{REVISION}", "")
+
+
+def test_what_the_builder_is_sent_is_what_the_tag_is_made_of() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    sent = {line[1:].rstrip("/") for line in lines if line.startswith("!")}
+    assert sent == {*REST, "dreambooth_sm"} - {"Dockerfile", ".dockerignore"}
+    assert {line.removeprefix("**/") for line in lines if line.startswith("**/")} == LEFT_OUT
 
 
 def test_the_password_is_on_no_command_line(shell: Shell) -> None:
@@ -219,7 +367,7 @@ def test_options_override_what_is_configured(shell: Shell) -> None:
     assert "aws configure get" not in outcome.verbs
     build = outcome.build
     assert "--build-arg BASE_IMAGE=registry/base:1 --build-arg WITH_XFORMERS=1" in build
-    assert f"docker push {HOSTS['us-west-2']}/team/dreambooth:candidate" in outcome.calls
+    assert [call.split()[6] for call in outcome.calls if "put-image" in call] == ["candidate", "latest"]
 
 
 def test_a_dry_run_calls_nothing(shell: Shell) -> None:
@@ -231,7 +379,7 @@ def test_a_dry_run_calls_nothing(shell: Shell) -> None:
         "'mine' in eu-west-1",
         "docker buildx build",
         "--platform linux/amd64",
-        f"{__version__} {REVISION}",
+        f"push it as {TAG}, unless that is there, and move to it the tags: {__version__} latest",
     ):
         assert expected in plan
 
@@ -296,6 +444,11 @@ def test_an_image_that_sagemaker_refuses_is_refused(shell: Shell, media_type: st
     assert_failed(shell(media_type=media_type), f"as application/{media_type}, which SageMaker refuses")
 
 
+def test_a_build_that_sagemaker_refuses_is_made_again(shell: Shell) -> None:
+    outcome = shell(media_type="vnd.oci.image.manifest.v1+json", in_ecr=True)
+    assert "docker push" in outcome.verbs
+
+
 def test_a_credential_helper_that_keeps_no_logins_is_no_obstacle(shell: Shell) -> None:
     message = "Error saving credentials: error storing credentials - err: exit status 1, out: `not implemented`"
     outcome = shell(fails=f"docker login|{message}")
@@ -351,7 +504,7 @@ def test_a_wrong_option_is_named(shell: Shell, options: list[str], reason: str) 
     assert outcome.calls == []
 
 
-@pytest.mark.parametrize("tool", ["docker", "aws"])
+@pytest.mark.parametrize("tool", ["docker", "aws", "python3"])
 def test_a_missing_tool_is_named(shell: Shell, tool: str) -> None:
     outcome = shell.without(tool)()
     assert_failed(outcome, f"'{tool}' is not installed")
@@ -391,6 +544,16 @@ def test_a_region_is_never_guessed(shell: Shell) -> None:
             "cannot create the ECR repository 'dreambooth-sm': An error occurred (AccessDeniedException)",
             "aws ecr create-repository",
         ),
+        (
+            "aws ecr describe-images|An error occurred (AccessDeniedException): not authorized",
+            f"cannot look for {HOSTS['us-west-2']}/dreambooth-sm:{TAG}: An error occurred (AccessDeniedException)",
+            "aws ecr describe-images",
+        ),
+        (
+            "aws ecr put-image|An error occurred (AccessDeniedException): not authorized",
+            f"cannot give the build the tag {__version__}: An error occurred (AccessDeniedException)",
+            "aws ecr put-image",
+        ),
         ("docker login|Error response: 401 Unauthorized", "cannot log docker in to 1234", "docker login"),
         (
             'docker login|error getting credentials - err: exec: "docker-credential-desktop": not found, out: ``',
@@ -399,7 +562,7 @@ def test_a_region_is_never_guessed(shell: Shell) -> None:
         ),
         (
             "docker push|denied: not authorized to perform: ecr:InitiateLayerUpload",
-            f"dreambooth-sm:{__version__}: denied: not authorized",
+            f"dreambooth-sm:{TAG}: denied: not authorized",
             "docker push",
         ),
         ("docker push|denied: Your authorization token has expired.", "'docker logout HOST'", "docker push"),

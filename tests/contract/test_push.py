@@ -5,6 +5,7 @@ Needs a Docker engine, the AWS CLI, and the registry of the package `docker-regi
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 from dreambooth_sm import __version__
+from launcher.aws.image_tags import build_digest, code_digest, image_tag
 from launcher.local.s3 import EmbeddedS3, embedded_s3
 from launcher.local.signatures import Application
 from tests.helpers.containers import BASE_IMAGE, DOCKER, ROOT, docker, needs_engine
@@ -31,7 +33,13 @@ MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 CREDENTIAL_HELPER = """#!/bin/sh
 case $1 in get) echo '{"ServerURL": "", "Username": "AWS", "Secret": "x"}' ;; *) echo 'not implemented'; exit 1 ;; esac
 """
-DOCKERFILE = 'ARG BASE_IMAGE\nFROM scratch\nCOPY build_and_push.sh /\nARG VERSION\nLABEL version="${VERSION}"\n'
+DOCKERFILE = """ARG BASE_IMAGE
+FROM scratch
+COPY build_and_push.sh /
+ARG VERSION
+ARG BUILD
+LABEL version="${VERSION}" build="${BUILD}"
+"""
 
 pytestmark = [
     needs_engine,
@@ -65,11 +73,37 @@ def registry(tmp_path: Path) -> Iterator[str]:
     process.wait()
 
 
+def ask(registry: str, repository: str, name: str, put: bytes | None = None) -> tuple[str, str, bytes]:
+    """Digest, media type and manifest of what the registry holds under a tag or digest; ``put``: a manifest for it."""
+    headers = {"Accept": MANIFEST} if put is None else {"Content-Type": MANIFEST}
+    url = f"http://{registry}/v2/{repository}/manifests/{name}"
+    request = urllib.request.Request(url, put, headers, method="PUT" if put else "GET")
+    with urllib.request.urlopen(request) as answer:
+        return answer.headers["Docker-Content-Digest"], answer.headers["Content-Type"] or "", answer.read()
+
+
 def stored(registry: str, repository: str, tag: str) -> tuple[str, str]:
     """Digest and media type of what the registry holds under a tag."""
-    request = urllib.request.Request(f"http://{registry}/v2/{repository}/manifests/{tag}", headers={"Accept": MANIFEST})
-    with urllib.request.urlopen(request) as answer:
-        return answer.headers["Docker-Content-Digest"], answer.headers["Content-Type"]
+    return ask(registry, repository, tag)[:2]
+
+
+def answer_images(registry: str, operation: str, request: dict[str, Any]) -> dict[str, Any]:
+    """What ECR answers about images.
+
+    Raises:
+        urllib.error.HTTPError: there is no such image.
+    """
+    repository = request["repositoryName"]
+    if operation == "PutImage":
+        manifest = request["imageManifest"].encode()
+        assert request["imageDigest"] == f"sha256:{hashlib.sha256(manifest).hexdigest()}", "to the byte, as ECR asks"
+        ask(registry, repository, request["imageTag"], manifest)
+        return {"image": {"repositoryName": repository}}
+    (wanted,) = request["imageIds"]
+    digest, media_type, found = ask(registry, repository, *wanted.values())
+    if operation == "BatchGetImage":
+        return {"images": [{"imageManifest": found.decode()}], "failures": []}
+    return {"imageDetails": [{"imageDigest": digest, "imageManifestMediaType": media_type}]}
 
 
 def ecr_in_front_of(registry: str) -> Callable[[Application], Application]:
@@ -79,12 +113,14 @@ def ecr_in_front_of(registry: str) -> Callable[[Application], Application]:
         def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             operation = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
             body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            if operation == "DescribeImages":
-                request = json.loads(body)
-                digest, media_type = stored(registry, request["repositoryName"], request["imageIds"][0]["imageTag"])
-                details = {"imageDigest": digest, "imageManifestMediaType": media_type}
-                start_response("200 OK", [("Content-Type", "application/x-amz-json-1.1")])
-                return [json.dumps({"imageDetails": [details]}).encode()]
+            if operation in ("DescribeImages", "BatchGetImage", "PutImage"):
+                status = "200 OK"
+                try:
+                    said = answer_images(registry, operation, json.loads(body))
+                except urllib.error.HTTPError:
+                    status, said = "400 Bad Request", {"__type": "ImageNotFoundException", "message": "there is none"}
+                start_response(status, [("Content-Type", "application/x-amz-json-1.1")])
+                return [json.dumps(said).encode()]
             heads: list[Any] = []
             content = b"".join(
                 application(environ | {"wsgi.input": io.BytesIO(body)}, lambda *head: heads.append(head))
@@ -117,10 +153,10 @@ def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
     engine: str, ecr: EmbeddedS3, registry: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     checkout = tmp_path / "checkout"
-    (checkout / "dreambooth_sm").mkdir(parents=True)
-    (checkout / "Dockerfile").write_text(DOCKERFILE)
-    for name in ("build_and_push.sh", "dreambooth_sm/__init__.py"):
+    for name in ("build_and_push.sh", "dreambooth_sm/__init__.py", "launcher/aws/image_tags.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
+    (checkout / "Dockerfile").write_text(DOCKERFILE)
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "docker").symlink_to(shutil.which(DOCKER) or DOCKER)
 
@@ -152,21 +188,38 @@ def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
     }
     repository = f"push-{os.urandom(4).hex()}"
     uris = []
-    for _ in range(2):  # the second finds the repository, and pushes nothing new
-        command = ["./build_and_push.sh", *options, "--repository", repository, "--base-image", BASE_IMAGE]
+    tag = image_tag(
+        __version__,
+        "",
+        code_digest(checkout / "dreambooth_sm"),
+        build_digest([f"BASE_IMAGE={BASE_IMAGE}"], checkout),
+    )
+    command = ["./build_and_push.sh", *options, "--repository", repository, "--base-image", BASE_IMAGE]
+    for _ in range(2):  # the second finds the build, and makes nothing
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         uris += done.stdout.splitlines()
-        assert ("creating the ECR repository" in done.stderr) == (len(uris) == 1)
-        assert ("logs in by itself" in done.stderr) == ("credential helper" in engine)
+        first = len(uris) == 1
+        assert ("creating the ECR repository" in done.stderr) == first
+        assert (f"{tag} is there already" in done.stderr) == (not first)
+        assert ("logs in by itself" in done.stderr) == (first and "credential helper" in engine)
     digest, media_type = stored(registry, repository, "latest")
     assert uris == [f"{registry}/{repository}@{digest}"] * 2
     assert media_type == MANIFEST
-    assert stored(registry, repository, __version__) == (digest, media_type)
+    assert stored(registry, repository, __version__) == stored(registry, repository, tag) == (digest, media_type)
 
-    docker("rmi", f"{registry}/{repository}:latest", f"{registry}/{repository}:{__version__}")
+    docker("rmi", f"{registry}/{repository}:{tag}")
     pulled = docker("pull", uris[0])
     assert pulled.returncode == 0, pulled.stderr
-    label = docker("image", "inspect", "--format", "{{.Config.Labels.version}}", uris[0])
-    assert label.stdout.strip() == __version__
+    labels = docker("image", "inspect", "--format", "{{.Config.Labels.version}} {{.Config.Labels.build}}", uris[0])
+    assert labels.stdout.split() == [__version__, tag]
     docker("rmi", uris[0])
+
+    (checkout / "dreambooth_sm" / "new.py").write_text("")
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    (other,) = done.stdout.splitlines()
+    assert other != uris[0], "another build"
+    assert stored(registry, repository, "latest")[0] == other.rpartition("@")[2] != digest
+    assert stored(registry, repository, tag)[0] == digest, "the tag of the first build stays"
+    docker("rmi", *docker("images", "--quiet", f"{registry}/{repository}").stdout.split())

@@ -20,6 +20,7 @@ from dreambooth_sm.storage import S3Uri, list_objects, upload_directory
 from launcher.aws.account import Account
 from launcher.aws.clients import Clients
 from launcher.aws.iam import notebook_policy
+from launcher.aws.image_tags import code_digest, image_tag, is_of_code
 from launcher.cli import main
 from launcher.local.services import EmbeddedServices
 from tests.helpers.api import refusals
@@ -104,6 +105,7 @@ def test_from_pictures_to_a_model(trained: Any, bucket: str) -> None:
     assert "model_index.json" in list_objects(S3Uri.parse(job.model_uri))
     text = "\n".join(said)
     assert "instance: ml.g5.xlarge (A10G)" in text
+    assert is_of_code(said[1].removeprefix("image: "), code_digest())
     assert "estimate: about " in text
     assert "phase=train state=ended" in text
     assert job.describe()["TrainingJobName"] == job.name
@@ -290,9 +292,39 @@ def test_what_can_not_be_looked_at_is_a_warning(services: EmbeddedServices, pict
 
 
 def test_an_image_that_was_never_pushed(services: EmbeddedServices, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.aws.account.__version__", "9.9.9")
-    with pytest.raises(UserError, match=r"dreambooth-sm:9.9.9 is not in ECR .* run `./build_and_push.sh --region us-"):
+    monkeypatch.setattr("launcher.aws.images.code_digest", lambda: "0123456789ab")
+    with pytest.raises(UserError, match=r"no build of this code .* run `./build_and_push.sh --region us-"):
         request("s3://models/pictures", services)
+
+
+@pytest.fixture
+def pushed(services: EmbeddedServices) -> Iterator[Callable[[str], str]]:
+    """Pushes an image with this tag into a repository of another name; returns the digest. And the repository's URI."""
+    ecr = boto3.client("ecr")
+    ecr.create_repository(repositoryName="team/toys", imageTagMutability="IMMUTABLE")
+
+    def push(tag: str) -> str:
+        manifest = {"mediaType": "application/vnd.docker.distribution.manifest.v2+json", "config": {"digest": tag}}
+        made = ecr.put_image(repositoryName="team/toys", imageTag=tag, imageManifest=json.dumps(manifest))
+        return str(made["image"]["imageId"]["imageDigest"])
+
+    yield push
+    ecr.delete_repository(repositoryName="team/toys", force=True)
+
+
+def test_a_repository_stands_for_the_build_of_this_code(
+    services: EmbeddedServices, pushed: Callable[[str], str]
+) -> None:
+    repository, account = "123456789012.dkr.ecr.us-east-1.amazonaws.com/team/toys", Account(Clients())
+    pushed("latest")
+    with pytest.raises(UserError, match=r"team/toys holds no build of this code .*, but latest of 20"):
+        account.complete_image(repository)
+    tag = image_tag("0.1.0", "4b204ea1c2d3", code_digest(), "9a8b7c6d")
+    digest = pushed(tag)
+    pushed(tag.replace(code_digest(), "0123456789ab"))
+    assert account.complete_image(repository) == f"{repository}@{digest}"
+    made = request("s3://models/pictures", services, image_uri=repository)
+    assert made["AlgorithmSpecification"]["TrainingImage"] == f"{repository}@{digest}"
 
 
 def test_the_role_is_found(services: EmbeddedServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
