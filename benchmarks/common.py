@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CONTEXT_GB, CPU, Card
@@ -44,17 +45,12 @@ def sd15() -> PretrainedModel:
             sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
         )
         vae, text_encoder = _vae(), CLIPTextModel(_clip())
-    base = PretrainedModel(
-        name="sd15",
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=byte_tokenizer(),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
-        ),
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
     )
-    return _put_away(base)
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": byte_tokenizer()}
+    parts |= {"scheduler": scheduler, "feature_extractor": None}
+    return _put_away(PretrainedModel("sd15", FAMILIES["sd"], parts))
 
 
 def sdxl() -> PretrainedModel:
@@ -77,19 +73,13 @@ def sdxl() -> PretrainedModel:
         vae, text_encoder = _vae(scaling_factor=0.13025, force_upcast=True), CLIPTextModel(_clip())
         second = _clip(width=1280, layers=32, heads=20, hidden_act="gelu", projection_dim=1280)
         text_encoder_2 = CLIPTextModelWithProjection(second)
-    base = PretrainedModel(
-        name="sdxl",
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=byte_tokenizer(),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=byte_tokenizer(),
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
-    return _put_away(base)
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": byte_tokenizer()}
+    parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": byte_tokenizer()}
+    parts |= {"scheduler": scheduler, "feature_extractor": None}
+    return _put_away(PretrainedModel("sdxl", FAMILIES["sdxl"], parts))
 
 
 # What `--model` takes.

@@ -178,8 +178,8 @@ def make_files(size: str, files: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     base = MODELS[size]()
     base.tokenizer = clip_tokenizer("<|endoftext|>")
-    if base.is_xl:
-        base.tokenizer_2 = clip_tokenizer("!")
+    if "text_encoder_2" in base.modules:
+        setattr(base, "tokenizer_2", clip_tokenizer("!"))  # noqa: B010 - a part of this family alone
     base.save(partial / "directory", torch.float16)
     write_checkpoint(read_stored(partial / "directory"), partial / "single.safetensors", dtype=None)
     partial.rename(files)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth_sm import sources, toybox
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families import FAMILIES, Family, family_of
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
@@ -23,7 +21,7 @@ from dreambooth_sm.stored.checkpoint import read_vae as read_vae_file
 from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
 from dreambooth_sm.stored.fit import check_fit
 from dreambooth_sm.stored.locate import find_model
-from dreambooth_sm.stored.model import ZEROS, Pipeline, StoredModel, StoredPart, make_pipeline
+from dreambooth_sm.stored.model import Pipeline, StoredModel, StoredPart, make_pipeline, parts_of, tokenizers_of
 
 _NO_AVERAGE = "only single files carry averages; leave it out"
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
@@ -33,30 +31,43 @@ RENAMED = {
 }
 
 
-@dataclass
 class PretrainedModel:
-    """A Stable Diffusion pipeline, taken apart.
+    """A pipeline, taken apart: each part is an attribute of its name.
 
     All modules are on the CPU, in eval mode and without gradients, as loaded: in fp32, or in the precision of their
     files where that is half of it (:func:`load_base`).
 
-    Attributes:
-        text_encoder_2, tokenizer_2: SDXL's, beside the first ones.
-        zeros_for_empty_prompt: whether the empty prompt is embedded as zeros; of SDXL.
+    Args:
+        parts: modules, tokenizers and scheduler, by the names that diffusers has for them.
+        config: what else its ``model_index.json`` says.
         remarks: what was guessed of a single file; for the user to read.
     """
 
-    name: str
+    # Those that every family has.
     unet: Any
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
     scheduler: Any
-    feature_extractor: Any = None
-    text_encoder_2: CLIPTextModelWithProjection | None = None
-    tokenizer_2: CLIPTokenizer | None = None
-    zeros_for_empty_prompt: bool = True
-    remarks: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        name: str,
+        family: Family,
+        parts: Mapping[str, Any],
+        *,
+        config: Mapping[str, Any] = MappingProxyType({}),
+        remarks: tuple[str, ...] = (),
+    ) -> None:
+        self.name, self.family, self.config, self.remarks = name, family, dict(config), remarks
+        self._parts = tuple(parts)
+        for part, value in parts.items():
+            setattr(self, part, value)
+
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The parts with weights, by name."""
+        return {part: getattr(self, part) for part in self.family.facts.parts}
 
     @property
     def latent_scale(self) -> int:
@@ -64,30 +75,21 @@ class PretrainedModel:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def is_xl(self) -> bool:
-        """Whether the model is SDXL."""
-        return self.text_encoder_2 is not None
-
-    @property
-    def text_encoders(self) -> tuple[Any, ...]:
-        return (self.text_encoder,) if self.text_encoder_2 is None else (self.text_encoder, self.text_encoder_2)
+    def text_encoders(self) -> tuple[torch.nn.Module, ...]:
+        return tuple(module for part, module in self.modules.items() if part.startswith("text_encoder"))
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """The smallest type that the VAE computes in: SDXL's first one overflows in fp16."""
-        return torch.float32 if self.is_xl and self.vae.config.force_upcast else torch.float16
+        """The smallest type that the VAE computes in."""
+        return self.family.vae_dtype(self.vae.config)
 
     def pipeline(self) -> Pipeline:
         """The parts as a pipeline; it shares their weights."""
-        names = ["vae", "text_encoder", "tokenizer", "unet", "scheduler", "feature_extractor"]
-        if self.is_xl:
-            names += ["text_encoder_2", "tokenizer_2"]
-        parts = {name: getattr(self, name) for name in names}
-        return make_pipeline(parts, {ZEROS: self.zeros_for_empty_prompt})
+        return make_pipeline({part: getattr(self, part) for part in self._parts}, self.config)
 
     def to(self, device: str | torch.device) -> None:
         """Moves all modules."""
-        for module in (self.unet, self.vae, *self.text_encoders):
+        for module in self.modules.values():
             module.to(device)
 
     def save(self, directory: Path, dtype: torch.dtype | None = torch.float16) -> None:
@@ -240,28 +242,24 @@ def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
     replacement = read_vae(sources.fetch(vae, token_secret=h.hf_token_secret)) if vae else None
     path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
     stored = _read(h, path, replacement)
-    found = "sdxl" if "text_encoder_2" in stored.tensors else "sd"
-    if found != h.architecture:
+    found, planned = family_of(stored.pipeline).facts, FAMILIES[h.architecture].facts
+    if found.name != planned.name:
         raise UserError(
-            f"{name} is a {FAMILIES[found].title} model, and the job was planned for "
-            f"{FAMILIES[h.architecture].title}; set base_architecture={found}"
+            f"{name} is a {found.title} model, and the job was planned for {planned.title}; set "
+            f"base_architecture={found.name}"
         )
     stored.load(dtype)
     return _taken_apart(name, stored)
 
 
 def _taken_apart(name: str, stored: StoredModel) -> PretrainedModel:
-    parts = stored.pipeline
+    pipeline = stored.pipeline
+    modules = parts_of(pipeline)
+    parts = (*modules, *tokenizers_of(modules), "scheduler", "feature_extractor")
     return PretrainedModel(
-        name=name,
-        unet=parts.unet,
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        scheduler=parts.scheduler,
-        feature_extractor=parts.feature_extractor,
-        text_encoder_2=getattr(parts, "text_encoder_2", None),
-        tokenizer_2=getattr(parts, "tokenizer_2", None),
-        zeros_for_empty_prompt=bool(parts.config.get(ZEROS, True)),
+        name,
+        family_of(pipeline),
+        {part: getattr(pipeline, part) for part in parts},
+        config=pipeline.config,
         remarks=stored.remarks,
     )

@@ -12,8 +12,6 @@ from pathlib import Path
 from dreambooth_sm import storage
 from dreambooth_sm.context import Context, upload_client
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
-from dreambooth_sm.data.conditioning import tokenizers_in
-from dreambooth_sm.data.prompts import tokenize_for
 from dreambooth_sm.distributed import World
 from dreambooth_sm.driver import find_build, find_host, find_mismatch, find_missing_kernels
 from dreambooth_sm.errors import Problems, UserError
@@ -160,7 +158,7 @@ def check_checkpoints(contract: Contract) -> None:
 def check_prompts(base: PretrainedModel, subjects: tuple[Subject, ...], h: Hyperparameters) -> None:
     """Raises UserError for prompts that are too long, before class images are made for them."""
     prompts = [prompt for s in subjects for prompt in (s.prompt, s.class_prompt, *s.prompts) if prompt]
-    tokenize_for(tokenizers_in(base), prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+    base.family.tokenize(base, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
 
 
 def check_target(h: Hyperparameters) -> S3Uri | None:

@@ -36,7 +36,7 @@ _CURVE_FILE = "loss.svg"
 _SUBJECT = ("instance_prompt", "pictures", "class_prompt", "class_pictures")
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Licences by the start of the base model's name, as the hub gives them.
-_LICENCES = {start: licence for facts in FAMILIES.values() for start, licence in facts.licences.items()} | {
+_LICENCES = {start: licence for family in FAMILIES.values() for start, licence in family.facts.licences.items()} | {
     str(TOYBOX): "apache-2.0"
 }
 # What YAML has to have escaped, beside what JSON escapes: signs that it does not print, and its further line breaks.
@@ -149,7 +149,7 @@ def model_card(facts: Facts) -> str:
         f"instance_prompt: {_yaml(prompts[0])}",
         "library_name: diffusers",
         "pipeline_tag: text-to-image",
-        f"tags: [{', '.join(FAMILIES[facts['base_architecture']].tags)}, text-to-image, dreambooth]",
+        f"tags: [{', '.join(FAMILIES[facts['base_architecture']].facts.tags)}, text-to-image, dreambooth]",
         "---",
         "",
         f"# {_markdown(facts['model_name'])}",

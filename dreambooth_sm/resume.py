@@ -165,10 +165,7 @@ def _digest(picture: Path) -> str:
 
 def fingerprint(base: PretrainedModel) -> dict[str, str]:
     """A digest of each part of a base model: of some values of each tensor, and of what else training depends on."""
-    modules = {"unet": base.unet, "vae": base.vae, "text_encoder": base.text_encoder}
-    if base.text_encoder_2 is not None:
-        modules["text_encoder_2"] = base.text_encoder_2
-    digests = {name: _digest_of_module(module) for name, module in modules.items()}
+    digests = {name: _digest_of_module(module) for name, module in base.modules.items()}
     vocabulary = sorted(base.tokenizer.get_vocab().items())
     noise = {name: base.scheduler.config.get(name) for name in _NOISE}
     return digests | {"tokenizer": _digest_of(vocabulary), "scheduler": _digest_of(noise)}

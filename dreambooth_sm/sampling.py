@@ -6,16 +6,16 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
-from dreambooth_sm.data.conditioning import Conditioning, embed, size_numbers
+from dreambooth_sm.data.conditioning import embed
+from dreambooth_sm.families import Conditioning, family_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.stored.model import ZEROS, Pipeline, parts_of
+from dreambooth_sm.stored.model import Pipeline, parts_of
 from dreambooth_sm.stored.schedule import drawing_scheduler
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
@@ -108,7 +108,7 @@ def draw_latents(
 def decode(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
     """Scaled latents ``(pictures, 4, h, w)`` as pictures; in tiles where the device has no memory for more."""
     vae = pipeline.vae
-    scaled = latents.to(vae.dtype) / vae.config.scaling_factor
+    scaled = family_of(pipeline).denormalise(vae.config, latents.to(vae.dtype))
     pixels = None
     with contextlib.suppress(torch.OutOfMemoryError):
         pixels = vae.decode(scaled).sample
@@ -130,22 +130,22 @@ def _denoise(
     guidance: float,
     guided: tuple[float, float],
 ) -> torch.Tensor:
-    unet, device = pipeline.unet, pipeline.device
+    family, unet, device = family_of(pipeline), pipeline.unet, pipeline.device
     scheduler: Any = drawing_scheduler(pipeline.scheduler)
     scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
     conditions = _conditions(pipeline, prompt, size, guided=guidance > 1)
-    numbers = torch.arange(len(conditions.states), device=device)
+    numbers = torch.arange(len(conditions), device=device)
     together, alone = (conditions.of(rows.repeat_interleave(len(seeds))) for rows in (numbers, numbers[-1:]))
     width, height = (side // pipeline.vae_scale_factor for side in size)
-    shape = (unet.config.in_channels, height, width)
+    shape = (pipeline.vae.config.latent_channels, height, width)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(device) * scheduler.init_noise_sigma
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
         used = together if guided[1] < sigma <= guided[0] else alone
-        count = len(used.states) // len(seeds)
+        count = len(used) // len(seeds)
         model_input = torch.cat([latents] * count).to(unet.dtype)
-        outputs = unet(model_input, timestep, **used.arguments()).sample.float().chunk(count)
+        outputs = family.predict(unet, model_input, timestep, used).float().chunk(count)
         output = outputs[0] if count == 1 else outputs[0] + guidance * (outputs[1] - outputs[0])
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
@@ -153,12 +153,11 @@ def _denoise(
 
 def _conditions(pipeline: Pipeline, prompt: str, size: tuple[int, int], *, guided: bool) -> Conditioning:
     """The prompt's conditioning, in the last row; with guidance, the empty prompt's in the row before it."""
-    zeros = bool(pipeline.config.get(ZEROS, True))
-    conditions = embed(pipeline, ["", prompt] if guided else [prompt], max_tokens=None, zeros_for_empty=zeros)
-    if conditions.pooled is None:
-        return conditions
-    numbers = torch.tensor([size_numbers(size, (0, 0), size)] * len(conditions.states), device=pipeline.device)
-    return replace(conditions, sizes=numbers.float())
+    family = family_of(pipeline)
+    conditions = embed(family, pipeline, ["", prompt] if guided else [prompt], max_tokens=None)
+    told = family.extras(size, (0, 0), size).items()  # a whole picture
+    numbers = {name: torch.tensor([row] * len(conditions), dtype=torch.float32) for name, row in told}
+    return conditions.beside({name: value.to(pipeline.device) for name, value in numbers.items()})
 
 
 def _copy(module: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:

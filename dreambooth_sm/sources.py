@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dreambooth_sm import storage
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.storage import S3Uri
 
 # SageMaker's disk that outlives a job of a warm pool.
@@ -24,9 +25,10 @@ _CACHE = "dreambooth-sm-models"
 # Models that the image was built with (the Dockerfile's BASE_MODEL), as directories named by their hub ids.
 BAKED = Path("/opt/base-models")
 _INDEX = "model_index.json"
-_WEIGHTS_FOLDERS = ("unet", "vae", "text_encoder", "text_encoder_2", "")
+_PARTS = tuple(dict.fromkeys(part for family in FAMILIES.values() for part in family.facts.parts))
+_WEIGHTS_FOLDERS = (*_PARTS, "")
 _OTHER_FILES = re.compile(
-    r"(model_index|((unet|vae|text_encoder(_2)?)/)?config)\.json|(tokenizer(_2)?|scheduler|feature_extractor)/.+"
+    rf"(model_index|(({'|'.join(_PARTS)})/)?config)\.json|(tokenizer(_\d)?|scheduler|feature_extractor)/.+"
 )
 _PREFERRED_VARIANT = "fp16"
 

@@ -14,7 +14,8 @@ from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.data.check import ClassFindings, Findings, check_class_folder, check_folder
 from dreambooth_sm.data.folder import list_pictures
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.families import find_family
+from dreambooth_sm.families import DEFAULT
+from dreambooth_sm.families.find import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Options, S3Uri
@@ -100,8 +101,9 @@ def read_draft(options: Mapping[str, Any], look: Lookup) -> Draft:
             source, values["pretrained_model_name_or_path"] = _read_base_model(data["base_model"], look)
             if source is not None:
                 draft.sources[MODEL_CHANNEL] = source
-                if find_family(str(Path(data["base_model"]).expanduser())) == "sdxl":
-                    values.setdefault("base_architecture", "sdxl")  # the channel's name does not say it
+                family = find_family(str(Path(data["base_model"]).expanduser()))
+                if family != DEFAULT:
+                    values.setdefault("base_architecture", family)  # the channel's name does not say it
     folder = data.get("images")
     here = isinstance(folder, str | Path) and not s3_text(folder) and IMAGES_CHANNEL in draft.sources
     beside = Path(str(folder)) if here else None

@@ -16,7 +16,7 @@ from dreambooth_sm.data.prior_outputs import Output, base_outputs
 from dreambooth_sm.data.training_set import (
     Dice,
     Latents,
-    PictureSizes,
+    PictureExtras,
     PromptTable,
     Sample,
     SubjectWeights,
@@ -26,7 +26,6 @@ from dreambooth_sm.data.training_set import (
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sampling import sampling_pipeline
@@ -43,9 +42,7 @@ def encode_training_set(
     seed: int,
 ) -> TrainingSet:
     """Puts latents and prompts on the device, and takes the VAE and text encoder off it where they are done."""
-    table = PromptTable(
-        base.tokenizer, max_tokens=h.max_token_length, pad=h.pad_tokens, shuffle=h.shuffle_tags, seed=seed
-    )
+    table = PromptTable(base.family, max_tokens=h.max_token_length, pad=h.pad_tokens, shuffle=h.shuffle_tags, seed=seed)
     shapes = shapes_of(subjects, h)
     instances = [
         Sample(path, table.rows(prompt), shape)
@@ -69,12 +66,12 @@ def encode_training_set(
     masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
     views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
     base.vae.to(device, torch.float32)
-    latents = Latents(pictures, trained_in, views, base.vae, cached=plan.cache_latents)
-    sizes = PictureSizes(pictures, trained_in, views) if base.is_xl else None
+    latents = Latents(pictures, trained_in, views, base.vae, base.family, cached=plan.cache_latents)
+    extras = PictureExtras(pictures, trained_in, views, base.family.extras)
     make_dice = partial(
         Dice,
         views=len(views[0]),
-        channels=base.unet.config.in_channels,
+        channels=base.vae.config.latent_channels,
         latent_scale=base.latent_scale,
         timesteps=base.scheduler.config.num_train_timesteps,
         empty_prompt=empty,
@@ -82,26 +79,24 @@ def encode_training_set(
     )
     if h.prior_preservation and h.prior == "output":
         dice = make_dice(instances, [], seed=mix(seed, len(instances)))
-        for output in outputs_of_base(base, subjects, h, plan, dice, latents, sizes):
+        for output in outputs_of_base(base, subjects, h, plan, dice, latents, extras):
             instance = instances[output.instance]
             (subject,) = (s for s in subjects if instance.picture in s.pictures)
             prompt_rows = table.rows(str(subject.class_prompt))
             classes.append(Sample(instance.picture, prompt_rows, instance.shape, output.noise, output.timestep))
             latents.append(output.latents.to(device))
-            if sizes:
-                sizes.append(output.instance, output.view)
+            extras.append(output.instance, output.view)
             masks.append(None)
             trained_in.append(instance.shape)
             views.append([View()])
     if plan.cache_latents:
         base.vae.to("cpu")
     if plan.train_text_encoder:
-        prompts, pooled = table.ids().to(device), None
+        prompts = {name: value.to(device) for name, value in table.tokens(base).items()}
     else:
         for text_encoder in base.text_encoders:
             text_encoder.to(device, torch.float32)
-        embeddings = table.embeddings(base)
-        prompts, pooled = embeddings.states, embeddings.pooled
+        prompts = dict(table.embeddings(base).text)
         for text_encoder in base.text_encoders:
             text_encoder.to("cpu")
     free_memory()
@@ -111,7 +106,7 @@ def encode_training_set(
         weights = SubjectWeights(
             masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
         )
-    return TrainingSet(dice, latents, prompts, weights, pooled, sizes)
+    return TrainingSet(dice, latents, prompts, extras, weights)
 
 
 def outputs_of_base(
@@ -121,18 +116,19 @@ def outputs_of_base(
     plan: Plan,
     dice: Dice,
     latents: Latents,
-    sizes: PictureSizes | None,
+    extras: PictureExtras,
 ) -> list[Output]:
     """What the untrained base model says of the subjects' noised pictures under their class prompts."""
     pipeline = sampling_pipeline(base, plan)
     prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
-    conditions = embed(pipeline, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+    conditions = embed(base.family, pipeline, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
     outputs = base_outputs(
         pipeline.unet,
-        Diffusion.of(base.scheduler),
+        base.family,
+        base.family.objective(base),
         dice,
         latents,
-        lambda batch: dataclasses.replace(conditions.of(batch.samples), sizes=sizes(batch) if sizes else None),
+        lambda batch: conditions.of(batch.samples).beside(extras(batch)),
         count=OUTPUTS_PER_IMAGE * h.num_class_images,
         batch_size=plan.sample_batch_size,
     )

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth_sm.data.conditioning import Conditioning
 from dreambooth_sm.data.training_set import Batch, Dice
+from dreambooth_sm.families import Conditioning, Family
 from dreambooth_sm.objectives import Objective
 
 
@@ -41,6 +41,7 @@ class Output:
 @torch.no_grad()
 def base_outputs(
     unet: Any,
+    family: Family,
     objective: Objective,
     dice: Dice,
     latents_of: Callable[[Batch], Tensor],
@@ -53,7 +54,7 @@ def base_outputs(
 
     Args:
         unet: of the base model, on the device that it runs on.
-        objective: the model's, on the CPU.
+        family, objective: the model's; the objective on the CPU.
         dice: draws instances alone.
         conditions_of: gives the embedded class prompts of a batch's pictures.
         batch_size: pictures at a time, at most.
@@ -63,11 +64,12 @@ def base_outputs(
     for number in range(math.ceil(max(count, instances * size) / size)):
         batch = dice.batch(number, size)
         seen = objective.noised(latents_of(batch).cpu(), batch.noise, batch.timesteps)
-        prediction = unet(
+        prediction = family.predict(
+            unet,
             seen.to(unet.device, unet.dtype),
             batch.timesteps.to(unet.device),
-            **conditions_of(batch).to(unet.device, unet.dtype).arguments(),
-        ).sample
+            conditions_of(batch).to(unet.device, unet.dtype),
+        )
         latents, noise = objective.invert(seen, prediction.float().cpu(), batch.timesteps)
         numbers = (batch.samples.tolist(), batch.views.tolist())
         for row in zip(*numbers, latents, noise, batch.timesteps.tolist(), strict=True):

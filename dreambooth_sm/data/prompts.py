@@ -84,8 +84,8 @@ def encode(text_encoder: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def encode_two(text_encoders: Sequence[Any], ids: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What SDXL takes from its two text encoders: the states before the last layer, side by side, and the second one's
-    projected state of the whole prompt; of the first chunk where there are several.
+    """The states before the last layer of two text encoders, side by side, and the second one's projected state of the
+    whole prompt; of the first chunk where there are several.
 
     Args:
         ids: of each encoder, as :func:`encode` takes them.

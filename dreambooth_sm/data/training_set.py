@@ -10,6 +10,7 @@ to be saved.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,10 +21,11 @@ import torch
 from PIL import Image
 
 from dreambooth_sm.data.class_cache import is_latents, read_latents
-from dreambooth_sm.data.conditioning import Conditioning, embed, size_numbers
+from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.data.masks import keep_subject, subject_box
 from dreambooth_sm.data.pictures import Shape, View, crop, cut_off, open_picture, read_size
-from dreambooth_sm.data.prompts import tag_orders, tokenize
+from dreambooth_sm.data.prompts import tag_orders
+from dreambooth_sm.families import Conditioning, Family
 
 # Views of a picture that are encoded ahead where its crop or mirroring is random.
 VIEWS = 8
@@ -162,11 +164,11 @@ def mix(*numbers: int) -> int:
 
 
 class PromptTable:
-    """All prompts of a job: token ids, and embeddings where the text encoder is not trained."""
+    """All prompts of a job: tokens, and embeddings where the text encoder is not trained."""
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, pad: bool, shuffle: bool, seed: int) -> None:
+    def __init__(self, family: Family, *, max_tokens: int, pad: bool, shuffle: bool, seed: int) -> None:
         self._texts: dict[str, int] = {}
-        self._tokenizer, self._max_tokens, self._pad = tokenizer, max_tokens, pad
+        self._family, self._max_tokens, self._pad = family, max_tokens, pad
         self._shuffle, self._seed = shuffle, seed
 
     def rows(self, prompt: str) -> tuple[int, ...]:
@@ -174,19 +176,13 @@ class PromptTable:
         texts = tag_orders(prompt, self._seed) if self._shuffle else [prompt]
         return tuple(self._texts.setdefault(text, len(self._texts)) for text in texts)
 
-    def ids(self) -> torch.Tensor:
-        """Token ids ``(prompts, chunks, length)``."""
-        return tokenize(self._tokenizer, list(self._texts), max_tokens=self._max_tokens, pad=self._pad)
+    def tokens(self, model: Any) -> dict[str, torch.Tensor]:
+        """What the text encoders of a model take, a row a prompt, on the CPU."""
+        return self._family.tokenize(model, list(self._texts), max_tokens=self._max_tokens, pad=self._pad)
 
     def embeddings(self, model: Any) -> Conditioning:
         """The prompts as the text encoders of a model see them, on their device."""
-        return embed(
-            model,
-            list(self._texts),
-            max_tokens=self._max_tokens,
-            pad=self._pad,
-            zeros_for_empty=model.zeros_for_empty_prompt,
-        )
+        return embed(self._family, model, list(self._texts), max_tokens=self._max_tokens, pad=self._pad)
 
 
 def views_of(
@@ -253,30 +249,42 @@ class SubjectWeights:
         return torch.stack([self._maps[row][view % len(self._maps[row])] for row, view in pairs])[:, None]
 
 
-class PictureSizes:
-    """What SDXL is told of the size and the crop of all pictures and views: :func:`size_numbers` of each, float32.
+class PictureExtras:
+    """What a family's denoiser is told of all pictures and views beside their latents, float32.
 
     A generated class image was drawn in its shape, as a whole.
+
+    Args:
+        extras: the family's: size, crop and target to named numbers.
     """
 
-    def __init__(self, pictures: list[Path], shapes: list[Shape], views: list[list[View]]) -> None:
-        self._rows: list[torch.Tensor] = []
+    def __init__(
+        self,
+        pictures: list[Path],
+        shapes: list[Shape],
+        views: list[list[View]],
+        extras: Callable[[Shape, tuple[int, int], Shape], Mapping[str, Sequence[float]]],
+    ) -> None:
+        # A row for each view, by name.
+        self._rows: list[dict[str, torch.Tensor]] = []
         for picture, shape, its in zip(pictures, shapes, views, strict=True):
             size = shape if is_latents(picture) else read_size(picture)
-            numbers = [size_numbers(size, cut_off(size, shape, view), shape) for view in its]
-            self._rows.append(torch.tensor(numbers, dtype=torch.float32))
+            told = [extras(size, cut_off(size, shape, view), shape) for view in its]
+            self._rows.append(
+                {name: torch.tensor([each[name] for each in told], dtype=torch.float32) for name in told[0]}
+            )
 
     def append(self, row: int, view: int) -> None:
         """A further row of the picture table, with a single view: one of another row."""
-        self._rows.append(self._of(row, view)[None])
+        self._rows.append({name: value[None] for name, value in self._of(row, view).items()})
 
-    def __call__(self, batch: Batch) -> torch.Tensor:
-        """``(rows, 6)`` of a batch, on the CPU."""
-        pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
-        return torch.stack([self._of(*pair) for pair in pairs])
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """``(rows, numbers)`` of a batch, on the CPU."""
+        rows = [self._of(*pair) for pair in zip(batch.samples.tolist(), batch.views.tolist(), strict=True)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _of(self, row: int, view: int) -> torch.Tensor:
-        return self._rows[row][view % len(self._rows[row])]
+    def _of(self, row: int, view: int) -> dict[str, torch.Tensor]:
+        return {name: value[view % len(value)] for name, value in self._rows[row].items()}
 
 
 def random_views(seed: int, sample: int, *, random_crop: bool, mirror: bool) -> list[View]:
@@ -309,15 +317,22 @@ class Latents:
         shapes: width and height of each picture's views.
         views: the views of each picture; all of the same number.
         vae: in fp32 or the precision it should run in, on the device.
+        family: whose latents they are.
         cached: encode ahead. The VAE is not needed any more afterwards.
     """
 
     def __init__(
-        self, pictures: list[Path], shapes: list[Shape], views: list[list[View]], vae: Any, *, cached: bool
+        self,
+        pictures: list[Path],
+        shapes: list[Shape],
+        views: list[list[View]],
+        vae: Any,
+        family: Family,
+        *,
+        cached: bool,
     ) -> None:
         self._pictures, self._shapes, self._views = list(pictures), shapes, views
-        self._scaling = float(vae.config.scaling_factor)
-        self._vae = vae
+        self._vae, self._config, self._family = vae, vae.config, family
         # Mean and deviation of every view, a row each.
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if cached:
@@ -326,7 +341,7 @@ class Latents:
 
     def append(self, latents: torch.Tensor) -> None:
         """A further row of the picture table, which is given as scaled latents ``(4, h, w)`` and has a single view."""
-        mean = latents[None] / self._scaling
+        mean = self._family.denormalise(self._config, latents[None])
         self._pictures.append(Path())
         self._cache[len(self._pictures) - 1] = mean, torch.zeros((), device=mean.device).expand_as(mean)
 
@@ -334,7 +349,7 @@ class Latents:
         """Scaled latents ``(rows, 4, h, w)`` of a batch, whose pictures have one shape; float32, on the device."""
         pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
         mean, deviation = (torch.stack(parts) for parts in zip(*(self._moments(*pair) for pair in pairs), strict=True))
-        return (mean + deviation * batch.latent_noise.to(mean.device)) * self._scaling
+        return self._family.normalise(self._config, mean + deviation * batch.latent_noise.to(mean.device))
 
     def _moments(self, row: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation ``(4, h, w)`` of one view."""
@@ -355,7 +370,8 @@ class Latents:
     @torch.no_grad()
     def _encode(self, row: int, views: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
         if is_latents(self._pictures[row]):
-            mean = read_latents(self._pictures[row])[None].to(self._vae.device) / self._scaling
+            latents = read_latents(self._pictures[row])[None].to(self._vae.device)
+            mean = self._family.denormalise(self._config, latents)
             return mean, torch.zeros_like(mean)
         shape = self._shapes[row]
         picture = open_picture(self._pictures[row], shape)

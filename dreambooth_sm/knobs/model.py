@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from dreambooth_sm.families import find_family
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families.find import find_family
 from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.messages import near_name, short
 from dreambooth_sm.toybox import NAME as TOYBOX
@@ -16,6 +17,14 @@ from dreambooth_sm.toybox import NAME as TOYBOX
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _NO_MODEL = "is neither a path that exists nor a model hub's id"
 _WHAT_TO_WRITE = "write owner/name, s3://bucket/prefix or an absolute path"
+
+
+_FACTS = [family.facts for family in FAMILIES.values()]
+
+if TYPE_CHECKING:
+    Architecture = str
+else:
+    Architecture = Literal["auto", *FAMILIES]
 
 
 class ModelKnobs(Knobs):
@@ -29,10 +38,11 @@ class ModelKnobs(Knobs):
         "single-file checkpoint (`.safetensors`, `.ckpt`).",
         path=True,
     )
-    base_architecture: Literal["auto", "sd", "sdxl"] = knob(
+    base_architecture: Architecture = knob(
         "auto",
-        "Kind of the base model, by which memory and resolution are planned before anything is downloaded: Stable "
-        "Diffusion 1 and 2, or XL. auto: as its files or its name (`xl` in it) say.",
+        "Kind of the base model, by which memory and resolution are planned before anything is downloaded: "
+        f"{', or '.join(facts.listed for facts in _FACTS)}. auto: as its files or its name "
+        f"({', '.join(f'`{facts.hint}`' for facts in _FACTS if facts.hint)} in it) say.",
         resume="free",
     )
     pretrained_vae_name_or_path: str | None = knob(

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from annotated_types import Ge, Le
 from pydantic import model_validator
 
-from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families import DEFAULT, FAMILIES
 from dreambooth_sm.knobs.concepts import Concept
 from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.messages import short
@@ -21,6 +21,13 @@ DEFAULT_INSTANCE_DATA_DIR = "/opt/ml/input/data/images"
 DEFAULT_CLASS_DATA_DIR = "/opt/ml/input/data/class_images"
 # Stands for a picture's caption in `instance_prompt`.
 FILEWORDS = "[filewords]"
+
+
+def _other_resolutions() -> str:
+    """In words, of the families whose resolution is not the knob's default."""
+    facts = [family.facts for family in FAMILIES.values()]
+    others = [each for each in facts if each.resolution != FAMILIES[DEFAULT].facts.resolution]
+    return ", ".join(f"{each.resolution} for {each.short}" for each in others)
 
 
 class PictureKnobs(OutputKnobs):
@@ -56,9 +63,8 @@ class PictureKnobs(OutputKnobs):
         path=True,
     )
     resolution: Annotated[int, Ge(64), Le(2048)] = knob(
-        FAMILIES["sd"].resolution,
-        "Side of the training pictures, in pixels; a multiple of 8. "
-        f"{FAMILIES['sdxl'].resolution} for SDXL if left out.",
+        FAMILIES[DEFAULT].facts.resolution,
+        f"Side of the training pictures, in pixels; a multiple of 8. {_other_resolutions()} if left out.",
         common=True,
     )
     center_crop: bool = knob(False, "Crop at the centre instead of at random.")
@@ -95,7 +101,7 @@ class PictureKnobs(OutputKnobs):
         """Takes the base model's own resolution, where none is asked for."""
         if "resolution" not in self.model_fields_set:
             object.__setattr__(
-                self, "resolution", FAMILIES[self.architecture].resolution
+                self, "resolution", FAMILIES[self.architecture].facts.resolution
             )  # as little explicit as a default
         return self
 

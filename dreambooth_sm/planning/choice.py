@@ -92,12 +92,12 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if optimizer == "adamw8bit" and h.cuda_graph is not False:
         notes.append("no CUDA graph: bitsandbytes' optimizer counts its steps on the host")
     ema = _choose(h.use_ema, rung.use_ema)
-    trainable = FAMILIES[h.architecture].footprint.trains_text_encoder
+    trainable = FAMILIES[h.architecture].facts.footprint.trains_text_encoder
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and trainable)
     if draws_while_training(h):
         notes.append(f"validation_steps: drawing takes {drawing_gb(precision, h):.1f} GB beside training's memory")
     if not trainable:
-        notes.append("the text encoders are not trained: with an SDXL base model the job trains the UNet only")
+        notes.append(f"the text encoders are not trained: {_trains_unet_only(h)}")
     elif not text_encoder and h.train_text_encoder == "auto":
         notes.append("the text encoder is not trained: the card has no room for it")
     plan = Plan(
@@ -161,10 +161,8 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
 def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     """Explicit values that this card, or the base model, can't run, whatever its memory."""
     problems: list[str] = []
-    if h.train_text_encoder is True and not FAMILIES[h.architecture].footprint.trains_text_encoder:
-        problems.append(
-            "train_text_encoder=true: with an SDXL base model the job trains the UNet only; set it to false or auto"
-        )
+    if h.train_text_encoder is True and not FAMILIES[h.architecture].facts.footprint.trains_text_encoder:
+        problems.append(f"train_text_encoder=true: {_trains_unet_only(h)}; set it to false or auto")
     if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
         problems.append(
             "optimizer=adamw8bit or use_8bit_adam=true needs a GPU; set optimizer to auto, or use_8bit_adam to false"
@@ -174,6 +172,11 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
         problems.append(f"attention=flash_attention: {card.name} can't run it; write default or auto")
     return problems
+
+
+def _trains_unet_only(h: Hyperparameters) -> str:
+    facts = FAMILIES[h.architecture].facts
+    return f"with {facts.article} {facts.short} base model the job trains the UNet only"
 
 
 def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
@@ -187,7 +190,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
         "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
     }
     asked = {name: "auto" for name, value in wishes.items() if getattr(h, name) == value}
-    resolution = min(h.resolution, FAMILIES[h.architecture].resolution)
+    resolution = min(h.resolution, FAMILIES[h.architecture].facts.resolution)
     smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": resolution}
     asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
     text = (

@@ -22,7 +22,7 @@ _ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "
 
 def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     """Highest allocation of the training phase, in GB (1e9 bytes)."""
-    model = FAMILIES[h.architecture].footprint
+    model = FAMILIES[h.architecture].facts.footprint
     millions = model.unet + (model.text_encoder if plan.train_text_encoder else 0)
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
@@ -63,7 +63,7 @@ def drawing_gb(precision: Precision, h: Hyperparameters) -> float:
 
 def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
-    model = FAMILIES[h.architecture].footprint
+    model = FAMILIES[h.architecture].facts.footprint
     models = 2e-3 * (model.unet + model.text_encoder) + 1e-3 * model.vae_bytes * model.vae
     decoding = _DECODING_GB * model.vae_bytes
     return models + max(figure(h.architecture, "drawn_gb") * batch_size, decoding) * (h.resolution / 512) ** 2

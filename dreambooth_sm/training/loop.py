@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 
-from dreambooth_sm.data.conditioning import Conditioning
-from dreambooth_sm.data.prompts import encode
-from dreambooth_sm.data.training_set import Batch, Dice, Latents, PictureSizes, SubjectWeights
+from dreambooth_sm.data.training_set import Batch, Dice, Latents, PictureExtras, SubjectWeights
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
+from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Method
 from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.objectives import Diffusion, Objective
+from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
@@ -52,19 +51,16 @@ class TrainingSet:
     Attributes:
         dice: draws the batches.
         latents: the pictures' latents.
-        prompts: embeddings ``(prompts, length, width)``; token ids ``(prompts, chunks, length)`` where the text
-            encoder is trained.
+        prompts: what the text encoders make of them, by name, a row a prompt; what they take, where they are trained.
+        extras: what the denoiser is told of the pictures.
         weights: what parts of the pictures weigh in the loss; None where all weigh the same.
-        pooled: ``(prompts, width)``, of SDXL's second text encoder.
-        sizes: of the pictures, for SDXL.
     """
 
     dice: Dice
     latents: Latents
-    prompts: torch.Tensor
+    prompts: dict[str, torch.Tensor]
+    extras: PictureExtras
     weights: SubjectWeights | None = None
-    pooled: torch.Tensor | None = None
-    sizes: PictureSizes | None = None
 
 
 class Trainer:
@@ -98,7 +94,7 @@ class Trainer:
         self.world = world
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
-        self.unet, self.text_encoder = base.unet, base.text_encoder
+        self.base, self.family, self.unet = base, base.family, base.unet
         self.dtype = compute_dtype(plan)
         self.named_parameters = method.parameters(base, plan)
         self.parameters = list(self.named_parameters.values())
@@ -130,7 +126,7 @@ class Trainer:
                 average_into=None if on_cpu else self.updater.average_into,
                 on_cpu=on_cpu,
             )
-        self.objective: Objective = Diffusion.of(base.scheduler, h.snr_gamma).to(device)
+        self.objective: Objective = base.family.objective(base, h.snr_gamma).to(device)
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
@@ -367,7 +363,7 @@ class Trainer:
             timesteps=move(batch.timesteps),
             prompts=move(batch.prompts),
             weights=self.data.weights(batch) if self.data.weights else None,
-            sizes=move(self.data.sizes(batch)) if self.data.sizes else None,
+            extras={name: move(value) for name, value in self.data.extras(batch).items()},
         )
 
     def _loss(self, inputs: Inputs) -> Loss:
@@ -377,11 +373,13 @@ class Trainer:
         if self.plan.channels_last:
             noised = noised.contiguous(memory_format=torch.channels_last)
         with self._autocast(), self.attention():
-            prompts = self.data.prompts[inputs.prompts]
-            hidden = encode(self.text_encoder, prompts) if self.plan.train_text_encoder else prompts.to(noised.dtype)
-            pooled = None if self.data.pooled is None else self.data.pooled[inputs.prompts].to(noised.dtype)
-            conditions = Conditioning(hidden, pooled, inputs.sizes).arguments()
-            prediction = self.unet(noised, inputs.timesteps, **conditions, return_dict=False)[0]
+            prompts = {name: table[inputs.prompts] for name, table in self.data.prompts.items()}
+            if self.plan.train_text_encoder:
+                conditioning = self.family.encode(self.base, prompts)
+            else:
+                conditioning = Conditioning(prompts).to(self.device, noised.dtype)
+            conditioning = conditioning.beside(inputs.extras)
+            prediction = self.family.predict(self.unet, noised, inputs.timesteps, conditioning)
         return dreambooth_loss(
             prediction,
             self.objective.target(inputs.latents, inputs.noise, inputs.timesteps),

@@ -8,8 +8,8 @@ Cost"), in larger units than diffusers' own. diffusers checkpoints each residual
 itself: what lies between them stays in memory (norms, projections, and the up blocks' concatenations with the skip
 connections), about 300 MB at 512 pixels and two samples. Here the unit is a residual block with its attention, the
 concatenation included: only tensors that the UNet keeps for its skip connections anyway are stored, and as much is
-recomputed. Where many transformer blocks follow on a residual block, as in SDXL, each of them is a unit of its own:
-together, their activations would be the peak.
+recomputed. Where many transformer blocks follow on a residual block, each of them is a unit of its own: together, their
+activations would be the peak.
 """
 
 from __future__ import annotations

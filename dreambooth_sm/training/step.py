@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Inputs:
         timesteps: int64 ``(rows,)``.
         prompts: int64 ``(rows,)``, rows of the prompt table.
         weights: ``(rows, 1, h, w)`` float32, of the elements in the loss; None in all batches of a job or in none.
-        sizes: ``(rows, 6)`` float32, which SDXL is told of the pictures; None with others.
+        extras: float32, what the denoiser is told of the pictures, by name; the same names in all batches.
     """
 
     latents: Tensor
@@ -38,17 +38,20 @@ class Inputs:
     timesteps: Tensor
     prompts: Tensor
     weights: Tensor | None = None
-    sizes: Tensor | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def copy_(self, other: Inputs) -> None:
         for mine, theirs in zip(self._tensors().values(), other._tensors().values(), strict=True):
             mine.copy_(theirs)
+        for name, extra in self.extras.items():
+            extra.copy_(other.extras[name])
 
     def clone(self) -> Inputs:
-        return Inputs(**{name: value.clone() for name, value in self._tensors().items()})
+        own: dict[str, Any] = {name: value.clone() for name, value in self._tensors().items()}
+        return replace(self, **own, extras={name: value.clone() for name, value in self.extras.items()})
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 LossFunction = Callable[[Inputs], Loss]

@@ -13,58 +13,56 @@ from dreambooth_sm.data.class_cache import pack
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.data.pictures import View, crop, open_picture
-from dreambooth_sm.data.training_set import PictureSizes, PromptTable
+from dreambooth_sm.data.training_set import PictureExtras, PromptTable
 from dreambooth_sm.errors import StopRequested, UserError
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.stored.tokenizer import bpe_tokenizer
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, paint_pictures, same, weights
 
 XL = {"base_architecture": "sdxl"}
+SDXL = FAMILIES["sdxl"]
 
 
 def test_prompts_are_embedded_as_diffusers_does(xl_base: PretrainedModel) -> None:
     prompts = ["photo of zwx toy", "a toy, on the beach", "x" * 60]
-    ours = embed(xl_base, prompts)
+    ours = embed(xl_base.family, xl_base, prompts)
     states, _, pooled, _ = xl_base.pipeline().encode_prompt(prompts, do_classifier_free_guidance=False)
-    assert torch.allclose(ours.states, states, atol=1e-6)
-    assert ours.pooled is not None
-    assert torch.allclose(ours.pooled, pooled, atol=1e-6)
-    assert ours.states.shape == (3, 77, 192)
-    assert not ours.states.requires_grad
+    assert torch.allclose(ours.text["states"], states, atol=1e-6)
+    assert torch.allclose(ours.text["pooled"], pooled, atol=1e-6)
+    assert ours.text["states"].shape == (3, 77, 192)
+    assert not ours.text["states"].requires_grad
 
 
 def test_long_prompts_have_the_states_of_all_chunks_and_the_first_pooled(xl_base: PretrainedModel) -> None:
     long, short = "toy " * 75 + "cat", "toy " * 75
-    one, other = (embed(xl_base, [prompt], max_tokens=150) for prompt in (long, short))
-    assert one.states.shape == (1, 154, 192)
-    assert one.pooled is not None
-    assert other.pooled is not None
-    assert torch.allclose(one.pooled, other.pooled, atol=1e-5)
+    one, other = (embed(xl_base.family, xl_base, [prompt], max_tokens=150) for prompt in (long, short))
+    assert one.text["states"].shape == (1, 154, 192)
+    assert torch.allclose(one.text["pooled"], other.text["pooled"], atol=1e-5)
 
 
 @pytest.mark.parametrize(("words", "pad", "length"), [(1, True, 77), (1, False, 3 + 2), (30, True, 2 * 77)])
 def test_tokenizers_that_count_differently(words: int, pad: bool, length: int, xl_base: PretrainedModel) -> None:
     """The second one spells what is one token for the first one; prompts are as long as it needs."""
     xl_base.tokenizer_2 = bpe_tokenizer(["z z"])
-    ours = embed(xl_base, ["toy " * words], max_tokens=150, pad=pad)
-    assert ours.states.shape == (1, length, 192)
+    ours = embed(xl_base.family, xl_base, ["toy " * words], max_tokens=150, pad=pad)
+    assert ours.text["states"].shape == (1, length, 192)
     with pytest.raises(UserError, match="has 90 tokens and max_token_length=75 allows 75"):
-        embed(xl_base, ["toy " * 30])
+        embed(xl_base.family, xl_base, ["toy " * 30])
 
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_the_empty_prompt_is_what_it_is_when_pictures_are_drawn(xl_base: PretrainedModel, zeros: bool) -> None:
-    xl_base.zeros_for_empty_prompt = zeros
-    table = PromptTable(xl_base.tokenizer, max_tokens=75, pad=True, shuffle=False, seed=0)
+    xl_base.config["force_zeros_for_empty_prompt"] = zeros
+    table = PromptTable(xl_base.family, max_tokens=75, pad=True, shuffle=False, seed=0)
     rows = [table.rows("a toy"), table.rows("")]
     assert rows == [(0,), (1,)]
     ours = table.embeddings(xl_base)
     _, negative, _, negative_pooled = xl_base.pipeline().encode_prompt("a toy", do_classifier_free_guidance=True)
-    assert ours.pooled is not None
-    assert torch.allclose(ours.states[1:], negative, atol=1e-6)
-    assert torch.allclose(ours.pooled[1:], negative_pooled, atol=1e-6)
-    assert bool(ours.states[1].any()) != zeros
+    assert torch.allclose(ours.text["states"][1:], negative, atol=1e-6)
+    assert torch.allclose(ours.text["pooled"][1:], negative_pooled, atol=1e-6)
+    assert bool(ours.text["states"][1].any()) != zeros
 
 
 @pytest.mark.parametrize(
@@ -82,8 +80,8 @@ def test_the_empty_prompt_is_what_it_is_when_pictures_are_drawn(xl_base: Pretrai
 )
 def test_sizes(size: Shape, shape: Shape, view: View, expected: list[int], tmp_path: Path) -> None:
     (path,) = paint_pictures(tmp_path, 1, size=size)
-    sizes = PictureSizes([path], [shape], [[view]])
-    assert sizes._rows[0].tolist() == [expected]
+    sizes = PictureExtras([path], [shape], [[view]], SDXL.extras)
+    assert sizes._rows[0]["sizes"].tolist() == [expected]
     # The crop lies there in the scaled (and mirrored) picture.
     height, width, top, left, *_ = expected
     scale = max(shape[0] / width, shape[1] / height)
@@ -96,17 +94,16 @@ def test_sizes(size: Shape, shape: Shape, view: View, expected: list[int], tmp_p
 
 def test_a_generated_class_image_was_drawn_as_a_whole(tmp_path: Path) -> None:
     (tmp_path / "class.safetensors").write_bytes(pack(torch.zeros(4, 32, 48)))
-    sizes = PictureSizes([tmp_path / "class.safetensors"], [(96, 64)], [[View()]])
-    assert sizes._rows[0].tolist() == [[64, 96, 0, 0, 64, 96]]
+    sizes = PictureExtras([tmp_path / "class.safetensors"], [(96, 64)], [[View()]], SDXL.extras)
+    assert sizes._rows[0]["sizes"].tolist() == [[64, 96, 0, 0, 64, 96]]
 
 
 def test_each_row_of_a_batch_has_the_sizes_of_its_view(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, center_crop=False, aspect_ratio_buckets=False, with_prior_preservation=True, **XL)
-    assert run.data.sizes is not None
     seen = set()
     for number in range(8):
         batch = run.data.dice.batch(number, 2)
-        numbers = run.data.sizes(batch)
+        numbers = run.data.extras(batch)["sizes"]
         assert numbers.shape == (4, 6)
         assert numbers[:, [0, 1, 2, 4, 5]].tolist() == [[64, 80, 0, 64, 64]] * 4
         seen |= set(numbers[:, 3].tolist())
@@ -118,13 +115,11 @@ def test_the_loss_depends_on_pooled_states_and_sizes(xl_base: PretrainedModel, t
     run = Run(xl_base, tmp_path, **XL)
     batch = run.data.dice.batch(0, 1)
     before = run.trainer.loss(batch).total.item()
-    assert run.data.pooled is not None
-    assert run.data.sizes is not None
-    run.data.pooled.add_(1)
+    run.data.prompts["pooled"].add_(1)
     pooled = run.trainer.loss(batch).total.item()
-    run.data.pooled.sub_(1)
-    for row in run.data.sizes._rows:
-        row.add_(500)
+    run.data.prompts["pooled"].sub_(1)
+    for row in run.data.extras._rows:
+        row["sizes"].add_(500)
     sizes = run.trainer.loss(batch).total.item()
     assert len({before, pooled, sizes}) == 3
 
@@ -160,12 +155,12 @@ def test_the_base_models_own_output_as_prior(xl_base: PretrainedModel, tmp_path:
     paths = tuple(paint_pictures(tmp_path / "instance", 3))
     subject = Subject(paths, "photo of zwx toy", "photo of a toy", tmp_path / "class", ())
     data = make_set(copy.deepcopy(xl_base), [subject], h, cpu_plan(h))
-    assert data.sizes is not None
+    assert set(data.extras._rows[-1]) == {"sizes"}
     run = Run(xl_base, tmp_path / "run", subject=subject, **values)
     for number in range(3):
-        assert run.data.sizes is not None
         batch = run.data.dice.batch(number, 1)
         prior = run.trainer.loss(batch).detach().prior
         assert prior is not None
         assert float(prior) < 1e-6
-    assert len({tuple(run.data.sizes(run.data.dice.batch(n, 1))[1].tolist()) for n in range(6)}) > 1  # type: ignore[misc]
+    batches = (run.data.dice.batch(number, 1) for number in range(6))
+    assert len({tuple(run.data.extras(batch)["sizes"][1].tolist()) for batch in batches}) > 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_sm.convert import convert
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.families import find_family
+from dreambooth_sm.families.find import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
 from dreambooth_sm.planning.cards import CARDS, CPU, find_card

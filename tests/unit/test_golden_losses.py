@@ -108,11 +108,12 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
             batch = data.dice.batch(step * parts + part, size)
             latents = data.latents(batch)
             noised = scheduler.add_noise(latents, batch.noise, batch.timesteps)
-            hidden = data.prompts[batch.prompts]
             if reference.plan.train_text_encoder:
-                hidden = base.text_encoder(hidden[:, 0]).last_hidden_state
+                hidden = base.text_encoder(data.prompts["ids"][batch.prompts][:, 0]).last_hidden_state
+            else:
+                hidden = data.prompts["states"][batch.prompts]
             told = None
-            if base.is_xl:
+            if base.family.facts.name == "sdxl":
                 hidden, told = xl_conditions(base, reference, size)
             prediction = base.unet(noised, batch.timesteps, hidden, added_cond_kwargs=told).sample
             halves: list[torch.Tensor] = []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+
+from dreambooth_sm.families import DEFAULT, FAMILIES
 
 ROOT = Path(__file__).parents[2]
 # What a job or a launcher runs; and what stays in the repository: no image and no wheel has it.
@@ -121,6 +124,28 @@ def test_production_needs_nothing_that_stays_in_the_repository(package: str) -> 
     assert files
     wrong = {str(path.relative_to(ROOT)): names for path in files if (names := REPOSITORY & set(imported(path)))}
     assert not wrong
+
+
+def family_names() -> re.Pattern[str]:
+    """What a line that is of one family alone has in it: its names, and parts that no other has."""
+    words = [r"\bis_xl\b", *(rf"""["']{name}["']""" for name in FAMILIES)]
+    shared = set(FAMILIES[DEFAULT].facts.parts)
+    for facts in (family.facts for family in FAMILIES.values() if family.facts.name != DEFAULT):
+        words += map(re.escape, (facts.name, facts.title, facts.short, facts.pipeline, *{*facts.parts} - shared))
+    return re.compile("|".join(words), re.IGNORECASE)
+
+
+def test_a_family_is_named_in_its_own_file() -> None:
+    """And where model files are read and written; to all other code, families are alike."""
+    named = family_names()
+    for line in ('if family == "sd":', "xl = model.is_xl", "# of SDXL", "base.text_encoder_2", "Stable Diffusion XL"):
+        assert named.search(line), line
+    assert not named.search("base.text_encoder, sdk, Stable Diffusion")
+    rooms = tuple(ROOT / "dreambooth_sm" / room for room in ("families", "stored", "toybox"))
+    for path in sorted(path for package in PRODUCTION for path in (ROOT / package).rglob("*.py")):
+        if not any(path.is_relative_to(room) for room in rooms):
+            lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+            assert not [f"{path}:{number}: {line}" for number, line in lines if named.search(line)]
 
 
 def test_what_makes_the_base_model_needs_no_test_and_no_benchmark() -> None:

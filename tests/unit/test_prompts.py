@@ -102,16 +102,16 @@ def test_nothing_to_shuffle(prompt: str) -> None:
 
 
 def test_the_prompt_table_holds_each_text_once(base: PretrainedModel) -> None:
-    table = PromptTable(base.tokenizer, max_tokens=75, pad=True, shuffle=False, seed=0)
+    table = PromptTable(base.family, max_tokens=75, pad=True, shuffle=False, seed=0)
     assert [table.rows(prompt) for prompt in (PROMPT, "a toy", PROMPT)] == [(0,), (1,), (0,)]
     expected = base.text_encoder(tokenize(base.tokenizer, [PROMPT, "a toy"])[:, 0]).last_hidden_state
-    torch.testing.assert_close(table.embeddings(base).states, expected.detach(), rtol=0, atol=0)
-    assert not table.embeddings(base).states.requires_grad
+    torch.testing.assert_close(table.embeddings(base).text["states"], expected.detach(), rtol=0, atol=0)
+    assert not table.embeddings(base).text["states"].requires_grad
 
 
 def test_the_prompt_table_with_shuffled_tags(base: PretrainedModel) -> None:
-    table = PromptTable(base.tokenizer, max_tokens=75, pad=True, shuffle=True, seed=0)
+    table = PromptTable(base.family, max_tokens=75, pad=True, shuffle=True, seed=0)
     rows = table.rows("zwx, red, small, new")
     assert len(rows) == TAG_ORDERS
-    ids = table.ids()
+    ids = table.tokens(base)["ids"]
     assert len(ids) == len(set(rows)) == len({tuple(row) for row in ids[:, 0].tolist()})

@@ -56,14 +56,14 @@ def test_a_prompt_over_one_window_is_drawn_as_it_is_trained(
         return forward(self, *rest, **options)
 
     monkeypatch.setattr(type(base.unet), "forward", watched)
-    table = PromptTable(base.tokenizer, max_tokens=225, pad=True, shuffle=False, seed=0)
+    table = PromptTable(base.family, max_tokens=225, pad=True, shuffle=False, seed=0)
     pictures = []
     for word in ("cat", "dog"):  # past the second window's start
         prompt = "toy " * 100 + word
         (row,) = table.rows(prompt)
         (picture,) = draw_latents(base.pipeline(), prompt, [1], size=SIZE, steps=1, guidance=2.0)
         empty, states = seen[-1]
-        assert torch.allclose(states, table.embeddings(base).states[row], atol=1e-5)
+        assert torch.allclose(states, table.embeddings(base).text["states"][row], atol=1e-5)
         assert states.shape == empty.shape == (154, states.shape[1])
         pictures.append(picture)
     assert not torch.allclose(*pictures, atol=1e-4)

@@ -56,7 +56,7 @@ def test_all_shapes_and_prompts_are_trained_on(base: PretrainedModel, subject: S
     latents = Counter(tuple(run.data.latents(dice.batch(step, 1)).shape) for step in range(8))
     assert latents == {(2, 4, 24, 40): 4, (2, 4, 40, 24): 2, (2, 4, 32, 32): 2}
     # Four prompts of pictures, one of the class, and the empty one.
-    assert len(run.data.prompts) == 6
+    assert len(run.data.prompts["states"]) == 6
     assert run.train().losses == Run(base, tmp_path, subject=subject, **VALUES).train().losses
 
 
@@ -100,7 +100,7 @@ def test_captions_of_more_than_75_tokens_are_encoded_whole(
             long = Subject(**{**vars(subject), "prompts": prompts})
             values = {**VALUES, "max_token_length": 150, "train_text_encoder": trained, "max_train_steps": 1}
             run = Run(base, tmp_path, subject=long, **values).train()
-            tables.append(run.data.prompts)
+            tables.append(run.data.prompts["ids" if trained else "states"])
             width = run.base.text_encoder.config.hidden_size
             assert tables[-1].shape == ((6, 2, 77) if trained else (6, 2 * 77, width))
         differing = [row for row in range(6) if not torch.equal(tables[0][row], tables[1][row])]

@@ -113,7 +113,7 @@ def test_the_base_models_prediction_type_is_trained(
     latents = run.data.latents(batch)
     noised = base.scheduler.add_noise(latents, batch.noise, batch.timesteps)
     with torch.no_grad():
-        prediction = base.unet(noised, batch.timesteps, run.data.prompts[batch.prompts]).sample
+        prediction = base.unet(noised, batch.timesteps, run.data.prompts["states"][batch.prompts]).sample
         ours = run.trainer.loss(batch).total.item()
     velocity = base.scheduler.get_velocity(latents, batch.noise, batch.timesteps)
     target = batch.noise if prediction_type == "epsilon" else velocity
@@ -244,7 +244,7 @@ def test_metric_lines_are_as_frequent_as_asked(base: PretrainedModel, tmp_path: 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_job(base: PretrainedModel, tmp_path: Path, value: float) -> None:
     run = Run(base, tmp_path)
-    run.data.prompts.fill_(value)
+    run.data.prompts["states"].fill_(value)
     with pytest.raises(TrainingError, match="loss of step 1 is not finite"):
         run.train()
     assert run.trainer.step == 0

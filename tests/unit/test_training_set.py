@@ -278,7 +278,7 @@ def test_cached_or_not_the_latents_are_the_same(
 def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: PretrainedModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
     views = [[View(), View(left=1.0, mirrored=True)], [View(left=0.0), View(left=0.3)]]
-    latents = Latents(pictures, [(64, 64)] * 2, views, base.vae, cached=True)
+    latents = Latents(pictures, [(64, 64)] * 2, views, base.vae, base.family, cached=True)
     batch = Batch(
         samples=torch.tensor([0, 1, 0]),
         views=torch.tensor([1, 0, 0]),
@@ -299,7 +299,7 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: Pretrained
 
 def test_cached_latents_need_neither_the_files_nor_the_vae(base: PretrainedModel, tmp_path: Path) -> None:
     pictures = paint_pictures(tmp_path, 2)
-    latents = Latents(pictures, [(64, 64)] * 2, [[View()]] * 2, base.vae, cached=True)
+    latents = Latents(pictures, [(64, 64)] * 2, [[View()]] * 2, base.vae, base.family, cached=True)
     for path in pictures:
         path.unlink()
     samples = [Sample(path, (0,), (64, 64)) for path in pictures]
@@ -311,9 +311,9 @@ def test_cached_latents_need_neither_the_files_nor_the_vae(base: PretrainedModel
 def test_embeddings_or_token_ids(base: PretrainedModel, tmp_path: Path) -> None:
     fixed = Run(base, tmp_path / "a", with_prior_preservation=True)
     trained = Run(base, tmp_path / "b", with_prior_preservation=True, train_text_encoder=True)
-    assert fixed.data.prompts.shape == (2, 77, 32)
-    assert trained.data.prompts.shape == (2, 1, 77)
-    assert trained.data.prompts.dtype == torch.int64
+    assert fixed.data.prompts["states"].shape == (2, 77, 32)
+    assert trained.data.prompts["ids"].shape == (2, 1, 77)
+    assert trained.data.prompts["ids"].dtype == torch.int64
 
 
 def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path, loaded_base: PretrainedModel) -> None:
@@ -335,5 +335,5 @@ def test_a_square_picture_has_nothing_to_crop_and_is_encoded_once(tmp_path: Path
             encoded.append(len(pixels))
             return loaded_base.vae.encode(pixels)
 
-    Latents(pictures, [(64, 64)] * 2, views, Counting(), cached=True)
+    Latents(pictures, [(64, 64)] * 2, views, Counting(), loaded_base.family, cached=True)
     assert sum(encoded) == VIEWS + 1

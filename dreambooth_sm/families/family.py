@@ -1,0 +1,80 @@
+"""What a family does with tensors and modules: all that the rest of the job asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dreambooth_sm.families.conditioning import Conditioning
+from dreambooth_sm.families.facts import Facts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dreambooth_sm.objectives import Objective
+
+# Width and height, or left and top, in pixels.
+Pair = tuple[int, int]
+
+
+class Family(Protocol):
+    """One kind of model.
+
+    A ``model`` is a :class:`~dreambooth_sm.models.PretrainedModel` or a pipeline: its parts are attributes.
+
+    Attributes:
+        facts: what is known without one.
+    """
+
+    @property
+    def facts(self) -> Facts: ...
+
+    def tokenize(
+        self, model: Any, prompts: Sequence[str], *, max_tokens: int | None = 75, pad: bool = True
+    ) -> dict[str, Tensor]:
+        """What the text encoders take, a row a prompt, on the CPU.
+
+        Args:
+            max_tokens: longest prompt; None for no limit.
+            pad: to the encoders' full length; otherwise to the longest prompt.
+
+        Raises:
+            UserError: for prompts that are too long.
+        """
+
+    def encode(self, model: Any, tokens: Mapping[str, Tensor]) -> Conditioning:
+        """What the text encoders make of :meth:`tokenize`'s tensors, which are on their device; with gradients where
+        they are trained."""
+
+    def extras(self, size: Pair, crop: Pair, target: Pair) -> Mapping[str, Sequence[float]]:
+        """What the denoiser is told of a picture, by name.
+
+        Args:
+            size: of the picture before it was scaled.
+            crop: left and top edge of what is shown, in the scaled picture.
+            target: size of what is shown.
+        """
+
+    def predict(self, denoiser: Any, noised: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's answer, of the shape of ``noised``.
+
+        Args:
+            times: int64 ``(rows,)``, or one for all rows.
+        """
+
+    def objective(self, model: Any, snr_gamma: float | None = None) -> Objective:
+        """What the model was trained to answer; its tensors are on the CPU."""
+
+    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
+        """What the VAE makes, as the denoiser is shown it.
+
+        Args:
+            vae: its configuration.
+        """
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`normalise`."""
+
+    def vae_dtype(self, vae: Any) -> torch.dtype:
+        """The smallest type that a VAE of such a configuration computes in."""

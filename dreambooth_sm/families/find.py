@@ -1,0 +1,41 @@
+"""Which family a base model is of, before it is downloaded or read. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dreambooth_sm.families import DEFAULT, FAMILIES, Facts
+
+_LONGEST_HEADER = 100_000_000
+
+
+def find_family(name: str) -> str:
+    """The family of a base model: by what lies at a local path, or else by its name.
+
+    Args:
+        name: hub id, ``s3://`` location or path; of each the last two parts count.
+    """
+    others = [family.facts for family in FAMILIES.values() if family.facts.name != DEFAULT]
+    words = "/".join(name.rstrip("/").split("/")[-2:])
+    found = _look(Path(name), others)
+    if found is None:
+        found = [facts for facts in others if facts.names and facts.names.search(words)]
+    return found[0].name if found else DEFAULT
+
+
+def _look(path: Path, families: list[Facts]) -> list[Facts] | None:
+    """Those of the families that a directory or a safetensors file is of; None where that can't be seen."""
+    from dreambooth_sm.stored.locate import SAFETENSORS, find_kind, look_for_model  # brings S3's client
+
+    try:
+        model = look_for_model(path)
+        if model is None or (model.is_file() and find_kind(model) != SAFETENSORS):
+            return None
+        if model.is_dir():
+            return [facts for facts in families if facts.folder and (model / facts.folder).is_dir()]
+        with model.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(min(length, _LONGEST_HEADER))
+            return [facts for facts in families if facts.tensor and facts.tensor in header]
+    except (OSError, ValueError):  # names can be anything
+        return None
