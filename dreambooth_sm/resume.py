@@ -74,6 +74,11 @@ class Start:
         self.previous = first_that_fits(self.previous, self._older, parameters, report)
         if self.previous:
             check_resumable(self.previous, self.identity, self.schedule)
+            if names := self.previous.not_comparable(self.identity):
+                report.warn(
+                    f"the checkpoint {self.previous.directory} is of an earlier version; whether its job had the same "
+                    f"{', '.join(names)} can't be told"
+                )
             if difference := find_other_rates(self.previous, h, self.schedule):
                 report.warn(difference)
 

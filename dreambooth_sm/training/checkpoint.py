@@ -31,9 +31,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.knobs.ranges import MOST_STEPS, Seed
 from dreambooth_sm.report import Record
+from dreambooth_sm.training import checkpoint_format_1
 
-# Of what is written here. 1: before numbers were written; its identity leaves out most of the hyperparameters.
+# Of what is written here.
 FORMAT = 2
+_READ = (1, FORMAT)
 
 _STATE = "state.json"
 _TENSORS = "tensors.pt"
@@ -93,7 +95,7 @@ class Checkpoint:
 
     def is_undamaged(self) -> bool:
         """Whether the tensors' file holds what was written; reads all of it."""
-        if self.format != FORMAT:
+        if self.format not in _READ:
             return True  # as far as anybody knows here
         crc32 = 0
         with (self.directory / _TENSORS).open("rb") as stream:
@@ -103,15 +105,16 @@ class Checkpoint:
 
     def check_identity(self, identity: dict[str, Any]) -> None:
         """Raises UserError, naming each difference, unless a job with ``identity`` can be resumed from here."""
-        if self.format != FORMAT:
+        if self.format not in _READ:
             raise UserError(
-                f"the checkpoint {self.directory} has format {self.format}, and this version reads format {FORMAT}; "
+                f"the checkpoint {self.directory} has format {self.format}, and this version reads up to {FORMAT}; "
                 "finish the job with the version that wrote it, or set resume_from_checkpoint=no to start again"
             )
+        now = checkpoint_format_1.comparable(self.identity, identity) if self.format == 1 else identity
         differences = [
-            _difference(name, self.identity.get(name), identity.get(name))
-            for name in sorted(self.identity.keys() | identity.keys())
-            if self.identity.get(name) != identity.get(name)
+            _difference(name, self.identity.get(name), now.get(name))
+            for name in sorted(self.identity.keys() | now.keys())
+            if self.identity.get(name) != now.get(name)
         ]
         if differences:
             raise UserError(
@@ -119,9 +122,18 @@ class Checkpoint:
                 "put the values back, or set resume_from_checkpoint=no to start again"
             )
 
+    def not_comparable(self, identity: dict[str, Any]) -> list[str]:
+        """The names of what :meth:`check_identity` can't look at, because an earlier version did not write it."""
+        return checkpoint_format_1.not_comparable(self.identity, identity) if self.format == 1 else []
+
     def load(self) -> dict[str, Any]:
-        """The tensors, on the CPU, as they were given to :func:`save_checkpoint`."""
-        return torch.load(self.directory / _TENSORS, map_location="cpu", weights_only=True)
+        """The tensors, on the CPU, as :func:`save_checkpoint` is given them."""
+        tensors: dict[str, Any] = self._load()
+        return tensors
+
+    def _load(self, **options: Any) -> Any:
+        tensors = torch.load(self.directory / _TENSORS, map_location="cpu", weights_only=True, **options)
+        return checkpoint_format_1.by_parameter(tensors)
 
     def find_misfit(self, shapes: Mapping[str, torch.Size]) -> str | None:
         """Why the tensors can't be those of a model; None where they can. Reads no more of them than their names.
@@ -130,14 +142,14 @@ class Checkpoint:
             shapes: of the parameters that are trained, by name, in their order.
         """
         try:
-            state = torch.load(self.directory / _TENSORS, map_location="cpu", weights_only=True, mmap=True)
+            state = self._load(mmap=True)
             weights, ema = state["weights"], state["ema"]
             found = {name: value.shape for name, value in weights.items()}
             average = [value.shape for value in ema["average"]] if ema else None
             named = {key for key in ("step", "window") if isinstance(state[key], dict)}
         except Exception as error:  # whatever a file of anybody's can cause
             return f"its tensors can't be read ({type(error).__name__})"
-        if found != shapes:
+        if list(found.items()) != list(shapes.items()):  # optimizers and averages know parameters by their order
             return "its tensors are not those of this model"
         if average is not None and average != list(shapes.values()):
             return "its average is not one of this model"
@@ -271,9 +283,9 @@ def _read(directory: Path) -> Checkpoint:
         state = json.loads(text)
         if not isinstance(state, dict) or state.pop("state_crc32", None) != _crc32_of(state):
             raise ValueError(f"{_STATE} is not what was written")
-        number = state.get("format", 1)
-        if type(number) is int and number != FORMAT:
-            return Checkpoint(directory, int(name[1]), {}, 0, format=number)
+        state = checkpoint_format_1.with_all_fields(state)
+        if type(state["format"]) is int and state["format"] not in _READ:
+            return Checkpoint(directory, int(name[1]), {}, 0, format=state["format"])
         _State.model_validate_json(json.dumps(state))
         size = (directory / _TENSORS).stat().st_size
     except ValidationError as error:
@@ -285,7 +297,7 @@ def _read(directory: Path) -> Checkpoint:
         raise ValueError(f"{_STATE} is of step {state['step']}")
     if size != state["bytes"]:
         raise ValueError(f"{_TENSORS} has {size} of {state['bytes']} bytes")
-    return Checkpoint(directory, state["step"], state["identity"], state["crc32"], state["record"])
+    return Checkpoint(directory, state["step"], state["identity"], state["crc32"], state["record"], state["format"])
 
 
 def _ignore(text: str) -> None:
