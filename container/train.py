@@ -13,13 +13,14 @@ import sys
 import traceback
 from pathlib import Path
 
+import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
 from dreambooth_sm import __build__, distributed, sagemaker
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.importing import importing
 from dreambooth_sm.knobs.decode import split_arguments
 from dreambooth_sm.printing import safe, survive_streams
-from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
 
 USAGE = (
@@ -61,8 +62,8 @@ def main(arguments: list[str]) -> int:
             processes = distributed.count_processes(hyperparameters.num_processes, on_cpu=hyperparameters.use_cpu)
             if processes * len(contract.hosts) > 1:
                 return distributed.run_workers([sys.executable, "-u", __file__, *arguments], contract, processes)
-        quiet_libraries()
-        from dreambooth_sm.job import run  # imports torch, which bad input does not have to wait for
+        with importing():
+            from dreambooth_sm.job import run  # imports torch, which bad input does not have to wait for
 
         run(hyperparameters, contract, report=report, stop=stop)
     except UserError as error:

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.toybox.judge import Judge, load_judge
@@ -276,6 +275,8 @@ class Dino:
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, Dinov2Model
+
         self._model = _load_model(Dinov2Model, name, "dino").to(device)
         self._processor = _load(AutoImageProcessor, name, "dino")
 
@@ -293,6 +294,8 @@ class Clip:
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
         self._model = _load_model(CLIPModel, name, "clip").to(device)
         self._processor = _load(AutoImageProcessor, name, "clip")
         self._tokenizer = _load(AutoTokenizer, name, "clip")
@@ -330,6 +333,8 @@ def _pixel_batches(processor: Any, pictures: Sequence[Image.Image], device: torc
 
 
 def _load_model(kind: Any, name: str, role: str) -> Any:
+    from transformers import AutoConfig
+
     if Path(name).is_absolute() and not Path(name).is_dir():
         raise UserError(f"fidelity_encoders: {role}={name}: there is no such directory")
     config, wanted = _load(AutoConfig, name, role), kind.config_class.model_type

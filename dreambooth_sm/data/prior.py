@@ -8,7 +8,6 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import diffusers
 import torch
 
 from dreambooth_sm import __version__
@@ -64,6 +63,8 @@ class ClassImages:
         world: World = World(),  # noqa: B008 - frozen
         options: S3Options = S3Options(),  # noqa: B008
     ) -> None:
+        import diffusers
+
         self._options = options
         self._pipeline, self._batch_size, self._guidance = pipeline, batch_size, guidance
         self._remote, self._scratch, self._shown = remote, scratch, shown

@@ -8,11 +8,9 @@ import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
-from transformers import CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.configs import class_name, make_module, read_json, read_tokenizer_directory
@@ -32,6 +30,7 @@ from dreambooth_sm.stored.layout import (
     today,
 )
 from dreambooth_sm.stored.model import (
+    CLASSES,
     ZEROS,
     Progress,
     StoredModel,
@@ -45,6 +44,9 @@ from dreambooth_sm.stored.model import (
 from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.recognise import CONFIGS_FIELD, V_PREDICTION, ZERO_SNR, check_kind, read_configs, vae_config
 from dreambooth_sm.stored.schedule import check_schedule, make_scheduler
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 # The metadata fields in which our own files carry tokenizers that are not CLIP's, by the tokenizer's name.
 _TOKENIZER_FIELD = "dreambooth_sm.{}"
@@ -122,7 +124,7 @@ def read_vae(path: Path) -> StoredPart:
     """
     found = open_tensors(path).tensors
     beside = path.with_name("config.json")
-    if beside.is_file() and class_name(config := read_json(beside)) == AutoencoderKL.__name__:
+    if beside.is_file() and class_name(config := read_json(beside)) == CLASSES["vae"]:
         module = make_module("vae", config, str(beside))
         tensors, scaled = {today(name, "vae"): tensor for name, tensor in found.items()}, True
     else:

@@ -9,14 +9,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import InvalidVersion, Version
 from torch import nn
-from transformers import CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.model import CLASSES, empty_module
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 _BOM = b"\xef\xbb\xbf"
 _COPY = "copy it again"
@@ -86,7 +88,7 @@ def make_module(part: str, config: Mapping[str, Any], where: str) -> nn.Module:
     Raises:
         UserError: where the configuration is of another kind of module, or of none.
     """
-    name = CLASSES[part].__name__
+    name = CLASSES[part]
     said = class_name(config) or name
     if part.startswith("text_encoder"):
         model_type = config.get("model_type", "clip_text_model")
@@ -158,6 +160,8 @@ def read_tokenizer_directory(directory: Path, positions: int) -> CLIPTokenizer:
     Raises:
         UserError: where files are damaged or of another kind of tokenizer.
     """
+    from dreambooth_sm.stored.classes import CLIPTokenizer
+
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     length = config.get("model_max_length")

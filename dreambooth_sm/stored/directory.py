@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import CLIPImageProcessor, CLIPTextConfig
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.stored.configs import class_name, make, make_module, read_json, read_tokenizer_directory
@@ -30,6 +29,9 @@ from dreambooth_sm.stored.model import (
 from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.schedule import check_schedule, make_scheduler
 from dreambooth_sm.stored.tokenizer import write_json, write_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPImageProcessor
 
 # Transformers wrote and read this prefix until 5.6, and still reads it; with a projection it is there in all versions.
 _TEXT_PREFIX = "text_model."
@@ -108,7 +110,7 @@ def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, An
     if name not in PARTS:
         raise UserError(f"{directory} holds a {name}; this project takes Stable Diffusion 1, 2 and XL base models")
     names = PARTS[name]
-    wanted = {part: CLASSES[part].__name__ for part in names if part != "vae" or with_vae}
+    wanted = {part: CLASSES[part] for part in names if part != "vae" or with_vae}
     wanted |= dict.fromkeys(tokenizers_of(names), "CLIPTokenizer")
     problems = [
         f"{where}: its {part} is a {entry[1]}; this project takes a {kind} there"
@@ -180,6 +182,8 @@ def _feature_extractor(directory: Path) -> CLIPImageProcessor | None:
     path = directory / "preprocessor_config.json"
     if not path.is_file():
         return None
+    from dreambooth_sm.stored.classes import CLIPImageProcessor
+
     made: CLIPImageProcessor = make(CLIPImageProcessor.from_dict, read_json(path), str(path), "CLIPImageProcessor")
     return made
 
@@ -229,6 +233,8 @@ def _write_index(pipeline: Pipeline, directory: Path) -> None:
 def _text_config(text_encoder: Any) -> dict[str, Any]:
     """What the libraries load the text encoder as when they are told no type: diffusers loads its own modules in
     float32 then, and transformers 5 in the type that the configuration names (4 calls it ``torch_dtype``)."""
+    from dreambooth_sm.stored.classes import CLIPTextConfig
+
     values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__], "dtype": "float32"}
     said: dict[str, Any] = json.loads(CLIPTextConfig.from_dict(values).to_json_string())
     return said

@@ -8,33 +8,33 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, load_tensors
 from dreambooth_sm.stored.layout import PARTS, Configs
 from dreambooth_sm.stored.tokenizer import bpe_tokenizer
 
-Pipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from transformers import CLIPTokenizer
+
+Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
 _HALF = (torch.float16, torch.bfloat16)
 _TYPES = ("dtype", "torch_dtype")  # of weights, as transformers 5 and 4 name them in a configuration
 # In SDXL's model_index.json: whether the empty prompt is embedded as zeros.
 ZEROS = "force_zeros_for_empty_prompt"
-CLASSES: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
+# Names, of :mod:`dreambooth_sm.stored.classes`.
+CLASSES = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
 }
-
-
 # How latents are scaled and whether decoding them overflows in half precision, of Stable Diffusion 1 and 2, and XL.
 VAE_SCALES: dict[bool, dict[str, Any]] = {
     False: {"scaling_factor": 0.18215},
@@ -130,11 +130,14 @@ def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
         part: one of those that ``PARTS`` names.
         config: as in the part's ``config.json``.
     """
-    kind = CLASSES[part]
-    with init_empty_weights(include_buffers=False):
+    from dreambooth_sm.stored import classes
+
+    kind: Any = getattr(classes, CLASSES[part])
+    with classes.init_empty_weights(include_buffers=False):
         if part.startswith("text_encoder"):
             # The stored weights say their types themselves.
-            return kind(CLIPTextConfig.from_dict({key: value for key, value in config.items() if key not in _TYPES}))
+            values = {key: value for key, value in config.items() if key not in _TYPES}
+            return kind(classes.CLIPTextConfig.from_dict(values))
         return kind.from_config(dict(config))
 
 
@@ -180,6 +183,8 @@ def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingPr
     Args:
         index: what else its ``model_index.json`` says.
     """
+    from dreambooth_sm.stored.classes import StableDiffusionPipeline, StableDiffusionXLPipeline
+
     if "text_encoder_2" in parts:
         zeros = bool(index.get(ZEROS, True))
         return StableDiffusionXLPipeline(force_zeros_for_empty_prompt=zeros, add_watermarker=False, **parts)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, SchedulerMixin
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.configs import class_name, make, plainly
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 
 PREDICTIONS = ("epsilon", "v_prediction")
 # What a schedule is made of. Schedulers have defaults of their own for it, so that all of it is said.
@@ -31,6 +32,8 @@ def make_scheduler(config: Mapping[str, Any], where: str) -> tuple[SchedulerMixi
     Raises:
         UserError: where it names no scheduler of diffusers, or values that make none.
     """
+    from dreambooth_sm.stored.classes import EulerDiscreteScheduler, SchedulerMixin, diffusers
+
     name = class_name(config)
     kind: Any = getattr(diffusers, name, None) if name else None
     # What diffusers has in place of a class whose library is not installed.
@@ -103,12 +106,16 @@ def check_schedule(scheduler: Any, where: str) -> None:
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
     """What the model was trained with, whatever it draws with."""
+    from dreambooth_sm.stored.classes import DDPMScheduler
+
     made: DDPMScheduler = DDPMScheduler.from_config(scheduler.config)
     return made
 
 
 def drawing_scheduler(scheduler: Any) -> DPMSolverMultistepScheduler:
     """What pictures are drawn with, whatever the model comes with: DPM-Solver++ on the model's schedule."""
+    from dreambooth_sm.stored.classes import DPMSolverMultistepScheduler
+
     options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
     others = dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False)
     made: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, **options, **others)

@@ -6,9 +6,10 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import CLIPTokenizer
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 # Of a token that was added to a vocabulary, what its configuration says.
 _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -23,6 +24,8 @@ def bpe_tokenizer(merges: Sequence[str], length: int = 77) -> CLIPTokenizer:
         merges: pairs of tokens with a space between, such as ``"ca t</w>"``; earlier ones go first.
         length: the longest prompt in tokens, with the start and end marks.
     """
+    from dreambooth_sm.stored.classes import CLIPTokenizer
+
     letters = _byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
     vocabulary = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.activations import GEGLU
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -49,6 +48,7 @@ class _Gate(torch.autograd.Function):
 
 def recompute_gates(unet: torch.nn.Module) -> None:
     """Makes the UNet's GEGLU layers (Shazeer 2020, "GLU Variants Improve Transformer") keep only their input."""
+    from diffusers.models.activations import GEGLU
 
     def forward(layer: GEGLU, hidden_states: Tensor) -> Tensor:
         result: Tensor = _Gate.apply(layer.proj(hidden_states))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 
 from dreambooth_sm.hyperparameters import Hyperparameters
 
@@ -43,6 +42,8 @@ def make_rate(h: Hyperparameters, schedule: Schedule) -> Callable[[int], float]:
 
 def make_scheduler(h: Hyperparameters, schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
     """torch's scheduler of the learning rate that the job asks for."""
+    from diffusers.optimization import get_scheduler
+
     return get_scheduler(
         h.lr_scheduler, optimizer, num_warmup_steps=h.lr_warmup_steps, num_training_steps=schedule.steps
     )

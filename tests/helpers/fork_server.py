@@ -24,10 +24,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a job imports, in its order, and what diffusers loads for it later.
+# What a job imports, in its order: at its start, for its model, and what the libraries load for it later.
 MODULES = (
     "dreambooth_sm.quiet",
     "dreambooth_sm.job",
+    "dreambooth_sm.stored.classes",
+    "diffusers.optimization",
     "diffusers.schedulers.scheduling_deis_multistep",
     "diffusers.schedulers.scheduling_dpmsolver_singlestep",
     "diffusers.schedulers.scheduling_edm_euler",

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from dreambooth_sm.errors import EXIT_BAD_INPUT
 from dreambooth_sm.families import DEFAULT, FAMILIES
+from launcher.local.program import ENTRYPOINT
+from launcher.local.tree import lay_out
 
 ROOT = Path(__file__).parents[2]
 # What a job or a launcher runs; and what stays in the repository: no image and no wheel has it.
 PRODUCTION = ("dreambooth_sm", "launcher", "container")
 REPOSITORY = {"tests", "toybox", "benchmarks"}
+# What models are opened, compiled, quantised, fetched and followed with. It takes four times as long to import as torch
+# and the job itself, and no check has to wait for it that does not open a model.
+LATE = (
+    "accelerate", "bitsandbytes", "boto3", "diffusers", "huggingface_hub", "pandas", "scipy", "sympy", "torch._dynamo",
+    "torch._inductor", "torchvision", "transformers", "triton", "xformers",
+)  # fmt: skip
 
 
 def imported(path: Path) -> Iterator[str]:
@@ -116,6 +128,36 @@ def test_the_rooms_of_the_launcher_stand_on_each_other() -> None:
 def test_the_library_does_not_import_its_client() -> None:
     for path in sorted((ROOT / "dreambooth_sm").rglob("*.py")):
         assert not {"launcher", "container"} & set(imported(path)), path
+
+
+def test_a_job_begins_before_the_libraries_of_models_are_imported() -> None:
+    code = f"import sys, dreambooth_sm.job; print(*[name for name in {LATE} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["no pictures", "no target"])
+def test_bad_input_is_told_before_the_libraries_of_models_are_imported(
+    fault: str, pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "empty" if fault == "no pictures" else pictures
+    folder.mkdir(exist_ok=True)
+    (tmp_path / "occupied").touch()
+    target = {"models_path": str(tmp_path / "occupied" / "model")} if fault == "no target" else {}
+    lay_out(
+        tmp_path / "opt-ml",
+        {"pretrained_model_name_or_path": "owner/model", "instance_prompt": "photo of zwx toy", **target},
+        {"images": str(folder)},
+    )
+    # A line on the standard error for each module, when it has been imported.
+    environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", "SAGEMAKER_BASE_DIR": str(tmp_path / "opt-ml")}
+    done = subprocess.run([sys.executable, ENTRYPOINT], env=environment, capture_output=True, text=True)
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "phase=check state=ended" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "dreambooth_sm.job" in loaded
+    assert not loaded & {*LATE}
 
 
 @pytest.mark.parametrize("package", PRODUCTION)

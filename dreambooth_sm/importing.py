@@ -1,0 +1,19 @@
+"""How the large libraries are imported: torch, diffusers and transformers make a million objects that stay."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Does not look for garbage among what is imported inside: there is none, and looking takes as long again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
