@@ -35,7 +35,7 @@ case $1 in get) echo '{"ServerURL": "", "Username": "AWS", "Secret": "x"}' ;; *)
 """
 DOCKERFILE = """ARG BASE_IMAGE
 FROM scratch
-COPY build_and_push.sh /
+COPY dreambooth_sm/ /dreambooth_sm/
 ARG VERSION
 ARG BUILD
 LABEL version="${VERSION}" build="${BUILD}"
