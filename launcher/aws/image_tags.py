@@ -4,7 +4,7 @@ A tag is ``VERSION-gREVISION-CODE.BUILD``, such as ``0.1.0-g4b204ea1c2d3-1f2e3d4
 for people. CODE is a digest of ``dreambooth_sm/``, which the launcher has as well, however it was installed: by it the
 launcher finds its image. BUILD is a digest of all else that makes an image: Dockerfile, locked packages, arguments.
 
-build_and_push.sh runs this file by itself, with any Python 3 that is there, so it imports nothing of the project.
+build_and_push.sh runs this file by itself, with the Python 3.7 or newer that is there: it imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEFT_OUT = frozenset({"__pycache__", ".ipynb_checkpoints", ".DS_Store"})
 _CODE_DIGITS, _BUILD_DIGITS = 12, 8
 
 
-@lru_cache
+@lru_cache(maxsize=1)  # with parentheses: older Pythons build as well
 def code_digest(package: Path = ROOT / "dreambooth_sm") -> str:
     """Digest of the names and contents of the package's files: the same in a checkout, a wheel and the image."""
     return _digest(_files(package, package.parent))[:_CODE_DIGITS]

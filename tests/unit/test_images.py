@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import subprocess
@@ -206,3 +207,11 @@ def test_the_report_names_the_build(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_the_image_is_told_its_tag_by_the_name_that_the_job_reads() -> None:
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     assert {'ARG BUILD=""', "ENV DREAMBOOTH_SM_BUILD=${BUILD}"} <= {*lines}
+
+
+def test_the_tags_are_made_by_an_older_python_without_the_project() -> None:
+    source = (ROOT / "launcher" / "aws" / "image_tags.py").read_text()
+    tree = ast.parse(source, feature_version=(3, 7))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} <= sys.stdlib_module_names
