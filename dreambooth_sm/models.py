@@ -43,7 +43,7 @@ class PretrainedModel:
         remarks: what was guessed of a single file; for the user to read.
     """
 
-    # Those that every family has.
+    # Those that every family has, and the denoiser of those with a UNet.
     unet: Any
     vae: Any
     text_encoder: Any
@@ -68,6 +68,10 @@ class PretrainedModel:
     def modules(self) -> dict[str, torch.nn.Module]:
         """The parts with weights, by name."""
         return {part: getattr(self, part) for part in self.family.facts.parts}
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self, self.family.facts.denoiser)
 
     @property
     def latent_scale(self) -> int:

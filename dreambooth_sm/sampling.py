@@ -16,7 +16,6 @@ from dreambooth_sm.families import Conditioning, family_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.model import Pipeline, parts_of
-from dreambooth_sm.stored.schedule import drawing_scheduler
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
@@ -130,8 +129,9 @@ def _denoise(
     guidance: float,
     guided: tuple[float, float],
 ) -> torch.Tensor:
-    family, unet, device = family_of(pipeline), pipeline.unet, pipeline.device
-    scheduler: Any = drawing_scheduler(pipeline.scheduler)
+    family, device = family_of(pipeline), pipeline.device
+    denoiser = getattr(pipeline, family.facts.denoiser)
+    scheduler = family.sampler(pipeline)
     scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
     conditions = _conditions(pipeline, prompt, size, guided=guidance > 1)
@@ -144,8 +144,8 @@ def _denoise(
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
         used = together if guided[1] < sigma <= guided[0] else alone
         count = len(used) // len(seeds)
-        model_input = torch.cat([latents] * count).to(unet.dtype)
-        outputs = family.predict(unet, model_input, timestep, used).float().chunk(count)
+        model_input = torch.cat([latents] * count).to(denoiser.dtype)
+        outputs = family.predict(denoiser, model_input, timestep, used).float().chunk(count)
         output = outputs[0] if count == 1 else outputs[0] + guidance * (outputs[1] - outputs[0])
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents

@@ -43,7 +43,7 @@ class Space:
         checkpoints: Path,
     ) -> Space:
         """For a job that trains these parameters of a model."""
-        parts = [base.unet, base.vae, *base.text_encoders]
+        parts = list(base.modules.values())
         copies = 2 if h.export == "both" else 1
         moments = {"adamw": 8, "adamw8bit": 2}.get(plan.optimizer, plan.state_bits / 4)
         each = 4 + moments + (4 if plan.use_ema else 0)

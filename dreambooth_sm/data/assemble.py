@@ -73,7 +73,7 @@ def encode_training_set(
         views=len(views[0]),
         channels=base.vae.config.latent_channels,
         latent_scale=base.latent_scale,
-        timesteps=base.scheduler.config.num_train_timesteps,
+        timesteps=base.family.objective(base).times,
         empty_prompt=empty,
         caption_dropout=h.caption_dropout,
     )
@@ -123,7 +123,7 @@ def outputs_of_base(
     prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
     conditions = embed(base.family, pipeline, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
     outputs = base_outputs(
-        pipeline.unet,
+        getattr(pipeline, base.family.facts.denoiser),
         base.family,
         base.family.objective(base),
         dice,

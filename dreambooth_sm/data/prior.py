@@ -146,7 +146,7 @@ class ClassImages:
 
     def _latent_shape(self, size: Shape) -> tuple[int, int, int]:
         width, height = (side // self._pipeline.vae_scale_factor for side in size)
-        return self._pipeline.unet.config.in_channels, height, width
+        return self._pipeline.vae.config.latent_channels, height, width
 
     def _recipe(self, prompt: str, size: Shape) -> Recipe:
         return Recipe(

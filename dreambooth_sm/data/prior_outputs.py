@@ -40,7 +40,7 @@ class Output:
 
 @torch.no_grad()
 def base_outputs(
-    unet: Any,
+    denoiser: Any,
     family: Family,
     objective: Objective,
     dice: Dice,
@@ -53,7 +53,7 @@ def base_outputs(
     """The base model's outputs on noised instance pictures: ``count`` of them, or a few more.
 
     Args:
-        unet: of the base model, on the device that it runs on.
+        denoiser: of the base model, on the device that it runs on.
         family, objective: the model's; the objective on the CPU.
         dice: draws instances alone.
         conditions_of: gives the embedded class prompts of a batch's pictures.
@@ -65,10 +65,10 @@ def base_outputs(
         batch = dice.batch(number, size)
         seen = objective.noised(latents_of(batch).cpu(), batch.noise, batch.timesteps)
         prediction = family.predict(
-            unet,
-            seen.to(unet.device, unet.dtype),
-            batch.timesteps.to(unet.device),
-            conditions_of(batch).to(unet.device, unet.dtype),
+            denoiser,
+            seen.to(denoiser.device, denoiser.dtype),
+            batch.timesteps.to(denoiser.device),
+            conditions_of(batch).to(denoiser.device, denoiser.dtype),
         )
         latents, noise = objective.invert(seen, prediction.float().cpu(), batch.timesteps)
         numbers = (batch.samples.tolist(), batch.views.tolist())

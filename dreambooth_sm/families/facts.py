@@ -34,7 +34,8 @@ class Facts:
         short, article: the same in a word, and what stands before that: "an SDXL base model".
         listed: how a list of all families calls it, after those before it.
         resolution: side of the pictures that it was trained on last, in pixels; what users expect where they name none.
-        pipeline: the class of diffusers that draws with it, and ``parts`` of that: the modules with weights.
+        pipeline: the class of diffusers that draws with it.
+        parts: its modules with weights, by their names in the pipeline; the denoiser comes first.
         tags: what the hub calls its models.
         licences: by the start of a base model's name, as the hub gives them.
         folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has.
@@ -56,3 +57,8 @@ class Facts:
     tensor: bytes | None = None
     names: re.Pattern[str] | None = None
     hint: str | None = None
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the part that is trained."""
+        return self.parts[0]

@@ -63,6 +63,9 @@ class Family(Protocol):
             times: int64 ``(rows,)``, or one for all rows.
         """
 
+    def sampler(self, model: Any) -> Any:
+        """A scheduler of diffusers that pictures are drawn with, whatever the model comes with."""
+
     def objective(self, model: Any, snr_gamma: float | None = None) -> Objective:
         """What the model was trained to answer; its tensors are on the CPU."""
 

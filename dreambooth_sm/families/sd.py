@@ -61,6 +61,11 @@ class StableDiffusion:
         prediction: Tensor = denoiser(noised, times, encoder_hidden_states=states, return_dict=False)[0]
         return prediction
 
+    def sampler(self, model: Any) -> Any:
+        from dreambooth_sm.stored.schedule import drawing_scheduler
+
+        return drawing_scheduler(model.scheduler)
+
     def objective(self, model: Any, snr_gamma: float | None = None) -> Objective:
         from dreambooth_sm.objectives import Diffusion
 

@@ -14,7 +14,7 @@ from dreambooth_sm.training.recomputation import checkpoint_activations, recompu
 
 
 class Full:
-    """Trains the UNet, and the text encoder where the plan says so, in place."""
+    """Trains the denoiser, and the text encoder where the plan says so, in place."""
 
     name = "full"
 
@@ -31,11 +31,11 @@ class Full:
             if plan.gradient_checkpointing:
                 checkpoint_activations(module)
         if plan.channels_last:
-            model.unet.to(memory_format=torch.channels_last)
+            model.denoiser.to(memory_format=torch.channels_last)
         if plan.compile:
-            _compile_blocks(model.unet)
+            _compile_blocks(model.denoiser)
         else:
-            recompute_gates(model.unet)
+            recompute_gates(model.denoiser)
 
     def drawable(self, model: PretrainedModel, plan: Plan, dtype: torch.dtype) -> PretrainedModel:
         drawn = copy.copy(model)
@@ -44,7 +44,8 @@ class Full:
         return drawn
 
     def _modules(self, model: PretrainedModel, plan: Plan) -> dict[str, torch.nn.Module]:
-        return {"unet": model.unet} | ({"text_encoder": model.text_encoder} if plan.train_text_encoder else {})
+        denoiser = {model.family.facts.denoiser: model.denoiser}
+        return denoiser | ({"text_encoder": model.text_encoder} if plan.train_text_encoder else {})
 
 
 FULL = Full()

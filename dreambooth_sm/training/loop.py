@@ -94,14 +94,14 @@ class Trainer:
         self.world = world
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
-        self.base, self.family, self.unet = base, base.family, base.unet
+        self.base, self.family = base, base.family
         self.dtype = compute_dtype(plan)
         self.named_parameters = method.parameters(base, plan)
         self.parameters = list(self.named_parameters.values())
         originals = [p.detach() for p in self.parameters]
         try:
             method.attach(base, plan, device)
-            self.attention = attention_context(plan, self.unet, report.warn)
+            self.attention = attention_context(plan, base.denoiser, report.warn)
             options = _optimizer_options(h, schedule)
             self.updater = make_updater(self.parameters, plan, options, identity["seed"])
             if weights_dtype(plan) != torch.float32:
@@ -379,7 +379,7 @@ class Trainer:
             else:
                 conditioning = Conditioning(prompts).to(self.device, noised.dtype)
             conditioning = conditioning.beside(inputs.extras)
-            prediction = self.family.predict(self.unet, noised, inputs.timesteps, conditioning)
+            prediction = self.family.predict(self.base.denoiser, noised, inputs.timesteps, conditioning)
         return dreambooth_loss(
             prediction,
             self.objective.target(inputs.latents, inputs.noise, inputs.timesteps),

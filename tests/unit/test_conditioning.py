@@ -124,6 +124,21 @@ def test_the_loss_depends_on_pooled_states_and_sizes(xl_base: PretrainedModel, t
     assert len({before, pooled, sizes}) == 3
 
 
+def test_a_captured_step_takes_over_all_of_a_batch(xl_base: PretrainedModel, tmp_path: Path) -> None:
+    run = Run(xl_base, tmp_path, **XL)
+    first, second = (run.trainer._inputs(number) for number in range(2))
+    mine = first.clone()
+    assert mine.extras["sizes"] is not first.extras["sizes"]
+    assert mine.weights is None
+    second.extras["sizes"].add_(1)
+    places = {name: value.data_ptr() for name, value in mine.extras.items()}
+    mine.copy_(second)
+    assert {name: value.data_ptr() for name, value in mine.extras.items()} == places
+    assert torch.equal(mine.extras["sizes"], second.extras["sizes"])
+    assert torch.equal(mine.noise, second.noise)
+    assert not torch.equal(first.extras["sizes"], second.extras["sizes"])
+
+
 def test_the_text_encoders_and_the_vae_are_left_bitwise(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, use_ema=True, **XL).train()
     for part in ("vae", "text_encoder", "text_encoder_2"):

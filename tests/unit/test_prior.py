@@ -210,7 +210,9 @@ def other_weights(base: PretrainedModel) -> PretrainedModel:
 
 def other_scheduler(base: PretrainedModel) -> PretrainedModel:
     scheduler = type(base.scheduler).from_config(base.scheduler.config, beta_end=0.02)
-    return dataclasses.replace(base, scheduler=scheduler)
+    other = copy.copy(base)
+    other.scheduler = scheduler
+    return other
 
 
 @pytest.mark.parametrize(
