@@ -23,6 +23,7 @@ from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CONTEXT_GB, CPU, Card
 from dreambooth_sm.planning.choice import make_plan
@@ -144,7 +145,7 @@ def make_trainer(base: PretrainedModel, plan: Plan, h: Hyperparameters, pictures
     )
     data = encode_training_set(base, (subject,), h, plan, device=DEVICE, seed=0)
     return Trainer(
-        base,
+        METHODS[h.method].attach(base, plan, h, 0),
         data,
         plan,
         h,

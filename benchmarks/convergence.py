@@ -16,14 +16,15 @@ from pathlib import Path
 
 from benchmarks.common import PROMPTS, emit, make_trainer, plan_of_rung
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import load_base
-from dreambooth_sm.planning.ladder import LADDERS, Rung
+from dreambooth_sm.planning.ladder import Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.loop import Trainer
 from tests.helpers.tiny import save_tiny_pipeline
 
-PLANS = {rung.name: rung for rung in LADDERS["full"]}
+PLANS = {rung.name: rung for rung in METHODS["full"].ladder}
 
 
 def trainer(rung: Rung | None, precision: str, steps: int, work: Path) -> Trainer:

@@ -44,8 +44,9 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure, measure_real, score, verdict
 from dreambooth_sm.gallery import grid
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import PretrainedModel, load_base
-from dreambooth_sm.planning.ladder import LADDERS, Rung
+from dreambooth_sm.planning.ladder import Rung
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.toybox import SIDE
@@ -67,8 +68,8 @@ VARIANTS: dict[str, tuple[Rung | None, str]] = {
     "reference": (None, "fp32"),
     "no_prior": (None, "fp32"),
     "prior_output": (None, "fp32"),
-    **{rung.name: (rung, "bf16") for rung in LADDERS["full"] if rung.name not in ("large", "lean")},
-    "medium_fp16": (next(rung for rung in LADDERS["full"] if rung.name == "medium"), "fp16"),
+    **{rung.name: (rung, "bf16") for rung in METHODS["full"].ladder if rung.name not in ("large", "lean")},
+    "medium_fp16": (next(rung for rung in METHODS["full"].ladder if rung.name == "medium"), "fp16"),
 }
 # diffusers' script runs beside ours; more at a time, or more threads, would only hold everything up.
 PEERS_AT_A_TIME, PEER_THREADS = 2, {"OMP_NUM_THREADS": "2"}
@@ -177,7 +178,7 @@ def make_trainer(variant: str, case: Case, base: PretrainedModel, options: argpa
     own = copy.deepcopy(base)
     data = encode_training_set(own, (subject,), h, plan, device=DEVICE, seed=case.seed)
     return Trainer(
-        own,
+        METHODS[h.method].attach(own, plan, h, 0),
         data,
         plan,
         h,

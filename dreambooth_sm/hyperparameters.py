@@ -16,6 +16,7 @@ from typing import Self
 from pydantic import ValidationError
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.knobs.decode import read_values, split_arguments
 from dreambooth_sm.knobs.docs import markdown_table
 from dreambooth_sm.knobs.memory import MemoryKnobs
@@ -33,6 +34,13 @@ class Hyperparameters(ValidationKnobs, MemoryKnobs, TrainingKnobs, PriorKnobs):
 
     ``"auto"`` leaves a choice to the plan for the card; an explicit value always wins over the plan.
     """
+
+    def fit_to_base(self) -> Self:
+        """Takes what the family of the base model has in place of defaults: of itself, and for the method."""
+        for name, value in FAMILIES[self.architecture].methods.get(self.method, {}).items():
+            if name not in self.model_fields_set:
+                self._default(name, value)
+        return super().fit_to_base()
 
     @classmethod
     def parse(

@@ -22,6 +22,7 @@ from dreambooth_sm.fidelity import Encoders, load_encoders
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.live_samples import live_samples
 from dreambooth_sm.memory import free_memory
+from dreambooth_sm.methods import Trainable
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.preflight import Checked, check_prompts, preflight
 from dreambooth_sm.report import Reporter
@@ -32,7 +33,7 @@ from dreambooth_sm.selection import Examiner
 from dreambooth_sm.space import Space
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.loop import TrainingSet
-from dreambooth_sm.training.train import train
+from dreambooth_sm.training.train import TrainedModel, train
 from dreambooth_sm.validation import SAMPLES, Validator, take_over_pictures, validation_prompts
 
 
@@ -62,14 +63,14 @@ def _run(job: Context) -> Path | S3Uri:
     data = encode(job, checked, loaded, prior, start)
     job.stop_if_asked()
     examiner = measure_before(job, checked, loaded, prior)
-    teach(job, checked, start, loaded, data, validator)
+    trained = teach(job, checked, start, loaded, data, validator)
     del data
     free_memory()
     if not job.world.is_main:
         return job.directory
     measure_after(job, start, examiner)
     draw_after(job, start, validator)
-    written = save(job, checked, start, loaded, prior)
+    written = save(job, checked, start, trained, prior)
     return job.directory if checked.target is None else send(job, checked.target, start, written)
 
 
@@ -87,12 +88,14 @@ class Loaded:
     """What was loaded.
 
     Attributes:
-        base: the base model, which training turns into the trained one.
+        base: the base model.
+        trainable: what is trained of it.
         encoders: that measure fidelity; None where nothing is measured.
         space: what the job will write, and where to.
     """
 
     base: PretrainedModel
+    trainable: Trainable
     encoders: Encoders | None
     space: Space
 
@@ -108,11 +111,11 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
         for remark in base.remarks:
             report.warn(remark)
         check_prompts(base, checked.subjects, h)
-        parameters = job.method.parameters(base, plan)
-        space = Space.needed(base, parameters, h, plan, start.checkpoints)
+        trainable = job.method.attach(base, plan, h, start.seed)
+        space = Space.needed(trainable, h, plan, start.checkpoints)
         if warning := space.check(h.checkpoints_total_limit if h.save_steps else 1):
             report.warn(warning)
-        start.fit_to(base, parameters, h, report)
+        start.fit_to(base, trainable.parameters, h, report)
         # Before class images are made: encoders that can't be had end the job here. On the CPU: the card's memory is
         # planned for training.
         encoders = load_encoders(h.fidelity_encoders) if h.fidelity_encoders and job.world.is_main else None
@@ -121,7 +124,7 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
         if job.world.is_main:
             take_over_pictures(previous.pictures, samples)
         report.go_on(previous.record, previous.step, samples)
-    return Loaded(base, encoders, space)
+    return Loaded(base, trainable, encoders, space)
 
 
 @dataclass(frozen=True)
@@ -161,9 +164,7 @@ def draw_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior) ->
         return None
     live = live_samples(job.h, job.contract, checked.target, job.background, job.report)
     with job.report.phase("validate_base"):
-        validator = Validator(
-            loaded.base, prompts, job.h, checked.plan, job.directory / SAMPLES, job.report, job.method
-        )
+        validator = Validator(loaded.trainable, prompts, job.h, checked.plan, job.directory / SAMPLES, job.report)
         if live:
             live.send(job.report.samples.copy())
             validator.on_draw = live.send
@@ -184,16 +185,16 @@ def measure_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior)
     if loaded.encoders is None:
         return None
     with job.report.phase("measure_base"):
-        return Examiner(loaded.base, prior.subjects, loaded.encoders, job.h, checked.plan, job.report, job.method)
+        return Examiner(loaded.trainable, prior.subjects, loaded.encoders, job.h, checked.plan, job.report)
 
 
 def teach(
     job: Context, checked: Checked, start: Start, loaded: Loaded, data: TrainingSet, validator: Validator | None
-) -> None:
+) -> TrainedModel:
     """Trains the model in place."""
     with job.report.phase("train"), start.remote or contextlib.nullcontext():
-        train(
-            loaded.base,
+        return train(
+            loaded.trainable,
             data,
             checked.plan,
             job.h,
@@ -207,7 +208,6 @@ def teach(
             report=job.report,
             stop=job.stop,
             world=job.world,
-            method=job.method,
         )
 
 
@@ -225,15 +225,15 @@ def draw_after(job: Context, start: Start, validator: Validator | None) -> None:
             validator.draw(start.schedule.steps)
 
 
-def save(job: Context, checked: Checked, start: Start, loaded: Loaded, prior: Prior) -> set[str]:
+def save(job: Context, checked: Checked, start: Start, trained: TrainedModel, prior: Prior) -> set[str]:
     """Writes model and report; the names of their files."""
     directory, steps, report = job.directory, start.schedule.steps, job.report
     with report.phase("save"), outputs.with_checkpoint_named(start.checkpoints, start.identity, steps):
-        written = outputs.save(loaded.base, job.h, prior.shown, start.checkpoints)
+        written = outputs.save(trained, job.h, prior.shown, start.checkpoints)
         written |= {sample.path.relative_to(directory).as_posix() for sample in report.samples}
         for name in REPORT_FILES:
             outputs.make_way(directory, name)
-        facts = gather_facts(loaded.base.name, prior.subjects, job.h, checked.plan, report, steps, directory)
+        facts = gather_facts(trained.base.name, prior.subjects, job.h, checked.plan, report, steps, directory)
         write_results(facts, prior.subjects, directory)
         if start.checkpoints.is_relative_to(directory):  # the finished model stands for them
             outputs.discard_checkpoints(start.checkpoints, start.identity)

@@ -9,23 +9,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dreambooth_sm import storage
 from dreambooth_sm.context import upload_client
 from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.files import OutOfRange
 from dreambooth_sm.training.checkpoint import all_checkpoints
+from dreambooth_sm.training.train import TrainedModel
 from dreambooth_sm.validation import SAMPLES
 
 
-def save(base: PretrainedModel, h: Hyperparameters, shown: Path, checkpoints: Path) -> set[str]:
+def save(trained: TrainedModel, h: Hyperparameters, shown: Path, checkpoints: Path) -> set[str]:
     """Puts the trained model, in the format and precision that are asked for, into its directory.
 
     Args:
@@ -42,12 +40,12 @@ def save(base: PretrainedModel, h: Hyperparameters, shown: Path, checkpoints: Pa
         fresh = Path(scratch) / "model"
         fresh.mkdir()
         try:
-            export(base, h, fresh, DTYPES[h.export_precision])
+            trained.export(fresh, h, DTYPES[h.export_precision])
         except OutOfRange as error:
             too_large = error
             shutil.rmtree(fresh)
             fresh.mkdir()
-            export(base, h, fresh, None)
+            trained.export(fresh, h, None)
         for picture in sorted(shown.glob("*.png")):
             (fresh / SAMPLES).mkdir(exist_ok=True)
             shutil.copy2(picture, fresh / SAMPLES)
@@ -65,16 +63,6 @@ def save(base: PretrainedModel, h: Hyperparameters, shown: Path, checkpoints: Pa
             f"{directory}, in fp32{kept}"
         )
     return written
-
-
-def export(base: PretrainedModel, h: Hyperparameters, directory: Path, dtype: torch.dtype | None) -> None:
-    """Writes the model in the format that is asked for; ``dtype`` None leaves weights as they are."""
-    if h.export != "single_file":
-        base.save(directory, dtype)
-    if h.export != "diffusers":
-        base.save_single_file(
-            directory / f"{h.model_name}.safetensors", dtype, resolution=h.resolution, trigger=h.instance_prompt
-        )
 
 
 def make_way(directory: Path, name: str) -> None:

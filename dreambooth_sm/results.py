@@ -24,6 +24,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.gallery import SUBJECT_FILE, before_and_after, gallery, write_subjects
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Attempt, Reporter
 from dreambooth_sm.toybox import BASE as TOYBOX
@@ -170,7 +171,7 @@ def model_card(facts: Facts) -> str:
     lines += ["", *(f"- {_markdown(verdict)}" for verdict in facts["verdicts"])]
     lines += [
         "",
-        f"{_markdown(base)}, fine-tuned with DreamBooth. Licence of the base model: "
+        f"{_markdown(base)}, {METHODS[facts['hyperparameters']['method']].title}. Licence of the base model: "
         f"{facts['base_model_licence'] or 'not known; see where it came from'}.",
         "",
         f"![loss over the steps]({_CURVE_FILE})",

@@ -21,9 +21,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.pictures import View, crop, open_picture
 from dreambooth_sm.fidelity import Encoders, Fidelity, measure, measure_real, score, verdict
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Method
-from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.methods import Trainable
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sampling import draw, sampling_pipeline
@@ -67,23 +65,20 @@ class Examiner:
     """Measures a model again and again, in the same way.
 
     Args:
-        base: the model; it is measured as it is now, before training.
+        trained: the model; it is measured as it is now, before training.
         subjects: with their class pictures.
-        method: that trains the model.
     """
 
     def __init__(
         self,
-        base: PretrainedModel,
+        trained: Trainable,
         subjects: tuple[Subject, ...],
         encoders: Encoders,
         h: Hyperparameters,
         plan: Plan,
         report: Reporter,
-        method: Method = FULL,
     ) -> None:
-        self._method = method
-        self._base, self._subjects, self._encoders, self._h, self._plan = base, subjects, encoders, h, plan
+        self._trained, self._subjects, self._encoders, self._h, self._plan = trained, subjects, encoders, h, plan
         self._report = report
         square = (h.resolution, h.resolution)
         self._real = [[crop(open_picture(path, square), square, View()) for path in s.pictures] for s in subjects]
@@ -107,7 +102,7 @@ class Examiner:
             final_step: steps that the present state has taken.
         """
         present = self.examine(final_step)
-        parameters = self._method.parameters(self._base, self._plan)
+        parameters = self._trained.parameters
         final = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         candidates = [present]
         for checkpoint in checkpoints:
@@ -145,7 +140,7 @@ class Examiner:
                 self._report.verdict(f'{words.word}: "{subject.prompt}": {words.reason}')
 
     def _measure(self) -> tuple[Fidelity, ...]:
-        pipeline = sampling_pipeline(self._base, self._plan)
+        pipeline = sampling_pipeline(self._trained.model, self._plan)
 
         def pictures(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
             batches = draw(
@@ -172,7 +167,7 @@ class Examiner:
                     else (),
                 )
             )
-        self._base.to("cpu")
+        self._trained.model.to("cpu")
         return tuple(found)
 
 

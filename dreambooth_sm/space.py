@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from dreambooth_sm.convert import DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.methods import Trainable
 from dreambooth_sm.planning.plan import Plan
 
 # For pictures, reports and the file system itself.
@@ -34,22 +31,13 @@ class Space:
     checkpoints: Path
 
     @classmethod
-    def needed(
-        cls,
-        base: PretrainedModel,
-        trained: Mapping[str, torch.nn.Parameter],
-        h: Hyperparameters,
-        plan: Plan,
-        checkpoints: Path,
-    ) -> Space:
-        """For a job that trains these parameters of a model."""
-        parts = list(base.modules.values())
-        copies = 2 if h.export == "both" else 1
+    def needed(cls, trained: Trainable, h: Hyperparameters, plan: Plan, checkpoints: Path) -> Space:
+        """For a job that trains this."""
         moments = {"adamw": 8, "adamw8bit": 2}.get(plan.optimizer, plan.state_bits / 4)
         each = 4 + moments + (4 if plan.use_ema else 0)
         return cls(
-            _values(parts) * DTYPES[h.export_precision].itemsize * copies + _SPARE,
-            int(sum(p.numel() for p in trained.values()) * each) + _SPARE,
+            trained.exported_values(h) * DTYPES[h.export_precision].itemsize + _SPARE,
+            int(sum(p.numel() for p in trained.parameters.values()) * each) + _SPARE,
             Path(h.models_path),
             checkpoints,
         )
@@ -87,10 +75,6 @@ class Space:
 
     def _share_a_disk(self) -> bool:
         return _there(self.models_path).stat().st_dev == _there(self.checkpoints).stat().st_dev
-
-
-def _values(modules: list[torch.nn.Module]) -> int:
-    return sum(p.numel() for module in modules for p in module.parameters())
 
 
 def _there(path: Path) -> Path:

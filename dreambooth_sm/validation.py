@@ -16,8 +16,7 @@ from torch import Tensor
 
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Method
-from dreambooth_sm.methods.full import FULL
+from dreambooth_sm.methods import Trainable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, Sample
@@ -59,13 +58,13 @@ def _digest(content: bytes) -> str:
 class Validator:
     """Draws the validation prompts again and again, with the same seeds; the report remembers the pictures.
 
-    Training's own modules are never touched: while it goes on, its weights are copied into modules of their own, which
-    are on the device only while they draw.
+    Training's own weights are never touched: while it goes on, they are copied into others, which are on the device
+    only while they draw.
 
     A picture's name ends with a part of its SHA-256: no other picture ever replaces it, here or in S3.
 
     Args:
-        base: the model, before training.
+        trained: the model, before training.
         directory: for the pictures.
 
     Attributes:
@@ -74,26 +73,25 @@ class Validator:
 
     def __init__(
         self,
-        base: PretrainedModel,
+        trained: Trainable,
         prompts: tuple[str, ...],
         h: Hyperparameters,
         plan: Plan,
         directory: Path,
         report: Reporter,
-        method: Method = FULL,
     ) -> None:
-        self._method = method
-        self._base, self._prompts, self._h, self._plan, self._report = base, prompts, h, plan, report
+        self._trained, self._prompts, self._h, self._plan, self._report = trained, prompts, h, plan, report
         self._directory = directory
-        self._copy: PretrainedModel | None = None
+        self._copy: Trainable | None = None
         self._seeds = [_SEED + number for number in range(h.num_validation_images)]
         self.on_draw: Callable[[Sequence[Sample]], object] | None = None
         if prompts and h.validation_steps:
             # In half precision where pictures are drawn so: host memory is short where cards are small.
             dtype = torch.float16 if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
-            self._copy = method.drawable(base, plan, dtype)
+            self._copy = trained.drawable(dtype)
             if not plan.cache_latents:  # training needs the VAE where it is
-                self._copy.vae = copy.deepcopy(base.vae).to(torch.promote_types(dtype, base.vae_dtype))
+                base, drawn = trained.model, self._copy.model
+                drawn.vae = copy.deepcopy(base.vae).to(torch.promote_types(dtype, base.vae_dtype))
 
     def is_due(self, step: int) -> bool:
         """Whether pictures are wanted after ``step`` steps of training that goes on."""
@@ -106,20 +104,19 @@ class Validator:
             weights: name and value of each parameter that is trained.
         """
         assert self._copy is not None
-        parameters = self._method.parameters(self._copy, self._plan)
         with torch.no_grad():
             for name, value in weights:
-                parameters[name].copy_(value)
+                self._copy.parameters[name].copy_(value)
         try:
-            self._draw(self._copy, step, batch_size=1)  # the plan counts the memory for one
+            self._draw(self._copy.model, step, batch_size=1)  # the plan counts the memory for one
         except torch.OutOfMemoryError:
-            self._copy.to("cpu")
+            self._copy.model.to("cpu")
             self._copy = None
             self._report.warn(f"no memory for validation pictures at step {step}; the next ones come after training")
 
     def draw(self, step: int) -> None:
         """Draws with the model itself, before or after training, what an earlier attempt has not drawn."""
-        self._draw(self._base, step, batch_size=self._plan.sample_batch_size)
+        self._draw(self._trained.model, step, batch_size=self._plan.sample_batch_size)
 
     def _draw(self, model: PretrainedModel, step: int, *, batch_size: int) -> None:
         there = {(sample.prompt, sample.seed) for sample in self._report.samples if sample.step == step}

@@ -15,15 +15,17 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.figures import figure
-from dreambooth_sm.planning.ladder import LADDERS
 from dreambooth_sm.planning.plan import Plan
 from launcher.instances import INSTANCES, PRICES, Instance
 
 # The family whose steps and class images were timed; what those of the others cost is relative to it.
 _TIMED = next(iter(FAMILIES))
+# The method whose variants were timed: what they add to a step is taken to be the same share with others.
+_VARIED = "full"
 # Of a step with two pictures, this share does not grow with them: the optimizer, mostly.
 _FIXED_SHARE = figure("shared", "fixed_share")
 # Of a step's time on one GPU, where there are several.
@@ -47,6 +49,7 @@ class Estimate:
 
     instance: Instance
     instance_count: int
+    method: str
     plan: Plan
     minutes: float | None
     usd: float | None
@@ -55,7 +58,8 @@ class Estimate:
         """For people: instance, plan, memory, time and cost."""
         plan, card = self.plan, self.instance.card
         count = self.instance.count * self.instance_count
-        trained = "UNet and text encoder" if plan.train_text_encoder else "UNet"
+        trained = METHODS[self.method].trains
+        trained += " and text encoder" if plan.train_text_encoder else ""
         cards = f"{count} x {card.name}" if count > 1 else card.name
         memory = f", {plan.predicted_peak_gb:.1f} of {card.budget_gb:.1f} GB" if plan.device == "cuda" else ""
         lines = [
@@ -83,7 +87,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     card = Card(instance.card.name, instance.card.memory_gib, instance.card.capability, processes)
     plan = make_plan(h, card)
     if plan.device == "cpu":
-        return Estimate(instance, instance_count, plan, None, None)
+        return Estimate(instance, instance_count, h.method, plan, None, None)
     slower = slowdown(instance.card)
     size = (h.resolution / 512) ** 2
     step = _step_seconds(plan, slower, h.method)
@@ -98,7 +102,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
     price = instance.usd_per_hour
     usd = None if price is None else minutes / 60 * price * instance_count
-    return Estimate(instance, instance_count, plan, minutes, usd)
+    return Estimate(instance, instance_count, h.method, plan, minutes, usd)
 
 
 def slowdown(card: Card) -> float:
@@ -147,10 +151,10 @@ def _processes(h: Hyperparameters, instance: Instance) -> int:
 def _step_seconds(plan: Plan, slower: float, method: str) -> float:
     """One optimizer step with one instance and one class picture of 512 pixels each."""
 
-    def steps_per_s(trained: str, precision: str = "bf16") -> float:
+    def steps_per_s(trained: str, precision: str = "bf16", method: str = _VARIED) -> float:
         return figure(_TIMED, f"{method}.{trained}.{precision}.steps_per_s")
 
-    rung = next((rung for rung in LADDERS[method] if rung.name == plan.tier), None)
+    rung = next((rung for rung in METHODS[method].ladder if rung.name == plan.tier), None)
     # The T4's fp16, with loss scaling and neither flash nor cuDNN attention, against bf16.
     cost = slower * (steps_per_s("medium") / steps_per_s("medium", "fp16") if plan.precision == "fp16" else 1)
     # What training the text encoder, and averaging the weights, add to a step.
@@ -159,9 +163,9 @@ def _step_seconds(plan: Plan, slower: float, method: str) -> float:
     cost *= text_encoder_cost ** (plan.train_text_encoder - (rung is not None and rung.train_text_encoder))
     cost *= ema_cost ** (plan.use_ema - (rung is not None and rung.use_ema))
     if rung is None or not plan.cuda_graph:  # the host launches each kernel
-        busy = figure(_TIMED, f"{method}.reference.bf16.gpu_busy_ms") / 1e3
+        busy = figure(_TIMED, f"{_VARIED}.reference.bf16.gpu_busy_ms") / 1e3
         return max(1 / steps_per_s("reference"), busy * cost)
-    return cost / steps_per_s(rung.name)
+    return cost / steps_per_s(rung.name, method=method)
 
 
 def _steps(h: Hyperparameters, pictures: int, processes: int) -> int:

@@ -37,6 +37,7 @@ class Facts:
         pipeline: the class of diffusers that draws with it.
         parts: its modules with weights, by their names in the pipeline; the denoiser comes first.
         tags: what the hub calls its models.
+        methods: that can train it, each with the defaults of hyperparameters that are others for it.
         licences: by the start of a base model's name, as the hub gives them.
         folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has.
         names: found in what makers call their models, and ``hint``, the one to tell users of.
@@ -52,6 +53,7 @@ class Facts:
     pipeline: str
     parts: tuple[str, ...]
     tags: tuple[str, ...]
+    methods: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"full": {}})
     licences: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
     tensor: bytes | None = None

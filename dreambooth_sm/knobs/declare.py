@@ -158,11 +158,6 @@ class Knobs(BaseModel):
     # Heading of the knobs that a class declares, in the docs and in help texts.
     group: ClassVar[str]
 
-    @property
-    def method(self) -> str:
-        """Name of the method that trains the weights."""
-        return "full"
-
     @classmethod
     def group_of(cls, name: str) -> str:
         """The heading that a knob is listed under."""
@@ -206,9 +201,9 @@ class Knobs(BaseModel):
         return [*self._knobs_of_other_methods(), *(line for name in asked for line in getattr(self, name)())]
 
     def _knobs_of_other_methods(self) -> Iterator[str]:
-        fields = type(self).model_fields
+        fields, mine = type(self).model_fields, getattr(self, "method", None)
         for name in [name for name in fields if name in self.model_fields_set]:
             methods = meaning(fields[name]).methods
-            if methods and self.method not in methods:
+            if methods and mine not in methods:
                 owners = " or ".join(methods)
-                yield f"{name} belongs to method={owners}, and this job's is {self.method}; leave {name} out"
+                yield f"{name} belongs to method={owners}, and this job's is {mine}; leave {name} out"

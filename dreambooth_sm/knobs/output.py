@@ -38,6 +38,7 @@ class OutputKnobs(ModelKnobs):
         "What the trained model is written as: a diffusers directory, one `.safetensors` file in the original layout "
         "for WebUI and ComfyUI, or both.",
         resume="free",
+        methods=("full",),
     )
     export_precision: Literal["fp16", "bf16", "fp32"] = knob(
         "fp16",

@@ -100,12 +100,16 @@ class PictureKnobs(OutputKnobs):
     def fit_to_base(self) -> Self:
         """Takes the base model's own resolution, where none is asked for."""
         if "resolution" not in self.model_fields_set:
-            object.__setattr__(
-                self, "resolution", FAMILIES[self.architecture].facts.resolution
-            )  # as little explicit as a default
+            self._default("resolution", FAMILIES[self.architecture].facts.resolution)
         return self
 
-    _fit_to_base = model_validator(mode="after")(fit_to_base)
+    def _default(self, name: str, value: object) -> None:
+        """Sets a value that is as little explicit as a default."""
+        object.__setattr__(self, name, value)
+
+    @model_validator(mode="after")
+    def _fitted_to_base(self) -> Self:
+        return self.fit_to_base()
 
     @property
     def buckets(self) -> bool:

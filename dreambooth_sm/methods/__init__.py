@@ -1,42 +1,102 @@
-"""How a model is taught: which of its parameters a method trains, and how.
+"""The methods of teaching a model, a file each: which of its parameters are trained, how, and what is exported.
 
 A method meets a model only at named parameters: their names are the keys of checkpoints, and their order is that of
-optimizers and averages.
+optimizers and averages. The files are light: plan and launcher read them, so that torch is imported where it is used.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+from dreambooth_sm.planning.ladder import Rung
 
-from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.planning.plan import Plan
+if TYPE_CHECKING:
+    import torch
+
+    from dreambooth_sm.families import Footprint
+    from dreambooth_sm.hyperparameters import Hyperparameters
+    from dreambooth_sm.models import PretrainedModel
+    from dreambooth_sm.planning.plan import Plan
+
+
+class Trainable(Protocol):
+    """A base model with what is trained of it.
+
+    Attributes:
+        model: the base model. What is added to it for training is in it from :meth:`place` on, and stays.
+        parameters: what is trained, by names that stay: full-precision values before training and after it.
+    """
+
+    model: PretrainedModel
+    parameters: dict[str, torch.nn.Parameter]
+
+    def place(self, plan: Plan, device: torch.device) -> None:
+        """Puts what the training step runs on the device, in the plan's precision, with gradients where it trains.
+        May be called again, with a smaller plan.
+
+        Raises:
+            torch.OutOfMemoryError: the caller puts the parameters' values back.
+        """
+
+    def drawable(self, dtype: torch.dtype) -> Trainable:
+        """One that pictures are drawn with while this one is trained: its parameters take the values of training, in
+        ``dtype``, and leave training's own alone."""
+
+    def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
+        """Writes what was trained, in the formats that are asked for.
+
+        Args:
+            dtype: of the files' values; None leaves them as they are.
+
+        Raises:
+            OutOfRange: where values are too large for ``dtype``.
+        """
+
+    def exported_values(self, h: Hyperparameters) -> int:
+        """How many values :meth:`export` writes."""
 
 
 class Method(Protocol):
     """One way of teaching.
 
     Attributes:
-        name: as the hyperparameter ``method`` says it.
+        name: as the hyperparameter ``method`` says it, and of its file.
+        trains: what it trains of the denoiser, in a word.
+        title: what was done to the base model, for model cards.
+        ladder: its settings, from the most generous to the smallest.
+        trains_text_encoder: whether it can train the text encoder beside the denoiser.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
-    def parameters(self, model: PretrainedModel, plan: Plan) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by names that stay: full-precision values before training and after it."""
+    @property
+    def trains(self) -> str: ...
 
-    def attach(self, model: PretrainedModel, plan: Plan, device: torch.device) -> None:
-        """Puts what the training step runs on the device, in the plan's precision, with gradients where it trains.
+    @property
+    def title(self) -> str: ...
 
-        Raises:
-            torch.OutOfMemoryError: the caller puts the parameters' values back.
+    @property
+    def ladder(self) -> tuple[Rung, ...]: ...
+
+    @property
+    def trains_text_encoder(self) -> bool: ...
+
+    def trained_millions(self, footprint: Footprint, h: Hyperparameters, text_encoder: bool) -> float:
+        """Millions of parameters that are trained; what else of the denoiser there is takes memory, and stays.
+
+        Args:
+            text_encoder: whether the text encoder is trained.
         """
 
-    def drawable(self, model: PretrainedModel, plan: Plan, dtype: torch.dtype) -> PretrainedModel:
-        """A model that pictures are drawn with while ``model`` is trained: :meth:`parameters` of it take the values
-        of training, in ``dtype``, and leave training's own alone."""
+    def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Trainable:
+        """Makes what is trained; on the CPU, and the model stays as it is."""
 
 
-METHODS: dict[str, Method] = {method.name: method for method in (FULL,)}
+# Every file beside this one is a method.
+METHODS: dict[str, Method] = {
+    name: importlib.import_module(f"{__name__}.{name}").METHOD for _, name, _ in pkgutil.iter_modules(__path__)
+}

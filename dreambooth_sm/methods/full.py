@@ -4,55 +4,84 @@ Subject-Driven Generation")."""
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from dreambooth_sm.planning.ladder import Rung
 
-from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.training.precision import weights_dtype
-from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
+if TYPE_CHECKING:
+    import torch
+
+    from dreambooth_sm.families import Footprint
+    from dreambooth_sm.hyperparameters import Hyperparameters
+    from dreambooth_sm.models import PretrainedModel
+    from dreambooth_sm.planning.plan import Plan
 
 
 class Full:
     """Trains the denoiser, and the text encoder where the plan says so, in place."""
 
     name = "full"
+    trains = "UNet"
+    title = "fine-tuned with DreamBooth"
+    trains_text_encoder = True
+    # A card gets the first rung that it is large enough for and whose predicted peak fits: 40 GB cards and up `roomy`,
+    # A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`, and 4 GB `tiny`.
+    ladder = (
+        #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
+        Rung("roomy", 36, "residual", 8, True, False, True, True),
+        Rung("large", 20, "residual", 8, False, False, True, True),
+        Rung("medium", 0, "residual", 8, False, False, True, False),
+        Rung("small", 0, "residual", 8, False, True, True, False),
+        Rung("lean", 0, "residual", 8, False, True, False, False),
+        Rung("tight", 0, "stochastic", 8, False, True, False, False),
+        Rung("tiny", 0, "stochastic", 4, False, True, False, False),
+    )
 
-    def parameters(self, model: PretrainedModel, plan: Plan) -> dict[str, torch.nn.Parameter]:
-        return {
+    def trained_millions(self, footprint: Footprint, h: Hyperparameters, text_encoder: bool) -> float:
+        return footprint.unet + (footprint.text_encoder if text_encoder else 0)
+
+    def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> WholeModel:
+        return WholeModel(model, text_encoder=plan.train_text_encoder)
+
+
+METHOD = Full()
+
+
+class WholeModel:
+    """A model whose own parameters are trained: those of the denoiser, and of the text encoder if that is trained."""
+
+    def __init__(self, model: PretrainedModel, *, text_encoder: bool) -> None:
+        self.model = model
+        self._text_encoder = text_encoder
+        self._parts = {model.family.facts.denoiser: model.denoiser} | ({"text_encoder": model.text_encoder} if text_encoder else {})
+        self.parameters = {
             f"{part}.{key}": parameter
-            for part, module in self._modules(model, plan).items()
+            for part, module in self._parts.items()
             for key, parameter in module.named_parameters()
         }
 
-    def attach(self, model: PretrainedModel, plan: Plan, device: torch.device) -> None:
-        for module in self._modules(model, plan).values():
-            module.to(device=device, dtype=weights_dtype(plan)).requires_grad_(True).train()
-            if plan.gradient_checkpointing:
-                checkpoint_activations(module)
-        if plan.channels_last:
-            model.denoiser.to(memory_format=torch.channels_last)
-        if plan.compile:
-            _compile_blocks(model.denoiser)
-        else:
-            recompute_gates(model.denoiser)
+    def place(self, plan: Plan, device: torch.device) -> None:
+        from dreambooth_sm.training.placement import place, speed_up
 
-    def drawable(self, model: PretrainedModel, plan: Plan, dtype: torch.dtype) -> PretrainedModel:
-        drawn = copy.copy(model)
-        for part, module in self._modules(model, plan).items():
+        for module in self._parts.values():
+            place(module, plan, device, trained=True)
+        speed_up(self.model.denoiser, plan)
+
+    def drawable(self, dtype: torch.dtype) -> WholeModel:
+        drawn = copy.copy(self.model)
+        for part, module in self._parts.items():
             setattr(drawn, part, copy.deepcopy(module).to(dtype))
-        return drawn
+        return WholeModel(drawn, text_encoder=self._text_encoder)
 
-    def _modules(self, model: PretrainedModel, plan: Plan) -> dict[str, torch.nn.Module]:
-        denoiser = {model.family.facts.denoiser: model.denoiser}
-        return denoiser | ({"text_encoder": model.text_encoder} if plan.train_text_encoder else {})
+    def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
+        if h.export != "single_file":
+            self.model.save(directory, dtype)
+        if h.export != "diffusers":
+            self.model.save_single_file(
+                directory / f"{h.model_name}.safetensors", dtype, resolution=h.resolution, trigger=h.instance_prompt
+            )
 
-
-FULL = Full()
-
-
-def _compile_blocks(unet: torch.nn.Module) -> None:
-    """Compiles each kind of block once instead of the whole UNet: minutes instead of many."""
-    for module in unet.modules():
-        if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
-            module.compile(dynamic=False)
+    def exported_values(self, h: Hyperparameters) -> int:
+        values = sum(p.numel() for module in self.model.modules.values() for p in module.parameters())
+        return values * (2 if h.export == "both" else 1)

@@ -8,8 +8,9 @@ from typing import Literal
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card
-from dreambooth_sm.planning.ladder import LADDERS, Rung, Weights
+from dreambooth_sm.planning.ladder import Rung, Weights
 from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
 from dreambooth_sm.planning.plan import EmaPlace, Optimizer, Plan, Precision
 
@@ -60,7 +61,7 @@ def _candidates(h: Hyperparameters, card: Card) -> list[Plan]:
     """The plans to choose from, best first. An average that has no room on the device may live on the CPU."""
     return [
         _on(rung, ema_place, h, card)
-        for rung in LADDERS[h.method]
+        for rung in METHODS[h.method].ladder
         if card.memory_gib >= rung.from_gib
         for ema_place in (("device", "cpu") if h.use_ema is True else ("device",))
     ]
@@ -92,13 +93,14 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if optimizer == "adamw8bit" and h.cuda_graph is not False:
         notes.append("no CUDA graph: bitsandbytes' optimizer counts its steps on the host")
     ema = _choose(h.use_ema, rung.use_ema)
-    trainable = FAMILIES[h.architecture].facts.footprint.trains_text_encoder
+    by_family, by_method = _trains_text_encoder(h)
+    trainable = by_family and by_method
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and trainable)
     if draws_while_training(h):
         notes.append(f"validation_steps: drawing takes {drawing_gb(precision, h):.1f} GB beside training's memory")
-    if not trainable:
+    if not by_family:
         notes.append(f"the text encoders are not trained: {_trains_unet_only(h)}")
-    elif not text_encoder and h.train_text_encoder == "auto":
+    elif by_method and not text_encoder and h.train_text_encoder == "auto":
         notes.append("the text encoder is not trained: the card has no room for it")
     plan = Plan(
         tier=rung.name if optimizer == "blockwise" and weights == rung.weights else "reference",
@@ -125,7 +127,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if h.sample_batch_size != "auto":
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
     # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
-    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= LADDERS[h.method][0].from_gib else (16, 8, 4, 2, 1)
+    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= METHODS[h.method].ladder[0].from_gib else (16, 8, 4, 2, 1)
     batches = [n for n in sizes if sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
 
@@ -161,7 +163,11 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
 def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     """Explicit values that this card, or the base model, can't run, whatever its memory."""
     problems: list[str] = []
-    if h.train_text_encoder is True and not FAMILIES[h.architecture].facts.footprint.trains_text_encoder:
+    facts = FAMILIES[h.architecture].facts
+    if h.method not in facts.methods:
+        others = " or ".join(facts.methods)
+        problems.append(f"method={h.method}: the base model is {facts.article} {facts.short} model; set method to {others}")
+    if h.train_text_encoder is True and not facts.footprint.trains_text_encoder:
         problems.append(f"train_text_encoder=true: {_trains_unet_only(h)}; set it to false or auto")
     if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
         problems.append(
@@ -211,6 +217,11 @@ def _precision(h: Hyperparameters, card: Card) -> Precision:
     if h.mixed_precision == "auto":
         return "bf16" if card.has_bf16 else "fp16"
     return "fp32" if h.mixed_precision == "no" else h.mixed_precision
+
+
+def _trains_text_encoder(h: Hyperparameters) -> tuple[bool, bool]:
+    """Whether the text encoder can be trained: by the base model's family, and by the method."""
+    return FAMILIES[h.architecture].facts.footprint.trains_text_encoder, METHODS[h.method].trains_text_encoder
 
 
 def _may_drop_gradients(h: Hyperparameters) -> bool:

@@ -1,4 +1,4 @@
-"""The ladders of settings: the VRAM tiers, for each method."""
+"""What ladders of settings are made of: the VRAM tiers. Each method has one."""
 
 from __future__ import annotations
 
@@ -29,20 +29,3 @@ class Rung:
     gradient_checkpointing: bool
     train_text_encoder: bool
     use_ema: bool
-
-
-# From the most generous to the smallest. A card gets the first rung that it is large enough for and whose predicted
-# peak fits: 40 GB cards and up `roomy`, A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`, and
-# 4 GB `tiny`.
-_FULL = (
-    #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
-    Rung("roomy", 36, "residual", 8, True, False, True, True),
-    Rung("large", 20, "residual", 8, False, False, True, True),
-    Rung("medium", 0, "residual", 8, False, False, True, False),
-    Rung("small", 0, "residual", 8, False, True, True, False),
-    Rung("lean", 0, "residual", 8, False, True, False, False),
-    Rung("tight", 0, "stochastic", 8, False, True, False, False),
-    Rung("tiny", 0, "stochastic", 4, False, True, False, False),
-)
-# By the name of the method.
-LADDERS: dict[str, tuple[Rung, ...]] = {"full": _FULL}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.figures import figure
 from dreambooth_sm.planning.plan import Plan, Precision
 
@@ -23,7 +24,9 @@ _ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "
 def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     """Highest allocation of the training phase, in GB (1e9 bytes)."""
     model = FAMILIES[h.architecture].facts.footprint
-    millions = model.unet + (model.text_encoder if plan.train_text_encoder else 0)
+    millions = METHODS[h.method].trained_millions(model, h, plan.train_text_encoder)
+    # What only computes, in the precision that is computed in.
+    frozen = 0.0 if millions >= model.unet else model.unet * (4e-3 if plan.precision == "fp32" else 2e-3)
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
     weights = {"fp32": 4.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
@@ -34,7 +37,8 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0
     rows = h.train_batch_size * (2 if h.prior_preservation else 1)
     # Of one 512-pixel sample in 16 bits: recomputed unit by unit, or everything kept.
-    activations = figure(h.architecture, "checkpointed_gb" if plan.gradient_checkpointing else "activations_gb")
+    kept = "checkpointed_gb" if plan.gradient_checkpointing else "activations_gb"
+    activations = figure(h.architecture, f"frozen_{kept}" if frozen else kept)
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = _TEXT_ACTIVATIONS_GB if plan.train_text_encoder and not plan.gradient_checkpointing else 0
     samples = casts + rows * (activations * scale + text)
@@ -42,12 +46,12 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + _ENCODING_GB * (h.resolution / 512) ** 2
     if h.prior_preservation and h.prior == "output":  # the latents of its outputs
         vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
-    kept = (weights + state + average) * millions * 1e-3 + vae + _OVERHEAD_GB
-    peak = kept + passing
+    stays = (weights + state + average) * millions * 1e-3 + frozen + vae + _OVERHEAD_GB
+    peak = stays + passing
     if draws_while_training(h):
         # A captured step keeps all its memory while pictures are drawn; another one its gradients at most.
         held = passing if plan.cuda_graph else gradients
-        peak = max(peak, kept + held + drawing_gb(plan.precision, h))
+        peak = max(peak, stays + held + drawing_gb(plan.precision, h))
     return round(peak, 2)
 
 

@@ -29,6 +29,7 @@ from annotated_types import Ge, Le
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.ranges import MOST_STEPS, Seed
 from dreambooth_sm.report import Record
 from dreambooth_sm.training import checkpoint_format_1
@@ -112,9 +113,10 @@ class Checkpoint:
             )
         now = checkpoint_format_1.comparable(self.identity, identity) if self.format == 1 else identity
         differences = [
-            _difference(name, self.identity.get(name), now.get(name))
+            _difference(name, was, now.get(name))
             for name in sorted(self.identity.keys() | now.keys())
-            if self.identity.get(name) != now.get(name)
+            # A hyperparameter that the job's version did not have yet: what it has become the default of.
+            if (was := self.identity.get(name, _default(name))) != now.get(name)
         ]
         if differences:
             raise UserError(
@@ -247,6 +249,11 @@ class _Checksummed:
 
 def _crc32_of(state: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def _default(name: str) -> Any:
+    field = Hyperparameters.model_fields.get(name)
+    return field.default if field else None
 
 
 def _difference(name: str, was: Any, now: Any) -> str:

@@ -19,9 +19,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Method
-from dreambooth_sm.methods.full import FULL
-from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.methods import Trainable
 from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -67,11 +65,10 @@ class Trainer:
     """Trains what a method trains of a model, in place.
 
     Args:
-        base: the base model, on the CPU; the parts that are trained are moved to the device.
+        trained: on the CPU; what the steps run is moved to the device.
         device: where to.
         identity: what a checkpoint of this job is recognised by.
         world: the processes that train together.
-        method: which parameters it trains.
 
     Attributes:
         on_save: is told the directory of each checkpoint that was written.
@@ -79,7 +76,7 @@ class Trainer:
 
     def __init__(
         self,
-        base: PretrainedModel,
+        trained: Trainable,
         data: TrainingSet,
         plan: Plan,
         h: Hyperparameters,
@@ -89,19 +86,18 @@ class Trainer:
         identity: dict[str, Any],
         report: Reporter,
         world: World = World(),  # noqa: B008 - frozen
-        method: Method = FULL,
     ) -> None:
         self.world = world
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
-        self.base, self.family = base, base.family
+        self._trained, self.base, self.family = trained, trained.model, trained.model.family
         self.dtype = compute_dtype(plan)
-        self.named_parameters = method.parameters(base, plan)
+        self.named_parameters = trained.parameters
         self.parameters = list(self.named_parameters.values())
         originals = [p.detach() for p in self.parameters]
         try:
-            method.attach(base, plan, device)
-            self.attention = attention_context(plan, base.denoiser, report.warn)
+            trained.place(plan, device)
+            self.attention = attention_context(plan, self.base.denoiser, report.warn)
             options = _optimizer_options(h, schedule)
             self.updater = make_updater(self.parameters, plan, options, identity["seed"])
             if weights_dtype(plan) != torch.float32:
@@ -126,7 +122,7 @@ class Trainer:
                 average_into=None if on_cpu else self.updater.average_into,
                 on_cpu=on_cpu,
             )
-        self.objective: Objective = base.family.objective(base, h.snr_gamma).to(device)
+        self.objective: Objective = self.family.objective(self.base, h.snr_gamma).to(device)
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
-from dreambooth_sm.methods import Method
-from dreambooth_sm.methods.full import FULL
+from dreambooth_sm.methods import Trainable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.choice import smaller_plan
 from dreambooth_sm.planning.plan import Plan
@@ -25,8 +25,23 @@ from dreambooth_sm.training.schedule import Schedule
 from dreambooth_sm.validation import Validator
 
 
+@dataclass(frozen=True)
+class TrainedModel:
+    """What training made: the base model with the trained values in it, on the CPU."""
+
+    trainable: Trainable
+
+    @property
+    def base(self) -> PretrainedModel:
+        return self.trainable.model
+
+    def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
+        """See :meth:`dreambooth_sm.methods.Trainable.export`."""
+        self.trainable.export(directory, h, dtype)
+
+
 def train(
-    base: PretrainedModel,
+    trainable: Trainable,
     data: TrainingSet,
     plan: Plan,
     h: Hyperparameters,
@@ -41,9 +56,8 @@ def train(
     report: Reporter,
     stop: threading.Event,
     world: World,
-    method: Method = FULL,
-) -> None:
-    """Trains ``base`` in place. Where the card runs out of memory all the same, goes on with the next smaller plan.
+) -> TrainedModel:
+    """Trains in place. Where the card runs out of memory all the same, goes on with the next smaller plan.
 
     Raises:
         UserError: where not even the smallest plan fits.
@@ -55,7 +69,7 @@ def train(
         try:
             device = torch.device(plan.device)
             trainer = Trainer(
-                base,
+                trainable,
                 data,
                 plan,
                 h,
@@ -64,7 +78,6 @@ def train(
                 identity=identity,
                 report=report,
                 world=world,
-                method=method,
             )
             trainer.on_save = on_save
             if rescued is not None:
@@ -73,7 +86,8 @@ def train(
             elif previous is not None:
                 trainer.resume(previous)
                 report.say(f"going on after step {previous.step}, from {previous.directory}")
-            return trainer.train(checkpoints, stop, validator, keep_last)
+            trainer.train(checkpoints, stop, validator, keep_last)
+            return TrainedModel(trainable)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         # Not inside the except clause: the exception's frames hold what has to be freed.

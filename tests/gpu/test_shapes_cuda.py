@@ -16,7 +16,7 @@ from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.schedule import Schedule
 from dreambooth_sm.training.step import WARM_UP_STEPS, CapturedStep, Inputs, Step
-from tests.helpers.training import SEED, Recorder, cpu_plan, hyperparameters, paint_pictures
+from tests.helpers.training import SEED, Recorder, attach, cpu_plan, hyperparameters, paint_pictures
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +66,7 @@ def make_trainer(base: PretrainedModel, subject: Subject, *, graph: bool, parts:
     )
     own = copy.deepcopy(base)
     return Trainer(
-        own,
+        attach(own, h, plan),
         encode_training_set(own, (subject,), h, plan, device=DEVICE, seed=SEED),
         plan,
         h,

@@ -18,6 +18,7 @@ from PIL import Image
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS, Trainable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
@@ -85,6 +86,10 @@ def make_set(
     return encode_training_set(base, tuple(subjects), h, plan, device=CPU, seed=seed)
 
 
+def attach(base: PretrainedModel, h: Hyperparameters, plan: Plan) -> Trainable:
+    return METHODS[h.method].attach(base, plan, h, SEED)
+
+
 class Recorder(Reporter):
     """Keeps the values of each metric line of training, unrounded, and sets ``stop`` at a step."""
 
@@ -138,8 +143,9 @@ class Run:
         self.data = make_set(self.base, [self.subject], self.h, self.plan)
         self.schedule = make_schedule(self.h, len(self.subject.pictures), 4)
         self.recorder = Recorder()
+        self.trainable = attach(self.base, self.h, self.plan)
         self.trainer = Trainer(
-            self.base,
+            self.trainable,
             self.data,
             self.plan,
             self.h,

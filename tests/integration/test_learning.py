@@ -17,6 +17,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure_real, verdict
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.planning.cards import CPU
 from dreambooth_sm.planning.choice import make_plan
@@ -76,12 +77,13 @@ def learn(base: PretrainedModel, subject: Subject, root: Path, **settings: objec
         trained_on = subject
     report = Reporter(io.StringIO())
     encoders = load_encoders("judge")
-    examiner = Examiner(own, (subject,), encoders, h, plan, report)
+    trainable = METHODS[h.method].attach(own, plan, h, 0)
+    examiner = Examiner(trainable, (subject,), encoders, h, plan, report)
     before = examiner.examine(0).fidelities[0]
     device = torch.device("cpu")
     data = encode_training_set(own, (trained_on,), h, plan, device=device, seed=0)
     schedule = Schedule(STEPS, 0, h.learning_rate)
-    Trainer(own, data, plan, h, schedule, device=device, identity={"seed": 0}, report=report).train(
+    Trainer(trainable, data, plan, h, schedule, device=device, identity={"seed": 0}, report=report).train(
         root, threading.Event()
     )
     after = examiner.examine(STEPS).fidelities[0]

@@ -11,7 +11,6 @@ from diffusers import DiffusionPipeline
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
@@ -20,7 +19,7 @@ from tests.helpers.training import Run, same
 
 # A tiny model of the family's true classes.
 BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base"}
-ALL = [(family, method) for family in FAMILIES for method in METHODS]
+ALL = [(family, method) for family, facts in FAMILIES.items() for method in facts.methods]
 
 
 @pytest.fixture
@@ -29,14 +28,13 @@ def model(request: pytest.FixtureRequest, family: str) -> PretrainedModel:
     return found
 
 
-def trained(run: Run, method: str) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in METHODS[method].parameters(run.base, run.plan).items()}
+def trained(run: Run) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.trainable.parameters.items()}
 
 
 @pytest.mark.parametrize(("family", "method"), ALL)
 def test_fits_a_card(family: str, method: str) -> None:
-    h = Hyperparameters.parse({"instance_prompt": "photo of zwx toy", "base_architecture": family})
-    assert h.method == method
+    h = Hyperparameters.parse({"instance_prompt": "photo of zwx toy", "base_architecture": family, "method": method})
 
     def fits(name: str) -> bool:
         try:
@@ -49,10 +47,10 @@ def test_fits_a_card(family: str, method: str) -> None:
 
 @pytest.mark.parametrize(("family", "method"), ALL)
 def test_trains_resumes_and_exports(family: str, method: str, model: PretrainedModel, tmp_path: Path) -> None:
-    values = {"base_architecture": family, "max_train_steps": 2, "use_ema": True}
+    values = {"base_architecture": family, "method": method, "max_train_steps": 2, "use_ema": True}
     whole = Run(model, tmp_path / "whole", **values)
-    before = trained(whole, method)
-    after = trained(whole.train(), method)
+    before = trained(whole)
+    after = trained(whole.train())
     assert any(not torch.equal(after[name], before[name]) for name in before)
 
     with pytest.raises(StopRequested):
@@ -62,7 +60,7 @@ def test_trains_resumes_and_exports(family: str, method: str, model: PretrainedM
     assert list(checkpoint.load()["weights"]) == list(before), "the names of parameters are the checkpoint's keys"
     resumed = Run(model, tmp_path / "stopped", **values)
     resumed.trainer.resume(checkpoint)
-    assert same(trained(resumed.train(), method), after)
+    assert same(trained(resumed.train()), after)
 
     whole.base.save(tmp_path / "model", torch.float32)
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")

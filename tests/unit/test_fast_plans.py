@@ -130,7 +130,7 @@ def test_out_of_memory_steps_down_and_goes_on(
     run.trainer.finish()  # the job makes trainers of its own
     run_out_of_memory(monkeypatch, {0, 3})
     train(
-        run.base,
+        run.trainable,
         run.data,
         run.plan,
         run.h,

@@ -12,25 +12,24 @@ from benchmarks import tiers
 from benchmarks.figures import step_figures, write_figures
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning import figures
 from dreambooth_sm.planning.cards import CARDS, CPU
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.figures import MEASURED, Figure, FigureError, figure, read_figures
-from dreambooth_sm.planning.ladder import LADDERS
 from launcher.estimates import estimate_on
 from launcher.instances import Instance
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
+ALL = [(family, method) for family, facts in FAMILIES.items() for method in facts.methods]
 GPUS = [name for name, card in CARDS.items() if card is not CPU]
 MEASUREMENT = {"precision": "bf16", "steps_per_s": 9.5, "peak_allocated_gb": 3.25, "loss": 0.1}
 
 
 @pytest.mark.parametrize("card", GPUS)
-@pytest.mark.parametrize("method", LADDERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "method"), ALL)
 def test_every_family_method_and_card_has_its_figures(family: str, method: str, card: str) -> None:
-    h = Hyperparameters.parse({**PROMPTS, "base_architecture": family})
-    assert h.method == method
+    h = Hyperparameters.parse({**PROMPTS, "base_architecture": family, "method": method})
     plan = make_plan(h, CARDS[card])
     measured = figure(family, f"{method}.{plan.tier}.{plan.precision}.peak_gb")
     assert plan.predicted_peak_gb == pytest.approx(measured, rel=0.03)
@@ -40,10 +39,10 @@ def test_every_family_method_and_card_has_its_figures(family: str, method: str, 
     assert estimate.minutes > 5
 
 
-@pytest.mark.parametrize("method", LADDERS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_rung_was_timed_on_the_card_that_estimates_scale_from(method: str) -> None:
     timed = read_figures(MEASURED / f"{next(iter(FAMILIES))}.json")
-    assert {f"{method}.{rung.name}.bf16.steps_per_s" for rung in LADDERS[method]} <= timed.keys()
+    assert {f"{method}.{rung.name}.bf16.steps_per_s" for rung in METHODS[method].ladder} <= timed.keys()
     assert {found.card for key, found in timed.items() if key.endswith("_per_s")} == {"NVIDIA H200"}
 
 

@@ -6,7 +6,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -27,17 +27,12 @@ class Sparkle(Hyperparameters):
 
     group = "Sparkle"
 
-    trained_by: Literal["full", "glitter"] = knob("full", "Method that trains the weights.")
     sparkle: Few | Auto = knob(
         "auto", "How much it sparkles.", common=True, tunable=Tunable(1, 100), aliases=(Alias("glimmer"),)
     )
     sparkle_file: str | None = knob(None, "Where the sparkle comes from.", resume="free", path=True)
     sparkle_prompt: str | None = knob(None, "What sparkles.", text=True)
     grains: Few = knob(4, "Grains of glitter.", methods=("glitter",))
-
-    @property
-    def method(self) -> str:
-        return self.trained_by
 
     @rule("sparkle", "sparkle_file")
     def _sparkle_has_a_source(self) -> Iterator[str]:
@@ -157,7 +152,6 @@ def test_a_rule_names_every_knob_that_it_reads(name: str) -> None:
 
 
 def test_a_knob_of_another_method_is_refused_with_its_name() -> None:
-    assert Sparkle.parse({**PROMPT, "trained_by": "glitter", "grains": "8"}).grains == 8
     line = "grains belongs to method=glitter, and this job's is full; leave grains out"
     assert problems(grains="8") == [line]
     assert problems(grains="4") == [line]  # its default, but somebody set it

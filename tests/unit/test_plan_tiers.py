@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from dreambooth_sm.cli import main
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card, find_card
 from dreambooth_sm.planning.choice import make_plan, smaller_plan
-from dreambooth_sm.planning.ladder import LADDERS
 from dreambooth_sm.planning.memory import predict_peak_gb
 from dreambooth_sm.planning.table import tier_table
 
@@ -95,7 +95,7 @@ def test_a_plan_fits_and_keeps_to_what_was_asked_for(memory: float, modern: bool
 
 @given(memory=st.floats(3.88, 200.0))
 def test_more_memory_never_gives_a_lower_rung(memory: float) -> None:
-    names = [rung.name for rung in LADDERS["full"]]
+    names = [rung.name for rung in METHODS["full"].ladder]
     rungs = [names.index(make_plan(parse(), Card("a card", m, (8, 6))).tier) for m in (memory, memory + 1)]
     assert rungs[1] <= rungs[0]
 
@@ -157,7 +157,7 @@ def test_pictures_while_training_are_planned_for(card: str) -> None:
 
 
 def test_pictures_while_training_make_room_on_small_cards() -> None:
-    names = [rung.name for rung in LADDERS["full"]]
+    names = [rung.name for rung in METHODS["full"].ladder]
     alone, drawing = (make_plan(parse(**values), find_card("8GB")).tier for values in ({}, DRAWING))
     assert names.index(drawing) > names.index(alone)
     with pytest.raises(UserError, match=r"it fits with validation_steps=0$"):

@@ -21,7 +21,7 @@ from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Trainer, TrainingSet
 from dreambooth_sm.training.schedule import Schedule
-from tests.helpers.training import CPU, SEED, cpu_plan, hyperparameters, paint_pictures
+from tests.helpers.training import CPU, SEED, attach, cpu_plan, hyperparameters, paint_pictures
 
 VALUES = {"prior": "output", "class_prompt": "photo of a toy", "with_prior_preservation": True, "num_class_images": 2}
 
@@ -50,7 +50,7 @@ def training_set(base: PretrainedModel, root: Path, **values: object) -> Trainin
 def trainer(base: PretrainedModel, root: Path, **values: object) -> Trainer:
     h = hyperparameters(**(VALUES | values))
     return Trainer(
-        base,
+        attach(base, h, cpu_plan(h)),
         training_set(base, root, **values),
         cpu_plan(h),
         h,

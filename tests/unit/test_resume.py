@@ -19,12 +19,11 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.knobs.takes import alternatives
-from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.resume import BASE, check_resumable, fingerprint, first_that_fits, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint, undamaged_checkpoints
 from dreambooth_sm.training.schedule import Schedule
-from tests.helpers.training import SMALL, Recorder, cpu_plan, hyperparameters, make_subject, paint_pictures
+from tests.helpers.training import SMALL, Recorder, attach, cpu_plan, hyperparameters, make_subject, paint_pictures
 
 FIELDS = Hyperparameters.model_fields
 SCHEDULE = Schedule(4, 0, 1e-4)
@@ -33,6 +32,7 @@ OTHERS: dict[str, Any] = {
     "pretrained_model_name_or_path": "owner/other",
     "pretrained_vae_name_or_path": "owner/vae",
     "use_lora": None,
+    "method": None,
     "aspect_ratio_buckets": True,
     "torch_compile": True,
     "cuda_graph": True,
@@ -273,7 +273,7 @@ def test_checkpoints_of_another_model_are_passed_over(base: PretrainedModel, tmp
     save_checkpoint(tmp_path, 2, {"seed": 7}, tensors(torch.nn.Linear(2, 2)), keep=5)
     older = undamaged_checkpoints(tmp_path)
     report = Recorder()
-    trained = FULL.parameters(base, cpu_plan(hyperparameters()))
+    trained = attach(base, h := hyperparameters(), cpu_plan(h)).parameters
     found = first_that_fits(next(older), older, trained, report)
     assert found is not None
     assert found.step == 1

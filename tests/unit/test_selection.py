@@ -11,7 +11,6 @@ import torch
 from dreambooth_sm import selection
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.fidelity import Encoders, Fidelity
-from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.selection import PLACES, Examiner, restore
 from dreambooth_sm.training.checkpoint import all_checkpoints
@@ -38,7 +37,7 @@ def trained(base: PretrainedModel, root: Path, **options: object) -> Run:
 
 
 def examiner(run: Run) -> Examiner:
-    return Examiner(run.base, (run.subject,), Encoders(Flat()), run.h, run.plan, run.recorder)
+    return Examiner(run.trainable, (run.subject,), Encoders(Flat()), run.h, run.plan, run.recorder)
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["weights", "average"])
@@ -80,7 +79,7 @@ def test_the_best_one_is_left_in_the_model(
 def test_restoring_a_checkpoint_is_exact(base: PretrainedModel, tmp_path: Path) -> None:
     run = trained(base, tmp_path)
     checkpoint = all_checkpoints(tmp_path / "checkpoints")[-1]
-    restore(FULL.parameters(run.base, run.plan), checkpoint.load())
+    restore(run.trainable.parameters, checkpoint.load())
     saved = checkpoint.load()["weights"]
     assert all(torch.equal(parameter, saved[f"unet.{name}"]) for name, parameter in run.base.unet.named_parameters())
 

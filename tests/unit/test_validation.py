@@ -15,7 +15,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter, Sample
 from dreambooth_sm.validation import Validator, take_over_pictures, validation_prompts
-from tests.helpers.training import Run, hyperparameters, make_subject, same, weights
+from tests.helpers.training import Run, attach, hyperparameters, make_subject, same, weights
 
 PLANS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -43,7 +43,9 @@ JOB: dict[str, Any] = {
 def train(base: PretrainedModel, root: Path, plan: dict[str, Any], *, steps: int, validate: bool) -> Run:
     run = Run(base, root, plan=plan, max_train_steps=steps, train_text_encoder="train_text_encoder" in plan, **JOB)
     prompts = validation_prompts(run.h, (run.subject,))
-    validator = Validator(copy.deepcopy(base), prompts, run.h, run.plan, root / "samples", run.recorder)
+    validator = Validator(
+        attach(copy.deepcopy(base), run.h, run.plan), prompts, run.h, run.plan, root / "samples", run.recorder
+    )
     run.trainer.train(root / "checkpoints", run.recorder.stop, validator if validate else None)
     return run
 
@@ -51,7 +53,9 @@ def train(base: PretrainedModel, root: Path, plan: dict[str, Any], *, steps: int
 def draw(base: PretrainedModel, run: Run, directory: Path, *, step: int) -> list[Sample]:
     """What a run's validator draws with a model as it is."""
     report = Reporter(io.StringIO())
-    Validator(base, validation_prompts(run.h, ()), run.h, run.plan, directory, report).draw(step)
+    Validator(attach(base, run.h, run.plan), validation_prompts(run.h, ()), run.h, run.plan, directory, report).draw(
+        step
+    )
     return report.samples
 
 
@@ -83,7 +87,7 @@ def test_training_is_the_same_and_pictures_are_the_models(name: str, base: Pretr
 def test_pictures_know_their_prompt_and_seed(base: PretrainedModel, tmp_path: Path) -> None:
     h = hyperparameters(validation_prompt="a “toy” at night")
     run = Run(base, tmp_path)
-    validator = Validator(base, validation_prompts(h, ()), h, run.plan, tmp_path / "samples", run.recorder)
+    validator = Validator(run.trainable, validation_prompts(h, ()), h, run.plan, tmp_path / "samples", run.recorder)
     validator.draw(0)
     validator.draw(7)
     first, second = run.recorder.samples
@@ -97,7 +101,7 @@ def test_a_later_attempt_draws_what_is_missing_alone(base: PretrainedModel, tmp_
     h = hyperparameters(validation_prompt="a toy", num_validation_images=2)
     run = Run(base, tmp_path)
     drawn: list[Sample] = []
-    validator = Validator(base, ("a toy",), h, run.plan, tmp_path / "samples", run.recorder)
+    validator = Validator(run.trainable, ("a toy",), h, run.plan, tmp_path / "samples", run.recorder)
     validator.on_draw = drawn.extend
     validator.draw(0)
     missing = run.recorder.samples.pop(0)
@@ -111,7 +115,7 @@ def test_whole_pictures_of_earlier_attempts_come_beside_those_of_other_jobs(
     base: PretrainedModel, tmp_path: Path
 ) -> None:
     run = Run(base, tmp_path)
-    validator = Validator(base, ("one", "two"), run.h, run.plan, tmp_path / "earlier", run.recorder)
+    validator = Validator(run.trainable, ("one", "two"), run.h, run.plan, tmp_path / "earlier", run.recorder)
     validator.draw(0)
     whole, half = (sample.path for sample in run.recorder.samples)
     half.write_bytes(half.read_bytes()[:-9])

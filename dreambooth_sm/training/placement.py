@@ -1,0 +1,41 @@
+"""Modules on the device that they are trained on, as the plan says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dreambooth_sm.planning.plan import Plan
+from dreambooth_sm.training.precision import compute_dtype, weights_dtype
+from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
+
+
+def place(module: Any, plan: Plan, device: torch.device, *, trained: bool) -> None:
+    """Puts a denoiser or text encoder on the device; again, with a smaller plan, after it ran out of memory.
+
+    Args:
+        trained: whether its own parameters are; the frozen ones of others need no more than the precision that is
+            computed in.
+    """
+    dtype = weights_dtype(plan) if trained else compute_dtype(plan)
+    module.to(device=device, dtype=dtype).requires_grad_(trained).train()
+    if plan.gradient_checkpointing:
+        checkpoint_activations(module)
+
+
+def speed_up(denoiser: Any, plan: Plan) -> None:
+    """Sets the memory format and the kernels of a denoiser that is on its device."""
+    if plan.channels_last:
+        denoiser.to(memory_format=torch.channels_last)
+    if plan.compile:
+        _compile_blocks(denoiser)
+    else:
+        recompute_gates(denoiser)
+
+
+def _compile_blocks(denoiser: torch.nn.Module) -> None:
+    """Compiles each kind of block once instead of the whole denoiser: minutes instead of many."""
+    for module in denoiser.modules():
+        if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
+            module.compile(dynamic=False)
