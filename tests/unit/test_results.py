@@ -30,7 +30,7 @@ def facts(text: str) -> dict[str, Any]:
         "base_architecture": "sd",
         "base_model_licence": None,
         "subjects": [{"instance_prompt": text, "class_prompt": text, "pictures": 2, "class_pictures": 2}],
-        "hyperparameters": {"instance_prompt": text},
+        "hyperparameters": {"instance_prompt": text, "method": "full"},
         "plan": {},
         "plan_notes": [],
         "attempts": [{**attempt, "peak_host_memory_gb": 1.0}],
