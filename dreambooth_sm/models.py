@@ -96,6 +96,16 @@ class PretrainedModel:
         for module in self.modules.values():
             module.to(device)
 
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Its modules may be moved; afterwards each is on the device that it was on."""
+        homes = [(module, module.device) for module in (self.unet, self.vae, *self.text_encoders)]
+        try:
+            yield
+        finally:
+            for module, home in homes:
+                module.to(home)
+
     def save(self, directory: Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Writes a diffusers directory with safetensors of ``dtype``, or of the weights' own where it is None; the
         modules stay as they are."""

@@ -110,7 +110,6 @@ class Validator:
         try:
             self._draw(self._copy.model, step, batch_size=1)  # the plan counts the memory for one
         except torch.OutOfMemoryError:
-            self._copy.model.to("cpu")
             self._copy = None
             self._report.warn(f"no memory for validation pictures at step {step}; the next ones come after training")
 
@@ -123,21 +122,21 @@ class Validator:
         missing = {p: [s for s in self._seeds if (p, s) not in there] for p in self._prompts}
         if not any(missing.values()):
             return
-        pipeline = sampling_pipeline(model, self._plan)
         drawn: list[Sample] = []
-        for prompt, seeds in missing.items():
-            batches = draw(
-                pipeline,
-                prompt,
-                seeds,
-                resolution=self._h.resolution,
-                batch_size=batch_size,
-                guidance=self._h.validation_guidance_scale,
-            )
-            pictures = [picture for batch in batches for picture in batch]
-            drawn += [self._write(picture, step, prompt, seed) for seed, picture in zip(seeds, pictures, strict=True)]
-        del pipeline
-        model.to("cpu")
+        with model.lent():
+            pipeline = sampling_pipeline(model, self._plan)
+            for prompt, seeds in missing.items():
+                batches = draw(
+                    pipeline,
+                    prompt,
+                    seeds,
+                    resolution=self._h.resolution,
+                    batch_size=batch_size,
+                    guidance=self._h.validation_guidance_scale,
+                )
+                pictures = [picture for batch in batches for picture in batch]
+                drawn += [self._write(each, step, prompt, seed) for seed, each in zip(seeds, pictures, strict=True)]
+            del pipeline
         self._report.samples += drawn
         self._report.metrics(validation=step, pictures=len(drawn))
         if self.on_draw:

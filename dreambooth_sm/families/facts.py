@@ -13,6 +13,7 @@ class Footprint:
 
     Attributes:
         unet, text_encoder, vae: millions of parameters; of all text encoders together.
+        text_width: of the text encoders' states, side by side.
         vae_bytes: width of the VAE's values while pictures are drawn.
         trains_text_encoder: whether its text encoder can be trained beside the UNet.
     """
@@ -20,6 +21,7 @@ class Footprint:
     unet: float
     text_encoder: float
     vae: float
+    text_width: int
     vae_bytes: int = 2
     trains_text_encoder: bool = True
 

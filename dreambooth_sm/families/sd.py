@@ -29,7 +29,7 @@ class StableDiffusion:
         article="a",
         listed="Stable Diffusion 1 and 2",
         resolution=512,
-        footprint=Footprint(unet=859.5, text_encoder=123.1, vae=83.7),
+        footprint=Footprint(unet=859.5, text_encoder=123.1, vae=83.7, text_width=768),
         pipeline="StableDiffusionPipeline",
         parts=("unet", "vae", "text_encoder"),
         tags=("stable-diffusion", "stable-diffusion-diffusers"),

@@ -35,6 +35,7 @@ class StableDiffusionXL(StableDiffusion):
             unet=2567.5,
             text_encoder=817.7,
             vae=83.7,
+            text_width=2048,
             vae_bytes=4,  # its VAE overflows in 16 bits
             trains_text_encoder=False,
         ),

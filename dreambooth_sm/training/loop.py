@@ -92,6 +92,7 @@ class Trainer:
         self.device, self.identity, self.report = device, identity, report
         self._trained, self.base, self.family = trained, trained.model, trained.model.family
         self.dtype = compute_dtype(plan)
+        self._trained = trained
         self.named_parameters = trained.parameters
         self.parameters = list(self.named_parameters.values())
         originals = [p.detach() for p in self.parameters]
@@ -287,6 +288,7 @@ class Trainer:
         """
         self._check_finite()
         self._put_back(self.ema.average if self.ema else None)
+        self._trained.model.to("cpu")  # what is frozen as well
 
     def _check_finite(self) -> None:
         """Raises TrainingError where a loss of the steps so far, a weight or an average is not finite."""

@@ -18,7 +18,8 @@ def place(module: Any, plan: Plan, device: torch.device, *, trained: bool) -> No
         trained: whether its own parameters are; the frozen ones of others need no more than the precision that is
             computed in.
     """
-    dtype = weights_dtype(plan) if trained else compute_dtype(plan)
+    # On the CPU pictures are drawn with the modules themselves.
+    dtype = weights_dtype(plan) if trained or plan.device == "cpu" else compute_dtype(plan)
     module.to(device=device, dtype=dtype).requires_grad_(trained).train()
     if plan.gradient_checkpointing:
         checkpoint_activations(module)
