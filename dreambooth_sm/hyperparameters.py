@@ -37,7 +37,7 @@ class Hyperparameters(ValidationKnobs, MemoryKnobs, TrainingKnobs, PriorKnobs):
 
     def fit_to_base(self) -> Self:
         """Takes what the family of the base model has in place of defaults: of itself, and for the method."""
-        for name, value in FAMILIES[self.architecture].methods.get(self.method, {}).items():
+        for name, value in FAMILIES[self.architecture].facts.methods.get(self.method, {}).items():
             if name not in self.model_fields_set:
                 self._default(name, value)
         return super().fit_to_base()

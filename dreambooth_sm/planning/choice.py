@@ -166,7 +166,9 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     facts = FAMILIES[h.architecture].facts
     if h.method not in facts.methods:
         others = " or ".join(facts.methods)
-        problems.append(f"method={h.method}: the base model is {facts.article} {facts.short} model; set method to {others}")
+        problems.append(
+            f"method={h.method}: the base model is {facts.article} {facts.short} model; set method to {others}"
+        )
     if h.train_text_encoder is True and not facts.footprint.trains_text_encoder:
         problems.append(f"train_text_encoder=true: {_trains_unet_only(h)}; set it to false or auto")
     if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":

@@ -19,7 +19,7 @@ from tests.helpers.training import Run, same
 
 # A tiny model of the family's true classes.
 BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base"}
-ALL = [(family, method) for family, facts in FAMILIES.items() for method in facts.methods]
+ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
 
 
 @pytest.fixture

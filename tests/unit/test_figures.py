@@ -21,7 +21,7 @@ from launcher.estimates import estimate_on
 from launcher.instances import Instance
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
-ALL = [(family, method) for family, facts in FAMILIES.items() for method in facts.methods]
+ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
 GPUS = [name for name, card in CARDS.items() if card is not CPU]
 MEASUREMENT = {"precision": "bf16", "steps_per_s": 9.5, "peak_allocated_gb": 3.25, "loss": 0.1}
 
