@@ -92,7 +92,6 @@ class Trainer:
         self.device, self.identity, self.report = device, identity, report
         self._trained, self.base, self.family = trained, trained.model, trained.model.family
         self.dtype = compute_dtype(plan)
-        self._trained = trained
         self.named_parameters = trained.parameters
         self.parameters = list(self.named_parameters.values())
         originals = [p.detach() for p in self.parameters]
