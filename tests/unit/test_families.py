@@ -11,15 +11,32 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_sm.convert import convert
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES, family_of
 from dreambooth_sm.families.find import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import load_base
 from dreambooth_sm.planning.cards import CARDS, CPU, find_card
 from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.stored.layout import PARTS
 from tests.helpers.training import hyperparameters, same, weights
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def test_the_parts_are_those_of_the_model_files() -> None:
+    assert {family.facts.pipeline: family.facts.parts for family in FAMILIES.values()} == PARTS
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_model_knows_its_family(name: str, tiny_base: Path, tiny_xl_base: Path) -> None:
+    path = {"sd": tiny_base, "sdxl": tiny_xl_base}[name]
+    model = load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=name))
+    assert model.family is FAMILIES[name] is family_of(model.pipeline())
+    assert tuple(model.modules) == model.family.facts.parts
+    assert model.denoiser is model.unet
+    with pytest.raises(LookupError, match="no family draws with a PretrainedModel"):
+        family_of(model)
 
 
 @pytest.mark.parametrize(
