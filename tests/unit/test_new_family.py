@@ -76,7 +76,7 @@ class Flow:
         article="a",
         listed="Flow",
         resolution=64,
-        footprint=Footprint(unet=1, text_encoder=1, vae=1),
+        footprint=Footprint(unet=1, text_encoder=1, vae=1, text_width=8),
         pipeline="FlowPipeline",
         parts=("transformer", "vae", "text_encoder"),
         tags=(),
