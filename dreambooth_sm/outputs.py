@@ -76,7 +76,7 @@ def make_way(directory: Path, name: str) -> None:
 
 def discard_checkpoints(root: Path, identity: dict[str, Any]) -> None:
     """Removes this job's checkpoints, and the directory if nothing else is in it."""
-    own = [checkpoint.directory for checkpoint in all_checkpoints(root) if checkpoint.identity == identity]
+    own = [checkpoint.directory for checkpoint in all_checkpoints(root) if checkpoint.belongs_to(identity)]
     for directory in (*own, *root.glob(".partial-step-*"), *root.glob(".sending-step-*")):
         shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):
@@ -119,7 +119,7 @@ def with_checkpoint_named(checkpoints: Path, identity: dict[str, Any], step: int
         yield
     except Exception as error:
         for checkpoint in all_checkpoints(checkpoints):
-            if checkpoint.identity == identity and checkpoint.step == step:
+            if checkpoint.belongs_to(identity) and checkpoint.step == step:
                 error.add_note(f"what was trained is in {checkpoint.directory}; the same job is resumed from it")
         raise
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.training.checkpoint import Checkpoint, undamaged_checkpoints
+from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, undamaged_checkpoints
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 from dreambooth_sm.training.schedule import Schedule, make_rate, make_schedule
 
@@ -91,14 +91,20 @@ def find_start(job: Context, plan: Plan, subjects: tuple[Subject, ...], target: 
     """
     h, world = job.h, job.world
     checkpoints = checkpoint_directory(h, job.contract)
-    remote = remote_checkpoints(h, job.contract, target, world, job.report)
-    found = find_checkpoints(h, checkpoints, remote, world, job.report)
+    identity = make_identity(h, job.asked, plan, subjects, h.seed, world)
+
+    def owns(checkpoint: Checkpoint) -> bool:
+        open_yet = {"seed"} if h.seed is None else set()
+        return checkpoint.belongs_to(identity, but=open_yet | ({BASE} - identity.keys()))
+
+    remote = remote_checkpoints(h, job.contract, target, world, owns, job.report)
+    found = find_checkpoints(h, checkpoints, remote, world, owns, job.report)
     previous = next(found, None)
-    seed = h.seed if h.seed is not None else (previous.identity["seed"] if previous else secrets.randbits(31))
-    seed = world.first(seed)
+    drawn = previous.identity.get("seed") if previous else None  # none is known of another format's
+    seed = world.first(next(seed for seed in (h.seed, drawn, secrets.randbits(31)) if seed is not None))
     job.report.say(format_metrics(model_name=h.model_name))
     job.report.metrics(seed=seed, processes=world.size)
-    identity = make_identity(h, job.asked, plan, subjects, seed, world)
+    identity["seed"] = seed
     schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
     if previous:
         check_resumable(previous, identity, schedule)
@@ -106,12 +112,18 @@ def find_start(job: Context, plan: Plan, subjects: tuple[Subject, ...], target: 
 
 
 def make_identity(
-    h: Hyperparameters, asked: Hyperparameters, plan: Plan, subjects: tuple[Subject, ...], seed: int, world: World
+    h: Hyperparameters,
+    asked: Hyperparameters,
+    plan: Plan,
+    subjects: tuple[Subject, ...],
+    seed: int | None,
+    world: World,
 ) -> dict[str, Any]:
     """What a job has in common with the one that it is resumed from, as JSON's types; without :data:`BASE`.
 
     Args:
         asked: the hyperparameters before paths were moved to where this machine has them.
+        seed: None where it is not known yet.
     """
     same = h.names_where(lambda knob: knob.resume == "same")
     places = h.names_where(lambda knob: knob.resume == "same" and knob.path)
@@ -244,21 +256,38 @@ def checkpoint_directory(h: Hyperparameters, contract: Contract) -> Path:
 
 
 def remote_checkpoints(
-    h: Hyperparameters, contract: Contract, target: S3Uri | None, world: World, report: Reporter
+    h: Hyperparameters,
+    contract: Contract,
+    target: S3Uri | None,
+    world: World,
+    owns: Callable[[Checkpoint], bool],
+    report: Reporter,
 ) -> RemoteCheckpoints | None:
     """Checkpoints beside the model in S3, unless SageMaker syncs them, or other hosts would need them as well."""
     if target is None or contract.checkpoint_directory.is_dir() or len(contract.hosts) > 1 or not world.is_main:
         return None
-    return RemoteCheckpoints(target, h.s3_options, upload_client(h), report)
+    return RemoteCheckpoints(target, h.s3_options, upload_client(h), report, owns)
 
 
 def find_checkpoints(
-    h: Hyperparameters, checkpoints: Path, remote: RemoteCheckpoints | None, world: World, report: Reporter
+    h: Hyperparameters,
+    checkpoints: Path,
+    remote: RemoteCheckpoints | None,
+    world: World,
+    owns: Callable[[Checkpoint], bool],
+    report: Reporter,
 ) -> Iterator[Checkpoint]:
-    """The checkpoints that the job may be resumed from, the newest first; none where it is to start again."""
-    if h.resume_from_checkpoint == "no":
-        return iter(())
-    if remote:
+    """The checkpoints that the job may be resumed from, the newest first; none where it is to start again.
+
+    Args:
+        owns: whether a checkpoint is this job's. Where none is, those of others are found, for the job to be refused.
+    """
+    starts_again = h.resume_from_checkpoint == "no"
+    if remote and not starts_again:
         remote.fetch(checkpoints)
     world.first(None)  # the others wait for what was fetched
-    return undamaged_checkpoints(checkpoints, report.warn)
+    whole = all_checkpoints(checkpoints)
+    others = [checkpoint.directory.name for checkpoint in whole if not owns(checkpoint)]
+    if others and (starts_again or len(others) < len(whole)):
+        report.warn(f"checkpoints in {checkpoints} that are not of this job stay: {', '.join(others)}")
+    return iter(()) if starts_again else undamaged_checkpoints(checkpoints, report.warn, owns)

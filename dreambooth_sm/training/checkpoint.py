@@ -3,6 +3,9 @@
 Random choices are functions of the seed and the step (see :mod:`dreambooth_sm.data.training_set`), so weights,
 optimizer state, averages and the step are everything.
 
+Jobs may share a directory: each removes and replaces only its own checkpoints. Where another's has the name, a job's
+own is ``step-00000800-2``.
+
 A checkpoint is a directory ``step-00000800``: ``tensors.pt``, and ``state.json`` with the format's number, the step,
 the job's identity, what the job has to tell so far, and the size and CRC-32 of both. CRC-32, because it is there to
 find damage, not forgery, and costs half of what SHA-256 costs, or a fifth on processors without instructions for that.
@@ -19,7 +22,7 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, cast
@@ -38,15 +41,15 @@ from dreambooth_sm.training import checkpoint_format_1
 FORMAT = 2
 _READ = (1, FORMAT)
 
-_STATE = "state.json"
+STATE = "state.json"
 _TENSORS = "tensors.pt"
 _PICTURES = "samples"
-_NAME = re.compile("step-([0-9]{8})")
+NAME = re.compile("step-([0-9]{8})(?:-[0-9]+)?")
 _CHUNK = 2**20
 # A record of a million metric lines has a sixth of this.
-_LARGEST_STATE = 2**30
+LARGEST_STATE = 2**30
 # Differences of one kind that are named.
-_MOST_NAMED = 5
+_MOSTNAMED = 5
 
 
 class _Identity(BaseModel):
@@ -111,18 +114,30 @@ class Checkpoint:
                 f"the checkpoint {self.directory} has format {self.format}, and this version reads up to {FORMAT}; "
                 "finish the job with the version that wrote it, or set resume_from_checkpoint=no to start again"
             )
+        if differences := self._differences(identity):
+            words = "; ".join(_difference(name, was, now) for name, (was, now) in differences.items())
+            raise UserError(
+                f"the job can't be resumed from the checkpoint {self.directory}: {words}; "
+                "put the values back, or set resume_from_checkpoint=no to start again"
+            )
+
+    def belongs_to(self, identity: dict[str, Any], *, but: Collection[str] = ()) -> bool:
+        """Whether it is of a job with ``identity``, which may be resumed from it and may remove it.
+
+        Args:
+            but: names of what need not be the same.
+        """
+        return self.format in _READ and self._differences(identity).keys() <= set(but)
+
+    def _differences(self, identity: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What was and what is, by name."""
         now = checkpoint_format_1.comparable(self.identity, identity) if self.format == 1 else identity
-        differences = [
-            _difference(name, was, now.get(name))
+        return {
+            name: (was, now.get(name))
             for name in sorted(self.identity.keys() | now.keys())
             # A hyperparameter that the job's version did not have yet: what it has become the default of.
             if (was := self.identity.get(name, _default(name))) != now.get(name)
-        ]
-        if differences:
-            raise UserError(
-                f"the job can't be resumed from the checkpoint {self.directory}: {'; '.join(differences)}; "
-                "put the values back, or set resume_from_checkpoint=no to start again"
-            )
+        }
 
     def not_comparable(self, identity: dict[str, Any]) -> list[str]:
         """The names of what :meth:`check_identity` can't look at, because an earlier version did not write it."""
@@ -167,15 +182,18 @@ def save_checkpoint(
     keep: int,
     record: dict[str, Any] | None = None,
     pictures: Iterable[Path] = (),
+    owns: Callable[[Checkpoint], bool] | None = None,
 ) -> Checkpoint:
     """Writes ``root/step-N`` so that it is there whole or not at all; it and the ``keep - 1`` before it are kept.
 
     Args:
+        owns: whether a checkpoint is this job's, and may give way; by default those of the same identity.
         record: what the job has to tell so far, as JSON's types.
         pictures: that were drawn so far; copied.
     """
     record = record or {}
-    final = root / f"step-{step:08d}"
+    owns = owns or (lambda checkpoint: checkpoint.belongs_to(identity))
+    final = root / own_name(step, {checkpoint.directory.name: owns(checkpoint) for checkpoint in all_checkpoints(root)})
     partial = root / f".partial-{final.name}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -185,13 +203,24 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    whole = all_checkpoints(root)
+    own = [checkpoint for checkpoint in all_checkpoints(root) if owns(checkpoint)]
     # Later steps are those of a run that this one has replaced, and would be taken for the newest of this one.
-    replaced = [checkpoint for checkpoint in whole if checkpoint.step > step]
-    own = [checkpoint for checkpoint in whole if checkpoint.step <= step]
-    for checkpoint in (*replaced, *own[:-keep]):
+    replaced = [checkpoint for checkpoint in own if checkpoint.step > step]
+    before = [checkpoint for checkpoint in own if checkpoint.step <= step]
+    for checkpoint in (*replaced, *before[:-keep]):
         shutil.rmtree(checkpoint.directory, ignore_errors=True)
     return Checkpoint(final, step, identity, crc32, record)
+
+
+def own_name(step: int, there: Mapping[str, bool]) -> str:
+    """The name for a job's checkpoint of a step: of its own that it replaces, or one that no other job's has.
+
+    Args:
+        there: the names of the whole checkpoints, and whether they are the job's.
+    """
+    plain = f"step-{step:08d}"
+    names = [plain, *(f"{plain}-{number}" for number in range(2, len(there) + 2))]
+    return next((name for name in names if there.get(name)), None) or next(name for name in names if name not in there)
 
 
 def _write(
@@ -223,7 +252,7 @@ def _write(
         "crc32": written.crc32,
         "record": record,
     }
-    (directory / _STATE).write_text(json.dumps(state | {"state_crc32": _crc32_of(state)}, indent=1))
+    (directory / STATE).write_text(json.dumps(state | {"state_crc32": _crc32_of(state)}, indent=1))
     return written.crc32
 
 
@@ -266,7 +295,7 @@ def _difference(name: str, was: Any, now: Any) -> str:
         "gone": [key for key in was if key not in now],
     }
     words = [
-        f"{', '.join(keys[:_MOST_NAMED])}{f' and {len(keys) - _MOST_NAMED} more' if keys[_MOST_NAMED:] else ''} {kind}"
+        f"{', '.join(keys[:_MOSTNAMED])}{f' and {len(keys) - _MOSTNAMED} more' if keys[_MOSTNAMED:] else ''} {kind}"
         for kind, keys in kinds.items()
         if keys
     ]
@@ -279,32 +308,48 @@ def _read(directory: Path) -> Checkpoint:
     Raises:
         ValueError: there is none that is whole; the message says why.
     """
-    name = _NAME.fullmatch(directory.name)
-    assert name is not None
-    if directory.is_symlink() or (directory / _STATE).is_symlink() or (directory / _TENSORS).is_symlink():
+    if directory.is_symlink() or (directory / STATE).is_symlink() or (directory / _TENSORS).is_symlink():
         raise ValueError("it is a link")
     try:
-        if (directory / _STATE).stat().st_size > _LARGEST_STATE:
-            raise ValueError(f"{_STATE} is too large")
-        text = (directory / _STATE).read_text(encoding="utf-8")
-        state = json.loads(text)
+        if (directory / STATE).stat().st_size > LARGEST_STATE:
+            raise ValueError(f"{STATE} is too large")
+        checkpoint, expected = parse_state((directory / STATE).read_bytes(), directory)
+        size = (directory / _TENSORS).stat().st_size if expected is not None else None
+    except OSError as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if size != expected:
+        raise ValueError(f"{_TENSORS} has {size} of {expected} bytes")
+    return checkpoint
+
+
+def parse_state(content: bytes, directory: Path) -> tuple[Checkpoint, int | None]:
+    """What a ``state.json`` says, and how many bytes the tensors have; None in another format.
+
+    Args:
+        directory: that it comes from, whose name says which step it has to be of.
+
+    Raises:
+        ValueError: it is not what this project writes; the message says why.
+    """
+    name = NAME.fullmatch(directory.name)
+    assert name is not None
+    try:
+        state = json.loads(content.decode())
         if not isinstance(state, dict) or state.pop("state_crc32", None) != _crc32_of(state):
-            raise ValueError(f"{_STATE} is not what was written")
+            raise ValueError(f"{STATE} is not what was written")
         state = checkpoint_format_1.with_all_fields(state)
         if type(state["format"]) is int and state["format"] not in _READ:
-            return Checkpoint(directory, int(name[1]), {}, 0, format=state["format"])
+            return Checkpoint(directory, int(name[1]), {}, 0, format=state["format"]), None
         _State.model_validate_json(json.dumps(state))
-        size = (directory / _TENSORS).stat().st_size
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ValueError(f"{_STATE}: {where} is not valid") from None
-    except (OSError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{STATE}: {where} is not valid") from None
+    except (RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if state["step"] != int(name[1]):
-        raise ValueError(f"{_STATE} is of step {state['step']}")
-    if size != state["bytes"]:
-        raise ValueError(f"{_TENSORS} has {size} of {state['bytes']} bytes")
-    return Checkpoint(directory, state["step"], state["identity"], state["crc32"], state["record"], state["format"])
+        raise ValueError(f"{STATE} is of step {state['step']}")
+    found = Checkpoint(directory, state["step"], state["identity"], state["crc32"], state["record"], state["format"])
+    return found, state["bytes"]
 
 
 def _ignore(text: str) -> None:
@@ -317,7 +362,7 @@ def all_checkpoints(root: Path, warn: Callable[[str], object] = _ignore) -> list
     Of the tensors only the size is looked at; see :meth:`Checkpoint.is_undamaged`.
     """
     found: list[Checkpoint] = []
-    for directory in sorted(path for path in root.glob("step-*") if _NAME.fullmatch(path.name)):
+    for directory in sorted(path for path in root.glob("step-*") if NAME.fullmatch(path.name)):
         try:
             found.append(_read(directory))
         except ValueError as error:
@@ -325,9 +370,17 @@ def all_checkpoints(root: Path, warn: Callable[[str], object] = _ignore) -> list
     return found
 
 
-def undamaged_checkpoints(root: Path, warn: Callable[[str], object] = _ignore) -> Iterator[Checkpoint]:
-    """Those of :func:`all_checkpoints` that are undamaged, the newest first; ``warn`` is told of the others."""
-    for checkpoint in reversed(all_checkpoints(root, warn)):
+def undamaged_checkpoints(
+    root: Path, warn: Callable[[str], object] = _ignore, owns: Callable[[Checkpoint], bool] = lambda _: False
+) -> Iterator[Checkpoint]:
+    """Those of :func:`all_checkpoints` that are undamaged, the newest first; ``warn`` is told of the others.
+
+    Args:
+        owns: where it says so of any, the others are left out.
+    """
+    whole = all_checkpoints(root, warn)
+    own = [checkpoint for checkpoint in whole if owns(checkpoint)]
+    for checkpoint in reversed(own or whole):
         if checkpoint.is_undamaged():
             yield checkpoint
         else:

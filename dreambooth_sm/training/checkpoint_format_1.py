@@ -11,8 +11,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 _BASE = "pretrained_model_name_or_path"
-# What precision and optimizer, which it holds, stand for.
-_KNOWN = {"mixed_precision", "use_8bit_adam"}
+# What it does not hold, and is known all the same: precision and optimizer stand for two, and there was one method.
+_KNOWN = {"mixed_precision", "use_8bit_adam", "method"}
 
 
 def with_all_fields(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def by_parameter(tensors: Any) -> Any:
 
 
 def comparable(was: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a present job's identity what ``was``, one of format 1, holds, and as it would."""
+    """Of a present job's identity what ``was``, one of format 1, holds, and as it would; and the method."""
     base = identity.get(_BASE)
     # Paths were those that they had on that machine.
     if isinstance(base, str) and base.startswith("/opt/ml/") and str(was.get(_BASE)).endswith(base[len("/opt/ml") :]):
@@ -42,7 +42,7 @@ def comparable(was: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str,
         "precision": identity.get("mixed_precision"),
         "pictures": sorted(PurePosixPath(name).name for name in identity.get("pictures", ())),
     }
-    return {name: then.get(name) for name in was}
+    return {name: then.get(name) for name in was.keys() | (identity.keys() & {"method"})}
 
 
 def not_comparable(was: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:

@@ -212,6 +212,8 @@ class Trainer:
                 keep=self.h.checkpoints_total_limit + (self.h.select_best and is_last),
                 record=self.report.record(self.step),
                 pictures=[sample.path for sample in self.report.samples],
+                # A seed that was drawn is another in each start of the same job.
+                owns=lambda c: c.belongs_to(self.identity, but=("seed",) if self.h.seed is None else ()),
             ).directory
         except OSError as error:
             reason = error.strerror or str(error)

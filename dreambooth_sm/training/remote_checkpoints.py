@@ -1,14 +1,14 @@
 """Checkpoints in S3, of jobs whose checkpoint directory SageMaker does not sync.
 
 They lie beside the model that is to come, in ``TARGET/checkpoints/step-N``, each with a manifest, and are removed once
-the model is there. They travel while training goes on: one at a time, two requests at a time.
+the model is there; another job's stay. They travel while training goes on: one at a time, two requests at a time.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -23,10 +23,19 @@ from dreambooth_sm.storage import (
     TransferError,
     delete_directory,
     download_directory,
+    get_object,
     list_objects,
     upload_directory,
 )
-from dreambooth_sm.training.checkpoint import all_checkpoints
+from dreambooth_sm.training.checkpoint import (
+    LARGEST_STATE,
+    NAME,
+    STATE,
+    Checkpoint,
+    all_checkpoints,
+    own_name,
+    parse_state,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -42,11 +51,20 @@ class RemoteCheckpoints:
     Args:
         target: where the model will be uploaded to.
         client: for every request.
+        owns: whether a checkpoint is this job's, and may give way.
     """
 
-    def __init__(self, target: S3Uri, options: S3Options, client: S3Client, report: Reporter) -> None:
+    def __init__(
+        self,
+        target: S3Uri,
+        options: S3Options,
+        client: S3Client,
+        report: Reporter,
+        owns: Callable[[Checkpoint], bool],
+    ) -> None:
         self.place = target / "checkpoints"
-        self._options, self._client, self._report = options, client, report
+        self._options, self._client, self._report, self._owns = options, client, report, owns
+        self._sent: set[str] = set()
         self._background = Background("checkpoints to S3", self._send)
 
     def __enter__(self) -> RemoteCheckpoints:
@@ -75,34 +93,64 @@ class RemoteCheckpoints:
     def _send(self, directory: Path) -> None:
         name = directory.name.removeprefix(".sending-")
         try:
-            upload_directory(directory, self.place / name, self._options, workers=_WORKERS, client=self._client)
-            for other in self._steps():
-                if other != name:
-                    delete_directory(self.place / other, self._options, client=self._client)
+            there = self._steps(list_objects(self.place, self._options, client=self._client))
+            own = {other: self._is_own(other, found) for other, found in there.items() if found}
+            place = own_name(int(name.split("-")[1]), own)
+            self._sent.add(place)
+            upload_directory(directory, self.place / place, self._options, workers=_WORKERS, client=self._client)
+            self._remove(but=place)
         except (TransferError, UserError, OSError) as error:
             self._report.warn(f"the checkpoint {name} is not in S3: {error}")
         shutil.rmtree(directory, ignore_errors=True)
 
-    def _steps(self) -> list[str]:
-        """The checkpoints there, whole or not, newest first."""
-        names = {key.partition("/")[0] for key in list_objects(self.place, self._options, client=self._client)}
-        return sorted((name for name in names if re.fullmatch(r"step-\d+", name)), reverse=True)
+    def _steps(self, listed: Mapping[str, int]) -> dict[str, Checkpoint | None]:
+        """The checkpoints there, whole or not, newest first; None of those whose record can't be read."""
+        names = {key.partition("/")[0] for key in listed}
+        steps = sorted((name for name in names if NAME.fullmatch(name)), reverse=True)
+        return {name: self._read(name) if listed.get(f"{name}/{STATE}", 0) <= LARGEST_STATE else None for name in steps}
+
+    def _read(self, name: str) -> Checkpoint | None:
+        try:
+            content = get_object(self.place / name / STATE, self._options, client=self._client)
+            return None if content is None else parse_state(content, Path(name))[0]
+        except (ValueError, UserError):
+            return None
+
+    def _is_own(self, name: str, checkpoint: Checkpoint | None) -> bool:
+        return name in self._sent or (checkpoint is not None and self._owns(checkpoint))
+
+    def _remove(self, but: str | None = None) -> None:
+        """Removes this job's checkpoints; another's, and what can't be told to be this one's, stay."""
+        there = self._steps(list_objects(self.place, self._options, client=self._client))
+        for name, checkpoint in there.items():
+            if name != but and self._is_own(name, checkpoint):
+                delete_directory(self.place / name, self._options, client=self._client)
 
     def fetch(self, root: Path) -> None:
-        """Puts the newest whole checkpoint below ``root``, unless it is there undamaged."""
+        """Puts the newest whole checkpoint of this job below ``root``, unless it is there undamaged; where there is
+        none, another job's."""
         listed = list_objects(self.place, self._options, client=self._client)
-        here = {checkpoint.directory.name: checkpoint for checkpoint in all_checkpoints(root)}
-        for name in self._steps():
-            if f"{name}/{MANIFEST_NAME}" not in listed:
-                continue
-            if name in here and here[name].is_undamaged():
+        there: dict[str, Checkpoint] = {}
+        for name, checkpoint in self._steps(listed).items():
+            if f"{name}/{MANIFEST_NAME}" in listed:
+                if checkpoint:
+                    there[name] = checkpoint
+                else:
+                    self._report.warn(f"the checkpoint {self.place / name} is damaged and passed over")
+        own = {name: checkpoint for name, checkpoint in there.items() if self._owns(checkpoint)}
+        here = all_checkpoints(root)
+        for name, checkpoint in (own or there).items():
+            same = next((c for c in here if (c.identity, c.crc32) == (checkpoint.identity, checkpoint.crc32)), None)
+            if same and same.is_undamaged():
                 return
-            partial = root / f".partial-{name}"
+            owned_here = {c.directory.name: self._owns(c) for c in here}
+            place = same.directory if same else root / own_name(checkpoint.step, owned_here)
+            partial = root / f".partial-{place.name}"
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 download_directory(self.place / name, partial, self._options, client=self._client)
-                shutil.rmtree(root / name, ignore_errors=True)
-                partial.rename(root / name)
+                shutil.rmtree(place, ignore_errors=True)
+                partial.rename(place)
             except (TransferError, UserError, OSError) as error:
                 shutil.rmtree(partial, ignore_errors=True)
                 self._report.warn(f"{error}: going back to the checkpoint before")
@@ -111,9 +159,8 @@ class RemoteCheckpoints:
             return
 
     def clear(self) -> None:
-        """Removes them all: the finished model stands for them."""
+        """Removes this job's: the finished model stands for them."""
         try:
-            for name in self._steps():
-                delete_directory(self.place / name, self._options, client=self._client)
+            self._remove()
         except (TransferError, UserError) as error:
             self._report.warn(f"checkpoints that are no longer needed could not be removed: {error}")

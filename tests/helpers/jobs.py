@@ -141,6 +141,10 @@ class JobTree:
         before = json.loads((self.config / "hyperparameters.json").read_text())
         self.write("input/config/hyperparameters.json", json.dumps(before | hyperparameters))
 
+    def get(self, hyperparameter: str) -> str:
+        """The value that it is laid out with."""
+        return str(json.loads((self.config / "hyperparameters.json").read_text())[hyperparameter])
+
     def start(self, *arguments: str, fork: bool = True) -> subprocess.Popen[str]:
         """Starts the job; ``fork=False``: as the image does, with a Python of its own."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "SAGEMAKER_", "TRAINING_JOB"))}

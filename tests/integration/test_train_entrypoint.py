@@ -23,6 +23,7 @@ from dreambooth_sm.report import parse_metrics
 from dreambooth_sm.results import REPORT_FILES
 from dreambooth_sm.storage import MANIFEST_NAME, Manifest, S3Uri, download_directory, list_objects
 from launcher.local.s3 import EmbeddedS3
+from tests.helpers.checkpoints import as_format_1, rewrite_state
 from tests.helpers.jobs import SEED_NOTEBOOK, WEIGHTS, Ended, JobTree, end, read_until, read_weights, same_weights
 from tests.helpers.services import eventually
 
@@ -213,13 +214,18 @@ def test_sigterm_ends_the_job_with_a_checkpoint(stopped: tuple[JobTree, Ended, f
     assert not files_below(job.model)
 
 
+@pytest.mark.parametrize("stopped_by", ["this version", "one that wrote format 1"])
 def test_a_stopped_job_goes_on_and_ends_with_the_same_weights(
-    stopped: tuple[JobTree, Ended, float], uninterrupted: tuple[JobTree, Ended], tmp_path: Path
+    stopped: tuple[JobTree, Ended, float], uninterrupted: tuple[JobTree, Ended], tmp_path: Path, stopped_by: str
 ) -> None:
     original, before, _ = stopped
     job = copy_of(original, tmp_path / "opt-ml")
+    if stopped_by != "this version":
+        for name in job.checkpoints:
+            as_format_1(job.base / "checkpoints" / name)
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
+    assert ("is of an earlier version" in ended.log) == (stopped_by != "this version")
     assert int(ended.steps[0]["step"]) == int(before.steps[-1]["step"]) + 1
     assert_same_end(job, ended, uninterrupted)
 
@@ -286,6 +292,48 @@ def test_the_checkpoint_of_another_job_is_refused(stopped: tuple[JobTree, Ended,
     # Refused before anything that costs money, and nothing of the other job's is touched.
     assert "phase=load_base" not in ended.log
     assert job.checkpoints == before
+
+
+def test_the_checkpoint_of_a_later_version_is_refused(stopped: tuple[JobTree, Ended, float], tmp_path: Path) -> None:
+    original, _, _ = stopped
+    job = copy_of(original, tmp_path / "opt-ml")
+    (name,) = before = job.checkpoints
+    rewrite_state(job.base / "checkpoints" / name, lambda state: state.update(format=99))
+    job.set(seed="None")
+    ended = job.run("train")
+    assert ended.code == EXIT_BAD_INPUT, ended.log
+    assert job.failure is not None
+    assert "has format 99, and this version reads up to 2" in job.failure
+    assert job.checkpoints == before
+
+
+def test_a_job_that_starts_again_in_anothers_directory_leaves_the_other_what_it_has(
+    stopped: tuple[JobTree, Ended, float], uninterrupted: tuple[JobTree, Ended], tmp_path: Path
+) -> None:
+    """And each is resumed from its own, although both are of the same step."""
+    original, _, _ = stopped
+    job = copy_of(original, tmp_path / "opt-ml")
+    root = job.base / "checkpoints"
+    theirs = {name: (root / name).read_bytes() for name in files_below(root)}
+    (name,) = job.checkpoints
+    steps, learning_rate = int(name.removeprefix("step-")), job.get("learning_rate")
+    job.set(learning_rate="2e-3", resume_from_checkpoint="no", max_train_steps=str(steps))
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    assert f"warning: checkpoints in {root} that are not of this job stay: {name}" in ended.log
+    assert ended.steps[0]["step"] == "1"
+    assert {name: (root / name).read_bytes() for name in theirs} == theirs
+    assert job.checkpoints == [name, f"{name}-2"]
+
+    job.set(resume_from_checkpoint="latest", max_train_steps=str(steps + 1))
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    assert [step["step"] for step in ended.steps] == [str(steps + 1)]
+
+    job.set(learning_rate=learning_rate, max_train_steps=str(STEPS))
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    assert_same_end(job, ended, uninterrupted)
 
 
 def test_a_finished_job_that_is_started_again_writes_the_same_model_without_a_step(

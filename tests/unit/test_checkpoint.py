@@ -20,8 +20,15 @@ from hypothesis import strategies as st
 
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.outputs import discard_checkpoints
 from dreambooth_sm.resume import check_resumable, find_other_rates
-from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint, save_checkpoint
+from dreambooth_sm.training.checkpoint import (
+    Checkpoint,
+    all_checkpoints,
+    latest_checkpoint,
+    save_checkpoint,
+    undamaged_checkpoints,
+)
 from dreambooth_sm.training.loop import TrainingError
 from dreambooth_sm.training.losses import Loss
 from dreambooth_sm.training.schedule import Schedule
@@ -33,9 +40,12 @@ from tests.helpers.training import Run, same, weights
 IDENTITY = {"seed": 7, "instance_prompt": "photo of zwx toy", "pictures": ["a.png"], "train_text_encoder": False}
 
 
-def save(root: Path, step: int, *, keep: int = 10) -> Checkpoint:
+OTHER = {**IDENTITY, "instance_prompt": "photo of qqz toy"}
+
+
+def save(root: Path, step: int, *, keep: int = 10, identity: dict[str, Any] = IDENTITY) -> Checkpoint:
     return save_checkpoint(
-        root, step, IDENTITY, {"weights": {"w": torch.full((3,), float(step))}, "ema": None}, keep=keep
+        root, step, identity, {"weights": {"w": torch.full((3,), float(step))}, "ema": None}, keep=keep
     )
 
 
@@ -77,6 +87,55 @@ def test_an_abandoned_runs_later_steps_do_not_outlive_a_new_start(tmp_path: Path
         save(tmp_path, step, keep=2)
     save(tmp_path, 100, keep=2)
     assert names(tmp_path) == ["step-00000100"]
+
+
+def contents(checkpoint: Checkpoint) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in checkpoint.directory.iterdir()}
+
+
+def test_what_another_job_has_in_the_directory_stays(tmp_path: Path) -> None:
+    """Before, at and after the steps of this job, over its whole life."""
+    others = [save(tmp_path, step, identity=OTHER) for step in (3, 5, 9, 700)]
+    before = [contents(other) for other in others]
+    for step in (800, 5, 7, 9):  # 800: before it was started again
+        save(tmp_path, step, keep=2)
+    assert [contents(other) for other in others] == before
+    own = [c for c in all_checkpoints(tmp_path) if c.belongs_to(IDENTITY)]
+    assert [(c.step, c.directory.name) for c in own] == [(7, "step-00000007"), (9, "step-00000009-2")]
+    assert torch.equal(own[1].load()["weights"]["w"], torch.full((3,), 9.0))
+    save(tmp_path, 9, keep=2)
+    third = save(tmp_path, 9, identity={**IDENTITY, "seed": 8})
+    assert third.directory.name == "step-00000009-3"
+    assert {c.directory for c in all_checkpoints(tmp_path)} == {c.directory for c in (*others, *own, third)}
+    assert [c.step for c in undamaged_checkpoints(tmp_path)] == [700, 9, 9, 9, 7, 5, 3]
+    assert list(undamaged_checkpoints(tmp_path, owns=lambda c: c.belongs_to(IDENTITY))) == own[::-1]
+    discard_checkpoints(tmp_path, IDENTITY)
+    assert {c.directory for c in all_checkpoints(tmp_path)} == {c.directory for c in (*others, third)}
+    assert [contents(other) for other in others] == before
+
+
+def test_what_cannot_be_told_to_be_this_jobs_stays(tmp_path: Path) -> None:
+    later = save(tmp_path, 10)
+    rewrite_state(later.directory, lambda state: state.update(format=99))
+    damaged = save(tmp_path, 20)
+    (damaged.directory / "state.json").write_text("{")
+    before = [contents(later), contents(damaged)]
+    save(tmp_path, 10, keep=1)
+    assert [contents(later), contents(damaged)] == before
+    assert names(tmp_path) == ["step-00000010", "step-00000010-2", "step-00000020"]
+    save(tmp_path, 20, keep=1)  # a name is not kept for what nobody can use
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+
+
+def test_a_job_that_draws_its_seed_is_the_same_with_another(base: PretrainedModel, tmp_path: Path) -> None:
+    """Started again, it replaces what it had with the seed before; with a seed that is given it is another job."""
+    root = tmp_path / "checkpoints"
+    for step in (1, 700):
+        save(root, step, identity={"seed": 5})
+    Run(base, tmp_path, max_train_steps=2).train()
+    assert names(root) == ["step-00000001", "step-00000002", "step-00000700"]
+    Run(base, tmp_path, max_train_steps=2, checkpoints_total_limit=1, seed=None).train()
+    assert names(root) == ["step-00000002"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -178,7 +237,7 @@ def test_every_difference_of_the_job_is_named(tmp_path: Path) -> None:
     for part in (
         "seed was 7 and is 8",
         "instance_prompt was 'photo of zwx toy' and is 'photo of qqz toy'",
-        "use_ema was None and is True",
+        "use_ema was 'auto' and is True",
         "resume_from_checkpoint=no",
     ):
         assert part in line
@@ -250,9 +309,7 @@ def test_a_checkpoint_of_a_later_version_gets_a_clear_answer(tmp_path: Path) -> 
     assert found is not None
     with pytest.raises(UserError, match=r"has format 99, and this version reads up to 2; .*resume_from_checkpoint=no"):
         found.check_identity(IDENTITY)
-    # A job that starts again in its place replaces it.
-    save(tmp_path, 5)
-    assert names(tmp_path) == ["step-00000005"]
+    assert not found.belongs_to(IDENTITY)
 
 
 HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {

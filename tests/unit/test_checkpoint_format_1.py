@@ -11,13 +11,12 @@ import pytest
 
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
-from dreambooth_sm.methods.full import FULL
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.resume import BASE, Start, check_resumable, fingerprint, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint, save_checkpoint
 from dreambooth_sm.training.schedule import Schedule
 from tests.helpers.checkpoints import as_format_1, lay_weights_by_part, rewrite_state, rewrite_tensors
-from tests.helpers.training import Recorder, Run, cpu_plan, hyperparameters, make_subject, same, weights
+from tests.helpers.training import Recorder, Run, attach, cpu_plan, hyperparameters, make_subject, same, weights
 
 SCHEDULE = Schedule(4, 0, 1e-4)
 JOBS: dict[str, dict[str, Any]] = {
@@ -55,7 +54,7 @@ def test_a_job_that_an_earlier_version_began_ends_as_if_it_had_not_been_interrup
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.format) == (2, 1 if age is as_format_1 else 2)
     resumed = Run(base, tmp_path / "stopped", **values)
-    shapes = {name: p.shape for name, p in FULL.parameters(resumed.base, resumed.plan).items()}
+    shapes = {name: p.shape for name, p in resumed.trainer.named_parameters.items()}
     assert checkpoint.find_misfit(shapes) is None
     resumed.recorder.go_on(checkpoint.record, checkpoint.step, tmp_path)
     resumed.trainer.resume(checkpoint)
@@ -117,6 +116,8 @@ def test_what_it_holds_is_compared(tmp_path: Path) -> None:
         "seed was 7 and is 8",
     ):
         assert said in str(caught.value)
+    with pytest.raises(UserError, match="method was 'full' and is 'another'"):
+        check_resumable(saved, identity | {"method": "another"}, SCHEDULE)
     with pytest.raises(UserError, match="has taken 2 steps, and the job is to take 1"):
         check_resumable(saved, identity, Schedule(1, 0, 1e-4))
 
@@ -156,7 +157,7 @@ def test_a_line_says_what_cannot_be_compared(base: PretrainedModel, tmp_path: Pa
     found = latest_checkpoint(tmp_path / "checkpoints")
     h, report = hyperparameters(), Recorder()
     start = Start(7, identity, SCHEDULE, tmp_path / "checkpoints", None, found, iter(()))
-    start.fit_to(base, FULL.parameters(base, cpu_plan(h)), h, report)
+    start.fit_to(base, attach(base, h, cpu_plan(h)).parameters, h, report)
     assert start.previous == found
     log = report.stream.getvalue()  # type: ignore[attr-defined]
     assert log.count("warning: ") == format_1
@@ -165,7 +166,7 @@ def test_a_line_says_what_cannot_be_compared(base: PretrainedModel, tmp_path: Pa
         assert f"warning: the checkpoint {directory} is of an earlier version; whether its job had the same" in log
         for name in ("base_model", "center_crop", "snr_gamma", "hflip", "captions"):
             assert f" {name}," in log
-        for name in ("learning_rate", "pictures", "seed", "mixed_precision", "use_8bit_adam"):
+        for name in ("learning_rate", "pictures", "seed", "mixed_precision", "use_8bit_adam", "method"):
             assert f" {name}," not in log
 
 
@@ -211,7 +212,8 @@ def test_parameters_in_another_order_are_not_those_of_the_model(base: Pretrained
         Run(base, tmp_path).train(stop_at=2)
     directory = tmp_path / "checkpoints" / "step-00000002"
     rewrite_tensors(directory, lambda t: t.update(weights=dict(reversed(t["weights"].items()))))
-    shapes = {name: p.shape for name, p in FULL.parameters(base, cpu_plan(hyperparameters())).items()}
+    h = hyperparameters()
+    shapes = {name: p.shape for name, p in attach(base, h, cpu_plan(h)).parameters.items()}
     (found,) = all_checkpoints(tmp_path / "checkpoints")
     assert found.find_misfit(shapes) == "its tensors are not those of this model"
     assert found.find_misfit(dict(reversed(shapes.items()))) is None
