@@ -99,7 +99,7 @@ class PretrainedModel:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Its modules may be moved; afterwards each is on the device that it was on."""
-        homes = [(module, module.device) for module in (self.unet, self.vae, *self.text_encoders)]
+        homes: list[tuple[Any, Any]] = [(module, module.device) for module in self.modules.values()]
         try:
             yield
         finally:

@@ -54,9 +54,9 @@ class WholeModel:
     def __init__(self, model: PretrainedModel, *, text_encoder: bool) -> None:
         self.model = model
         self._text_encoder = text_encoder
-        self._parts = {model.family.facts.denoiser: model.denoiser} | (
-            {"text_encoder": model.text_encoder} if text_encoder else {}
-        )
+        self._parts = {model.family.facts.denoiser: model.denoiser}
+        if text_encoder:
+            self._parts["text_encoder"] = model.text_encoder
         self.parameters = {
             f"{part}.{key}": parameter
             for part, module in self._parts.items()

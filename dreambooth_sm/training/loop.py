@@ -90,7 +90,7 @@ class Trainer:
         self.world = world
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
-        self._trained, self.base, self.family = trained, trained.model, trained.model.family
+        self.base, self.family = trained.model, trained.model.family
         self.dtype = compute_dtype(plan)
         self.named_parameters = trained.parameters
         self.parameters = list(self.named_parameters.values())
@@ -289,7 +289,7 @@ class Trainer:
         """
         self._check_finite()
         self._put_back(self.ema.average if self.ema else None)
-        self._trained.model.to("cpu")  # what is frozen as well
+        self.base.to("cpu")  # what is frozen as well
 
     def _check_finite(self) -> None:
         """Raises TrainingError where a loss of the steps so far, a weight or an average is not finite."""
