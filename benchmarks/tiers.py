@@ -1,6 +1,7 @@
 """Each tier's plan under that card's memory: does it run, how fast, and how good is the predicted peak.
 
-    python -m benchmarks.tiers [CARD ...] [--steps 100] [--model sdxl] [--write dreambooth_sm/planning/measured]
+    python -m benchmarks.tiers [CARD ...] [--steps 100] [--model sdxl] [--method hypernetwork]
+        [--write dreambooth_sm/planning/measured]
 
 A large card stands in for the small ones: PyTorch's allocator is capped at what such a card leaves to a process, and
 cards before Ampere get fp16 and neither flash nor cuDNN attention. Speeds are those of the card that it runs on. A
@@ -35,6 +36,7 @@ from benchmarks.common import (
 )
 from benchmarks.figures import add_write_option, step_figures, write_figures
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan
@@ -61,11 +63,11 @@ def sampling_peak(base: PretrainedModel, plan: Plan, h: Hyperparameters) -> dict
     }
 
 
-def run_tier(name: str, model: str, steps: int, work: Path) -> dict[str, object]:
+def run_tier(name: str, model: str, method: str, steps: int, work: Path) -> dict[str, object]:
     base = MODELS[model]()  # before the cap: a job would load it on the CPU
     card = find_card(name)
     cap_gb = limit_memory(card)
-    h = hyperparameters(model)
+    h = hyperparameters(model, method=method)
     plan = make_plan(h, card)
     sampling = sampling_peak(base, plan, h)
     reset_peaks()
@@ -95,23 +97,30 @@ def main() -> None:
     parser.add_argument("cards", nargs="*")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", choices=MODELS, default="sd15")
+    parser.add_argument("--method", choices=METHODS, default="full")
     add_write_option(parser)
     options = parser.parse_args()
     cards = options.cards or CARDS[options.model]
     if len(cards) > 1:
         write = [f"--write={options.write}"] if options.write else []
         return in_fresh_processes(
-            "benchmarks.tiers", cards, f"--steps={options.steps}", f"--model={options.model}", *write
+            "benchmarks.tiers",
+            cards,
+            f"--steps={options.steps}",
+            f"--model={options.model}",
+            f"--method={options.method}",
+            *write,
         )
     name = cards[0]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            result = run_tier(name, options.model, options.steps, Path(folder))
-            emit(card=name, model=options.model, **result)
+            result = run_tier(name, options.model, options.method, options.steps, Path(folder))
+            emit(card=name, model=options.model, method=options.method, **result)
             if options.write:
                 h = hyperparameters(options.model)
                 command = f"python -m benchmarks.tiers {name} --model {options.model} --steps {options.steps}"
-                figures = step_figures(h.method, str(result["tier"]), result)
+                command += "" if options.method == "full" else f" --method {options.method}"
+                figures = step_figures(options.method, str(result["tier"]), result)
                 write_figures(options.write, h.architecture, figures, by=command)
         except Exception as error:
             traceback.print_exc()

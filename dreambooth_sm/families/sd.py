@@ -32,6 +32,7 @@ class StableDiffusion:
         footprint=Footprint(unet=859.5, text_encoder=123.1, vae=83.7, text_width=768),
         pipeline="StableDiffusionPipeline",
         parts=("unet", "vae", "text_encoder"),
+        methods={"full": {}, "hypernetwork": {"learning_rate": 1e-4}},
         tags=("stable-diffusion", "stable-diffusion-diffusers"),
         licences={
             "stable-diffusion-v1-5/": "creativeml-openrail-m",

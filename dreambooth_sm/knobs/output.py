@@ -155,7 +155,7 @@ class OutputKnobs(ModelKnobs):
 
     @rule("model_name", "export")
     def _name_can_be_a_files(self) -> Iterator[str]:
-        if self.export != "diffusers" and not re.fullmatch(r"[^/\0]{1,200}", self.model_name):
+        if self.export != "diffusers" and not can_be_a_files_name(self.model_name):
             yield (
                 f"model_name={short(self.model_name)} names the file that export={self.export} writes, and can't be a "
                 "file's name"
@@ -168,6 +168,10 @@ class OutputKnobs(ModelKnobs):
                 f"models_path and pretrained_model_name_or_path are the same directory, {self.models_path}: the "
                 "trained model would be written over the base model; give each its own"
             )
+
+
+def can_be_a_files_name(name: str) -> bool:
+    return bool(re.fullmatch(r"[^/\0]{1,200}", name))
 
 
 def refused_location(name: str, uri: str | None) -> Iterator[str]:

@@ -16,7 +16,11 @@ class TrainingKnobs(Knobs):
 
     group = "Training"
 
-    method: Literal["full"] = knob("full", "What is trained. full: all parameters of the model.")
+    method: Literal["full", "hypernetwork"] = knob(
+        "full",
+        "What is trained. full: all parameters of the model; hypernetwork: two small networks beside it, before the "
+        "keys and the values of its cross attention.",
+    )
     max_train_steps: Steps | None = knob(
         None,
         f"Optimizer steps. Wins over num_train_epochs; {DEFAULT_TRAIN_STEPS} if neither is given.",
@@ -37,9 +41,7 @@ class TrainingKnobs(Knobs):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = knob("constant", "Learning-rate schedule.")
     lr_warmup_steps: StepsOrNone = knob(0, "Steps over which the learning rate rises from 0.")
-    train_text_encoder: bool | Auto = knob(
-        "auto", "Train the text encoder as well as the UNet.", common=True, methods=("full",)
-    )
+    train_text_encoder: bool | Auto = knob("auto", "Train the text encoder as well as the UNet.", common=True)
     snr_gamma: PositiveFloat | None = knob(
         None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
     )

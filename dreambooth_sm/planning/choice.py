@@ -14,6 +14,9 @@ from dreambooth_sm.planning.ladder import Rung, Weights
 from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
 from dreambooth_sm.planning.plan import EmaPlace, Optimizer, Plan, Precision
 
+# Cards of this size draw 64 class images in seconds.
+_FAST_FROM_GIB = 36
+
 
 def make_plan(h: Hyperparameters, card: Card) -> Plan:
     """Chooses the settings for a card: the first rung of the ladder that fits, with explicit hyperparameters in place.
@@ -127,7 +130,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if h.sample_batch_size != "auto":
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
     # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
-    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= METHODS[h.method].ladder[0].from_gib else (16, 8, 4, 2, 1)
+    sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= _FAST_FROM_GIB else (16, 8, 4, 2, 1)
     batches = [n for n in sizes if sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
 
@@ -169,7 +172,9 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
         problems.append(
             f"method={h.method}: the base model is {facts.article} {facts.short} model; set method to {others}"
         )
-    if h.train_text_encoder is True and not facts.footprint.trains_text_encoder:
+    if h.train_text_encoder is True and not METHODS[h.method].trains_text_encoder:
+        problems.append(f"train_text_encoder=true: method={h.method} leaves it as it is; set it to false or auto")
+    elif h.train_text_encoder is True and not facts.footprint.trains_text_encoder:
         problems.append(f"train_text_encoder=true: {_trains_unet_only(h)}; set it to false or auto")
     if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
         problems.append(

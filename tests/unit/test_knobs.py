@@ -32,7 +32,7 @@ class Sparkle(Hyperparameters):
     )
     sparkle_file: str | None = knob(None, "Where the sparkle comes from.", resume="free", path=True)
     sparkle_prompt: str | None = knob(None, "What sparkles.", text=True)
-    grains: Few = knob(4, "Grains of glitter.", methods=("glitter",))
+    grains: Few = knob(4, "Grains of glitter.", methods=("hypernetwork",))
 
     @rule("sparkle", "sparkle_file")
     def _sparkle_has_a_source(self) -> Iterator[str]:
@@ -66,7 +66,7 @@ def test_a_new_knob_is_in_the_schema() -> None:
     assert schema["sparkle"]["aliases"] == ["glimmer"]
     assert (schema["sparkle"]["resume"], schema["sparkle_file"]["resume"]) == ("same", "free")
     assert schema["sparkle_file"]["path"]
-    assert schema["grains"]["methods"] == ["glitter"]
+    assert schema["grains"]["methods"] == ["hypernetwork"]
 
 
 def test_a_new_knob_is_in_the_table_under_its_heading() -> None:
@@ -152,11 +152,11 @@ def test_a_rule_names_every_knob_that_it_reads(name: str) -> None:
 
 
 def test_a_knob_of_another_method_is_refused_with_its_name() -> None:
-    line = "grains belongs to method=glitter, and this job's is full; leave grains out"
+    assert Sparkle.parse({**PROMPT, "method": "hypernetwork", "grains": "8"}).grains == 8
+    line = "grains belongs to method=hypernetwork, and this job's is full; leave grains out"
     assert problems(grains="8") == [line]
     assert problems(grains="4") == [line]  # its default, but somebody set it
     assert Sparkle.parse(PROMPT).grains == 4
-    assert not Hyperparameters.names_where(lambda each: bool(each.methods) and "full" not in each.methods)
 
 
 # What is declared

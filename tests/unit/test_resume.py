@@ -32,7 +32,7 @@ OTHERS: dict[str, Any] = {
     "pretrained_model_name_or_path": "owner/other",
     "pretrained_vae_name_or_path": "owner/vae",
     "use_lora": None,
-    "method": None,
+    "method": "hypernetwork",
     "aspect_ratio_buckets": True,
     "torch_compile": True,
     "cuda_graph": True,
