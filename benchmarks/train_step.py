@@ -40,6 +40,7 @@ from dreambooth_sm.planning.memory import predict_peak_gb
 from dreambooth_sm.planning.plan import Plan
 
 UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
+HYPERNETWORK: dict[str, object] = {"method": "hypernetwork"}
 BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}
 # Variant: (hyperparameters, changes to the plan).
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
@@ -81,11 +82,19 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         BOTH,
         {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True, "weights": "stochastic"},
     ),
+    "hypernetwork": (HYPERNETWORK, {}),
+    "hypernetwork_small": (HYPERNETWORK, {"gradient_checkpointing": True}),
     "everything": ({"train_text_encoder": True, "use_ema": True}, {}),
 }
 # The variants that estimates are made from, and what their figures are called. `lean` is a rung that no card of
 # benchmarks.tiers gets.
-FIGURES = {"unet": "unet", "both": "both", "unet_faithful_small": "lean", "unet_reference_eager": "reference"}
+FIGURES = {
+    "unet": "unet",
+    "both": "both",
+    "unet_faithful_small": "lean",
+    "unet_reference_eager": "reference",
+    "hypernetwork_small": "small",
+}
 # diffusers' settings of the same jobs.
 PEERS = {
     "diffusers_a": ["--mixed_precision=fp16", "--use_8bit_adam", "--gradient_checkpointing"],
@@ -151,7 +160,9 @@ def main() -> None:
     options = parser.parse_args()
     model = options.model
     # SDXL's text encoders are not trained.
-    fitting = [name for name, (wishes, _) in VARIANTS.items() if model == "sd15" or not wishes["train_text_encoder"]]
+    fitting = [
+        name for name, (wishes, _) in VARIANTS.items() if model == "sd15" or wishes.get("train_text_encoder") is False
+    ]
     variants = options.variants or fitting
     if len(variants) > 1:
         write = [f"--write={options.write}"] if options.write else []
@@ -162,7 +173,7 @@ def main() -> None:
                 result = run_variant(name, model, options.steps, Path(folder))
                 emit(variant=name, model=model, **result)
                 if options.write and name in FIGURES:
-                    h = hyperparameters(model)
+                    h = hyperparameters(model, **VARIANTS[name][0])
                     command = f"python -m benchmarks.train_step {name} --model {model} --steps {options.steps}"
                     figures = step_figures(h.method, FIGURES[name], result)
                     write_figures(options.write, h.architecture, figures, by=command)

@@ -50,8 +50,11 @@ REFERENCE: dict[str, Any] = {"precision": "bf16", "weights": "fp32", "optimizer"
 IN_BACKWARD: dict[str, Any] = {"update_in_backward": True, "max_grad_norm": None}
 
 
-def make_trainer(base: PretrainedModel, subject: Subject, *, graph: bool, parts: int, **choices: Any) -> Trainer:
+def make_trainer(
+    base: PretrainedModel, subject: Subject, *, graph: bool, parts: int, method: str = "full", **choices: Any
+) -> Trainer:
     h = hyperparameters(
+        method=method,
         center_crop=False,
         bucket_step=8,
         max_train_steps=STEPS,
@@ -87,6 +90,9 @@ def make_trainer(base: PretrainedModel, subject: Subject, *, graph: bool, parts:
         (REFERENCE | {"precision": "fp16"}, 2),
         (REFERENCE | {"precision": "fp16", "max_grad_norm": None}, 1),
         (REFERENCE | {"precision": "fp32"}, 1),
+        (FAST | {"method": "hypernetwork"}, 1),
+        (FAST | {"method": "hypernetwork", "precision": "fp16", "gradient_checkpointing": True}, 1),
+        (REFERENCE | {"method": "hypernetwork", "ema": "device"}, 2),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
