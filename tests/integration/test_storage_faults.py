@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,16 +67,23 @@ def read(directory: Path) -> dict[str, bytes]:
 
 
 class Schedules:
-    """Transfers under each schedule of faults: what came of them, and which faults they met."""
+    """Transfers under each schedule of faults: what came of them, and which faults they met.
 
-    def __init__(self, s3: EmbeddedS3, clean: storage.S3Client, account: boto3.session.Session) -> None:
-        self._s3, self._clean, self._account = s3, clean, account
-        self._seen: dict[int, Counter[str]] = {}
+    Args:
+        seen: directory in which all processes that run these tests leave what they saw.
+    """
+
+    def __init__(self, s3: EmbeddedS3, clean: storage.S3Client, account: boto3.session.Session, seen: Path) -> None:
+        self._s3, self._clean, self._account, self._seen = s3, clean, account, seen
 
     def seen(self, seed: int, directory: Path) -> Counter[str]:
-        if seed not in self._seen:
-            self._seen[seed] = self._run(seed, directory)
-        return self._seen[seed]
+        there = self._seen / f"{seed}.json"
+        if not there.exists():
+            found = self._run(seed, directory)
+            whole = there.with_suffix(f".{os.getpid()}")
+            whole.write_text(json.dumps(found))
+            whole.replace(there)
+        return Counter(json.loads(there.read_text()))
 
     def _run(self, seed: int, directory: Path) -> Counter[str]:
         clean, seen = self._clean, Counter[str]()
@@ -122,8 +131,16 @@ class Schedules:
 
 
 @pytest.fixture(scope="module")
-def schedules(s3: EmbeddedS3, clean: storage.S3Client, account: boto3.session.Session) -> Schedules:
-    return Schedules(s3, clean, account)
+def schedules(
+    s3: EmbeddedS3,
+    clean: storage.S3Client,
+    account: boto3.session.Session,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Schedules:
+    own = tmp_path_factory.getbasetemp()
+    seen = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "schedules-of-faults"
+    seen.mkdir(exist_ok=True)
+    return Schedules(s3, clean, account, seen)
 
 
 @pytest.mark.parametrize("seed", range(SCHEDULES))
@@ -132,7 +149,7 @@ def test_a_schedule_of_faults(seed: int, schedules: Schedules, tmp_path: Path) -
 
 
 def test_the_schedules_were_hard_and_could_be_met(schedules: Schedules, tmp_path: Path) -> None:
-    # Those that another process has run are run here again.
+    # Those that no process has run yet are run here.
     seen = sum((schedules.seen(seed, tmp_path / str(seed)) for seed in range(SCHEDULES)), Counter[str]())
     for outcome in ("uploaded", "upload failed", "downloaded", "download failed"):
         assert seen[outcome] >= SCHEDULES / 20, seen

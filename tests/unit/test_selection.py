@@ -95,7 +95,7 @@ def test_what_was_learned_is_measured_in_every_place(
 
     def noting(pipeline: Any, prompt: str, seeds: list[int], **options: Any) -> Any:
         asked.append(prompt)
-        return draw(pipeline, prompt, seeds, **options)
+        return draw(pipeline, prompt, seeds, steps=5, **options)  # shows what 25 show
 
     monkeypatch.setattr(selection, "draw", noting)
     monkeypatch.setattr(selection, "_CLASS_PICTURES", 2)
