@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 # What a job or a launcher runs; and what stays in the repository: no image and no wheel has it.
 PRODUCTION = ("dreambooth_sm", "launcher", "container")
 REPOSITORY = {"tests", "toybox", "benchmarks"}
-# What models are opened, compiled, quantised, fetched and followed with. It takes four times as long to import as torch
-# and the job itself, and no check has to wait for it that does not open a model.
+# What models are opened, compiled, quantised and fetched with. It takes longer to import than torch and the job itself,
+# and no check has to wait for it that does not open a model.
 LATE = (
     "accelerate", "bitsandbytes", "boto3", "diffusers", "huggingface_hub", "pandas", "scipy", "sympy", "torch._dynamo",
     "torch._inductor", "torchvision", "transformers", "triton", "xformers",
