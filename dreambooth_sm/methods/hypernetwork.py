@@ -137,11 +137,12 @@ class Networks:
 
     def place(self, plan: Plan, device: torch.device) -> None:
         from dreambooth_sm.training.placement import place, speed_up
+        from dreambooth_sm.training.precision import weights_dtype
 
         _remove(self.model.unet)  # the networks have another precision
         place(self.model.unet, plan, device, trained=False)
         for network in self._networks.values():
-            place(network, plan, device, trained=True)
+            network.to(device=device, dtype=weights_dtype(plan)).requires_grad_(True).train()
         _insert(self.model.unet, self._networks)
         speed_up(self.model.unet, plan)
 

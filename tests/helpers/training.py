@@ -144,10 +144,14 @@ class Run:
         self.schedule = make_schedule(self.h, len(self.subject.pictures), 4)
         self.recorder = Recorder()
         self.trainable = attach(self.base, self.h, self.plan)
-        self.trainer = Trainer(
+        self.trainer = self.trainer_of(self.plan)
+
+    def trainer_of(self, plan: Plan) -> Trainer:
+        """One that trains the same model by a plan."""
+        return Trainer(
             self.trainable,
             self.data,
-            self.plan,
+            plan,
             self.h,
             self.schedule,
             device=CPU,

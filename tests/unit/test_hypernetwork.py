@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,25 @@ def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: Pretr
     after.draw(2)
     with Image.open(drawn.path) as one, Image.open(short.recorder.samples[0].path) as other:
         assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_smaller_plan_learns_the_same_and_another_one_may_go_on(base: PretrainedModel, tmp_path: Path) -> None:
+    """What a card's ladder may choose, and what a job that ran out of memory steps down to."""
+    whole = Run(base, tmp_path / "whole", **VALUES).train()
+    smaller = Run(base, tmp_path / "smaller", plan={"gradient_checkpointing": True}, **VALUES).train()
+    for mine, theirs in zip(smaller.losses, whole.losses, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    stepped = Run(base, tmp_path / "stepped", **VALUES)
+    for _ in range(2):
+        stepped.trainer.optimizer_step(1e-2)
+    state = stepped.trainer.rescue()
+    again = stepped.trainer_of(dataclasses.replace(stepped.plan, gradient_checkpointing=True))
+    again.load_state(state, 2)
+    for _ in range(2):
+        again.optimizer_step(1e-2)
+    again.finish()
+    for name, parameter in whole.trainable.parameters.items():
+        torch.testing.assert_close(stepped.trainable.parameters[name], parameter, rtol=1e-3, atol=1e-5)
 
 
 def test_its_defaults_are_its_own_and_what_is_given_wins() -> None:
