@@ -125,7 +125,7 @@ class Examiner:
             checkpoints: where they lie.
         """
         if self._h.select_best:
-            own = [c for c in all_checkpoints(checkpoints) if c.identity == identity and c.step < steps]
+            own = [c for c in all_checkpoints(checkpoints) if c.belongs_to(identity) and c.step < steps]
             candidate = self.choose([c for c in own if c.is_undamaged()], steps)
         else:
             candidate = self.examine(steps)
