@@ -171,8 +171,8 @@ def make_files(size: str, files: Path) -> None:
 
     from benchmarks.common import MODELS
     from dreambooth_sm.models import read_stored
-    from dreambooth_sm.stored.checkpoint import write_checkpoint
     from dreambooth_sm.stored.model import clip_tokenizer
+    from dreambooth_sm.stored.single_file import write_checkpoint
 
     partial = files.with_name(f"{files.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from dreambooth_sm import sources
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import RENAMED, read_stored
-from dreambooth_sm.stored.checkpoint import write_checkpoint
 from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.files import OutOfRange
+from dreambooth_sm.stored.single_file import write_checkpoint
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 Precision = Literal["keep", "fp16", "bf16", "fp32"]

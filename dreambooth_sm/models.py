@@ -16,12 +16,12 @@ from dreambooth_sm.families import FAMILIES, Family, family_of
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.stored.checkpoint import read_checkpoint, write_checkpoint
-from dreambooth_sm.stored.checkpoint import read_vae as read_vae_file
 from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
 from dreambooth_sm.stored.fit import check_fit
 from dreambooth_sm.stored.locate import find_model
 from dreambooth_sm.stored.model import Pipeline, StoredModel, StoredPart, make_pipeline, parts_of, tokenizers_of
+from dreambooth_sm.stored.single_file import read_checkpoint, write_checkpoint
+from dreambooth_sm.stored.single_file import read_vae as read_vae_file
 
 _NO_AVERAGE = "only single files carry averages; leave it out"
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
@@ -115,7 +115,7 @@ class PretrainedModel:
         """Writes one ``.safetensors`` file in the original layout.
 
         Args:
-            facts: for its metadata, see :func:`dreambooth_sm.stored.checkpoint.write_checkpoint`.
+            facts: for its metadata, see :func:`dreambooth_sm.stored.single_file.write_checkpoint`.
         """
         write_checkpoint(StoredModel.of(self.name, self.pipeline()), path, dtype=dtype, **facts)
 
@@ -216,7 +216,7 @@ def read_stored(
 
     Args:
         variant, vae: see :func:`dreambooth_sm.stored.directory.read_directory`.
-        use_ema, prediction_type: see :func:`dreambooth_sm.stored.checkpoint.read_checkpoint`.
+        use_ema, prediction_type: see :func:`dreambooth_sm.stored.single_file.read_checkpoint`.
 
     Raises:
         UserError: for what is none of these, models that can't be trained, and damaged files.

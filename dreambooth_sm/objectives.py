@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dreambooth_sm.stored.schedule import training_scheduler
+from dreambooth_sm.stored.noise_schedule import training_scheduler
 
 
 class Objective(Protocol):

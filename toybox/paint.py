@@ -8,7 +8,7 @@ from PIL import Image
 
 from toybox.backgrounds import paint_background
 from toybox.brush import Brush
-from toybox.figures import draw_toy
+from toybox.drawings import draw_toy
 from toybox.shapes import ellipse
 from toybox.toys import Scene, Toy, scenes_of
 

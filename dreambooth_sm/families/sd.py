@@ -63,7 +63,7 @@ class StableDiffusion:
         return prediction
 
     def sampler(self, model: Any) -> Any:
-        from dreambooth_sm.stored.schedule import drawing_scheduler
+        from dreambooth_sm.stored.noise_schedule import drawing_scheduler
 
         return drawing_scheduler(model.scheduler)
 

@@ -26,8 +26,8 @@ from dreambooth_sm.stored.model import (
     no_progress,
     tokenizers_of,
 )
+from dreambooth_sm.stored.noise_schedule import check_schedule, make_scheduler
 from dreambooth_sm.stored.opening import open_tensors
-from dreambooth_sm.stored.schedule import check_schedule, make_scheduler
 from dreambooth_sm.stored.tokenizer import write_json, write_tokenizer
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import check_base, load_base
 from dreambooth_sm.sampling import draw
-from dreambooth_sm.stored.schedule import training_scheduler
+from dreambooth_sm.stored.noise_schedule import training_scheduler
 from tests.helpers.mutations import Mutation, mutations
 from tests.helpers.training import hyperparameters
 

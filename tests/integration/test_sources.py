@@ -13,8 +13,8 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import check_base, load_base
 from dreambooth_sm.sources import needed_files
 from dreambooth_sm.storage import S3Uri
-from dreambooth_sm.stored.checkpoint import write_checkpoint
 from dreambooth_sm.stored.directory import read_directory
+from dreambooth_sm.stored.single_file import write_checkpoint
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.training import hyperparameters, same, weights

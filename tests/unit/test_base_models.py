@@ -16,9 +16,9 @@ from dreambooth_sm.cli import main
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import check_base, load_base, read_stored
-from dreambooth_sm.stored.checkpoint import write_checkpoint
 from dreambooth_sm.stored.directory import read_directory
 from dreambooth_sm.stored.layout import to_original
+from dreambooth_sm.stored.single_file import write_checkpoint
 from tests.helpers.training import hyperparameters, same, weights
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -113,7 +113,7 @@ def test_a_schedule_is_trained_whatever_draws_with_it(name: str, betas: dict[str
     scheduler = read_stored(copied).pipeline.scheduler
     root = 0.5 if betas is BETAS else 1.0
     steps = torch.linspace(betas["beta_start"] ** root, betas["beta_end"] ** root, 1000) ** (1 / root)
-    from dreambooth_sm.stored.schedule import drawing_scheduler, training_scheduler
+    from dreambooth_sm.stored.noise_schedule import drawing_scheduler, training_scheduler
 
     for made in (training_scheduler(scheduler), drawing_scheduler(scheduler)):
         assert torch.allclose(made.alphas_cumprod, torch.cumprod(1 - steps, 0), rtol=1e-4)
@@ -122,7 +122,7 @@ def test_a_schedule_is_trained_whatever_draws_with_it(name: str, betas: dict[str
 
 def test_betas_of_a_schedulers_own_defaults_are_kept_and_told(copied: Path) -> None:
     """LCM's are those of Stable Diffusion, and DDPM's are not."""
-    from dreambooth_sm.stored.schedule import drawing_scheduler, training_scheduler
+    from dreambooth_sm.stored.noise_schedule import drawing_scheduler, training_scheduler
 
     (copied / SCHEDULER).write_text(json.dumps({"_class_name": "LCMScheduler"}))
     stored = read_stored(copied)

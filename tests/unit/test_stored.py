@@ -25,12 +25,12 @@ from dreambooth_sm import toybox
 from dreambooth_sm.cli import main
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.models import load_base, read_stored
-from dreambooth_sm.stored.checkpoint import read_checkpoint, read_tokenizer, write_checkpoint
 from dreambooth_sm.stored.directory import read_directory, write_directory
 from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, write_safetensors
 from dreambooth_sm.stored.layout import parts_in, to_original
 from dreambooth_sm.stored.model import StoredModel, clip_tokenizer, empty_module, tokenizers_of
 from dreambooth_sm.stored.recognise import read_configs
+from dreambooth_sm.stored.single_file import read_checkpoint, read_tokenizer, write_checkpoint
 from tests.helpers.tiny import save_tiny_pipeline
 from tests.helpers.training import hyperparameters, same, weights
 

@@ -41,9 +41,9 @@ from dreambooth_sm.stored.model import (
     no_progress,
     tokenizers_of,
 )
+from dreambooth_sm.stored.noise_schedule import check_schedule, make_scheduler
 from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.recognise import CONFIGS_FIELD, V_PREDICTION, ZERO_SNR, check_kind, read_configs, vae_config
-from dreambooth_sm.stored.schedule import check_schedule, make_scheduler
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
