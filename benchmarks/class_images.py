@@ -67,7 +67,7 @@ def run_ours(name: str, base: PretrainedModel, count: int, work: Path) -> dict[s
     warm = time.perf_counter() - started
     return {
         "batch": plan.sample_batch_size,
-        "steps": prior.STEPS,
+        "steps": prior.CLASS_IMAGE_STEPS,
         "ready_s": round(ready, 2),
         **times(count, cold, warm),
     }

@@ -120,14 +120,14 @@ class Studio:
         for mine, value in zip(self._pipeline.unet.parameters(), values, strict=True):
             mine.copy_(value)
 
-    def _draw_class(self, seeds: list[int], guidance: float = examine.GUIDANCE) -> list[Image.Image]:
+    def _draw_class(self, seeds: list[int], guidance: float = examine.DRAWING_GUIDANCE) -> list[Image.Image]:
         batches = sampling.draw(
             self._pipeline,
             PROMPTS["class_prompt"],
             seeds,
             resolution=SIDE,
             batch_size=256,
-            steps=examine.STEPS,
+            steps=examine.DRAWING_STEPS,
             guidance=guidance,
         )
         return [picture for batch in batches for picture in batch]

@@ -172,7 +172,7 @@ def make_files(size: str, files: Path) -> None:
     from benchmarks.common import MODELS
     from dreambooth_sm.models import read_stored
     from dreambooth_sm.stored.model import clip_tokenizer
-    from dreambooth_sm.stored.single_file import write_checkpoint
+    from dreambooth_sm.stored.single_file import write_single_file
 
     partial = files.with_name(f"{files.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -181,7 +181,7 @@ def make_files(size: str, files: Path) -> None:
     if "text_encoder_2" in base.modules:
         setattr(base, "tokenizer_2", clip_tokenizer("!"))  # noqa: B010 - a part of this family alone
     base.save(partial / "directory", torch.float16)
-    write_checkpoint(read_stored(partial / "directory"), partial / "single.safetensors", dtype=None)
+    write_single_file(read_stored(partial / "directory"), partial / "single.safetensors", dtype=None)
     partial.rename(files)
 
 

@@ -15,17 +15,17 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import RENAMED, read_stored
 from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.files import OutOfRange
-from dreambooth_sm.stored.single_file import write_checkpoint
+from dreambooth_sm.stored.single_file import write_single_file
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-Precision = Literal["keep", "fp16", "bf16", "fp32"]
+EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+FilePrecision = Literal["keep", "fp16", "bf16", "fp32"]
 
 
 def convert(
     source: str,
     target: Path,
     *,
-    precision: Precision = "keep",
+    precision: FilePrecision = "keep",
     use_ema: bool = False,
     prediction_type: str | None = None,
 ) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def convert(
         raise UserError(f"{target}: pickles are read and never written; name a .safetensors file")
     path = sources.fetch(RENAMED.get(source, source))
     model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
-    dtype = DTYPES.get(precision)
+    dtype = EXPORT_DTYPES.get(precision)
     size = sum(
         tensor.numel * (dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
         for tensors in model.tensors.values()
@@ -62,7 +62,7 @@ def convert(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
             if target.suffix == ".safetensors":
-                write_checkpoint(model, target, dtype=dtype, progress=bar.update)
+                write_single_file(model, target, dtype=dtype, progress=bar.update)
             else:
                 write_directory(model, partial, dtype=dtype, progress=bar.update)
                 partial.rename(target)

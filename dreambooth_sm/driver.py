@@ -28,7 +28,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Build:
+class CudaBuild:
     """The CUDA of a torch.
 
     Attributes:
@@ -60,14 +60,14 @@ def find_host() -> Host | None:
         return None
 
 
-def find_build() -> Build:
+def find_cuda_build() -> CudaBuild:
     """The torch that is installed."""
     import torch
 
-    return Build(torch.version.cuda, torch.cuda.get_arch_list())
+    return CudaBuild(torch.version.cuda, torch.cuda.get_arch_list())
 
 
-def find_mismatch(host: Host | None, build: Build) -> str | None:
+def find_mismatch(host: Host | None, build: CudaBuild) -> str | None:
     """Why this torch can't use the host's card, in one line with what would help; None where nothing is in the way."""
     if host is None:
         return (
@@ -88,7 +88,7 @@ def find_mismatch(host: Host | None, build: Build) -> str | None:
     return find_missing_kernels(host.card, host.capability, build)
 
 
-def find_missing_kernels(card: str, capability: tuple[int, int], build: Build) -> str | None:
+def find_missing_kernels(card: str, capability: tuple[int, int], build: CudaBuild) -> str | None:
     """Why this torch has nothing to run on a card, in one line; None where it has, or where it is not known."""
     if build.cuda is None or not build.kernels or build.serves(capability):
         return None

@@ -18,7 +18,7 @@ from dreambooth_sm.background import Background
 from dreambooth_sm.context import upload_client
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.report import Reporter, Sample
+from dreambooth_sm.report import Reporter, ValidationPicture
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Options, S3Uri, TransferError, put_object
 from dreambooth_sm.validation import SAMPLES
@@ -57,11 +57,11 @@ class RemoteSamples:
             self._background.take_back()
         self._background.close(_LONGEST_WAIT)
 
-    def send(self, samples: Sequence[Sample]) -> None:
+    def send(self, samples: Sequence[ValidationPicture]) -> None:
         """Takes the pictures of a step and returns at once."""
         self._background.add(samples)
 
-    def _send(self, samples: Sequence[Sample]) -> None:
+    def _send(self, samples: Sequence[ValidationPicture]) -> None:
         try:
             for sample in samples:
                 put_object(self.place / sample.path.name, sample.path.read_bytes(), self._options, client=self._client)
@@ -77,7 +77,7 @@ class SyncedSamples:
     def __init__(self, synced: Path) -> None:
         self.directory = synced / SAMPLES
 
-    def send(self, samples: Sequence[Sample]) -> None:
+    def send(self, samples: Sequence[ValidationPicture]) -> None:
         self.directory.mkdir(exist_ok=True)
         for sample in samples:
             shutil.copyfile(sample.path, self.directory / sample.path.name)

@@ -20,7 +20,7 @@ from dreambooth_sm.stored.directory import check_parts, read_directory, read_par
 from dreambooth_sm.stored.fit import check_fit
 from dreambooth_sm.stored.locate import find_model
 from dreambooth_sm.stored.model import Pipeline, StoredModel, StoredPart, make_pipeline, parts_of, tokenizers_of
-from dreambooth_sm.stored.single_file import read_checkpoint, write_checkpoint
+from dreambooth_sm.stored.single_file import read_single_file, write_single_file
 from dreambooth_sm.stored.single_file import read_vae as read_vae_file
 
 _NO_AVERAGE = "only single files carry averages; leave it out"
@@ -115,9 +115,9 @@ class PretrainedModel:
         """Writes one ``.safetensors`` file in the original layout.
 
         Args:
-            facts: for its metadata, see :func:`dreambooth_sm.stored.single_file.write_checkpoint`.
+            facts: for its metadata, see :func:`dreambooth_sm.stored.single_file.write_single_file`.
         """
-        write_checkpoint(StoredModel.of(self.name, self.pipeline()), path, dtype=dtype, **facts)
+        write_single_file(StoredModel.of(self.name, self.pipeline()), path, dtype=dtype, **facts)
 
 
 def check_base(h: Hyperparameters) -> None:
@@ -216,7 +216,7 @@ def read_stored(
 
     Args:
         variant, vae: see :func:`dreambooth_sm.stored.directory.read_directory`.
-        use_ema, prediction_type: see :func:`dreambooth_sm.stored.single_file.read_checkpoint`.
+        use_ema, prediction_type: see :func:`dreambooth_sm.stored.single_file.read_single_file`.
 
     Raises:
         UserError: for what is none of these, models that can't be trained, and damaged files.
@@ -225,7 +225,7 @@ def read_stored(
     if model.is_file():
         if variant:
             raise UserError(f"variant={variant}: {model} is a file, which has no variants; leave it out")
-        stored = read_checkpoint(model, use_ema=use_ema, prediction_type=prediction_type, vae=vae)
+        stored = read_single_file(model, use_ema=use_ema, prediction_type=prediction_type, vae=vae)
     else:
         if use_ema:
             raise UserError(f"use_ema_weights=true: {model} is a directory; {_NO_AVERAGE}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from dreambooth_sm import storage
 from dreambooth_sm.context import upload_client
-from dreambooth_sm.convert import DTYPES
+from dreambooth_sm.convert import EXPORT_DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.report import Reporter
@@ -40,7 +40,7 @@ def save(trained: TrainedModel, h: Hyperparameters, shown: Path, checkpoints: Pa
         fresh = Path(scratch) / "model"
         fresh.mkdir()
         try:
-            trained.export(fresh, h, DTYPES[h.export_precision])
+            trained.export(fresh, h, EXPORT_DTYPES[h.export_precision])
         except OutOfRange as error:
             too_large = error
             shutil.rmtree(fresh)

@@ -13,7 +13,7 @@ from dreambooth_sm import storage
 from dreambooth_sm.context import Context, upload_client
 from dreambooth_sm.data.concepts import Subject, find_subjects, read_concepts
 from dreambooth_sm.distributed import World
-from dreambooth_sm.driver import find_build, find_host, find_mismatch, find_missing_kernels
+from dreambooth_sm.driver import find_cuda_build, find_host, find_mismatch, find_missing_kernels
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import PretrainedModel, check_base
@@ -109,16 +109,16 @@ def plan_for_card(h: Hyperparameters, contract: Contract, world: World) -> Plan:
     if h.use_cpu:
         return make_plan(h, card)
     if not card.is_cpu:
-        if missing := find_missing_kernels(card.name, card.capability, find_build()):
+        if missing := find_missing_kernels(card.name, card.capability, find_cuda_build()):
             raise UserError(missing)
         return make_plan(h, card)
     host = find_host()
     if contract.has_gpu_instance:
-        reason = find_mismatch(host, find_build()) or "its card may be broken; start the job again"
+        reason = find_mismatch(host, find_cuda_build()) or "its card may be broken; start the job again"
         raise UserError(f"the instance is a {contract.instance_type}, and torch sees no GPU: {reason}")
     plan = make_plan(h, card)
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if host and not hidden and (mismatch := find_mismatch(host, find_build())):
+    if host and not hidden and (mismatch := find_mismatch(host, find_cuda_build())):
         plan = dataclasses.replace(plan, notes=(*plan.notes, f"on the CPU: {mismatch}"))
     return plan
 

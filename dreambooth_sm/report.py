@@ -74,7 +74,7 @@ def metric_pattern(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Sample:
+class ValidationPicture:
     """One validation picture.
 
     Attributes:
@@ -117,7 +117,7 @@ class _Row(BaseModel):
 
 
 class _SampleRecord(BaseModel):
-    """A :class:`Sample` whose path is a plain name, as this project gives it: no other file is meant."""
+    """A :class:`ValidationPicture` whose path is a plain name, as this project gives it: no other file is meant."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -155,7 +155,7 @@ class Reporter:
         self.stream = stream or sys.stdout
         self.seconds: dict[str, float] = {}
         self.history: list[dict[str, object]] = []
-        self.samples: list[Sample] = []
+        self.samples: list[ValidationPicture] = []
         self.earlier: list[Attempt] = []
         self.verdicts: list[str] = []
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
@@ -228,7 +228,9 @@ class Reporter:
         self._first_step = step
         self.history += record.get("steps", [])
         self.earlier = [Attempt(**fields) for fields in record.get("attempts", [])]
-        samples = [Sample(**fields | {"path": pictures / fields["path"]}) for fields in record.get("samples", [])]
+        samples = [
+            ValidationPicture(**fields | {"path": pictures / fields["path"]}) for fields in record.get("samples", [])
+        ]
         self.samples = [sample for sample in samples if sample.path.is_file()]
 
     def progress(self, items: Iterable[Item], total: int, what: str) -> Iterator[Item]:

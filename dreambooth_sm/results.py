@@ -29,7 +29,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Attempt, Reporter
 from dreambooth_sm.toybox import BASE as TOYBOX
 
-Facts = dict[str, Any]
+JobFacts = dict[str, Any]
 
 REPORT_FILES = ("README.md", "loss.svg", "report.html", "report.json", SUBJECT_FILE)
 _CURVE_FILE = "loss.svg"
@@ -66,7 +66,7 @@ def gather_facts(
     report: Reporter,
     step: int,
     directory: Path,
-) -> Facts:
+) -> JobFacts:
     """All that the three files tell, as JSON's types: of all attempts, where the job was interrupted.
 
     Args:
@@ -130,7 +130,7 @@ def _seconds(attempts: Iterable[Attempt]) -> dict[str, float]:
     return seconds
 
 
-def write_results(facts: Facts, subjects: Sequence[Subject], directory: Path) -> None:
+def write_results(facts: JobFacts, subjects: Sequence[Subject], directory: Path) -> None:
     """Writes the three files, the curve that the model card shows, and some pictures of the subjects."""
     write_subjects(subjects, directory)
     (directory / _CURVE_FILE).write_text(loss_curve(facts["steps"], standalone=True), encoding="utf-8")
@@ -139,7 +139,7 @@ def write_results(facts: Facts, subjects: Sequence[Subject], directory: Path) ->
     (directory / "report.html").write_text(page(facts, directory), encoding="utf-8")
 
 
-def model_card(facts: Facts) -> str:
+def model_card(facts: JobFacts) -> str:
     """The model card, with the front matter that the model hub reads."""
     prompts = [subject["instance_prompt"] for subject in facts["subjects"]]
     base = facts["base_model"]
@@ -188,7 +188,7 @@ def model_card(facts: Facts) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(facts: Facts, directory: Path) -> str:
+def page(facts: JobFacts, directory: Path) -> str:
     """The report as one page.
 
     Args:
@@ -261,7 +261,7 @@ def loss_curve(steps: Sequence[Mapping[str, Any]], *, standalone: bool = False) 
     return f'<svg viewBox="0 0 {width} {height}" {label}{own}>{"".join(parts)}</svg>'
 
 
-def _summary(facts: Facts) -> list[tuple[str, Any]]:
+def _summary(facts: JobFacts) -> list[tuple[str, Any]]:
     steps = facts["steps"]
     return [
         ("base model", facts["base_model"]),

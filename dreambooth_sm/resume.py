@@ -34,7 +34,7 @@ from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 from dreambooth_sm.training.schedule import Schedule, make_rate, make_schedule
 
 # Known only once the base model is loaded.
-BASE = "base_model"
+BASE_MODEL_KEY = "base_model"
 # What of the noise scheduler's settings training depends on.
 _NOISE = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 # Values of each tensor that are compared: no two models that anybody has share them.
@@ -47,7 +47,7 @@ class Start:
 
     Attributes:
         seed: of everything random.
-        identity: see :func:`make_identity`; :data:`BASE` joins it when the model is loaded.
+        identity: see :func:`make_identity`; :data:`BASE_MODEL_KEY` joins it when the model is loaded.
         schedule: how long it trains.
         checkpoints: where they are written.
         remote: takes them to S3 as well; None where nobody has to.
@@ -70,7 +70,7 @@ class Start:
         Raises:
             UserError: where it is of another job.
         """
-        self.identity[BASE] = fingerprint(base)
+        self.identity[BASE_MODEL_KEY] = fingerprint(base)
         self.previous = first_that_fits(self.previous, self._older, parameters, report)
         if self.previous:
             check_resumable(self.previous, self.identity, self.schedule)
@@ -95,7 +95,7 @@ def find_start(job: Context, plan: Plan, subjects: tuple[Subject, ...], target: 
 
     def owns(checkpoint: Checkpoint) -> bool:
         open_yet = {"seed"} if h.seed is None else set()
-        return checkpoint.belongs_to(identity, but=open_yet | ({BASE} - identity.keys()))
+        return checkpoint.belongs_to(identity, but=open_yet | ({BASE_MODEL_KEY} - identity.keys()))
 
     remote = remote_checkpoints(h, job.contract, target, world, owns, job.report)
     found = find_checkpoints(h, checkpoints, remote, world, owns, job.report)
@@ -119,7 +119,7 @@ def make_identity(
     seed: int | None,
     world: World,
 ) -> dict[str, Any]:
-    """What a job has in common with the one that it is resumed from, as JSON's types; without :data:`BASE`.
+    """What a job has in common with the one that it is resumed from, as JSON's types; without :data:`BASE_MODEL_KEY`.
 
     Args:
         asked: the hyperparameters before paths were moved to where this machine has them.
@@ -204,9 +204,9 @@ def check_resumable(checkpoint: Checkpoint, identity: dict[str, Any], schedule: 
     """Raises UserError unless the job can be resumed from ``checkpoint``.
 
     Args:
-        identity: of the job; without :data:`BASE` where that is not known yet.
+        identity: of the job; without :data:`BASE_MODEL_KEY` where that is not known yet.
     """
-    checkpoint.check_identity({BASE: checkpoint.identity.get(BASE)} | identity)
+    checkpoint.check_identity({BASE_MODEL_KEY: checkpoint.identity.get(BASE_MODEL_KEY)} | identity)
     if checkpoint.step > schedule.steps:
         raise UserError(
             f"the checkpoint {checkpoint.directory} has taken {checkpoint.step} steps, and the job is to take "

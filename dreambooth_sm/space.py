@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dreambooth_sm.convert import DTYPES
+from dreambooth_sm.convert import EXPORT_DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable
@@ -36,7 +36,7 @@ class Space:
         moments = {"adamw": 8, "adamw8bit": 2}.get(plan.optimizer, plan.state_bits / 4)
         each = 4 + moments + (4 if plan.use_ema else 0)
         return cls(
-            trained.exported_values(h) * DTYPES[h.export_precision].itemsize + _SPARE,
+            trained.exported_values(h) * EXPORT_DTYPES[h.export_precision].itemsize + _SPARE,
             int(sum(p.numel() for p in trained.parameters.values()) * each) + _SPARE,
             Path(h.models_path),
             checkpoints,

@@ -59,7 +59,7 @@ _SMALL_AT_ONCE = 8
 # What `check_writable` writes, and deletes again.
 PROBE_NAME = ".upload-check"
 
-Progress = Callable[[int, int], None]
+TransferProgress = Callable[[int, int], None]
 
 
 def check_writable(target: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> None:
@@ -134,7 +134,7 @@ def upload_directory(
     names: Iterable[str] | None = None,
     job: str = "",
     step: int | None = None,
-    progress: Progress | None = None,
+    progress: TransferProgress | None = None,
     workers: int = WORKERS,
     part_size: int = PART_SIZE,
     client: S3Client | None = None,

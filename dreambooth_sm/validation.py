@@ -19,7 +19,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.report import Reporter, Sample
+from dreambooth_sm.report import Reporter, ValidationPicture
 from dreambooth_sm.sampling import draw, sampling_pipeline
 
 SAMPLES = "samples"
@@ -84,7 +84,7 @@ class Validator:
         self._directory = directory
         self._copy: Trainable | None = None
         self._seeds = [_SEED + number for number in range(h.num_validation_images)]
-        self.on_draw: Callable[[Sequence[Sample]], object] | None = None
+        self.on_draw: Callable[[Sequence[ValidationPicture]], object] | None = None
         if prompts and h.validation_steps:
             # In half precision where pictures are drawn so: host memory is short where cards are small.
             dtype = torch.float16 if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
@@ -122,7 +122,7 @@ class Validator:
         missing = {p: [s for s in self._seeds if (p, s) not in there] for p in self._prompts}
         if not any(missing.values()):
             return
-        drawn: list[Sample] = []
+        drawn: list[ValidationPicture] = []
         with model.lent():
             pipeline = sampling_pipeline(model, self._plan)
             for prompt, seeds in missing.items():
@@ -142,7 +142,7 @@ class Validator:
         if self.on_draw:
             self.on_draw(drawn)
 
-    def _write(self, picture: Image.Image, step: int, prompt: str, seed: int) -> Sample:
+    def _write(self, picture: Image.Image, step: int, prompt: str, seed: int) -> ValidationPicture:
         facts = PngInfo()
         facts.add_itxt("parameters", f"{prompt}\nSteps: {step} of training, Seed: {seed}")
         facts.add_itxt("prompt", prompt)
@@ -152,4 +152,4 @@ class Validator:
         path = self._directory / f"step-{step:06}-prompt-{number}-seed-{seed}-{_digest(content)}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        return Sample(step, prompt, seed, path)
+        return ValidationPicture(step, prompt, seed, path)

@@ -26,7 +26,7 @@ CLASS_PROMPT = "photo of a toy"
 BUCKET = "dreambooth-demo"
 PICTURES = S3Uri(BUCKET, f"images/{SUBJECT}")
 MODEL = S3Uri(BUCKET, f"models/{SUBJECT}")
-STEPS = 200
+TRAINING_STEPS = 200
 # What suits the toybox model: class images close to what it knows, and rates for its few parameters.
 SETTINGS: dict[str, Any] = {
     "resolution": 128,
@@ -68,7 +68,7 @@ def main(output: Path) -> None:
     with launcher.local_services() as services:
         services.client().create_bucket(Bucket=BUCKET)
         storage.upload_directory(toybox.PHOTOS, PICTURES)
-        with tqdm(total=STEPS, desc="starting", unit="step", leave=False) as bar:
+        with tqdm(total=TRAINING_STEPS, desc="starting", unit="step", leave=False) as bar:
 
             def show(line: str) -> None:
                 said.append(line)
@@ -82,7 +82,7 @@ def main(output: Path) -> None:
                 output=str(MODEL),
                 directory=work / "opt-ml",
                 log=show,
-                max_train_steps=STEPS,
+                max_train_steps=TRAINING_STEPS,
                 **SETTINGS,
             )
         files = storage.list_objects(MODEL)
@@ -95,7 +95,7 @@ def main(output: Path) -> None:
     print(f"\nmodel     {MODEL}")
     for key, size in files.items():
         print(f"          {size:>10,} bytes  {key}")
-    print(f"loss      {history[0]['loss']:.4f} at step 1, {history[-1]['loss']:.4f} at step {STEPS}")
+    print(f"loss      {history[0]['loss']:.4f} at step 1, {history[-1]['loss']:.4f} at step {TRAINING_STEPS}")
     for name, meaning in (
         ("subject", "similarity to the subject"),
         ("prompt", "of what the prompts name is in the pictures"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from toybox.shapes import Point, Shape, box, ellipse, moved
+from toybox.shapes import Outline, Point, box, ellipse, moved
 
 Colour = tuple[int, int, int]
 
@@ -73,7 +73,7 @@ class Brush:
         self._draw = ImageDraw.Draw(picture)
         self._outline = max(1, round(picture.width * _OUTLINE))
 
-    def fill(self, shape: Shape, ink: Colour | Cloth, *, outlined: bool = True) -> None:
+    def fill(self, shape: Outline, ink: Colour | Cloth, *, outlined: bool = True) -> None:
         """Fills a shape; its outline is centred on its edge."""
         pixels = self._pixels(shape)
         if not isinstance(ink, Cloth):
@@ -95,7 +95,7 @@ class Brush:
             thickness -= self._outline
         self._stroke_pixels(pixels, colour, thickness)
 
-    def shade(self, shape: Shape, strength: float) -> None:
+    def shade(self, shape: Outline, strength: float) -> None:
         """Darkens what lies under a shape; a strength of 1 makes it black."""
         mask = Image.new("L", self.picture.size)
         ImageDraw.Draw(mask).polygon(self._pixels(shape), fill=round(255 * strength))
@@ -118,13 +118,13 @@ class Brush:
             draw.polygon(self._pixels([moved(point, (0.0, 0.0), turn) for point in motif]), fill=second)
         return Cloth(colour, layer)
 
-    def _pixels(self, shape: Sequence[Point]) -> Shape:
+    def _pixels(self, shape: Sequence[Point]) -> Outline:
         cos, sin = self.unit * math.cos(self._tilt), self.unit * math.sin(self._tilt)
         left, top = self._origin
         flip = self._flip
         return [(left + flip * x * cos - y * sin, top + flip * x * sin + y * cos) for x, y in shape]
 
-    def _cut_out(self, layer: Image.Image, pixels: Shape) -> None:
+    def _cut_out(self, layer: Image.Image, pixels: Outline) -> None:
         xs, ys = zip(*pixels, strict=True)
         left, top = max(0, math.floor(min(xs))), max(0, math.floor(min(ys)))
         right, bottom = min(layer.width, math.ceil(max(xs)) + 1), min(layer.height, math.ceil(max(ys)) + 1)
@@ -132,19 +132,19 @@ class Brush:
         ImageDraw.Draw(mask).polygon([(x - left, y - top) for x, y in pixels], fill=255)
         self.picture.paste(layer.crop((left, top, right, bottom)), (left, top), mask)
 
-    def _stroke_pixels(self, pixels: Shape, colour: Colour, thickness: int) -> None:
+    def _stroke_pixels(self, pixels: Outline, colour: Colour, thickness: int) -> None:
         self._draw.line(pixels, colour, thickness, joint="curve")
         for x, y in (pixels[0], pixels[-1]):
             radius = thickness / 2
             self._draw.ellipse((x - radius, y - radius, x + radius, y + radius), colour)
 
 
-def _stripes(period: float) -> list[Shape]:
+def _stripes(period: float) -> list[Outline]:
     # narrower than the gaps: the main colour has to be told from the second one
     return [box(-2, row * period, 2, (row + 0.38) * period) for row in _rows(period)]
 
 
-def _spots(period: float) -> list[Shape]:
+def _spots(period: float) -> list[Outline]:
     return [
         ellipse((column + row % 2 / 2) * period * 1.1, row * period * 0.9, 0.3 * period)
         for row in _rows(period * 0.9)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dreambooth_sm.toybox.labels import COLOURS
 from toybox.brush import INK, WHITE, Brush, Cloth, Colour, darker, lighter
-from toybox.shapes import Point, Shape, blob, box, curve, dome, ellipse, star
+from toybox.shapes import Outline, Point, blob, box, curve, dome, ellipse, star
 from toybox.toys import Scene, Toy
 
 _SIDES = (-1, 1)
@@ -362,7 +362,7 @@ def _top_hat(brush: Brush, look: Look, y: float) -> None:
 
 
 def _crown(brush: Brush, look: Look, y: float) -> None:
-    points: Shape = [(-0.42, y + 0.1), (-0.46, y - 0.36), (-0.2, y - 0.14), (0, y - 0.46)]
+    points: Outline = [(-0.42, y + 0.1), (-0.46, y - 0.36), (-0.2, y - 0.14), (0, y - 0.46)]
     points += [(0.2, y - 0.14), (0.46, y - 0.36), (0.42, y + 0.1)]
     brush.fill(points, look.hat)
 

@@ -21,8 +21,8 @@ from toybox import paint, toys
 from toybox.networks import as_pixels
 from toybox.photos import Photos
 
-STEPS = 25
-GUIDANCE = 3.0
+DRAWING_STEPS = 25
+DRAWING_GUIDANCE = 3.0
 
 
 @torch.inference_mode()
@@ -103,7 +103,9 @@ def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int, b
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(1000 * seed + start + number) for number in range(len(part))]
-        output: Any = pipeline(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators)
+        output: Any = pipeline(
+            part, num_inference_steps=DRAWING_STEPS, guidance_scale=DRAWING_GUIDANCE, generator=generators
+        )
         pictures += output.images
     return pictures
 

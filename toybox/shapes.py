@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 
 Point = tuple[float, float]
-Shape = list[Point]
+Outline = list[Point]
 
 
-def ellipse(x: float, y: float, width: float, height: float | None = None, *, tilt: float = 0.0) -> Shape:
+def ellipse(x: float, y: float, width: float, height: float | None = None, *, tilt: float = 0.0) -> Outline:
     """An ellipse around (x, y) from its half axes; a circle where the height is left out. The tilt is in radians."""
     height = width if height is None else height
     points = [(width * math.cos(turn), height * math.sin(turn)) for turn in _turns(28)]
     return [moved(point, (x, y), tilt) for point in points]
 
 
-def dome(x: float, y: float, width: float, height: float) -> Shape:
+def dome(x: float, y: float, width: float, height: float) -> Outline:
     """The upper half of an ellipse around (x, y), from its half axes."""
     return [(x + width * math.cos(turn), y - height * math.sin(turn)) for turn in _turns(28) if turn <= math.pi] + [
         (x - width, y)
     ]
 
 
-def box(left: float, top: float, right: float, bottom: float, corner: float = 0.0) -> Shape:
+def box(left: float, top: float, right: float, bottom: float, corner: float = 0.0) -> Outline:
     """A box with rounded corners of the given radius."""
     if not corner:
         return [(left, top), (right, top), (right, bottom), (left, bottom)]
@@ -38,7 +38,7 @@ def box(left: float, top: float, right: float, bottom: float, corner: float = 0.
     ]
 
 
-def blob(*points: Point, steps: int = 6) -> Shape:
+def blob(*points: Point, steps: int = 6) -> Outline:
     """A smooth closed outline through the points (Catmull-Rom)."""
     count = len(points)
     return [
@@ -48,7 +48,7 @@ def blob(*points: Point, steps: int = 6) -> Shape:
     ]
 
 
-def curve(*points: Point, steps: int = 6) -> Shape:
+def curve(*points: Point, steps: int = 6) -> Outline:
     """A smooth open line through the points (Catmull-Rom)."""
     ends = [points[0], *points, points[-1]]
     return [
@@ -58,7 +58,7 @@ def curve(*points: Point, steps: int = 6) -> Shape:
     ] + [points[-1]]
 
 
-def star(x: float, y: float, radius: float) -> Shape:
+def star(x: float, y: float, radius: float) -> Outline:
     """A star of five points, one of them up."""
     return [
         (x + reach * math.sin(turn), y - reach * math.cos(turn))
@@ -76,7 +76,7 @@ def _turns(count: int) -> list[float]:
     return [2 * math.pi * step / count for step in range(count)]
 
 
-def _arc(before: Point, start: Point, end: Point, after: Point, steps: int) -> Shape:
+def _arc(before: Point, start: Point, end: Point, after: Point, steps: int) -> Outline:
     """From ``start`` to just before ``end``."""
 
     def between(a: float, b: float, c: float, d: float, t: float) -> float:

@@ -14,12 +14,12 @@ from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.data.pictures import View
 from dreambooth_sm.data.prior_outputs import Output, base_outputs
 from dreambooth_sm.data.training_set import (
-    Dice,
+    BatchSampler,
     Latents,
     PictureExtras,
     PromptTable,
-    Sample,
     SubjectWeights,
+    TrainingRow,
     mix,
     views_of,
 )
@@ -45,12 +45,12 @@ def encode_training_set(
     table = PromptTable(base.family, max_tokens=h.max_token_length, pad=h.pad_tokens, shuffle=h.shuffle_tags, seed=seed)
     shapes = shapes_of(subjects, h)
     instances = [
-        Sample(path, table.rows(prompt), shape)
+        TrainingRow(path, table.rows(prompt), shape)
         for s, its in zip(subjects, shapes, strict=True)
         for path, prompt, shape in zip(s.pictures, s.prompts or [s.prompt] * len(s.pictures), its, strict=True)
     ]
     classes = [
-        Sample(path, table.rows(s.class_prompt), shape)
+        TrainingRow(path, table.rows(s.class_prompt), shape)
         for s, its in zip(subjects, shapes, strict=True)
         if s.class_prompt
         for path, shape in zip(s.class_pictures, shapes_of_class_pictures(s, its), strict=True)
@@ -68,8 +68,8 @@ def encode_training_set(
     base.vae.to(device, torch.float32)
     latents = Latents(pictures, trained_in, views, base.vae, base.family, cached=plan.cache_latents)
     extras = PictureExtras(pictures, trained_in, views, base.family.extras)
-    make_dice = partial(
-        Dice,
+    make_batch_sampler = partial(
+        BatchSampler,
         views=len(views[0]),
         channels=base.vae.config.latent_channels,
         latent_scale=base.latent_scale,
@@ -78,12 +78,12 @@ def encode_training_set(
         caption_dropout=h.caption_dropout,
     )
     if h.prior_preservation and h.prior == "output":
-        dice = make_dice(instances, [], seed=mix(seed, len(instances)))
-        for output in outputs_of_base(base, subjects, h, plan, dice, latents, extras):
+        batch_sampler = make_batch_sampler(instances, [], seed=mix(seed, len(instances)))
+        for output in outputs_of_base(base, subjects, h, plan, batch_sampler, latents, extras):
             instance = instances[output.instance]
             (subject,) = (s for s in subjects if instance.picture in s.pictures)
             prompt_rows = table.rows(str(subject.class_prompt))
-            classes.append(Sample(instance.picture, prompt_rows, instance.shape, output.noise, output.timestep))
+            classes.append(TrainingRow(instance.picture, prompt_rows, instance.shape, output.noise, output.timestep))
             latents.append(output.latents.to(device))
             extras.append(output.instance, output.view)
             masks.append(None)
@@ -100,13 +100,13 @@ def encode_training_set(
         for text_encoder in base.text_encoders:
             text_encoder.to("cpu")
     free_memory()
-    dice = make_dice(instances, classes, seed=seed)
+    batch_sampler = make_batch_sampler(instances, classes, seed=seed)
     weights = None
     if h.background_weight is not None:
         weights = SubjectWeights(
             masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
         )
-    return TrainingSet(dice, latents, prompts, extras, weights)
+    return TrainingSet(batch_sampler, latents, prompts, extras, weights)
 
 
 def outputs_of_base(
@@ -114,7 +114,7 @@ def outputs_of_base(
     subjects: tuple[Subject, ...],
     h: Hyperparameters,
     plan: Plan,
-    dice: Dice,
+    batch_sampler: BatchSampler,
     latents: Latents,
     extras: PictureExtras,
 ) -> list[Output]:
@@ -126,7 +126,7 @@ def outputs_of_base(
         getattr(pipeline, base.family.facts.denoiser),
         base.family,
         base.family.objective(base),
-        dice,
+        batch_sampler,
         latents,
         lambda batch: conditions.of(batch.samples).beside(extras(batch)),
         count=OUTPUTS_PER_IMAGE * h.num_class_images,

@@ -19,7 +19,7 @@ from dreambooth_sm.data.colours import to_8_bits, to_srgb
 from dreambooth_sm.errors import UserError
 
 # The formats that are read. Pillow knows more, and starts Ghostscript for one of them.
-FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
+PICTURE_FORMATS = ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"]
 try:
     from pillow_heif import register_heif_opener
 except ImportError:  # a platform that it has no wheel for
@@ -27,7 +27,7 @@ except ImportError:  # a platform that it has no wheel for
 else:
     _HEIC_BRANDS = frozenset()
     register_heif_opener()
-    FORMATS.append("HEIF")
+    PICTURE_FORMATS.append("HEIF")
 
 Shape = tuple[int, int]  # width and height, in pixels
 
@@ -148,7 +148,7 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
             raise UserError(f"{path} is not a file; remove it")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of sizes, which have limits of their own here
-            with Image.open(path, formats=FORMATS) as file:
+            with Image.open(path, formats=PICTURE_FORMATS) as file:
                 _check_header(path, file)
                 yield file
     except UnidentifiedImageError:
@@ -192,7 +192,7 @@ def _unidentified(path: Path) -> str:
         return f"{path} is HEIC, which needs the package pillow-heif; install it, or save it as JPEG or PNG"
     return (
         f"{path} is not a picture, whatever its name says; remove or replace it "
-        f"(what is read: {', '.join(FORMATS[:-1])} and {FORMATS[-1]})"
+        f"(what is read: {', '.join(PICTURE_FORMATS[:-1])} and {PICTURE_FORMATS[-1]})"
     )
 
 

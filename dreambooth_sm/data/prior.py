@@ -27,7 +27,7 @@ from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents, sampling
 from dreambooth_sm.storage import S3Options, S3Uri
 from dreambooth_sm.stored.model import Pipeline, parts_of
 
-STEPS = 20
+CLASS_IMAGE_STEPS = 20
 # Pictures of those made that are decoded, for people to look at; training needs the latents alone.
 SHOWN = 4
 # Far from the seeds that people draw with: what a trained model draws from noise that it was trained on proves little.
@@ -153,7 +153,7 @@ class ClassImages:
             weights=self._weights,
             sampler=self._sampler,
             prompt=prompt,
-            steps=STEPS,
+            steps=CLASS_IMAGE_STEPS,
             guidance=self._guidance,
             guided=GUIDED_SIGMAS,
             size=size,

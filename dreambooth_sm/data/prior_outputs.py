@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth_sm.data.training_set import Batch, Dice
+from dreambooth_sm.data.training_set import Batch, BatchSampler
 from dreambooth_sm.families import Conditioning, Family
 from dreambooth_sm.objectives import Objective
 
@@ -43,7 +43,7 @@ def base_outputs(
     denoiser: Any,
     family: Family,
     objective: Objective,
-    dice: Dice,
+    batch_sampler: BatchSampler,
     latents_of: Callable[[Batch], Tensor],
     conditions_of: Callable[[Batch], Conditioning],
     *,
@@ -55,14 +55,14 @@ def base_outputs(
     Args:
         denoiser: of the base model, on the device that it runs on.
         family, objective: the model's; the objective on the CPU.
-        dice: draws instances alone.
+        batch_sampler: draws instances alone.
         conditions_of: gives the embedded class prompts of a batch's pictures.
         batch_size: pictures at a time, at most.
     """
-    instances = len(dice.instances)
+    instances = len(batch_sampler.instances)
     size = max(1, min(batch_size, count // instances))  # small enough that every shape has its turn
     for number in range(math.ceil(max(count, instances * size) / size)):
-        batch = dice.batch(number, size)
+        batch = batch_sampler.batch(number, size)
         seen = objective.noised(latents_of(batch).cpu(), batch.noise, batch.timesteps)
         prediction = family.predict(
             denoiser,

@@ -32,7 +32,7 @@ VIEWS = 8
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingRow:
     """A picture, the prompts it may be shown with (rows of the prompt table), and its width and height in training.
 
     Attributes:
@@ -65,7 +65,7 @@ class Batch:
     timesteps: torch.Tensor
 
 
-class Dice:
+class BatchSampler:
     """Draws batches.
 
     Args:
@@ -80,8 +80,8 @@ class Dice:
 
     def __init__(
         self,
-        instances: list[Sample],
-        classes: list[Sample],
+        instances: list[TrainingRow],
+        classes: list[TrainingRow],
         *,
         views: int,
         channels: int,

@@ -6,10 +6,10 @@ from typing import Any
 
 from dreambooth_sm.families import sd, sdxl
 from dreambooth_sm.families.conditioning import Conditioning
-from dreambooth_sm.families.facts import Facts, Footprint
+from dreambooth_sm.families.facts import Facts, ModelFootprint
 from dreambooth_sm.families.family import Family
 
-__all__ = ["DEFAULT", "FAMILIES", "Conditioning", "Facts", "Family", "Footprint", "family_of"]
+__all__ = ["DEFAULT", "FAMILIES", "Conditioning", "Facts", "Family", "ModelFootprint", "family_of"]
 
 FAMILIES: dict[str, Family] = {family.facts.name: family for family in (sd.FAMILY, sdxl.FAMILY)}
 # What a model of none of the others is taken for.

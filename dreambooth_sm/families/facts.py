@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Footprint:
+class ModelFootprint:
     """What memory depends on, beside what was measured (``planning/measured``).
 
     Attributes:
@@ -51,7 +51,7 @@ class Facts:
     article: str
     listed: str
     resolution: int
-    footprint: Footprint
+    footprint: ModelFootprint
     pipeline: str
     parts: tuple[str, ...]
     tags: tuple[str, ...]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
-from dreambooth_sm.families.facts import Facts, Footprint
+from dreambooth_sm.families.facts import Facts, ModelFootprint
 from dreambooth_sm.families.family import Pair
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class StableDiffusion:
         article="a",
         listed="Stable Diffusion 1 and 2",
         resolution=512,
-        footprint=Footprint(unet=859.5, text_encoder=123.1, vae=83.7, text_width=768),
+        footprint=ModelFootprint(unet=859.5, text_encoder=123.1, vae=83.7, text_width=768),
         pipeline="StableDiffusionPipeline",
         parts=("unet", "vae", "text_encoder"),
         methods={"full": {}, "hypernetwork": {"learning_rate": 1e-4}},

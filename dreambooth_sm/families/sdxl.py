@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
-from dreambooth_sm.families.facts import Facts, Footprint
+from dreambooth_sm.families.facts import Facts, ModelFootprint
 from dreambooth_sm.families.family import Pair
 from dreambooth_sm.families.sd import StableDiffusion
 
@@ -31,7 +31,7 @@ class StableDiffusionXL(StableDiffusion):
         article="an",
         listed="XL",
         resolution=1024,
-        footprint=Footprint(
+        footprint=ModelFootprint(
             unet=2567.5,
             text_encoder=817.7,
             vae=83.7,

@@ -16,7 +16,7 @@ from dreambooth_sm.planning.ladder import Rung
 if TYPE_CHECKING:
     import torch
 
-    from dreambooth_sm.families import Footprint
+    from dreambooth_sm.families import ModelFootprint
     from dreambooth_sm.hyperparameters import Hyperparameters
     from dreambooth_sm.models import PretrainedModel
     from dreambooth_sm.planning.plan import Plan
@@ -85,7 +85,7 @@ class Method(Protocol):
     @property
     def trains_text_encoder(self) -> bool: ...
 
-    def trained_millions(self, footprint: Footprint, h: Hyperparameters, text_encoder: bool) -> float:
+    def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         """Millions of parameters that are trained; what else of the denoiser there is takes memory, and stays.
 
         Args:

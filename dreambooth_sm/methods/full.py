@@ -12,7 +12,7 @@ from dreambooth_sm.planning.ladder import Rung
 if TYPE_CHECKING:
     import torch
 
-    from dreambooth_sm.families import Footprint
+    from dreambooth_sm.families import ModelFootprint
     from dreambooth_sm.hyperparameters import Hyperparameters
     from dreambooth_sm.models import PretrainedModel
     from dreambooth_sm.planning.plan import Plan
@@ -38,7 +38,7 @@ class Full:
         Rung("tiny", 0, "stochastic", 4, False, True, False, False),
     )
 
-    def trained_millions(self, footprint: Footprint, h: Hyperparameters, text_encoder: bool) -> float:
+    def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         return footprint.unet + (footprint.text_encoder if text_encoder else 0)
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> WholeModel:

@@ -22,7 +22,7 @@ from dreambooth_sm.planning.ladder import Rung
 if TYPE_CHECKING:
     import torch
 
-    from dreambooth_sm.families import Footprint
+    from dreambooth_sm.families import ModelFootprint
     from dreambooth_sm.hyperparameters import Hyperparameters
     from dreambooth_sm.models import PretrainedModel
     from dreambooth_sm.planning.plan import Plan
@@ -57,13 +57,13 @@ class Hypernetwork:
         Rung("small", 0, "residual", 8, True, True, False, False),
     )
 
-    def trained_millions(self, footprint: Footprint, h: Hyperparameters, text_encoder: bool) -> float:
-        return len(_BEFORE) * Shape.of(h, footprint.text_width).parameters * 1e-6
+    def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
+        return len(_BEFORE) * NetworkShape.of(h, footprint.text_width).parameters * 1e-6
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Networks:
         import torch
 
-        shape = Shape.of(h, int(model.unet.config.cross_attention_dim))
+        shape = NetworkShape.of(h, int(model.unet.config.cross_attention_dim))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Networks(model, shape, {before: shape.make() for before in _BEFORE})
@@ -73,7 +73,7 @@ METHOD = Hypernetwork()
 
 
 @dataclass(frozen=True)
-class Shape:
+class NetworkShape:
     """What a network looks like.
 
     Attributes:
@@ -87,7 +87,7 @@ class Shape:
     activation: str
 
     @classmethod
-    def of(cls, h: Hyperparameters, width: int) -> Shape:
+    def of(cls, h: Hyperparameters, width: int) -> NetworkShape:
         structure = (1, *[h.hypernetwork_width] * h.hypernetwork_layers, 1)
         return cls(width, structure, h.hypernetwork_activation)
 
@@ -126,7 +126,7 @@ def _add_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output
 class Networks:
     """A model and the networks beside it, by what they stand before."""
 
-    def __init__(self, model: PretrainedModel, shape: Shape, networks: Mapping[str, Any]) -> None:
+    def __init__(self, model: PretrainedModel, shape: NetworkShape, networks: Mapping[str, Any]) -> None:
         self.model = model
         self._shape, self._networks = shape, networks
         self.parameters = {
@@ -222,7 +222,7 @@ def apply(pipeline: Any, path: str | Path, strength: float = 1.0) -> None:
     _insert(unet, networks)
 
 
-def _read(path: Path) -> tuple[Shape, dict[str, dict[str, torch.Tensor]]]:
+def _read(path: Path) -> tuple[NetworkShape, dict[str, dict[str, torch.Tensor]]]:
     """The shape of the networks in a file, and the values of each."""
     import torch
     from safetensors import safe_open
@@ -236,7 +236,7 @@ def _read(path: Path) -> tuple[Shape, dict[str, dict[str, torch.Tensor]]]:
                 before: {key.removeprefix(f"{before}."): t for key, t in tensors.items() if key.startswith(before)}
                 for before in _BEFORE
             }
-            return Shape(int(fields["width"]), tuple(fields["structure"]), str(fields["activation"])), values
+            return NetworkShape(int(fields["width"]), tuple(fields["structure"]), str(fields["activation"])), values
         found = torch.load(path, map_location="cpu", weights_only=True)
         widths = [width for width in found if isinstance(width, int)]
         others = [name for name in ("is_layer_norm", "activate_output", "use_dropout") if found.get(name)]
@@ -251,7 +251,7 @@ def _read(path: Path) -> tuple[Shape, dict[str, dict[str, torch.Tensor]]]:
         others.append(f"layer_structure={list(structure)} with {activation}")
     if others:
         raise UserError(f"{path} has {' and '.join(others)}, which is not supported here; draw with it in WebUI")
-    return Shape(widths[0], tuple(map(int, structure)), activation), values
+    return NetworkShape(widths[0], tuple(map(int, structure)), activation), values
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

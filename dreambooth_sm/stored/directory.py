@@ -18,9 +18,9 @@ from dreambooth_sm.stored.model import (
     CLASSES,
     VAE_SCALES,
     Pipeline,
-    Progress,
     StoredModel,
     StoredPart,
+    WriteProgress,
     check_complete,
     make_pipeline,
     no_progress,
@@ -193,7 +193,7 @@ def write_directory(
     directory: Path,
     *,
     dtype: torch.dtype | None = torch.float16,
-    progress: Progress = no_progress,
+    progress: WriteProgress = no_progress,
 ) -> None:
     """Writes a pipeline directory that diffusers reads with transformers 4 and 5, with and without a ``dtype``.
 

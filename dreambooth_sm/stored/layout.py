@@ -67,7 +67,7 @@ _OPEN_CLIP_ENDS = {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a tensor lies in a checkpoint.
 
     Attributes:
@@ -82,7 +82,7 @@ class Place:
     transposed: bool = False
 
 
-def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) -> dict[str, Place]:
+def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) -> dict[str, TensorPlace]:
     """The place of each tensor of a module.
 
     Args:
@@ -92,7 +92,7 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
     """
     if part == "unet":
         layers = configs["unet"]["layers_per_block"]
-        return {name: Place(UNET + _unet_key(name, layers, names)) for name in names}
+        return {name: TensorPlace(UNET + _unet_key(name, layers, names)) for name in names}
     if part == "vae":
         levels = len(configs["vae"]["block_out_channels"])
         return {name: _vae_place(name, levels, shape) for name, shape in names.items()}
@@ -101,7 +101,7 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
     inner = {name: name.removeprefix("text_model.") for name in names}
     if prefix in (OPEN_CLIP, XL_OPEN_CLIP):
         return {name: _open_clip_place(prefix, inner[name]) for name in names}
-    return {name: Place(f"{prefix}text_model.{inner[name]}") for name in names}
+    return {name: TensorPlace(f"{prefix}text_model.{inner[name]}") for name in names}
 
 
 def today(name: str, part: str) -> str:
@@ -196,30 +196,32 @@ def _in_unet(kind: str, rest: str) -> str:
     return f"{_RESNET_OF_UNET[layer]}.{leaf}"
 
 
-def _vae_place(name: str, levels: int, shape: tuple[int, ...]) -> Place:
+def _vae_place(name: str, levels: int, shape: tuple[int, ...]) -> TensorPlace:
     if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.(\w+\.\d+)\.(.*)\.(\w+)", name):
         side, kind, layer, leaf = match.groups()
         if kind == "attentions.0":
             key = f"{VAE}{side}.mid.attn_1.{_ATTENTION_OF_VAE[layer]}.{leaf}"
-            return Place(key, as_convolution=leaf == "weight" and len(shape) == 2)
-        return Place(f"{VAE}{side}.mid.{_MIDDLE_OF_VAE[kind]}.{layer.replace('conv_shortcut', 'nin_shortcut')}.{leaf}")
+            return TensorPlace(key, as_convolution=leaf == "weight" and len(shape) == 2)
+        return TensorPlace(
+            f"{VAE}{side}.mid.{_MIDDLE_OF_VAE[kind]}.{layer.replace('conv_shortcut', 'nin_shortcut')}.{leaf}"
+        )
     if match := re.fullmatch(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", name):
         side, direction, level, kind, number, rest = match.groups()
         level = level if direction == "down" else str(levels - 1 - int(level))  # the original counts from the pixels
         where = f"block.{number}" if kind == "resnets" else f"{direction}sample"
-        return Place(f"{VAE}{side}.{direction}.{level}.{where}.{rest.replace('conv_shortcut', 'nin_shortcut')}")
-    return Place(VAE + name.replace("conv_norm_out", "norm_out"))
+        return TensorPlace(f"{VAE}{side}.{direction}.{level}.{where}.{rest.replace('conv_shortcut', 'nin_shortcut')}")
+    return TensorPlace(VAE + name.replace("conv_norm_out", "norm_out"))
 
 
-def _open_clip_place(prefix: str, name: str) -> Place:
+def _open_clip_place(prefix: str, name: str) -> TensorPlace:
     if name in _OPEN_CLIP_ENDS:
-        return Place(prefix + _OPEN_CLIP_ENDS[name])
+        return TensorPlace(prefix + _OPEN_CLIP_ENDS[name])
     if name == "text_projection.weight":
-        return Place(f"{prefix}text_projection", transposed=True)
+        return TensorPlace(f"{prefix}text_projection", transposed=True)
     match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)\.(\w+)", name)
     assert match, name
     number, layer, leaf = match.groups()
     block = f"{prefix}transformer.resblocks.{number}"
     if projection := re.fullmatch(r"self_attn\.([qkv])_proj", layer):
-        return Place(f"{block}.attn.in_proj_{leaf}", third="qkv".index(projection.group(1)))
-    return Place(f"{block}.{_OPEN_CLIP_LAYER[layer]}.{leaf}")
+        return TensorPlace(f"{block}.attn.in_proj_{leaf}", third="qkv".index(projection.group(1)))
+    return TensorPlace(f"{block}.{_OPEN_CLIP_LAYER[layer]}.{leaf}")

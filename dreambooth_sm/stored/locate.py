@@ -14,14 +14,14 @@ from typing import Literal
 from dreambooth_sm import sources
 from dreambooth_sm.errors import UserError
 
-Kind = Literal["safetensors", "pickle", "archive"]
-SAFETENSORS: Kind = "safetensors"
-PICKLE: Kind = "pickle"
-ARCHIVE: Kind = "archive"
+FileKind = Literal["safetensors", "pickle", "archive"]
+SAFETENSORS: FileKind = "safetensors"
+PICKLE: FileKind = "pickle"
+ARCHIVE: FileKind = "archive"
 
 INDEX = "model_index.json"
 # For files that are cut off, whose first bytes say nothing.
-_SUFFIXES: dict[str, Kind] = {".safetensors": SAFETENSORS} | dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PICKLE)
+_SUFFIXES: dict[str, FileKind] = {".safetensors": SAFETENSORS} | dict.fromkeys((".ckpt", ".pt", ".pth", ".bin"), PICKLE)
 _LONGEST_HEADER = 100_000_000
 # How torch.save began its files before it wrote zip files.
 _TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -31,7 +31,7 @@ _TAR_MARK = slice(257, 262)
 _DEPTH = 2
 
 
-def find_kind(path: Path) -> Kind | None:
+def find_kind(path: Path) -> FileKind | None:
     """What kind of model file this is; None for other files, and those that can't be read."""
     try:
         with path.open("rb") as file:

@@ -199,7 +199,7 @@ def clip_tokenizer(pad_token: str) -> CLIPTokenizer:
     return tokenizer
 
 
-Progress = Callable[[int], object]
+WriteProgress = Callable[[int], object]
 
 
 def no_progress(done: int) -> None:

@@ -32,9 +32,9 @@ from dreambooth_sm.stored.layout import (
 from dreambooth_sm.stored.model import (
     CLASSES,
     ZEROS,
-    Progress,
     StoredModel,
     StoredPart,
+    WriteProgress,
     check_complete,
     clip_tokenizer,
     make_pipeline,
@@ -63,7 +63,7 @@ _KNOWN_OTHERS = re.compile(
 )
 
 
-def read_checkpoint(
+def read_single_file(
     path: Path, *, use_ema: bool = False, prediction_type: str | None = None, vae: StoredPart | None = None
 ) -> StoredModel:
     """Understands a safetensors file or a pickle (``.ckpt``) of Stable Diffusion 1, 2 or XL, without reading weights.
@@ -150,7 +150,7 @@ def _flattened(found: Mapping[str, Stored], names: Mapping[str, tuple[int, ...]]
     }
 
 
-def write_checkpoint(
+def write_single_file(
     model: StoredModel,
     path: Path,
     *,
@@ -159,7 +159,7 @@ def write_checkpoint(
     resolution: int | None = None,
     trigger: str | None = None,
     licence: str | None = None,
-    progress: Progress = no_progress,
+    progress: WriteProgress = no_progress,
 ) -> None:
     """Writes one ``.safetensors`` file in the original layout, with ModelSpec 1.0.1 metadata
     (github.com/Stability-AI/ModelSpec). SD 2's text encoder is written without OpenCLIP's last layer, as diffusers

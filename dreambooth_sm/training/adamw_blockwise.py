@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dreambooth_sm.training.moments import FORMATS, BlockFormat, DeviceScalars, Moments
+from dreambooth_sm.training.moments import BLOCK_FORMATS, BlockFormat, DeviceScalars, Moments
 
 # Scales below these carry no information: the root of such a second moment is far below any sensible eps.
 SMALLEST_SCALE_M = 1e-30
@@ -315,7 +315,7 @@ class BlockwiseAdamW(Optimizer):
         seed: int = 0,
         backend: Literal["auto", "triton", "torch"] = "auto",
     ) -> None:
-        if state_bits not in FORMATS:
+        if state_bits not in BLOCK_FORMATS:
             raise ValueError(f"state_bits must be 16, 8 or 4, not {state_bits!r}")
         if master not in ("residual", "stochastic"):
             raise ValueError(f'master must be "residual" or "stochastic", not {master!r}')
@@ -334,7 +334,7 @@ class BlockwiseAdamW(Optimizer):
 
         first = self.param_groups[0]["params"][0]
         self._device: torch.device = first.device
-        self._format = FORMATS[state_bits]
+        self._format = BLOCK_FORMATS[state_bits]
         self._master = master
         self._in_backward = update_in_backward
         self._max_grad_norm = max_grad_norm

@@ -44,7 +44,7 @@ _READ = (1, FORMAT)
 STATE = "state.json"
 _TENSORS = "tensors.pt"
 _PICTURES = "samples"
-NAME = re.compile("step-([0-9]{8})(?:-[0-9]+)?")
+CHECKPOINT_NAME = re.compile("step-([0-9]{8})(?:-[0-9]+)?")
 _CHUNK = 2**20
 # A record of a million metric lines has a sixth of this.
 LARGEST_STATE = 2**30
@@ -331,7 +331,7 @@ def parse_state(content: bytes, directory: Path) -> tuple[Checkpoint, int | None
     Raises:
         ValueError: it is not what this project writes; the message says why.
     """
-    name = NAME.fullmatch(directory.name)
+    name = CHECKPOINT_NAME.fullmatch(directory.name)
     assert name is not None
     try:
         state = json.loads(content.decode())
@@ -362,7 +362,7 @@ def all_checkpoints(root: Path, warn: Callable[[str], object] = _ignore) -> list
     Of the tensors only the size is looked at; see :meth:`Checkpoint.is_undamaged`.
     """
     found: list[Checkpoint] = []
-    for directory in sorted(path for path in root.glob("step-*") if NAME.fullmatch(path.name)):
+    for directory in sorted(path for path in root.glob("step-*") if CHECKPOINT_NAME.fullmatch(path.name)):
         try:
             found.append(_read(directory))
         except ValueError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dreambooth_sm.data.training_set import Batch, Dice, Latents, PictureExtras, SubjectWeights
+from dreambooth_sm.data.training_set import Batch, BatchSampler, Latents, PictureExtras, SubjectWeights
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import Conditioning
@@ -47,14 +47,14 @@ class TrainingSet:
     """What the loop reads.
 
     Attributes:
-        dice: draws the batches.
+        batch_sampler: draws the batches.
         latents: the pictures' latents.
         prompts: what the text encoders make of them, by name, a row a prompt; what they take, where they are trained.
         extras: what the denoiser is told of the pictures.
         weights: what parts of the pictures weigh in the loss; None where all weigh the same.
     """
 
-    dice: Dice
+    batch_sampler: BatchSampler
     latents: Latents
     prompts: dict[str, torch.Tensor]
     extras: PictureExtras
@@ -109,7 +109,7 @@ class Trainer:
             raise
         del originals
         self.make_step = (CapturedStep if plan.cuda_graph else Step)(self._loss, self.updater)
-        self.make_step.shapes = len(data.dice.shapes)
+        self.make_step.shapes = len(data.batch_sampler.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
         self.scheduler = make_scheduler(h, schedule, self.updater.optimizer)
@@ -348,7 +348,7 @@ class Trainer:
 
     def _inputs(self, number: int) -> Inputs:
         together = self.h.gradient_accumulation_steps * self.world.size
-        return self._to_device(self.data.dice.batch(number, self.h.train_batch_size, together))
+        return self._to_device(self.data.batch_sampler.batch(number, self.h.train_batch_size, together))
 
     def _to_device(self, batch: Batch) -> Inputs:
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -382,7 +382,7 @@ class Trainer:
         return dreambooth_loss(
             prediction,
             self.objective.target(inputs.latents, inputs.noise, inputs.timesteps),
-            prior_loss_weight=self.h.prior_loss_weight if self.data.dice.classes else None,
+            prior_loss_weight=self.h.prior_loss_weight if self.data.batch_sampler.classes else None,
             element_weights=inputs.weights,
             row_weights=self.objective.row_weights(inputs.timesteps),
         )

@@ -109,7 +109,7 @@ class BlockFormat:
 
 # Powers and roundings chosen by comparing, over 30 and 400 updates, with fp32 moments on gradients whose scale
 # varies within a block by a log-normal factor (tests/unit/test_adamw_blockwise.py keeps the comparison).
-FORMATS = {
+BLOCK_FORMATS = {
     16: BlockFormat(16, 256, m=PowerCode(32767, 2, False), v=PowerCode(65535, 2, True, smallest=1)),
     8: BlockFormat(8, 256, m=PowerCode(127, 3, False), v=PowerCode(255, 4, True, smallest=1)),
     4: BlockFormat(4, 128, m=PowerCode(7, 2, True), v=PowerCode(15, 3, False, smallest=1)),

@@ -28,8 +28,8 @@ from dreambooth_sm.storage import (
     upload_directory,
 )
 from dreambooth_sm.training.checkpoint import (
+    CHECKPOINT_NAME,
     LARGEST_STATE,
-    NAME,
     STATE,
     Checkpoint,
     all_checkpoints,
@@ -106,7 +106,7 @@ class RemoteCheckpoints:
     def _steps(self, listed: Mapping[str, int]) -> dict[str, Checkpoint | None]:
         """The checkpoints there, whole or not, newest first; None of those whose record can't be read."""
         names = {key.partition("/")[0] for key in listed}
-        steps = sorted((name for name in names if NAME.fullmatch(name)), reverse=True)
+        steps = sorted((name for name in names if CHECKPOINT_NAME.fullmatch(name)), reverse=True)
         return {name: self._read(name) if listed.get(f"{name}/{STATE}", 0) <= LARGEST_STATE else None for name in steps}
 
     def _read(self, name: str) -> Checkpoint | None:

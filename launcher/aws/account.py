@@ -10,7 +10,7 @@ from pathlib import Path
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.storage import S3Options, S3Uri, check_writable
 from launcher.aws.clients import Clients
-from launcher.aws.images import Place, find_build, repository_uri
+from launcher.aws.images import EcrUri, find_build, repository_uri
 from launcher.aws.roles import reserved_for, role_of_notebook, trusts_sagemaker
 from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.resources import Resources
@@ -184,7 +184,7 @@ class Account:
         Raises:
             UserError: the repository has none.
         """
-        place = Place.parse(uri)
+        place = EcrUri.parse(uri)
         if place is None or place.tag or place.digest or place.region != self.region:
             return uri
         found = find_build(self.clients("ecr"), uri, place)
@@ -214,7 +214,7 @@ class Account:
         problems.raise_any()
 
     def _check_image(self, uri: str) -> None:
-        image = Place.parse(uri)
+        image = EcrUri.parse(uri)
         if image is None or image.account != self.identity()["Account"]:
             self.warnings.append("image_uri: whether an image of another registry is there can't be checked")
             return

@@ -24,7 +24,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Place:
+class EcrUri:
     """An image, or a repository, in ECR.
 
     Attributes:
@@ -40,11 +40,11 @@ class Place:
     digest: str | None = None
 
     @classmethod
-    def parse(cls, uri: str) -> Place | None:
+    def parse(cls, uri: str) -> EcrUri | None:
         """None for what is not in ECR.
 
         Examples:
-            >>> Place.parse("123456789012.dkr.ecr.us-west-2.amazonaws.com/dreambooth-sm:latest").tag
+            >>> EcrUri.parse("123456789012.dkr.ecr.us-west-2.amazonaws.com/dreambooth-sm:latest").tag
             'latest'
         """
         found = _ECR.fullmatch(uri)
@@ -73,7 +73,7 @@ def repository_uri(ecr: Any, region: str) -> str:
         raise _not_found(error, REPOSITORY, region, "image_uri='...'") from None
 
 
-def find_build(ecr: Any, uri: str, place: Place) -> Build:
+def find_build(ecr: Any, uri: str, place: EcrUri) -> Build:
     """The build of this code in a repository: the one that was pushed last, where there are several.
 
     Args:

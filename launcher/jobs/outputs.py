@@ -78,11 +78,11 @@ class Outputs:
         """See :meth:`launcher.Job.samples`."""
         from PIL import Image
 
-        from dreambooth_sm.data.pictures import FORMATS
+        from dreambooth_sm.data.pictures import PICTURE_FORMATS
 
         place = self._samples_place()
         names = sorted(name for name in self._names(place) if re.fullmatch(r"samples/.+\.(png|jpg|webp)", name))
-        return Pictures(Image.open(io.BytesIO(self._read(place, name)), formats=FORMATS) for name in names)
+        return Pictures(Image.open(io.BytesIO(self._read(place, name)), formats=PICTURE_FORMATS) for name in names)
 
     def report(self) -> Page:
         """See :meth:`launcher.Job.report`."""

@@ -66,7 +66,7 @@ class Standing:
         return progress.phase.replace("_", " ") + part
 
 
-class View(AbstractContextManager["View"]):
+class JobView(AbstractContextManager["JobView"]):
     """Plain lines, each one as the job wrote it.
 
     Args:
@@ -96,8 +96,8 @@ class Display(AbstractContextManager["Display"]):
         view: where the job is shown.
     """
 
-    def __init__(self, view: View) -> None:
-        self._view: View | None = view
+    def __init__(self, view: JobView) -> None:
+        self._view: JobView | None = view
 
     def __enter__(self) -> Display:
         self._try(lambda view: view.__enter__())
@@ -116,7 +116,7 @@ class Display(AbstractContextManager["Display"]):
     ) -> None:
         self._try(lambda view: view.__exit__(kind, error, trace))
 
-    def _try(self, part: Callable[[View], object]) -> None:
+    def _try(self, part: Callable[[JobView], object]) -> None:
         if self._view is None:
             return
         try:
@@ -130,7 +130,7 @@ class Display(AbstractContextManager["Display"]):
             )
 
 
-class TerminalView(View):
+class TerminalView(JobView):
     """The lines, above a bar that stays at the bottom of the terminal."""
 
     def __init__(self, name: str) -> None:
@@ -158,7 +158,7 @@ class TerminalView(View):
         self._bar.stop()
 
 
-class NotebookView(View):
+class NotebookView(JobView):
     """One output below the cell, replaced as the job goes on; it needs no widgets and stays in the saved notebook."""
 
     def __init__(self, name: str) -> None:
@@ -241,10 +241,10 @@ class Page(str):
         return f'<iframe srcdoc="{escape(self)}" sandbox="" style="width:100%;height:40em;border:0"></iframe>'
 
 
-def choose_view(name: str, write: Callable[[str], None] | None) -> View:
+def choose_view(name: str, write: Callable[[str], None] | None) -> JobView:
     """The view for where this process runs; plain lines to ``write`` where one is given."""
     if write is not None:
-        return View(write)
+        return JobView(write)
     if _in_notebook():
         return NotebookView(name)
     if sys.stdout.isatty():
@@ -252,7 +252,7 @@ def choose_view(name: str, write: Callable[[str], None] | None) -> View:
             return TerminalView(name)
         except ImportError:
             pass
-    return View(lambda line: print(line, flush=True))
+    return JobView(lambda line: print(line, flush=True))
 
 
 def _in_notebook() -> bool:

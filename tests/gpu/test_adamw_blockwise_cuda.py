@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dreambooth_sm.training import adamw_blockwise
 from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
-from dreambooth_sm.training.moments import FORMATS
+from dreambooth_sm.training.moments import BLOCK_FORMATS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,12 +56,12 @@ def step(optimizer: BlockwiseAdamW, params: list[nn.Parameter], grads: list[Tens
 
 
 def codes(stored: Tensor, bits: int) -> Tensor:
-    fmt = FORMATS[bits]
+    fmt = BLOCK_FORMATS[bits]
     return fmt.unpack(stored, signed=False)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("bits", BLOCK_FORMATS)
 @pytest.mark.parametrize("master", ["residual", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_computes_the_reference(dtype: torch.dtype, master: Any, bits: Any, channels_last: bool) -> None:
@@ -105,7 +105,7 @@ def test_kernel_computes_the_reference(dtype: torch.dtype, master: Any, bits: An
             assert (difference != 0).float().mean() <= 2e-3
 
 
-@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("bits", BLOCK_FORMATS)
 def test_nonfinite_gradients(bits: Any) -> None:
     params = make_params(torch.bfloat16)
     optimizer = BlockwiseAdamW(params, lr=1e-3, state_bits=bits)

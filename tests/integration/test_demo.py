@@ -49,7 +49,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
 def test_a_failed_demo_is_one_line_and_an_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "TRAINING_STEPS", 2)
     monkeypatch.setattr(demo, "CLASS_PROMPT", "zwx " * 200)  # longer than the text encoder takes
     assert tool.main(["demo", "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err

@@ -14,7 +14,7 @@ from dreambooth_sm.models import check_base, load_base
 from dreambooth_sm.sources import needed_files
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.directory import read_directory
-from dreambooth_sm.stored.single_file import write_checkpoint
+from dreambooth_sm.stored.single_file import write_single_file
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.training import hyperparameters, same, weights
@@ -30,7 +30,7 @@ def aws(s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 @pytest.mark.usefixtures("aws")
 def test_a_prefix_and_an_object_in_s3(target: S3Uri, tiny_base: Path, tmp_path: Path) -> None:
     storage.upload_directory(tiny_base, target / "tiny")
-    write_checkpoint(read_directory(tiny_base), tmp_path / "tiny.safetensors", dtype=None)
+    write_single_file(read_directory(tiny_base), tmp_path / "tiny.safetensors", dtype=None)
     storage.s3_client().upload_file(str(tmp_path / "tiny.safetensors"), target.bucket, "models/tiny.safetensors")
     expected = load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_base)))
     for name in (str(target / "tiny"), f"s3://{target.bucket}/models/tiny.safetensors"):
@@ -44,7 +44,7 @@ def test_a_prefix_one_level_too_high_an_archive_and_names_that_say_nothing(
     target: S3Uri, tiny_base: Path, tmp_path: Path
 ) -> None:
     storage.upload_directory(tiny_base, target / "deep" / "er" / "tiny")
-    write_checkpoint(read_directory(tiny_base), tmp_path / "tiny.safetensors", dtype=None)
+    write_single_file(read_directory(tiny_base), tmp_path / "tiny.safetensors", dtype=None)
     with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
         archive.add(tiny_base, ".")
     client = storage.s3_client()

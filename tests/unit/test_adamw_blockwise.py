@@ -31,12 +31,12 @@ from dreambooth_sm.training.adamw_blockwise import (
     split_bfloat16,
     split_float16,
 )
-from dreambooth_sm.training.moments import FORMATS, PowerCode
+from dreambooth_sm.training.moments import BLOCK_FORMATS, PowerCode
 from tests.helpers.patience import PATIENCE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = DTYPES[1:]
-CODES = [(f"{bits}-bit {name}", getattr(FORMATS[bits], name)) for bits in FORMATS for name in ("m", "v")]
+CODES = [(f"{bits}-bit {name}", getattr(BLOCK_FORMATS[bits], name)) for bits in BLOCK_FORMATS for name in ("m", "v")]
 
 
 def bits_of(x: Tensor) -> Tensor:
@@ -172,9 +172,9 @@ def test_largest_of_a_block_never_wraps_around(code: PowerCode) -> None:
     assert c.min() >= code.levels - (1 if code.levels > 32767 else 0)
 
 
-@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("bits", BLOCK_FORMATS)
 def test_zero_and_sign(bits: int) -> None:
-    fmt = FORMATS[bits]
+    fmt = BLOCK_FORMATS[bits]
     assert encode(fmt.m, torch.tensor([0.0, 1.0]), torch.ones(()))[0] == 0
     for signed in (True, False):
         top = fmt.m.levels if signed else fmt.v.levels
@@ -208,7 +208,7 @@ def dynamic_map(signed: bool) -> Tensor:
 @pytest.mark.parametrize("spread", [0.0, 1.0, 2.0])
 def test_eight_bits_are_as_accurate_as_the_dynamic_map(spread: float) -> None:
     """Error of the update m / sqrt(v) of one quantisation, both codes rounding to nearest."""
-    fmt = FORMATS[8]
+    fmt = BLOCK_FORMATS[8]
     random = torch.Generator().manual_seed(3)
     size = torch.exp(spread * torch.randn(400, fmt.size, generator=random))
     m = 0.2 * torch.randn(size.shape, generator=random) * size
@@ -344,7 +344,7 @@ def test_moments_too_small_for_their_block_do_not_blow_the_update_up() -> None:
     weight = nn.Parameter(torch.zeros(256))
     gradient = torch.full((256,), 1e-6)
     gradient[0] = 1.0
-    for bits in FORMATS:
+    for bits in BLOCK_FORMATS:
         optimizer = BlockwiseAdamW([weight], lr=1e-3, weight_decay=0.0, state_bits=bits)
         for _ in range(20):
             before = weight.detach().clone()
@@ -433,10 +433,10 @@ def test_step_with_a_nonfinite_gradient_changes_nothing(value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
-@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("bits", BLOCK_FORMATS)
 def test_nonfinite_gradient_in_backward_keeps_its_block(value: float, bits: Any) -> None:
     """1e30 is finite, but its square is not."""
-    size = FORMATS[bits].size
+    size = BLOCK_FORMATS[bits].size
     weight = nn.Parameter(torch.ones(5 * size - 3))
     optimizer = BlockwiseAdamW([weight], lr=1e-3, state_bits=bits, update_in_backward=True)
     gradients = noise(tuple(weight.shape), 1.0, seed=0)
@@ -567,7 +567,7 @@ def test_parameters_without_gradient_stay() -> None:
     assert not torch.equal(params[0], torch.ones(300))
 
 
-@pytest.mark.parametrize("bits", FORMATS)
+@pytest.mark.parametrize("bits", BLOCK_FORMATS)
 @pytest.mark.parametrize("master", ["residual", "stochastic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_resume_is_bitwise(dtype: torch.dtype, master: Any, bits: Any) -> None:
@@ -725,7 +725,7 @@ def compare_kernel_with_reference() -> None:
     adamw_blockwise.SMALL_PARAMETER = 700  # so that the largest go alone and the others in a bundle
     adamw_blockwise.REFERENCE_CHUNK = 4
     for dtype, master, bits, in_backward in itertools.product(
-        DTYPES, ("residual", "stochastic"), FORMATS, (False, True)
+        DTYPES, ("residual", "stochastic"), BLOCK_FORMATS, (False, True)
     ):
         if dtype == torch.float32 and master == "stochastic":
             continue
@@ -781,7 +781,7 @@ def test_kernel_in_the_interpreter() -> None:
         timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("differ") == 5 * 2 * len(FORMATS)
+    assert run.stdout.count("differ") == 5 * 2 * len(BLOCK_FORMATS)
     assert run.stdout.count("averaged") == 5
 
 

@@ -18,7 +18,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import check_base, load_base, read_stored
 from dreambooth_sm.stored.directory import read_directory
 from dreambooth_sm.stored.layout import to_original
-from dreambooth_sm.stored.single_file import write_checkpoint
+from dreambooth_sm.stored.single_file import write_single_file
 from tests.helpers.training import hyperparameters, same, weights
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -37,7 +37,7 @@ def copied(tiny_base: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def single(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    write_checkpoint(read_directory(tiny_base), path, dtype=None)
+    write_single_file(read_directory(tiny_base), path, dtype=None)
     return path
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dreambooth_sm import preflight
 from dreambooth_sm.distributed import World
-from dreambooth_sm.driver import Build, Host
+from dreambooth_sm.driver import CudaBuild, Host
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.planning.cards import CPU, Card
@@ -16,7 +16,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sagemaker import Contract
 
 # What the index gives on Linux, with and without a GPU.
-CUDA_13 = Build("13.0", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"])
+CUDA_13 = CudaBuild("13.0", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"])
 V100 = Card("Tesla V100", 15.8, (7, 0))
 HERE, ON_GPU = Contract(Path("/opt/ml")), Contract(Path("/opt/ml"), instance_type="ml.g4dn.xlarge")
 ALONE = World()
@@ -26,7 +26,7 @@ def check(
     monkeypatch: pytest.MonkeyPatch, contract: Contract, card: Card, host: Host | None = None, use_cpu: bool = False
 ) -> Plan:
     monkeypatch.setattr(preflight, "detect_card", lambda: card)
-    monkeypatch.setattr(preflight, "find_build", lambda: CUDA_13)
+    monkeypatch.setattr(preflight, "find_cuda_build", lambda: CUDA_13)
     monkeypatch.setattr(preflight, "find_host", lambda: host)
     h = Hyperparameters(instance_prompt="photo of zwx toy", class_prompt="photo of a toy", use_cpu=use_cpu)
     return preflight.plan_for_card(h, contract, ALONE)

@@ -12,7 +12,7 @@ import pytest
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.resume import BASE, Start, check_resumable, fingerprint, make_identity
+from dreambooth_sm.resume import BASE_MODEL_KEY, Start, check_resumable, fingerprint, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, latest_checkpoint, save_checkpoint
 from dreambooth_sm.training.schedule import Schedule
 from tests.helpers.checkpoints import as_format_1, lay_weights_by_part, rewrite_state, rewrite_tensors
@@ -104,7 +104,7 @@ def identity_of(root: Path, **values: object) -> dict[str, Any]:
 def test_what_it_holds_is_compared(tmp_path: Path) -> None:
     identity = identity_of(tmp_path / "a")
     saved = earlier(tmp_path, identity)
-    check_resumable(saved, identity | {BASE: {"unet": "any"}}, SCHEDULE)
+    check_resumable(saved, identity | {BASE_MODEL_KEY: {"unet": "any"}}, SCHEDULE)
     pictures = {"00.png": "1", "01.png": "2", "03.png": "3"}
     other = identity_of(tmp_path / "a", learning_rate=2e-4, mixed_precision="bf16") | {"pictures": pictures, "seed": 8}
     with pytest.raises(UserError) as caught:
@@ -151,7 +151,7 @@ def test_a_line_says_what_cannot_be_compared(base: PretrainedModel, tmp_path: Pa
         Run(base, tmp_path, save_steps=2).train(stop_at=2)
     directory = tmp_path / "checkpoints" / "step-00000002"
     identity = identity_of(tmp_path)
-    rewrite_state(directory, lambda state: state.update(identity=identity | {BASE: fingerprint(base)}))
+    rewrite_state(directory, lambda state: state.update(identity=identity | {BASE_MODEL_KEY: fingerprint(base)}))
     if format_1:
         as_format_1(directory)
     found = latest_checkpoint(tmp_path / "checkpoints")

@@ -102,7 +102,7 @@ def test_each_row_of_a_batch_has_the_sizes_of_its_view(xl_base: PretrainedModel,
     run = Run(xl_base, tmp_path, center_crop=False, aspect_ratio_buckets=False, with_prior_preservation=True, **XL)
     seen = set()
     for number in range(8):
-        batch = run.data.dice.batch(number, 2)
+        batch = run.data.batch_sampler.batch(number, 2)
         numbers = run.data.extras(batch)["sizes"]
         assert numbers.shape == (4, 6)
         assert numbers[:, [0, 1, 2, 4, 5]].tolist() == [[64, 80, 0, 64, 64]] * 4
@@ -113,7 +113,7 @@ def test_each_row_of_a_batch_has_the_sizes_of_its_view(xl_base: PretrainedModel,
 
 def test_the_loss_depends_on_pooled_states_and_sizes(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, **XL)
-    batch = run.data.dice.batch(0, 1)
+    batch = run.data.batch_sampler.batch(0, 1)
     before = run.trainer.loss(batch).total.item()
     run.data.prompts["pooled"].add_(1)
     pooled = run.trainer.loss(batch).total.item()
@@ -173,9 +173,9 @@ def test_the_base_models_own_output_as_prior(xl_base: PretrainedModel, tmp_path:
     assert set(data.extras._rows[-1]) == {"sizes"}
     run = Run(xl_base, tmp_path / "run", subject=subject, **values)
     for number in range(3):
-        batch = run.data.dice.batch(number, 1)
+        batch = run.data.batch_sampler.batch(number, 1)
         prior = run.trainer.loss(batch).detach().prior
         assert prior is not None
         assert float(prior) < 1e-6
-    batches = (run.data.dice.batch(number, 1) for number in range(6))
+    batches = (run.data.batch_sampler.batch(number, 1) for number in range(6))
     assert len({tuple(run.data.extras(batch)["sizes"][1].tolist()) for batch in batches}) > 1

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreambooth_sm.driver import OLDEST_DRIVER, Build, Host, find_host, find_mismatch
+from dreambooth_sm.driver import OLDEST_DRIVER, CudaBuild, Host, find_host, find_mismatch
 
 # What the builds of torch 2.10 for these versions list.
-CUDA_12 = Build("12.8", ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
-CUDA_13 = Build("13.0", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_110", "sm_120", "compute_120"])
+CUDA_12 = CudaBuild("12.8", ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"])
+CUDA_13 = CudaBuild("13.0", ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_110", "sm_120", "compute_120"])
 T4, L4, V100 = ("Tesla T4", (7, 5)), ("NVIDIA L4", (8, 9)), ("Tesla V100-SXM2-16GB", (7, 0))
 
 
@@ -28,11 +28,11 @@ T4, L4, V100 = ("Tesla T4", (7, 5)), ("NVIDIA L4", (8, 9)), ("Tesla V100-SXM2-16
         ("570.172.08", L4, CUDA_13, ["NVIDIA L4", "CUDA 13.0 needs driver 580", "base with CUDA 12"]),
         ("418.40", T4, CUDA_12, ["newer driver"]),
         ("580.65.06", V100, CUDA_13, ["compute capability 7.0", "sm_75", "another instance type"]),
-        ("580.65.06", T4, Build(None), ["without CUDA", "base with CUDA 13"]),
+        ("580.65.06", T4, CudaBuild(None), ["without CUDA", "base with CUDA 13"]),
     ],
 )
 def test_a_mismatch_is_named_with_what_would_work(
-    driver: str, card: tuple[str, tuple[int, int]], build: Build, words: list[str]
+    driver: str, card: tuple[str, tuple[int, int]], build: CudaBuild, words: list[str]
 ) -> None:
     reason = find_mismatch(Host(driver, *card), build)
     assert reason is not None
@@ -51,7 +51,7 @@ def test_a_mismatch_is_named_with_what_would_work(
         ("590.10", ("the next card", (13, 0)), CUDA_13),  # compiles the PTX
     ],
 )
-def test_what_fits_is_passed(driver: str, card: tuple[str, tuple[int, int]], build: Build) -> None:
+def test_what_fits_is_passed(driver: str, card: tuple[str, tuple[int, int]], build: CudaBuild) -> None:
     assert find_mismatch(Host(driver, *card), build) is None
 
 
@@ -61,7 +61,7 @@ def test_a_container_without_the_driver_is_told_of_the_gpus_option() -> None:
 
 @given(driver=st.integers(400, 700), cuda=st.sampled_from(sorted(OLDEST_DRIVER)))
 def test_the_cuda_that_is_advised_fits_the_driver(driver: int, cuda: int) -> None:
-    reason = find_mismatch(Host(f"{driver}.1", *T4), Build(f"{cuda}.1", ["sm_75"]))
+    reason = find_mismatch(Host(f"{driver}.1", *T4), CudaBuild(f"{cuda}.1", ["sm_75"]))
     assert (reason is None) == (driver >= OLDEST_DRIVER[cuda])
     for other, oldest in OLDEST_DRIVER.items():
         if reason and f"base with CUDA {other}" in reason:

@@ -105,7 +105,7 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
     for step in range(STEPS):
         sums = torch.zeros(3)
         for part in range(parts):
-            batch = data.dice.batch(step * parts + part, size)
+            batch = data.batch_sampler.batch(step * parts + part, size)
             latents = data.latents(batch)
             noised = scheduler.add_noise(latents, batch.noise, batch.timesteps)
             if reference.plan.train_text_encoder:

@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[2]
 # What a job or a launcher runs; and what stays in the repository: no image and no wheel has it.
 PRODUCTION = ("dreambooth_sm", "launcher", "container")
 REPOSITORY = {"tests", "toybox", "benchmarks"}
+# What a package finds in each of its files, and type variables, which mean nothing outside of their file.
+SHARED_NAMES = {"FAMILY", "METHOD", "Item", "T"}
 # What models are opened, compiled, quantised and fetched with. It takes longer to import than torch and the job itself,
 # and no check has to wait for it that does not open a model.
 LATE = (
@@ -46,6 +48,17 @@ def modules(root: Path, *packages: str) -> dict[str, Path]:
         parts = path.relative_to(root).with_suffix("").parts
         found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
+
+
+def capitalised(path: Path) -> Iterator[str]:
+    """Public classes, aliases and constants that a file defines at its top."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            names = [node.name]
+        else:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        yield from (name for name in names if name[0].isupper())
 
 
 def imports(modules: Mapping[str, Path]) -> dict[str, set[str]]:
@@ -113,6 +126,15 @@ def test_a_circle_is_found_wherever_its_imports_stand(tmp_path: Path) -> None:
     assert circle(imports(modules(tmp_path, "package")))[-1] == "package.a"  # by f
     (tmp_path / "package" / "d" / "e.py").write_text("")
     assert not circle(imports(modules(tmp_path, "package")))
+
+
+def test_no_name_stands_for_two_things() -> None:
+    defined: dict[str, list[str]] = {}
+    for module, path in modules(ROOT, *PRODUCTION, "toybox").items():
+        for name in {*capitalised(path)} - SHARED_NAMES:
+            defined.setdefault(name, []).append(module)
+    assert {"BatchSampler", "Shape", "EXPORT_DTYPES"} <= defined.keys()
+    assert not {name: found for name, found in defined.items() if len(found) > 1}
 
 
 def test_the_rooms_of_the_launcher_stand_on_each_other() -> None:

@@ -172,7 +172,7 @@ def test_the_trainer_weighs_the_subject(masked: Subject, base: PretrainedModel, 
     assert plain.data.weights is None
     assert half.data.weights is not None
     for step in range(6):
-        batch = half.data.dice.batch(step, 2)
+        batch = half.data.batch_sampler.batch(step, 2)
         found = half.data.weights(batch)
         assert found.shape == (4, 1, *batch.noise.shape[2:])
         torch.testing.assert_close(found.mean(dim=(1, 2, 3)), torch.ones(4))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dreambooth_sm.errors import StopRequested
-from dreambooth_sm.families import Conditioning, Facts, Family, Footprint
+from dreambooth_sm.families import Conditioning, Facts, Family, ModelFootprint
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from tests.helpers.training import Run, same, weights
@@ -76,7 +76,7 @@ class Flow:
         article="a",
         listed="Flow",
         resolution=64,
-        footprint=Footprint(unet=1, text_encoder=1, vae=1, text_width=8),
+        footprint=ModelFootprint(unet=1, text_encoder=1, vae=1, text_width=8),
         pipeline="FlowPipeline",
         parts=("transformer", "vae", "text_encoder"),
         tags=(),
@@ -155,7 +155,7 @@ def test_it_trains_and_resumes(model: PretrainedModel, tmp_path: Path, trained: 
 def test_its_loss_is_its_own(model: PretrainedModel, tmp_path: Path) -> None:
     """By hand, with shifted latents and without padded words."""
     run = Run(model, tmp_path, with_prior_preservation=True)
-    batch = run.data.dice.batch(0, 1)
+    batch = run.data.batch_sampler.batch(0, 1)
     prompts = [run.subject.prompt, str(run.subject.class_prompt)]
     losses = []
     for row, prompt in enumerate(prompts):

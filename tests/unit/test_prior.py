@@ -36,7 +36,7 @@ CACHE = S3Uri("classes", "toys")
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prior, "STEPS", 2)
+    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 2)
     monkeypatch.setattr(prior, "SHOWN", 2)
 
 
@@ -227,7 +227,8 @@ def other_scheduler(base: PretrainedModel) -> PretrainedModel:
         pytest.param(lambda base, subject, patch: (base, subject, {"sizes": [(96, 64)] * WANTED}), id="size"),
         pytest.param(lambda base, subject, patch: (base, subject, {"first": WANTED}), id="seed"),
         pytest.param(
-            lambda base, subject, patch: (patch.setattr(prior, "STEPS", 3), (base, subject, {}))[1], id="steps"
+            lambda base, subject, patch: (patch.setattr(prior, "CLASS_IMAGE_STEPS", 3), (base, subject, {}))[1],
+            id="steps",
         ),
         pytest.param(
             lambda base, subject, patch: (patch.setattr(prior, "GUIDED_SIGMAS", (9.0, 0.1)), (base, subject, {}))[1],

@@ -82,11 +82,11 @@ def test_it_pulls_back_what_drifts(base: PretrainedModel, tmp_path: Path) -> Non
 
 def test_outputs_repeat_for_a_seed(base: PretrainedModel, tmp_path: Path) -> None:
     one, other = (training_set(copy.deepcopy(base), tmp_path / name) for name in ("one", "other"))
-    assert len(one.dice.classes) >= OUTPUTS_PER_IMAGE * VALUES["num_class_images"]  # type: ignore[operator]
-    batches = [data.dice.batch(3, 2) for data in (one, other)]
+    assert len(one.batch_sampler.classes) >= OUTPUTS_PER_IMAGE * VALUES["num_class_images"]  # type: ignore[operator]
+    batches = [data.batch_sampler.batch(3, 2) for data in (one, other)]
     assert torch.equal(batches[0].noise, batches[1].noise)
     assert torch.equal(one.latents(batches[0]), other.latents(batches[1]))
-    assert {sample.timestep for sample in one.dice.classes} <= set(range(1000))
+    assert {sample.timestep for sample in one.batch_sampler.classes} <= set(range(1000))
 
 
 def test_every_shape_has_outputs(base: PretrainedModel, tmp_path: Path) -> None:
@@ -94,16 +94,16 @@ def test_every_shape_has_outputs(base: PretrainedModel, tmp_path: Path) -> None:
     wide = subject_in(tmp_path, 2, (192, 96))
     tall = subject_in(tmp_path / "tall", 2, (96, 192))
     data = encode_training_set(base, (wide, tall), h, cpu_plan(h), device=CPU, seed=SEED)
-    assert len(data.dice.shapes) == 2
-    assert {sample.shape for sample in data.dice.classes} == set(data.dice.shapes)
+    assert len(data.batch_sampler.shapes) == 2
+    assert {sample.shape for sample in data.batch_sampler.classes} == set(data.batch_sampler.shapes)
     for number in range(4):
-        assert data.latents(data.dice.batch(number, 1)).shape[0] == 2
+        assert data.latents(data.batch_sampler.batch(number, 1)).shape[0] == 2
 
 
 def test_masks_weigh_the_subject_alone(base: PretrainedModel, tmp_path: Path) -> None:
     data = training_set(base, tmp_path, background_weight=0.5)
     assert data.weights is not None
-    weights = data.weights(data.dice.batch(0, 1))
+    weights = data.weights(data.batch_sampler.batch(0, 1))
     assert torch.equal(weights[1], torch.ones_like(weights[1]))
 
 

@@ -20,7 +20,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.declare import meaning
 from dreambooth_sm.knobs.takes import alternatives
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.resume import BASE, check_resumable, fingerprint, first_that_fits, make_identity
+from dreambooth_sm.resume import BASE_MODEL_KEY, check_resumable, fingerprint, first_that_fits, make_identity
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint, undamaged_checkpoints
 from dreambooth_sm.training.schedule import Schedule
 from tests.helpers.training import SMALL, Recorder, attach, cpu_plan, hyperparameters, make_subject, paint_pictures
@@ -243,15 +243,15 @@ def test_another_base_model_under_the_same_name_is_refused(
     base: PretrainedModel, subject: Subject, part: str, change: Callable[[PretrainedModel], None]
 ) -> None:
     identity = identity_of(subject)
-    saved = checkpoint_of(identity | {BASE: fingerprint(base)})
+    saved = checkpoint_of(identity | {BASE_MODEL_KEY: fingerprint(base)})
     check_resumable(saved, identity, SCHEDULE)  # before it is loaded, nothing is known
-    check_resumable(saved, identity | {BASE: fingerprint(base)}, SCHEDULE)
+    check_resumable(saved, identity | {BASE_MODEL_KEY: fingerprint(base)}, SCHEDULE)
     other = copy.copy(base)
     other.unet, other.vae, other.text_encoder = map(copy.deepcopy, (base.unet, base.vae, base.text_encoder))
     other.scheduler = copy.deepcopy(base.scheduler)
     change(other)
     with pytest.raises(UserError, match=rf"base_model: {part} changed;"):
-        check_resumable(saved, identity | {BASE: fingerprint(other)}, SCHEDULE)
+        check_resumable(saved, identity | {BASE_MODEL_KEY: fingerprint(other)}, SCHEDULE)
 
 
 def test_a_model_in_half_precision_is_the_same_in_single(base: PretrainedModel) -> None:

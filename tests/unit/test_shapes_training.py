@@ -51,9 +51,9 @@ def test_shapes_of_a_subject(subject: Subject) -> None:
 
 def test_all_shapes_and_prompts_are_trained_on(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     run = Run(base, tmp_path, subject=subject, **VALUES)
-    dice = run.data.dice
-    assert dice.shapes == [(64, 64), (48, 80), (80, 48)]
-    latents = Counter(tuple(run.data.latents(dice.batch(step, 1)).shape) for step in range(8))
+    batch_sampler = run.data.batch_sampler
+    assert batch_sampler.shapes == [(64, 64), (48, 80), (80, 48)]
+    latents = Counter(tuple(run.data.latents(batch_sampler.batch(step, 1)).shape) for step in range(8))
     assert latents == {(2, 4, 24, 40): 4, (2, 4, 40, 24): 2, (2, 4, 32, 32): 2}
     # Four prompts of pictures, one of the class, and the empty one.
     assert len(run.data.prompts["states"]) == 6

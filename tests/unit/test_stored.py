@@ -30,7 +30,7 @@ from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, write_saf
 from dreambooth_sm.stored.layout import parts_in, to_original
 from dreambooth_sm.stored.model import StoredModel, clip_tokenizer, empty_module, tokenizers_of
 from dreambooth_sm.stored.recognise import read_configs
-from dreambooth_sm.stored.single_file import read_checkpoint, read_tokenizer, write_checkpoint
+from dreambooth_sm.stored.single_file import read_single_file, read_tokenizer, write_single_file
 from tests.helpers.tiny import save_tiny_pipeline
 from tests.helpers.training import hyperparameters, same, weights
 
@@ -58,7 +58,7 @@ def toy() -> StoredModel:
 def single(toy: StoredModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toybox model as one file; not to be written to."""
     path = tmp_path_factory.mktemp("single") / "toy.safetensors"
-    write_checkpoint(toy, path, dtype=None, resolution=128, trigger="photo of zwx toy")
+    write_single_file(toy, path, dtype=None, resolution=128, trigger="photo of zwx toy")
     return path
 
 
@@ -89,7 +89,7 @@ def xl(tiny_xl_base: Path) -> StoredModel:
 def xl_single(xl: StoredModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SDXL model as one file; not to be written to."""
     path = tmp_path_factory.mktemp("single") / "xl.safetensors"
-    write_checkpoint(xl, path, dtype=torch.float16)
+    write_single_file(xl, path, dtype=torch.float16)
     return path
 
 
@@ -267,8 +267,8 @@ def test_models_distilled_from_sdxl_are_refused_by_name(smaller: dict[str, Any])
 def test_what_an_empty_prompt_means_survives_the_file(zeros: bool, tiny_xl_base: Path, tmp_path: Path) -> None:
     model = read_directory(tiny_xl_base)
     model.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
-    write_checkpoint(model, tmp_path / "m.safetensors")
-    write_directory(read_checkpoint(tmp_path / "m.safetensors"), tmp_path / "dir")
+    write_single_file(model, tmp_path / "m.safetensors")
+    write_directory(read_single_file(tmp_path / "m.safetensors"), tmp_path / "dir")
     assert json.loads((tmp_path / "dir/model_index.json").read_text())["force_zeros_for_empty_prompt"] is zeros
 
 
@@ -280,14 +280,14 @@ def test_sdxl_files_that_are_marked_as_v_prediction(
     with safe_open(xl_single, "pt") as file:
         notes = {key: value for key, value in file.metadata().items() if "tokenizer" in key}
     save_file(marked, tmp_path / "v.safetensors", notes)
-    model = read_checkpoint(tmp_path / "v.safetensors")
+    model = read_single_file(tmp_path / "v.safetensors")
     config = model.pipeline.scheduler.config
     assert config.prediction_type == "v_prediction"
     assert config.rescale_betas_zero_snr == ("ztsnr" in marks)
     assert config.timestep_spacing == ("trailing" if "ztsnr" in marks else "leading")
     assert same(read(model)["unet"], {name: value.half() for name, value in read(xl)["unet"].items()})
     # The marks come back, for programs that know no others.
-    write_checkpoint(model, tmp_path / "again.safetensors", dtype=None)
+    write_single_file(model, tmp_path / "again.safetensors", dtype=None)
     assert same(load_file(tmp_path / "again.safetensors"), marked)
 
 
@@ -305,7 +305,7 @@ def test_sdxl_without_our_metadata(xl_single: Path, xl: StoredModel, tmp_path: P
     torch.save({"state_dict": tensors, **notes}, tmp_path / "m.ckpt")
     wanted = {part: {k: v.half() for k, v in stored.items()} for part, stored in read(xl).items()}
     for path in (tmp_path / "m.safetensors", tmp_path / "m.ckpt"):
-        model = read_checkpoint(path)
+        model = read_single_file(path)
         found = read(model)
         assert all(same(found[part], wanted[part]) for part in wanted)
         for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
@@ -383,8 +383,8 @@ def test_sdxl_files_get_clips_tokenizer_twice() -> None:
 @pytest.mark.parametrize("which", ["toy", "second", "xl"])
 def test_directory_to_file_to_directory(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     model: StoredModel = request.getfixturevalue(which)
-    write_checkpoint(model, tmp_path / "m.safetensors", dtype=None)
-    back = read_checkpoint(tmp_path / "m.safetensors")
+    write_single_file(model, tmp_path / "m.safetensors", dtype=None)
+    back = read_single_file(tmp_path / "m.safetensors")
     assert alike(model, back)
     write_directory(back, tmp_path / "dir", dtype=None)
     again = read_directory(tmp_path / "dir")
@@ -408,10 +408,10 @@ def test_the_size_that_a_unet_says_it_was_made_for(size: Any, said: str, read: A
     latent."""
     model = read_directory(save_tiny_pipeline(tmp_path / "base"))
     model.pipeline.unet.register_to_config(sample_size=size)
-    write_checkpoint(model, tmp_path / "m.safetensors")
+    write_single_file(model, tmp_path / "m.safetensors")
     with safe_open(tmp_path / "m.safetensors", "pt") as file:
         assert file.metadata()["modelspec.resolution"] == said
-    write_directory(read_checkpoint(tmp_path / "m.safetensors"), tmp_path / "dir")
+    write_directory(read_single_file(tmp_path / "m.safetensors"), tmp_path / "dir")
     assert json.loads((tmp_path / "dir" / "unet" / "config.json").read_text())["sample_size"] == read
 
 
@@ -524,7 +524,7 @@ def test_a_ckpt(single: Path, zipped: bool, tmp_path: Path) -> None:
         notes = file.metadata()
     path = tmp_path / "toy.ckpt"
     torch.save({"state_dict": tensors, "global_step": 5, **notes}, path, _use_new_zipfile_serialization=zipped)
-    assert alike(read_checkpoint(path), read_checkpoint(single))
+    assert alike(read_single_file(path), read_single_file(single))
     base = load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
     expected = load_base(hyperparameters(pretrained_model_name_or_path=toybox.NAME))
     for part in ("unet", "vae", "text_encoder"):
@@ -537,7 +537,7 @@ def test_early_names_of_the_text_encoder(single: Path, tmp_path: Path) -> None:
         notes = file.metadata()
     early = {name.replace(".text_model.", "."): value for name, value in load_file(single).items()}
     save_file(early, tmp_path / "early.safetensors", notes)
-    assert alike(read_checkpoint(tmp_path / "early.safetensors"), read_checkpoint(single))
+    assert alike(read_single_file(tmp_path / "early.safetensors"), read_single_file(single))
 
 
 def test_ema_weights(single: Path, tmp_path: Path) -> None:
@@ -552,12 +552,12 @@ def test_ema_weights(single: Path, tmp_path: Path) -> None:
     }
     path = tmp_path / "both.safetensors"
     save_file({**tensors, **averages}, path, notes)
-    assert alike(read_checkpoint(path), read_checkpoint(single))
-    plain, average = read(read_checkpoint(path)), read(read_checkpoint(path, use_ema=True))
+    assert alike(read_single_file(path), read_single_file(single))
+    plain, average = read(read_single_file(path)), read(read_single_file(path, use_ema=True))
     assert same(average["unet"], {name: value + 1 for name, value in plain["unet"].items()})
     assert same(average["vae"], plain["vae"])
     with pytest.raises(UserError, match="no EMA weights"):
-        read_checkpoint(single, use_ema=True)
+        read_single_file(single, use_ema=True)
     with pytest.raises(UserError, match="is a directory"):
         read_stored(toybox.BASE, use_ema=True)
 
@@ -591,7 +591,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(single: Path, zipped: bool, 
     content = {"state_dict": load_file(single), "callbacks": Malicious(owned)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError) as caught:
-        read_checkpoint(path)
+        read_single_file(path)
     (line,) = caught.value.problems
     assert f"{path} is refused: it wants to run posix.mkdir" in line
     assert not owned.exists()
@@ -612,7 +612,7 @@ def test_truncated_at_any_offset(which: str, suffix: str, request: pytest.Fixtur
     for offset in [0, 1, 8, len(content) - 1, *random.Random(0).sample(range(len(content)), 20)]:
         path.write_bytes(content[:offset])
         with pytest.raises(UserError) as caught:
-            read_checkpoint(path)
+            read_single_file(path)
         (line,) = caught.value.problems
         assert str(path) in line
         assert "copy it again" in line
@@ -629,8 +629,8 @@ def test_a_header_that_was_tampered_with(
     path.write_bytes(content[:at] + noise + content[at + len(noise) :])
     problems = Problems()
     with problems.collected():
-        model = read_checkpoint(path)
-        for part, tensors in read_checkpoint(single).tensors.items():
+        model = read_single_file(path)
+        for part, tensors in read_single_file(single).tensors.items():
             assert model.tensors[part].keys() == tensors.keys()
     assert [str(path) in line and "\n" not in line for line in problems.found] == [True] * len(problems.found)
     assert len(problems.found) <= 1
@@ -670,7 +670,7 @@ def test_foreign_files_are_told_by_name(tensors: Tensors, said: str, tmp_path: P
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     with pytest.raises(UserError) as caught:
-        read_checkpoint(path)
+        read_single_file(path)
     (line,) = caught.value.problems
     assert said in line
     assert str(path) in line
@@ -699,7 +699,7 @@ def test_incomplete_files(change: Callable[[Tensors], None], said: str, single: 
     change(tensors)
     save_file(tensors, tmp_path / "m.safetensors", notes)
     with pytest.raises(UserError, match=said):
-        read_checkpoint(tmp_path / "m.safetensors")
+        read_single_file(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -721,7 +721,7 @@ def test_incomplete_sdxl_files(
     change(tensors)
     save_file(tensors, tmp_path / "m.safetensors", notes)
     with pytest.raises(UserError, match=said):
-        read_checkpoint(tmp_path / "m.safetensors")
+        read_single_file(tmp_path / "m.safetensors")
 
 
 def test_a_tokenizer_that_nobody_knows(single: Path, tmp_path: Path) -> None:
@@ -731,7 +731,7 @@ def test_a_tokenizer_that_nobody_knows(single: Path, tmp_path: Path) -> None:
     del notes["dreambooth_sm.tokenizer"]
     save_file(load_file(single), tmp_path / "m.safetensors", notes)
     with pytest.raises(UserError, match="knows 678 tokens"):
-        read_checkpoint(tmp_path / "m.safetensors")
+        read_single_file(tmp_path / "m.safetensors")
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
@@ -811,7 +811,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "file": folder / "m.safetensors",
     }
     for name in ("fp16", "file"):
-        write = write_directory if name == "fp16" else write_checkpoint
+        write = write_directory if name == "fp16" else write_single_file
         write(read_directory(paths["fp32"]), paths[name], dtype=torch.float16)
     return paths
 

@@ -25,7 +25,7 @@ def distance(left: torch.nn.Module, right: torch.nn.Module) -> float:
 def gradients(run: Run) -> torch.Tensor:
     """Of the first batch, in a row."""
     unet = run.base.unet
-    run.trainer.loss(run.data.dice.batch(0, run.h.train_batch_size)).total.backward()
+    run.trainer.loss(run.data.batch_sampler.batch(0, run.h.train_batch_size)).total.backward()
     found = torch.cat([p.grad.flatten() for p in unet.parameters()])
     unet.zero_grad(set_to_none=True)
     return found
@@ -72,9 +72,9 @@ def test_the_same_seed_trains_the_same_model_and_another_does_not(base: Pretrain
     second = Run(base, tmp_path, max_train_steps=2).train()
     assert first.losses == second.losses
     assert same(weights(first.base.unet), weights(second.base.unet))
-    second.data.dice.seed += 1
+    second.data.batch_sampler.seed += 1
     other = Run(base, tmp_path, max_train_steps=2)
-    other.data.dice.seed += 1
+    other.data.batch_sampler.seed += 1
     assert other.train().losses != first.losses
 
 
@@ -109,7 +109,7 @@ def test_the_base_models_prediction_type_is_trained(
 ) -> None:
     base.scheduler = type(base.scheduler).from_config(base.scheduler.config, prediction_type=prediction_type)
     run = Run(base, tmp_path)
-    batch = run.data.dice.batch(0, 1)
+    batch = run.data.batch_sampler.batch(0, 1)
     latents = run.data.latents(batch)
     noised = base.scheduler.add_noise(latents, batch.noise, batch.timesteps)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_the_average_is_what_is_saved(base: PretrainedModel, tmp_path: Path) -> 
 
 def test_training_lowers_the_loss_on_what_it_was_shown(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, pictures=1, max_train_steps=25, learning_rate=1e-3, train_batch_size=2)
-    batches = [run.data.dice.batch(number, 2) for number in range(5)]
+    batches = [run.data.batch_sampler.batch(number, 2) for number in range(5)]
 
     def mean_loss() -> float:
         with torch.no_grad():

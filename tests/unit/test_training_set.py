@@ -12,18 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dreambooth_sm.data.pictures import View, crop, open_picture
-from dreambooth_sm.data.training_set import VIEWS, Batch, Dice, Latents, Sample, mix, random_views, to_tensor, views_of
+from dreambooth_sm.data.training_set import (
+    VIEWS,
+    Batch,
+    BatchSampler,
+    Latents,
+    TrainingRow,
+    mix,
+    random_views,
+    to_tensor,
+    views_of,
+)
 from dreambooth_sm.models import PretrainedModel
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, make_subject, paint_pictures
 
 TENSORS = ("samples", "views", "prompts", "latent_noise", "noise", "timesteps")
 
 
-def make_dice(*, instances: int = 5, classes: int = 0, seed: int = 3, views: int = 8, timesteps: int = 1000) -> Dice:
+def make_batch_sampler(
+    *, instances: int = 5, classes: int = 0, seed: int = 3, views: int = 8, timesteps: int = 1000
+) -> BatchSampler:
     """Instance k may be shown with prompts 10k and 10k + 1, class picture k with 1000 + k."""
-    return Dice(
-        [Sample(Path(f"i{k}"), (10 * k, 10 * k + 1), (2, 2)) for k in range(instances)],
-        [Sample(Path(f"c{k}"), (1000 + k,), (2, 2)) for k in range(classes)],
+    return BatchSampler(
+        [TrainingRow(Path(f"i{k}"), (10 * k, 10 * k + 1), (2, 2)) for k in range(instances)],
+        [TrainingRow(Path(f"c{k}"), (1000 + k,), (2, 2)) for k in range(classes)],
         views=views,
         channels=4,
         latent_scale=1,
@@ -42,26 +54,26 @@ def rows(batch: Batch, at: slice) -> Batch:
 
 @given(st.lists(st.integers(0, 40), max_size=6), st.integers(0, 2**31), st.integers(1, 3))
 def test_a_batch_is_a_function_of_seed_and_number(drawn_before: list[int], seed: int, size: int) -> None:
-    used = make_dice(seed=seed, classes=3)
+    used = make_batch_sampler(seed=seed, classes=3)
     for number in drawn_before:
         torch.rand(1)
         used.batch(number, size)
-    assert equal(used.batch(17, size), make_dice(seed=seed, classes=3).batch(17, size))
+    assert equal(used.batch(17, size), make_batch_sampler(seed=seed, classes=3).batch(17, size))
 
 
 def test_drawing_touches_no_global_generator() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    make_dice().batch(0, 4)
+    make_batch_sampler().batch(0, 4)
     assert torch.equal(torch.rand(3), expected)
 
 
 @given(st.integers(0, 20), st.sampled_from([1, 2, 4, 8]))
 def test_small_batches_are_the_rows_of_a_large_one(number: int, size: int) -> None:
-    dice = make_dice(classes=3)
-    large = dice.batch(number, 8)
-    small = [dice.batch(number * (8 // size) + part, size) for part in range(8 // size)]
+    batch_sampler = make_batch_sampler(classes=3)
+    large = batch_sampler.batch(number, 8)
+    small = [batch_sampler.batch(number * (8 // size) + part, size) for part in range(8 // size)]
     for half, first in ((slice(0, size), 0), (slice(size, None), 8)):
         joined = [rows(batch, half) for batch in small]
         for name in TENSORS:
@@ -71,10 +83,10 @@ def test_small_batches_are_the_rows_of_a_large_one(number: int, size: int) -> No
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_each_epoch_shows_every_picture_once(size: int) -> None:
-    dice = make_dice(instances=6, classes=6)
+    batch_sampler = make_batch_sampler(instances=6, classes=6)
     orders: set[tuple[int, ...]] = set()
     for epoch in range(5):
-        batches = [dice.batch(epoch * (6 // size) + number, size) for number in range(6 // size)]
+        batches = [batch_sampler.batch(epoch * (6 // size) + number, size) for number in range(6 // size)]
         order = torch.cat([batch.samples[:size] for batch in batches]).tolist()
         assert sorted(order) == [0, 1, 2, 3, 4, 5]
         assert sorted(torch.cat([batch.samples[size:] for batch in batches]).tolist()) == [6, 7, 8, 9, 10, 11]
@@ -83,26 +95,26 @@ def test_each_epoch_shows_every_picture_once(size: int) -> None:
 
 
 def test_pictures_are_shown_equally_often_whatever_the_batch_size() -> None:
-    dice = make_dice(instances=5, classes=3)
-    shown = Counter(sample for number in range(15) for sample in dice.batch(number, 4).samples.tolist())
+    batch_sampler = make_batch_sampler(instances=5, classes=3)
+    shown = Counter(sample for number in range(15) for sample in batch_sampler.batch(number, 4).samples.tolist())
     assert shown == Counter({**dict.fromkeys(range(5), 12), **dict.fromkeys((5, 6, 7), 20)})
 
 
 def test_the_first_half_is_the_subject_and_the_second_the_class() -> None:
-    dice = make_dice(instances=5, classes=3)
+    batch_sampler = make_batch_sampler(instances=5, classes=3)
     for number in range(10):
-        batch = dice.batch(number, 4)
+        batch = batch_sampler.batch(number, 4)
         assert (batch.samples[:4] < 5).all()
         assert (batch.samples[4:] >= 5).all()
         assert batch.noise.shape == batch.latent_noise.shape == (8, 4, 2, 2)
-    assert len(make_dice(instances=5).batch(0, 4).samples) == 4
+    assert len(make_batch_sampler(instances=5).batch(0, 4).samples) == 4
 
 
 def test_prompts_belong_to_their_picture() -> None:
-    dice = make_dice(instances=5, classes=3)
+    batch_sampler = make_batch_sampler(instances=5, classes=3)
     seen: set[int] = set()
     for number in range(40):
-        batch = dice.batch(number, 2)
+        batch = batch_sampler.batch(number, 2)
         for sample, prompt in zip(batch.samples.tolist(), batch.prompts.tolist(), strict=True):
             assert prompt == 1000 + sample - 5 if sample >= 5 else prompt // 10 == sample
             seen.add(prompt)
@@ -110,14 +122,14 @@ def test_prompts_belong_to_their_picture() -> None:
 
 
 def test_seeds_positions_and_halves_draw_different_things() -> None:
-    draws = [make_dice(seed=seed, classes=5).batch(number, 2) for seed in (0, 1, 2**31) for number in (0, 1)]
+    draws = [make_batch_sampler(seed=seed, classes=5).batch(number, 2) for seed in (0, 1, 2**31) for number in (0, 1)]
     noises = [row for batch in draws for row in (*batch.noise, *batch.latent_noise)]
     assert len({tuple(noise.flatten().tolist()) for noise in noises}) == len(noises)
 
 
 def test_time_steps_views_and_noise_are_spread_as_they_should_be() -> None:
-    dice = make_dice(timesteps=100, classes=1)
-    batches = [dice.batch(number, 8) for number in range(125)]
+    batch_sampler = make_batch_sampler(timesteps=100, classes=1)
+    batches = [batch_sampler.batch(number, 8) for number in range(125)]
     timesteps = torch.cat([batch.timesteps for batch in batches])
     assert (timesteps.min(), timesteps.max()) == (0, 99)
     tenths = torch.bincount(timesteps // 10, minlength=10)  # 2000 draws: 200 each, deviation 13
@@ -142,13 +154,15 @@ def test_mixed_seeds_are_seeds_and_tell_their_numbers_apart(numbers: list[int]) 
 # Shapes
 
 
-def make_bucketed(counts: dict[tuple[int, int], int], *, classes: bool = True, seed: int = 3, **values: float) -> Dice:
+def make_bucketed(
+    counts: dict[tuple[int, int], int], *, classes: bool = True, seed: int = 3, **values: float
+) -> BatchSampler:
     """So many instances of each shape, and one class picture less (but one at least)."""
     shapes = [shape for shape, count in counts.items() for _ in range(count)]
     others = [shape for shape, count in counts.items() for _ in range(max(1, count - 1))]
-    return Dice(
-        [Sample(Path(f"i{k}"), (k,), shape) for k, shape in enumerate(shapes)],
-        [Sample(Path(f"c{k}"), (1000 + k,), shape) for k, shape in enumerate(others)] if classes else [],
+    return BatchSampler(
+        [TrainingRow(Path(f"i{k}"), (k,), shape) for k, shape in enumerate(shapes)],
+        [TrainingRow(Path(f"c{k}"), (1000 + k,), shape) for k, shape in enumerate(others)] if classes else [],
         views=8,
         channels=4,
         latent_scale=2,
@@ -158,8 +172,8 @@ def make_bucketed(counts: dict[tuple[int, int], int], *, classes: bool = True, s
     )
 
 
-def shape_of(dice: Dice, batch: Batch) -> tuple[int, int]:
-    (shape,) = {[*dice.instances, *dice.classes][row].shape for row in batch.samples.tolist()}
+def shape_of(batch_sampler: BatchSampler, batch: Batch) -> tuple[int, int]:
+    (shape,) = {[*batch_sampler.instances, *batch_sampler.classes][row].shape for row in batch.samples.tolist()}
     width, height = shape
     assert batch.noise.shape[1:] == batch.latent_noise.shape[1:] == (4, height // 2, width // 2)
     return shape
@@ -174,12 +188,12 @@ def test_a_step_has_one_shape_and_the_same_samples_however_it_is_spread(
 ) -> None:
     """Over gradient accumulation and processes: 8 samples as `together` batches of `size`."""
     size, together = spread
-    dice = make_bucketed(counts, seed=seed)
-    assert set(dice.shapes) == counts.keys()
-    assert [w * h for w, h in dice.shapes] == sorted((w * h for w, h in counts), reverse=True)
-    batches = [dice.batch(step * together + part, size, together) for part in range(together)]
+    batch_sampler = make_bucketed(counts, seed=seed)
+    assert set(batch_sampler.shapes) == counts.keys()
+    assert [w * h for w, h in batch_sampler.shapes] == sorted((w * h for w, h in counts), reverse=True)
+    batches = [batch_sampler.batch(step * together + part, size, together) for part in range(together)]
     whole = make_bucketed(counts, seed=seed).batch(step, 8, 1)
-    assert {shape_of(dice, batch) for batch in batches} == {shape_of(dice, whole)}
+    assert {shape_of(batch_sampler, batch) for batch in batches} == {shape_of(batch_sampler, whole)}
     for half, start in ((slice(0, size), 0), (slice(size, None), 8)):
         for name in TENSORS:
             joined = torch.cat([getattr(rows(batch, half), name) for batch in batches])
@@ -190,11 +204,13 @@ def test_a_step_has_one_shape_and_the_same_samples_however_it_is_spread(
 def test_pictures_of_all_shapes_are_shown_equally_often(
     counts: dict[tuple[int, int], int], seed: int, size: int, together: int
 ) -> None:
-    dice = make_bucketed(counts, seed=seed)
-    instances = len(dice.instances)
+    batch_sampler = make_bucketed(counts, seed=seed)
+    instances = len(batch_sampler.instances)
     for epoch in range(2):
         steps = range(epoch * instances, (epoch + 1) * instances)
-        batches = [dice.batch(step * together + part, size, together) for step in steps for part in range(together)]
+        batches = [
+            batch_sampler.batch(step * together + part, size, together) for step in steps for part in range(together)
+        ]
         shown = Counter(row for batch in batches for row in batch.samples[:size].tolist())
         assert shown == dict.fromkeys(range(instances), size * together)
         assert all((batch.samples[size:] >= instances).all() for batch in batches)
@@ -202,8 +218,8 @@ def test_pictures_of_all_shapes_are_shown_equally_often(
 
 def test_the_order_of_shapes_is_random() -> None:
     orders = {
-        tuple(shape_of(dice, dice.batch(step, 1)) for step in range(8))
-        for dice in (make_bucketed({(8, 8): 4, (4, 16): 4}, seed=seed) for seed in range(5))
+        tuple(shape_of(batch_sampler, batch_sampler.batch(step, 1)) for step in range(8))
+        for batch_sampler in (make_bucketed({(8, 8): 4, (4, 16): 4}, seed=seed) for seed in range(5))
     }
     assert len(orders) > 1
 
@@ -268,7 +284,7 @@ def test_cached_or_not_the_latents_are_the_same(
     for not_cached in (True, False):
         h = hyperparameters(not_cache_latents=not_cached, **options)
         data = make_set(base, [subject], h, cpu_plan(h))
-        batches = [data.dice.batch(number, 2) for number in range(4)]
+        batches = [data.batch_sampler.batch(number, 2) for number in range(4)]
         found.append(torch.cat([data.latents(batch) for batch in batches]))
         if options:
             assert len({view for batch in batches for view in batch.views.tolist()}) > 1
@@ -302,9 +318,9 @@ def test_cached_latents_need_neither_the_files_nor_the_vae(base: PretrainedModel
     latents = Latents(pictures, [(64, 64)] * 2, [[View()]] * 2, base.vae, base.family, cached=True)
     for path in pictures:
         path.unlink()
-    samples = [Sample(path, (0,), (64, 64)) for path in pictures]
-    dice = Dice(samples, [], views=1, channels=4, latent_scale=2, timesteps=9, seed=0)
-    assert latents(dice.batch(0, 2)).shape == (2, 4, 32, 32)
+    samples = [TrainingRow(path, (0,), (64, 64)) for path in pictures]
+    batch_sampler = BatchSampler(samples, [], views=1, channels=4, latent_scale=2, timesteps=9, seed=0)
+    assert latents(batch_sampler.batch(0, 2)).shape == (2, 4, 32, 32)
     assert latents._vae is None
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from dreambooth_sm import validation
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.report import Reporter, Sample
+from dreambooth_sm.report import Reporter, ValidationPicture
 from dreambooth_sm.validation import Validator, take_over_pictures, validation_prompts
 from tests.helpers.training import Run, attach, hyperparameters, make_subject, same, weights
 
@@ -52,7 +52,7 @@ def train(base: PretrainedModel, root: Path, plan: dict[str, Any], *, steps: int
     return run
 
 
-def draw(base: PretrainedModel, run: Run, directory: Path, *, step: int) -> list[Sample]:
+def draw(base: PretrainedModel, run: Run, directory: Path, *, step: int) -> list[ValidationPicture]:
     """What a run's validator draws with a model as it is."""
     report = Reporter(io.StringIO())
     Validator(attach(base, run.h, run.plan), validation_prompts(run.h, ()), run.h, run.plan, directory, report).draw(
@@ -105,7 +105,7 @@ def test_pictures_know_their_prompt_and_seed(base: PretrainedModel, tmp_path: Pa
 def test_a_later_attempt_draws_what_is_missing_alone(base: PretrainedModel, tmp_path: Path) -> None:
     h = hyperparameters(validation_prompt="a toy", num_validation_images=2)
     run = Run(base, tmp_path)
-    drawn: list[Sample] = []
+    drawn: list[ValidationPicture] = []
     validator = Validator(run.trainable, ("a toy",), h, run.plan, tmp_path / "samples", run.recorder)
     validator.on_draw = drawn.extend
     validator.draw(0)
