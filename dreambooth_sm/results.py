@@ -142,15 +142,17 @@ def write_results(facts: JobFacts, subjects: Sequence[Subject], directory: Path)
 def model_card(facts: JobFacts) -> str:
     """The model card, with the front matter that the model hub reads."""
     prompts = [subject["instance_prompt"] for subject in facts["subjects"]]
-    base = facts["base_model"]
+    base, family = facts["base_model"], FAMILIES[facts["base_architecture"]].facts
+    method = METHODS[facts["hyperparameters"]["method"]]
+    on_hub = _HUB_ID.fullmatch(base)  # the hub takes nothing else
     lines = [
         "---",
         *([f"license: {facts['base_model_licence']}"] if facts["base_model_licence"] else []),
-        *([f"base_model: {_yaml(base)}"] if _HUB_ID.fullmatch(base) else []),  # the hub takes nothing else
+        *([f"base_model: {_yaml(base)}"] if on_hub else []),
         f"instance_prompt: {_yaml(prompts[0])}",
-        "library_name: diffusers",
+        *(f"{name}: {value}" for name, value in method.hub.items()),
         "pipeline_tag: text-to-image",
-        f"tags: [{', '.join(FAMILIES[facts['base_architecture']].facts.tags)}, text-to-image, dreambooth]",
+        f"tags: [{', '.join((*family.tags, 'text-to-image', 'dreambooth', *method.tags))}]",
         "---",
         "",
         f"# {_markdown(facts['model_name'])}",
@@ -171,8 +173,10 @@ def model_card(facts: JobFacts) -> str:
     lines += ["", *(f"- {_markdown(verdict)}" for verdict in facts["verdicts"])]
     lines += [
         "",
-        f"{_markdown(base)}, {METHODS[facts['hyperparameters']['method']].title}. Licence of the base model: "
+        f"{_markdown(base)}, {method.title}. Licence of the base model: "
         f"{facts['base_model_licence'] or 'not known; see where it came from'}.",
+        "",
+        method.usage(family.pipeline, base if on_hub else "the-base-model", prompts[0], facts["hyperparameters"]),
         "",
         f"![loss over the steps]({_CURVE_FILE})",
     ]

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dreambooth_sm.planning.ladder import Rung
 
@@ -66,6 +67,7 @@ class Method(Protocol):
         name: as the hyperparameter ``method`` says it, and of its file.
         trains: what it trains of the denoiser, in a word.
         title: what was done to the base model, for model cards.
+        hub: what the front matter of model cards says of it, and ``tags``, which come after the family's.
         ladder: its settings, from the most generous to the smallest.
         trains_text_encoder: whether it can train the text encoder beside the denoiser.
     """
@@ -78,6 +80,12 @@ class Method(Protocol):
 
     @property
     def title(self) -> str: ...
+
+    @property
+    def hub(self) -> Mapping[str, str]: ...
+
+    @property
+    def tags(self) -> tuple[str, ...]: ...
 
     @property
     def ladder(self) -> tuple[Rung, ...]: ...
@@ -94,6 +102,16 @@ class Method(Protocol):
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Trainable:
         """Makes what is trained; on the CPU, and the model stays as it is."""
+
+    def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
+        """How to draw with what is exported, for model cards: Markdown, with the prompt and all names in code alone.
+
+        Args:
+            pipeline: the class of diffusers that draws with the base model.
+            base: the base model, as that class takes it.
+            prompt: to draw.
+            hyperparameters: of the job, by name.
+        """
 
 
 # Every file beside this one is a method.

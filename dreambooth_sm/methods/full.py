@@ -4,8 +4,10 @@ Subject-Driven Generation")."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.planning.ladder import Rung
 
@@ -24,6 +26,8 @@ class Full:
     name = "full"
     trains = "UNet"
     title = "fine-tuned with DreamBooth"
+    hub: Mapping[str, str] = MappingProxyType({"library_name": "diffusers"})
+    tags: tuple[str, ...] = ()
     trains_text_encoder = True
     # A card gets the first rung that it is large enough for and whose predicted peak fits: 40 GB cards and up `roomy`,
     # A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`, and 4 GB `tiny`.
@@ -43,6 +47,17 @@ class Full:
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> WholeModel:
         return WholeModel(model, text_encoder=plan.train_text_encoder)
+
+    def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
+        opened = "from_pretrained('.')  # this directory"
+        if hyperparameters["export"] == "single_file":
+            opened = f"from_single_file({hyperparameters['model_name'] + '.safetensors'!r})"
+        return f"""```python
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.{opened}
+picture = pipeline({prompt!r}).images[0]
+```"""
 
 
 METHOD = Full()

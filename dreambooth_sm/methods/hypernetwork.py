@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.errors import UserError
@@ -50,6 +51,8 @@ class Hypernetwork:
     name = "hypernetwork"
     trains = "hypernetwork"
     title = "with a hypernetwork beside it that was trained with DreamBooth"
+    hub: Mapping[str, str] = MappingProxyType({"base_model_relation": "adapter"})  # no library loads it by itself
+    tags = ("hypernetwork",)
     trains_text_encoder = False
     ladder = (
         #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
@@ -67,6 +70,21 @@ class Hypernetwork:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return Networks(model, shape, {before: shape.make() for before in _BEFORE})
+
+    def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
+        return f"""In diffusers, with `pip install dreambooth-sm`:
+
+```python
+from diffusers import {pipeline}
+from dreambooth_sm.methods.hypernetwork import apply
+
+pipeline = {pipeline}.from_pretrained({base!r})
+apply(pipeline, {hyperparameters["model_name"] + _ENDINGS[0]!r})  # strength=0.5: half as much of it
+picture = pipeline({prompt!r}).images[0]
+```
+
+In WebUI, the `{_ENDINGS[1]}` file goes to `models/hypernetworks`, and prompts call it by its name without the ending:
+`<hypernet:NAME:1>`."""
 
 
 METHOD = Hypernetwork()

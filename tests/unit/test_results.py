@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ from PIL import Image
 
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.gallery import SUBJECT_FILE, write_subjects
+from dreambooth_sm.methods import METHODS
 from dreambooth_sm.results import model_card, page
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 MARKED = st.text(st.sampled_from("#-+=*_`~|<>&;[]()!\\.1$:'\"{} \nab🦆"), min_size=1).filter(str.strip)
 
 
-def facts(text: str) -> dict[str, Any]:
+def facts(text: str, method: str = "full", export: str = "diffusers") -> dict[str, Any]:
     attempt = {"started": "2026-11-28T10:00:00", "first_step": 1, "last_step": 2, "seconds": {}}
     return {
         "model_name": text,
@@ -30,7 +32,7 @@ def facts(text: str) -> dict[str, Any]:
         "base_architecture": "sd",
         "base_model_licence": None,
         "subjects": [{"instance_prompt": text, "class_prompt": text, "pictures": 2, "class_pictures": 2}],
-        "hyperparameters": {"instance_prompt": text, "method": "full"},
+        "hyperparameters": {"instance_prompt": text, "model_name": text, "method": method, "export": export},
         "plan": {},
         "plan_notes": [],
         "attempts": [{**attempt, "peak_host_memory_gb": 1.0}],
@@ -75,37 +77,53 @@ class Reader(HTMLParser):
         return [" ".join(text.split()) for name, text in self.texts if name == tag]
 
 
-def rendered(text: str) -> Reader:
+def rendered(text: str, method: str, export: str = "diffusers") -> Reader:
     """The model card of a job with this name, prompts and verdict, without its front matter."""
-    _, _, markdown = model_card(facts(text)).split("---\n", 2)
+    _, _, markdown = model_card(facts(text, method, export)).split("---\n", 2)
     return Reader(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown))
 
 
-PLAIN = rendered("toy").tags
+PLAIN = {method: rendered("toy", method).tags for method in METHODS}
 
 
+@pytest.mark.parametrize("method", METHODS)
 @given(WORDS | MARKED)
 @example("photo of 🦆 toy: #1")
 @example("---\nlicense: mit")
 @example("- 1. # &lt;b&gt; | <script> ![x](y) **a** ~~b~~ \\|")
 @example("\x85\u2028\ufeff\x7f\t")
-def test_a_model_card_says_any_text_as_it_is(text: str) -> None:
+def test_a_model_card_says_any_text_as_it_is(method: str, text: str) -> None:
     _, front, _ = model_card(facts(text)).split("---\n", 2)
     assert yaml.safe_load(front)["instance_prompt"] == text
     if text.isprintable():
         assert text.replace("\\", "\\\\").replace('"', '\\"') in front
-    shown = rendered(text)
+    shown = rendered(text, method)
     wanted = " ".join(text.split())
     assert shown.of("h1") == [wanted]
     assert shown.of("li") == [wanted]
     assert wanted in shown.of("td")
-    assert shown.tags == PLAIN
+    assert shown.tags == PLAIN[method]
+    assert text in code(shown)
+
+
+def code(card: Reader) -> set[object]:
+    """Constants of the Python code that a card shows."""
+    (block,) = (text for name, text in card.texts if name == "code" and "import" in text)
+    return {node.value for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Constant)}
+
+
+def test_a_model_card_reads_what_was_exported() -> None:
+    assert code(rendered("zwx", "full")) == {".", "zwx", 0}
+    assert code(rendered("zwx", "full", "both")) == {".", "zwx", 0}
+    assert code(rendered("zwx", "full", "single_file")) == {"zwx.safetensors", "zwx", 0}
+    assert code(rendered("zwx", "hypernetwork")) == {"the-base-model", "zwx.safetensors", "zwx", 0}
 
 
 def test_the_base_model_is_named_to_the_hub_where_it_is_on_the_hub() -> None:
     for name, said in (("a/b-v1.5", "a/b-v1.5"), ("/opt/ml/input/data/model", None), ("toybox", None)):
         front = yaml.safe_load(model_card(facts(name)).split("---\n")[1])
         assert front.get("base_model") == said
+        assert ("the-base-model" in code(rendered(name, "hypernetwork"))) == (said is None)
 
 
 @given(WORDS | MARKED)
