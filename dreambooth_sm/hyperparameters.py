@@ -96,4 +96,4 @@ class Hyperparameters(ValidationKnobs, MemoryKnobs, HypernetworkKnobs, TrainingK
 
 
 if __name__ == "__main__":
-    print(markdown_table(Hyperparameters))
+    print(f"# Hyperparameters\n\n{markdown_table(Hyperparameters)}")  # docs/hyperparameters.md

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic.fields import FieldInfo
 
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.knobs.declare import Knobs
 from dreambooth_sm.knobs.takes import expected
 
@@ -16,8 +17,17 @@ def markdown_table(knobs: type[Knobs]) -> str:
         if knobs.group_of(name) != group:
             group = knobs.group_of(name)
             lines += ["", f"### {group}", "", "| name | default | takes | meaning |", "|---|---|---|---|"]
-        lines.append(f"| `{name}` | `{field.default}` | {expected(field)} | {field.description} |")
+        default = ", ".join([f"`{field.default}`", *_defaults_of_methods(name)])
+        lines.append(f"| `{name}` | {default} | {expected(field)} | {field.description} |")
     return "\n".join(lines).strip()
+
+
+def _defaults_of_methods(name: str) -> list[str]:
+    """Those that are others for some method."""
+    facts = [family.facts for family in FAMILIES.values()]
+    methods = [item for each in facts for item in each.methods.items()]
+    said = [f"with method={method} `{defaults[name]}`" for method, defaults in methods if name in defaults]
+    return list(dict.fromkeys(said))
 
 
 def help_text(field: FieldInfo, default: object) -> str:

@@ -14,9 +14,12 @@ from typing import Any
 README = Path(__file__).parents[2] / "README.md"
 
 
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
 def blocks(kind: str) -> list[str]:
-    found = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return [block for block in found if ("launcher.estimator(" in block) == (kind == "estimator")]
+    return [block for block in python_blocks(README) if ("launcher.estimator(" in block) == (kind == "estimator")]
 
 
 def run(kind: str) -> None:

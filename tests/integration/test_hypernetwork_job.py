@@ -25,6 +25,7 @@ from dreambooth_sm.results import REPORT_FILES
 from dreambooth_sm.storage import S3Uri, list_objects
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.jobs import Ended, JobTree, end, read_until
+from tests.helpers.readme_blocks import python_blocks
 
 PROMPT = "photo of zwx toy"
 VALUES = {"method": "hypernetwork", "learning_rate": "1e-2", "model_name": "zwx", "export_precision": "fp32"}
@@ -45,10 +46,6 @@ def picture(pipeline: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(3)
     (drawn,) = pipeline(PROMPT, num_inference_steps=2, height=64, width=64, generator=generator).images
     return np.asarray(drawn)
-
-
-def python_blocks(text: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +91,15 @@ def test_the_report_tells_of_the_method(done: tuple[JobTree, Ended]) -> None:
 def test_the_model_card_says_what_it_is_and_how_to_draw_with_it(
     done: tuple[JobTree, Ended], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    card = (done[0].model / "README.md").read_text()
-    _, front, text = card.split("---\n", 2)
+    card = done[0].model / "README.md"
+    _, front, text = card.read_text().split("---\n", 2)
     fields = yaml.safe_load(front)
     assert fields["base_model_relation"] == "adapter"
     assert "library_name" not in fields  # no library loads it by itself
     assert {"hypernetwork", "dreambooth", "text-to-image"} <= set(fields["tags"])
     assert "with a hypernetwork beside it" in text
     assert "models/hypernetworks" in text
-    (block,) = python_blocks(text)
+    (block,) = python_blocks(card)
     shutil.copy(done[0].model / "zwx.safetensors", tmp_path)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The README's Python blocks, run as they stand: with the pictures and the base model that they name."""
+"""Python blocks of the documents, run as they stand: with the pictures and the base model that they name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
 
 from launcher.local.services import EmbeddedServices
-from tests.helpers.readme_blocks import README, blocks
+from tests.helpers.readme_blocks import README, blocks, python_blocks
 from tests.helpers.sdks import start_script
 
 ROOT = README.parent
@@ -43,3 +47,17 @@ def test_the_estimators_block_runs(services: EmbeddedServices, tmp_path: Path) -
     assert process.returncode == 0, output[-3000:] + errors[-3000:]
     assert len(blocks("estimator")) == 1
     assert output.splitlines()[-1].startswith("s3://sagemaker-us-east-1-123456789012/dreambooth-sm/jobs/")
+
+
+def test_the_methods_blocks_train_a_hypernetwork_and_draw_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    namespace: dict[str, Any] = {}
+    for block in python_blocks(ROOT / "docs" / "methods.md"):
+        exec(compile(block, "methods.md", "exec"), namespace)
+    with Image.open(tmp_path / "zwx-toy.png") as picture:
+        assert picture.size == (128, 128)
+    assert {path.name for path in (tmp_path / "zwx-toy").glob("zwx-toy.*")} == {"zwx-toy.safetensors", "zwx-toy.pt"}

@@ -522,6 +522,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         "validation_steps": st.just(0),
         "fidelity_encoders": st.sampled_from([None, "judge", "dino=a/b", "dino=a/b clip=/c"]),
         "select_best": st.just(False),
+        "hypernetwork_width": st.integers(1, 8),
+        "hypernetwork_layers": st.integers(1, 4),
     }
     field = FIELDS[name]
     choices: list[st.SearchStrategy[Any]] = []
@@ -541,6 +543,12 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     return special[name] if name in special else st.one_of(choices)
 
 
+def of_its_method(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what belongs to other methods."""
+    method = values.get("method", FIELDS["method"].default)
+    return {name: value for name, value in values.items() if method in (meaning(FIELDS[name]).methods or (method,))}
+
+
 valid = (
     (
         st.fixed_dictionaries(
@@ -548,6 +556,7 @@ valid = (
             optional={name: values_of(name) for name in FIELDS if name not in ("instance_prompt", "class_prompt")},
         )
     )
+    .map(of_its_method)
     .map(Hyperparameters.model_validate)
     .filter(lambda h: not h.conflicts())
 )

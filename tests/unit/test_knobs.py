@@ -69,6 +69,10 @@ def test_a_new_knob_is_in_the_schema() -> None:
     assert schema["grains"]["methods"] == ["hypernetwork"]
 
 
+def test_the_table_names_defaults_that_are_a_methods_own() -> None:
+    assert "| `learning_rate` | `2e-06`, with method=hypernetwork `0.0001` |" in markdown_table(Hyperparameters)
+
+
 def test_a_new_knob_is_in_the_table_under_its_heading() -> None:
     table = markdown_table(Sparkle)
     assert table.startswith(markdown_table(Hyperparameters))

@@ -15,6 +15,8 @@ import pytest
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT
 from dreambooth_sm.families import DEFAULT, FAMILIES
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
 from launcher.local.program import ENTRYPOINT
 from launcher.local.tree import lay_out
 
@@ -210,6 +212,17 @@ def test_a_family_is_named_in_its_own_file() -> None:
         if not any(path.is_relative_to(room) for room in rooms):
             lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
             assert not [f"{path}:{number}: {line}" for number, line in lines if named.search(line)]
+
+
+def test_a_method_is_named_in_its_own_file() -> None:
+    """And where it is chosen, by knobs and by families' facts; the default one elsewhere as well."""
+    others = METHODS.keys() - {Hyperparameters.model_fields["method"].default}
+    assert others
+    rooms = tuple(ROOT / "dreambooth_sm" / room for room in ("methods", "knobs", "families"))
+    for path in sorted(path for package in PRODUCTION for path in (ROOT / package).rglob("*.py")):
+        if not any(path.is_relative_to(room) for room in rooms):
+            tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            assert not others & {node.value for node in tree if isinstance(node, ast.Constant)}, path
 
 
 def test_what_makes_the_base_model_needs_no_test_and_no_benchmark() -> None:

@@ -657,6 +657,7 @@ FIRST = "model.diffusion_model.input_blocks.0.0.weight"
         (named("noise_augmentor.betas", FIRST), "an unCLIP model"),
         (named("control_model.zero_convs.0.0.weight"), "a ControlNet"),
         (named("emb_params"), "a textual inversion embedding"),
+        (named("to_k.linear.0.weight"), "a hypernetwork"),
         (named("encoder.conv_in.weight"), "pretrained_vae_name_or_path"),
         (named("down_blocks.0.resnets.0.conv1.weight"), "a UNet"),
         (named(FIRST, shape=(320, 9, 3, 3)), "an inpainting model whose UNet takes 9 channels"),
