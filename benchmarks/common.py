@@ -261,7 +261,7 @@ def describe(plan: Plan) -> dict[str, object]:
 
 
 def in_fresh_processes(module: str, names: Sequence[str], *options: str) -> None:
-    """Runs ``python -m module NAME`` for each name: what one leaves in a process is no burden to the next."""
+    """Runs ``python -m module NAME`` for each name: what one leaves in a process does not burden the next."""
     for name in names:
         subprocess.run([sys.executable, "-m", module, name, *options], check=False)
 

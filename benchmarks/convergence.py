@@ -49,7 +49,7 @@ def run(trainer: Trainer, steps: int) -> list[float]:
 
 
 def interrupted(rung: Rung, precision: str, steps: int, work: Path) -> list[float]:
-    """The losses of a job that is stopped at a random step, and of the one that goes on."""
+    """The losses of a job that is stopped at a random step, and of the one that is resumed."""
     at = random.Random(0).randrange(1, steps)
     first = trainer(rung, precision, steps, work)
     losses = run(first, at)

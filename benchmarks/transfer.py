@@ -245,7 +245,7 @@ def peer(argument: str) -> tuple[str, str]:
     if name not in PEERS:
         raise argparse.ArgumentTypeError(f"{argument!r}: write NAME=PATH, where NAME is one of {', '.join(PEERS)}")
     if (program := shutil.which(path)) is None:
-        raise argparse.ArgumentTypeError(f"{argument!r}: {path!r} is no program that can be run")
+        raise argparse.ArgumentTypeError(f"{argument!r}: {path!r} is not a program that can be run")
     return name, os.path.abspath(program)  # noqa: PTH100 - a venv's python is a link
 
 

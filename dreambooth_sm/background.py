@@ -1,4 +1,4 @@
-"""Work that goes on beside the training, in a thread of its own."""
+"""Work that is done beside the training, in a thread of its own."""
 
 from __future__ import annotations
 

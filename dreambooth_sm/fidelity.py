@@ -22,7 +22,7 @@ from dreambooth_sm.toybox.judge import Judge, load_judge
 from dreambooth_sm.toybox.labels import LABELS
 
 JUDGE = "judge"
-_SPEC = f"write {JUDGE}, or dino=MODEL clip=MODEL (or one of them), hub ids or directories without spaces"
+_SPEC = f"set {JUDGE}, or dino=MODEL clip=MODEL (or one of them), hub ids or directories without spaces"
 _BATCH = 32
 
 
@@ -271,7 +271,7 @@ class Dino:
     """DINOv2: the class token of the last layer.
 
     Raises:
-        UserError: where ``name``, a hub id or a directory, is no DINOv2 model.
+        UserError: where ``name``, a hub id or a directory, is not a DINOv2 model.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:
@@ -290,7 +290,7 @@ class Clip:
     """CLIP: pictures and prompts in one space; as a prompt reader, CLIP-T.
 
     Raises:
-        UserError: where ``name``, a hub id or a directory, is no CLIP model.
+        UserError: where ``name``, a hub id or a directory, is not a CLIP model.
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu") -> None:

@@ -123,7 +123,7 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
     if previous:
         if job.world.is_main:
             take_over_pictures(previous.pictures, samples)
-        report.go_on(previous.record, previous.step, samples)
+        report.resume(previous.record, previous.step, samples)
     return Loaded(base, trainable, encoders, space)
 
 

@@ -1,4 +1,4 @@
-"""Validation pictures where people can look at them while training goes on.
+"""Validation pictures where people can look at them while training continues.
 
 With a target in S3 they travel to ``TARGET/samples``, where the finished model's upload finds them and does not send
 them again. They come before any manifest of this job, and replace nothing that an earlier job's manifest lists: a

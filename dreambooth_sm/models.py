@@ -219,7 +219,7 @@ def read_stored(
         use_ema, prediction_type: see :func:`dreambooth_sm.stored.single_file.read_single_file`.
 
     Raises:
-        UserError: for what is none of these, models that can't be trained, and damaged files.
+        UserError: for anything else, models that can't be trained, and damaged files.
     """
     model = find_model(path)
     if model.is_file():

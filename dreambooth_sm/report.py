@@ -90,7 +90,7 @@ class ValidationPicture:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One start of the job, as far as it counts: up to its end, or to the checkpoint that the next one went on from.
+    """One start of the job, as far as it counts: up to its end, or to the checkpoint that the next one resumed from.
 
     Attributes:
         started: UTC time in ISO 8601.
@@ -208,9 +208,9 @@ class Reporter:
         return [*self.earlier, Attempt(self._started, self._first_step, step, rounded, memory)]
 
     def record(self, step: int) -> dict[str, Any]:
-        """What :meth:`go_on` needs in an attempt that is resumed after ``step``, as JSON's types; the pictures by name.
+        """Returns what :meth:`resume` needs in an attempt that is resumed after ``step``, as JSON's types.
 
-        See :class:`Record`.
+        Pictures are in it by name. See :class:`Record`.
         """
         return {
             "steps": self.training_rows,
@@ -218,11 +218,11 @@ class Reporter:
             "samples": [asdict(sample) | {"path": sample.path.name} for sample in self.samples],
         }
 
-    def go_on(self, record: Mapping[str, Any], step: int, pictures: Path) -> None:
+    def resume(self, record: Mapping[str, Any], step: int, pictures: Path) -> None:
         """Takes over what earlier attempts had to tell, from their :meth:`record`.
 
         Args:
-            step: that this attempt goes on after.
+            step: that this attempt is resumed after.
             pictures: the directory that holds the earlier ones; what is missing there is left out.
         """
         self._first_step = step

@@ -91,7 +91,7 @@ def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
             problems.append(f"{path} can't be read as JSON: {error}")
             return {}
         if not isinstance(content, dict):
-            problems.append(f"{path} holds no JSON object")
+            problems.append(f"{path} does not hold a JSON object")
             return {}
         return content
 

@@ -58,7 +58,7 @@ def _digest(content: bytes) -> str:
 class Validator:
     """Draws the validation prompts again and again, with the same seeds; the report remembers the pictures.
 
-    Training's own weights are never touched: while it goes on, they are copied into others, which are on the device
+    Training's own weights are never touched: while it continues, they are copied into others, which are on the device
     only while they draw.
 
     A picture's name ends with a part of its SHA-256: no other picture ever replaces it, here or in S3.
@@ -94,7 +94,7 @@ class Validator:
                 drawn.vae = copy.deepcopy(base.vae).to(torch.promote_types(dtype, base.vae_dtype))
 
     def is_due(self, step: int) -> bool:
-        """Whether pictures are wanted after ``step`` steps of training that goes on."""
+        """Whether pictures are wanted after ``step`` steps of training that continues."""
         return self._copy is not None and step % self._h.validation_steps == 0
 
     def draw_from(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:

@@ -171,7 +171,7 @@ def _parser(*, everything: bool) -> command_line.Parser:
     add(attach, "attach", "Follow a job until it has ended").add_argument("name", help="of the job")
     log = add(logs, "logs", "Print the log of a job")
     log.add_argument("name", help="of the job")
-    log.add_argument("--follow", action="store_true", help="go on until the job has ended")
+    log.add_argument("--follow", action="store_true", help="continue until the job has ended")
     add(stop, "stop", "Stop a job, which saves a checkpoint first").add_argument("name", help="of the job")
     fetch = add(download, "download", "Fetch the model of a job that has ended, each file checked")
     fetch.add_argument("name", help="of the job")

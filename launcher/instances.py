@@ -119,5 +119,5 @@ def find_instance(name: str) -> Instance:
     if _CPU_TYPE.fullmatch(name):
         return Instance(name, CARDS["CPU"], has_own_disk="d" in name.split(".")[1])
     near = difflib.get_close_matches(name, INSTANCES, n=3, cutoff=0.6)
-    hint = f"write {' or '.join(near)}" if near else "write a type with an NVIDIA card, such as ml.g5.xlarge"
+    hint = f"set {' or '.join(near)}" if near else "set a type with an NVIDIA card, such as ml.g5.xlarge"
     raise UserError(f"instance_type={name!r}: no instance type that this job can run on; {hint}")

@@ -53,7 +53,7 @@ def split_options(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Options as those of data, those of resources, and hyperparameters, without those that are None.
 
-    Names that are none of them become problems, with the nearest name that is.
+    Other names become problems, with the nearest name that is.
     """
     known, aliases = all_options(), Hyperparameters.aliases()
     data, resources, hyperparameters = dict[str, Any](), dict[str, Any](), dict[str, Any]()

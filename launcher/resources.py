@@ -120,7 +120,7 @@ class Resources(BaseModel):
             return cls.model_validate(given)
         except ValidationError as error:
             refused = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors())
-        problems.found += [f"{name}: this value is not valid; write {expectation(name)}" for name in refused]
+        problems.found += [f"{name}: this value is not valid; set {expectation(name)}" for name in refused]
         return cls.model_validate({name: value for name, value in given.items() if name not in refused})
 
     @property

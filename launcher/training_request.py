@@ -129,7 +129,7 @@ def refused_resources(r: Resources, channels: Mapping[str, S3Uri | Channel]) -> 
     for name, place in channels.items():
         uri = place.uri if isinstance(place, Channel) else place
         if not _CHANNEL.fullmatch(name):
-            yield f"channel {name!r}: write 1 to 64 letters, digits, dots, underscores and hyphens"
+            yield f"channel {name!r}: its name has to be 1 to 64 letters, digits, dots, underscores and hyphens"
         yield from _refused_uri(f"channel {name}", str(uri))
     if not r.bucket:
         yield "bucket is missing; set the name of a bucket"
@@ -241,7 +241,7 @@ def _refused_values(values: Mapping[str, str]) -> Iterator[str]:
         if len(value) > MAX_VALUE:
             yield f"{name} has {len(value):,} characters; SageMaker takes {MAX_VALUE}: put it into a concepts_list file"
         if len(value.splitlines()) > 1:
-            yield f"{name} holds a line break, which a hyperparameter can't; write it in one line"
+            yield f"{name} holds a line break, which a hyperparameter can't; put it into one line"
 
 
 def _refused_texts(place: str, texts: Mapping[str, str], most: int) -> Iterator[str]:
@@ -258,7 +258,7 @@ def _refused_tags(tags: Mapping[str, str]) -> Iterator[str]:
                 "blanks and . : / = + - @ _"
             )
         if key.lower().startswith("aws:"):
-            yield f"tags: {key!r}: names that start with aws: are AWS's own; write another"
+            yield f"tags: {key!r}: names that start with aws: are AWS's own; take another"
 
 
 def _refused_uri(place: str, text: str) -> Iterator[str]:
@@ -272,7 +272,7 @@ def _refused_together(r: Resources) -> Iterator[str]:
     if r.max_wait_minutes is not None and not r.spot:
         yield "max_wait_minutes is for spot=True; leave it out, or set max_minutes"
     elif r.max_wait_minutes is not None and r.max_wait_minutes < minutes:
-        yield f"max_wait_minutes={r.max_wait_minutes} is less than max_minutes={minutes}; write {minutes} or more"
+        yield f"max_wait_minutes={r.max_wait_minutes} is less than max_minutes={minutes}; set {minutes} or more"
     if r.spot and r.keep_alive:
         yield "spot=True can't keep its instance; leave keep_alive out, or set spot=False"
     if r.volume_gb is not None and _has_own_disk(r.instance_type):
@@ -282,7 +282,7 @@ def _refused_together(r: Resources) -> Iterator[str]:
     odd = [each for each in r.vpc if not _VPC_ID.fullmatch(each)]
     groups = sum(each.startswith("sg-") for each in r.vpc)
     if odd:
-        yield f"vpc: {', '.join(map(repr, odd))}: write ids of subnets and security groups, subnet-... and sg-..."
+        yield f"vpc: {', '.join(map(repr, odd))}: set ids of subnets and security groups, subnet-... and sg-..."
     elif r.vpc and not (1 <= groups <= 5 and 1 <= len(r.vpc) - groups <= 16):
         yield f"vpc: {len(r.vpc) - groups} subnets and {groups} security groups; name 1 to 16 and 1 to 5 of them"
 

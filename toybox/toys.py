@@ -333,7 +333,7 @@ def _with_article(words: str) -> str:
 
 
 def _named_toys() -> dict[str, Toy]:
-    """Names of three consonants, which are no words, and are left free of those that DreamBooth prompts use."""
+    """Names of three consonants, which are not words, and are left free of those that DreamBooth prompts use."""
     rng = random.Random(200)
     named: dict[str, Toy] = {}
     while len(named) < 200:

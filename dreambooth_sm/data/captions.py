@@ -153,7 +153,7 @@ def _rows(path: Path, file: Any) -> Iterator[Mapping[str, object]]:
         if line.strip():
             row = json.loads(line)
             if not _is_object(row):
-                raise ValueError(f"line {number} is no JSON object")
+                raise ValueError(f"line {number} is not a JSON object")
             yield row
 
 

@@ -148,7 +148,7 @@ def check_folder(
     pictures = _in_shapes(pictures, h)
     if h.instance_prompt and not uses_captions and (beside := captions or caption_files(folder.pictures)):
         warnings.append(
-            f"{len(beside)} pictures have captions, which are not used: write {FILEWORDS} in instance_prompt where a "
+            f"{len(beside)} pictures have captions, which are not used: put {FILEWORDS} into instance_prompt where a "
             f'caption is to stand, such as "photo of zwx toy, {FILEWORDS}"'
         )
     without = sum(picture.subject is None for picture in pictures)
@@ -189,8 +189,8 @@ def check_class_folder(directory: Path, h: Hyperparameters, *, name: str = "clas
 
 
 def printable(text: str) -> str:
-    """A text with file names in it, which may be no UTF-8 and hold line ends and escape sequences, as one harmless line
-    that any stream takes."""
+    """Makes one harmless line, which any stream takes, of a text with file names in it: these may not be UTF-8, and may
+    hold line ends and escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -170,7 +170,7 @@ class ClassCache:
                 return dict(zip(names, pool.map(act, names), strict=True))
             except (TransferError, UserError) as error:
                 pool.shutdown(cancel_futures=True)
-                self._report.warn(f"class_cache: {error}; going on without it")
+                self._report.warn(f"class_cache: {error}; continuing without it")
                 return {}
 
 

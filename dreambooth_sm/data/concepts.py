@@ -94,7 +94,7 @@ def read_concepts(h: Hyperparameters) -> Hyperparameters:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"concepts_list: {path} can't be read as JSON: {error}") from None
     if not isinstance(content, list):
-        raise UserError(f"concepts_list: {path} holds no JSON list; write [{{...}}, ...], one object a concept")
+        raise UserError(f"concepts_list: {path} does not hold a JSON list; write [{{...}}, ...], one object a concept")
     return Hyperparameters.parse({**h.model_dump(exclude_unset=True), "concepts_list": clean_concepts(content)})
 
 

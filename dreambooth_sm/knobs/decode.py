@@ -29,7 +29,7 @@ class Reading:
 
     Attributes:
         values: decoded, by the knobs' own names; their types are not checked.
-        refused: knobs that were given a value which is none of theirs.
+        refused: knobs that were given a value that is not one of theirs.
     """
 
     values: dict[str, object] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def split_arguments(arguments: Sequence[str]) -> dict[str, str]:
                 problems.append(f"--{key} is given twice; keep one")
             current = words[key] = [value] if equals else []
         elif current is None:
-            problems.append(f"{argument!r} is not an option; write --name value")
+            problems.append(f"{argument!r} is not an option; options are given as --name value")
         else:
             current.append(argument)
     if problems:

@@ -37,7 +37,7 @@ def unquote(text: str) -> str:
         try:
             inner = json.loads(text, strict=False)
         except json.JSONDecodeError:
-            inner = text[1:-1]  # an escaped blank is no JSON escape
+            inner = text[1:-1]  # an escaped blank is not a JSON escape
             if re.search(r'(?<!\\)"', inner):
                 break
         text = inner.strip()

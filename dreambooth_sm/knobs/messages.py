@@ -45,13 +45,11 @@ def readable(error: ValidationError, model: type[BaseModel], values: Mapping[str
             )
             if detail["type"] == "extra_forbidden":
                 key = str(detail["loc"][-1])
-                lines[name] = (
-                    f"concepts_list: {key!r} is not a key of a concept; write {', '.join(Concept.model_fields)}"
-                )
+                lines[name] = f"concepts_list: {key!r} is not a key of a concept; set {', '.join(Concept.model_fields)}"
             else:
                 lines.setdefault(
                     name,
-                    f"concepts_list: item {short(where or values[name])} is not valid; write a JSON list of "
+                    f"concepts_list: item {short(where or values[name])} is not valid; set a JSON list of "
                     f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one",
                 )
             continue
@@ -62,4 +60,4 @@ def readable(error: ValidationError, model: type[BaseModel], values: Mapping[str
 def not_valid(name: str, value: object, field: FieldInfo) -> str:
     """That a value is not one of its type's."""
     shown = "no value" if value is None else short(value)
-    return f"{name}: {shown} is not valid; write {expected(field)}"
+    return f"{name}: {shown} is not valid; set {expected(field)}"

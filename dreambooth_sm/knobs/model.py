@@ -55,7 +55,7 @@ class ModelKnobs(Knobs):
     hf_token_secret: str | None = knob(
         None,
         "Name of the AWS Secrets Manager secret that holds the hub's token. A token in the environment (HF_TOKEN) "
-        "needs none; never write a token here.",
+        "needs none; never put a token here.",
         resume="free",
     )
     use_ema_weights: bool = knob(
@@ -91,7 +91,7 @@ class ModelKnobs(Knobs):
         if self.hf_token_secret is not None and self.hf_token_secret.startswith("hf_"):
             yield (
                 "hf_token_secret takes the name of a secret, and this looks like a token, which job descriptions would "
-                "show; revoke it, store a new one in AWS Secrets Manager and write the secret's name"
+                "show; revoke it, store a new one in AWS Secrets Manager and set the secret's name"
             )
 
 

@@ -110,7 +110,7 @@ class OutputKnobs(ModelKnobs):
     def _way_out(self) -> Iterator[str]:
         if self.output_mode == "direct" and self.manual_upload_model_path is None:
             yield (
-                "output_mode=direct needs manual_upload_model_path; write s3://bucket/prefix there, or leave "
+                "output_mode=direct needs manual_upload_model_path; set it to s3://bucket/prefix, or leave "
                 "output_mode out"
             )
         if self.output_mode in ("uncompressed", "archive") and self.manual_upload_model_path is not None:
@@ -139,16 +139,16 @@ class OutputKnobs(ModelKnobs):
             _read_tags(self.s3_tags)
         except ValueError:
             text = short(self.s3_tags)
-            yield f"s3_tags: {text} is not valid; write at most 10 different tags as team=toys,stage=test"
+            yield f"s3_tags: {text} is not valid; set at most 10 different tags as team=toys,stage=test"
 
     @rule("s3_endpoint_url")
     def _server_is_an_address(self) -> Iterator[str]:
         url = self.s3_endpoint_url
         if url is not None and not re.fullmatch(r"https?://[^/\s?#]+(/[^\s?#]*)?", url):
-            yield f"s3_endpoint_url: {short(url)} is not an address; write https://host:port"
+            yield f"s3_endpoint_url: {short(url)} is not an address; set https://host:port"
         if url is not None and has_userinfo(url):
             yield (
-                "s3_endpoint_url holds a user's name or password, which job descriptions and logs would show; write "
+                "s3_endpoint_url holds a user's name or password, which job descriptions and logs would show; set "
                 "https://host:port, and give credentials by the job's role or as AWS_ACCESS_KEY_ID, "
                 "AWS_SECRET_ACCESS_KEY"
             )
@@ -179,7 +179,7 @@ def refused_location(name: str, uri: str | None) -> Iterator[str]:
     try:
         S3Uri.parse(uri or "s3://none")
     except UserError as error:
-        yield f"{name}: {error}; write s3://bucket/prefix"
+        yield f"{name}: {error}; set s3://bucket/prefix"
 
 
 def _read_tags(text: str) -> list[tuple[str, str]]:

@@ -125,7 +125,7 @@ class PictureKnobs(OutputKnobs):
     def _subject_has_a_prompt(self) -> Iterator[str]:
         if self.concepts_list is None and not self.instance_prompt:
             yield (
-                "instance_prompt is missing; write the prompt of your subject with a rare token, such as "
+                "instance_prompt is missing; set it to the prompt of your subject with a rare token, such as "
                 '"photo of zwx toy"'
             )
         for number, concept in enumerate(self.inline_concepts):
@@ -144,7 +144,7 @@ class PictureKnobs(OutputKnobs):
             yield "concepts_list is empty; name at least one concept or leave it out"
         if isinstance(self.concepts_list, str) and self.concepts_list.startswith("["):
             yield (
-                f"concepts_list: {short(self.concepts_list)} is not valid JSON; write a JSON list of "
+                f"concepts_list: {short(self.concepts_list)} is not valid JSON; set a JSON list of "
                 f"{{{', '.join(Concept.model_fields)}}}, or the path of a file that holds one"
             )
 
@@ -157,7 +157,7 @@ class PictureKnobs(OutputKnobs):
     def _resolution_is_a_multiple(self) -> Iterator[str]:
         if self.resolution % 8 != 0:
             nearest = max(64, round(self.resolution / 8) * 8)
-            yield f"resolution={self.resolution} is not a multiple of 8; write {nearest}"
+            yield f"resolution={self.resolution} is not a multiple of 8; set {nearest}"
 
     @rule("instance_data_dir", "class_data_dir")
     def _folders_differ(self) -> Iterator[str]:

@@ -54,7 +54,7 @@ class PriorKnobs(PictureKnobs):
     def _class_has_a_prompt(self) -> Iterator[str]:
         if self.with_prior_preservation is True and self.concepts_list is None and not self.class_prompt:
             yield (
-                "with_prior_preservation=true needs class_prompt; write the prompt of the class, such as "
+                "with_prior_preservation=true needs class_prompt; set it to the prompt of the class, such as "
                 '"photo of a toy", or set with_prior_preservation=false'
             )
         for number, concept in enumerate(self.inline_concepts):

@@ -58,4 +58,7 @@ class TrainingKnobs(Knobs):
     @rule("lr_scheduler", "lr_warmup_steps")
     def _schedule_warms_up(self) -> Iterator[str]:
         if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
-            yield ("lr_scheduler=constant has no warm-up; write constant_with_warmup, or set lr_warmup_steps to 0")
+            yield (
+                "lr_scheduler=constant has no warm-up; set lr_scheduler to constant_with_warmup, or lr_warmup_steps "
+                "to 0"
+            )

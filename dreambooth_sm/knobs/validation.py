@@ -58,15 +58,15 @@ class ValidationKnobs(CheckpointKnobs):
     def _something_is_drawn(self) -> Iterator[str]:
         if self.validation_steps > 0 and self.validation_prompt is None:
             yield (
-                f"validation_steps={self.validation_steps} draws nothing without validation_prompt; write a prompt, "
-                'such as "photo of zwx toy on the beach"'
+                f"validation_steps={self.validation_steps} draws nothing without validation_prompt; set it to a "
+                'prompt, such as "photo of zwx toy on the beach"'
             )
 
     @rule("fidelity_encoders", "select_best")
     def _best_is_measured(self) -> Iterator[str]:
         if self.select_best and self.fidelity_encoders is None:
             yield (
-                "select_best=true needs fidelity_encoders to measure with; write "
+                "select_best=true needs fidelity_encoders to measure with; set "
                 "fidelity_encoders=dino=facebook/dinov2-base"
             )
 
@@ -81,6 +81,6 @@ class ValidationKnobs(CheckpointKnobs):
     def _encoders_can_be_read(self) -> Iterator[str]:
         if self.fidelity_encoders is not None and not _ENCODERS.fullmatch(self.fidelity_encoders):
             yield (
-                f"fidelity_encoders: can't understand {self.fidelity_encoders!r}; write judge, or dino=MODEL "
+                f"fidelity_encoders: can't understand {self.fidelity_encoders!r}; set judge, or dino=MODEL "
                 "clip=MODEL or one of them, hub ids or directories without blanks"
             )

@@ -70,7 +70,7 @@ def find_card(name: str) -> Card:
     if size := re.fullmatch(r"(\d+(?:\.\d+)?)\s*GB", name, re.IGNORECASE):
         # The driver keeps some 3 % of a card for itself.
         return Card(f"{size[1]} GB card", float(size[1]) * 0.97, (8, 6))
-    raise UserError(f"--gpu {name}: unknown card; write one of {', '.join(CARDS)}, or a size such as 8GB")
+    raise UserError(f"--gpu {name}: unknown card; set one of {', '.join(CARDS)}, or a size such as 8GB")
 
 
 def detect_card() -> Card:

@@ -181,9 +181,9 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
             "optimizer=adamw8bit or use_8bit_adam=true needs a GPU; set optimizer to auto, or use_8bit_adam to false"
         )
     if not card.is_cpu and not h.use_cpu and h.mixed_precision == "bf16" and not card.has_bf16:
-        problems.append(f"mixed_precision=bf16: {card.name} has no bf16; write fp16 or auto")
+        problems.append(f"mixed_precision=bf16: {card.name} has no bf16; set mixed_precision to fp16 or auto")
     if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
-        problems.append(f"attention=flash_attention: {card.name} can't run it; write default or auto")
+        problems.append(f"attention=flash_attention: {card.name} can't run it; set attention to default or auto")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a job needs to go on as if it had not been interrupted.
+"""Checkpoints: all that a job needs to be resumed as if it had not been interrupted.
 
 Random choices are functions of the seed and the step (see :mod:`dreambooth_sm.data.training_set`), so weights,
 optimizer state, averages and the step are everything.

@@ -140,7 +140,7 @@ class Trainer:
         return self.make_step.ema
 
     def state(self) -> dict[str, Any]:
-        """All that a job needs to go on from here; weights in full precision, on the CPU."""
+        """All that a job needs to be resumed here; weights in full precision, on the CPU."""
         return {
             "weights": {name: self.updater.read(p).cpu() for name, p in self.named_parameters.items()},
             "step": self.updater.state_dict(),
@@ -149,7 +149,7 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any], step: int) -> None:
-        """Goes on from another trainer's :meth:`state`, after ``step`` optimizer steps.
+        """Continues from another trainer's :meth:`state`, after ``step`` optimizer steps.
 
         Learning rates are those of this trainer's schedule at that step. Adam's moments start from zero where they have
         another format: the other trainer had run out of memory, or has.
@@ -172,7 +172,7 @@ class Trainer:
         self._window = Window.going_on(state["window"], self.device)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on where ``checkpoint`` was written.
+        """Resumes where ``checkpoint`` was written.
 
         Raises:
             UserError: where the job differs from the one that wrote it, or its tensors can't be used.
@@ -208,7 +208,7 @@ class Trainer:
                 self.step,
                 self.identity,
                 self.state(),
-                # The last one is no candidate of select_best, and takes no candidate's place.
+                # The last one is not a candidate of select_best, and takes no candidate's place.
                 keep=self.h.checkpoints_total_limit + (self.h.select_best and is_last),
                 record=self.report.record(self.step),
                 pictures=[sample.path for sample in self.report.samples],

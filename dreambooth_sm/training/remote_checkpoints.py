@@ -1,7 +1,7 @@
 """Checkpoints in S3, of jobs whose checkpoint directory SageMaker does not sync.
 
 They lie beside the model that is to come, in ``TARGET/checkpoints/step-N``, each with a manifest, and are removed once
-the model is there; another job's stay. They travel while training goes on: one at a time, two requests at a time.
+the model is there; another job's stay. They travel while training continues: one at a time, two requests at a time.
 """
 
 from __future__ import annotations

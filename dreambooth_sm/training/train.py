@@ -57,7 +57,7 @@ def train(
     stop: threading.Event,
     world: World,
 ) -> TrainedModel:
-    """Trains in place. Where the card runs out of memory all the same, goes on with the next smaller plan.
+    """Trains in place. Where the card runs out of memory all the same, continues with the next smaller plan.
 
     Raises:
         UserError: where not even the smallest plan fits.
@@ -85,7 +85,7 @@ def train(
                 rescued = None  # host memory is short where cards are small
             elif previous is not None:
                 trainer.resume(previous)
-                report.say(f"going on after step {previous.step}, from {previous.directory}")
+                report.say(f"resumed after step {previous.step}, from {previous.directory}")
             trainer.train(checkpoints, stop, validator, keep_last)
             return TrainedModel(trainable)
         except torch.OutOfMemoryError as error:
@@ -100,6 +100,8 @@ def train(
             rescued = (trainer.rescue(), trainer.step)
             trainer = None
         free_memory()
-        report.warn(f"out of memory ({reason}); going on after step {rescued[1] if rescued else 0} with a smaller plan")
+        report.warn(
+            f"out of memory ({reason}); continuing after step {rescued[1] if rescued else 0} with a smaller plan"
+        )
         plan = smaller
         report.say(f"plan: {plan.lines()[0]}")

@@ -69,7 +69,7 @@ _KIND_OF_CLASS = {
     "ConnectionError": Kind.NETWORK,
     "ResponseStreamingError": Kind.NETWORK,
     "IncompleteReadError": Kind.NETWORK,
-    # An answer that is none of AWS's: a proxy's or a hotel's page.
+    # An answer that is not AWS's: a proxy's or a hotel's page.
     "ResponseParserError": Kind.NETWORK,
 }
 

@@ -175,7 +175,7 @@ class Job:
 
         Ctrl-C leaves a job on AWS running and says how to follow it again; a job of this machine is stopped by it,
         with a checkpoint. Nothing else that goes wrong here stops a job: without rights to the log its status alone
-        is followed, a network that is away is waited for, and where the display or ``log`` fails, following goes on
+        is followed, a network that is away is waited for, and where the display or ``log`` fails, following continues
         without it, with a warning.
 
         Args:

@@ -13,7 +13,7 @@ LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 class LogReader:
     """Reads a job's lines: each one once and in order, however CloudWatch cuts its pages.
 
-    A job has one stream for each host and each start, ``NAME/algo-1-...``: a spot job that was interrupted goes on in
+    A job has one stream for each host and each start, ``NAME/algo-1-...``: a spot job that was interrupted continues in
     a new one.
 
     Args:
@@ -32,7 +32,7 @@ class LogReader:
         """The lines that came since the last call; none while the job has not started.
 
         Raises:
-            botocore.exceptions.ClientError: what is left after botocore's retries. The next call goes on from here.
+            botocore.exceptions.ClientError: what is left after botocore's retries. The next call continues from here.
         """
         for stream in self._streams():
             for page in self._pages(stream):

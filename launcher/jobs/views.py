@@ -90,7 +90,7 @@ class JobView(AbstractContextManager["JobView"]):
 
 
 class Display(AbstractContextManager["Display"]):
-    """A view whose own errors end nothing but itself: the job that it shows goes on, and so does following it.
+    """A view whose own errors end nothing but itself: the job that it shows continues, and so does following it.
 
     Args:
         view: where the job is shown.
@@ -159,7 +159,7 @@ class TerminalView(JobView):
 
 
 class NotebookView(JobView):
-    """One output below the cell, replaced as the job goes on; it needs no widgets and stays in the saved notebook."""
+    """One output below the cell, replaced as the job advances; it needs no widgets and stays in the saved notebook."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -102,7 +102,7 @@ EARLY = [
     Bad("null for a number", ("resolution: no value", "a whole number"), {"resolution": None}),
     Bad("resolution too small", ("resolution: '32'", "at least 64"), {"resolution": "32"}),
     Bad("resolution too large", ("resolution: '4096'", "at most 2048"), {"resolution": "4096"}),
-    Bad("resolution no multiple of 8", ("resolution=510", "write 512"), {"resolution": "510"}),
+    Bad("resolution that is not a multiple of 8", ("resolution=510", "set 512"), {"resolution": "510"}),
     Bad("learning rate negative", ("learning_rate: '-1e-6'", "more than 0"), {"learning_rate": "-1e-6"}),
     Bad("learning rate not a number", ("learning_rate: 'nan'",), {"learning_rate": "nan"}),
     Bad("learning rate infinite", ("learning_rate: 'inf'",), {"learning_rate": "inf"}),
@@ -134,7 +134,7 @@ EARLY = [
     ),
     Bad("prompts the same", ("instance_prompt and class_prompt are the same",), {"class_prompt": "photo of zwx toy"}),
     Bad("token for a secret's name", ("hf_token_secret", "revoke it"), {"hf_token_secret": "hf_abcdef"}),
-    Bad("name that is no file's", ("model_name='a/b'",), {"model_name": "a/b", "export": "single_file"}),
+    Bad("name that can't be a file's", ("model_name='a/b'",), {"model_name": "a/b", "export": "single_file"}),
     Bad("LoRA", ("use_lora=true", "set it to false"), {"use_lora": "True"}),
     Bad("CPU in fp16", ("use_cpu=true", "fp16", "bf16"), {"use_cpu": "True", "mixed_precision": "fp16"}),
     Bad("CPU with xformers", ("use_cpu=true", "attention=xformers"), {"use_cpu": "True", "attention": "xformers"}),
@@ -215,7 +215,11 @@ EARLY = [
         Bad(f"{name} broken", (f"{{base}}/{CONFIG}/{name}", "JSON"), arrange=writes(f"{CONFIG}/{name}", '{"a": '))
         for name in ("hyperparameters.json", "resourceconfig.json", "inputdataconfig.json")
     ],
-    Bad("hyperparameters.json a list", ("no JSON object",), arrange=writes(f"{CONFIG}/hyperparameters.json", "[]")),
+    Bad(
+        "hyperparameters.json a list",
+        ("not hold a JSON object",),
+        arrange=writes(f"{CONFIG}/hyperparameters.json", "[]"),
+    ),
     Bad(
         "hyperparameters.json in UTF-16",
         (f"{CONFIG}/hyperparameters.json",),
@@ -362,7 +366,7 @@ LATE = [
         arrange=lambda tree: (tree.images / "gone.png").symlink_to("nowhere.png"),
     ),
     Bad(
-        "damaged picture whose name is no UTF-8",
+        "damaged picture whose name is not UTF-8",
         (r"images/\udcff.jpg is not a picture",),
         arrange=lambda tree: (tree.images / os.fsdecode(b"\xff.jpg")).write_text("x"),
     ),
@@ -418,7 +422,7 @@ LATE = [
         {"concepts_list": '[{}, {"class_prompt": "a cup"}]'},
         lambda tree: tree.write("input/data/class_images/c.png", (tree.images / "00.jpg").read_bytes()),
     ),
-    Bad("class picture damaged", ("class_images/c.jpg is no",), arrange=writes("input/data/class_images/c.jpg", "x")),
+    Bad("class picture damaged", ("class_images/c.jpg is not",), arrange=writes("input/data/class_images/c.jpg", "x")),
     Bad(
         "class folder a file",
         ("class_data_dir: {base}/classes is a file",),
@@ -438,7 +442,7 @@ LATE = [
         writes("input/data/sd.zip", "x"),
     ),
     Bad(
-        "checkpoint that is none",
+        "checkpoint that is not one",
         ("{base}/input/data/sd.safetensors is not a whole safetensors file", "copy it again"),
         {"pretrained_model_name_or_path": "/opt/ml/input/data/sd.safetensors"},
         writes("input/data/sd.safetensors", "x"),
@@ -493,7 +497,7 @@ LATE = [
     ),
     Bad("noise scheduler broken", IN_MODEL, arrange=writes(f"{MODEL}/scheduler/scheduler_config.json", "{")),
     Bad(
-        "VAE that is none",
+        "VAE that is not one",
         ("pretrained_vae_name_or_path: {base}/vae", "config.json"),
         {"pretrained_vae_name_or_path": "/opt/ml/vae"},
     ),
@@ -509,8 +513,8 @@ LATE = [
         "concepts file broken", ("concepts_list: {base}/concepts.json", "JSON"), CONCEPTS, writes("concepts.json", "[")
     ),
     Bad("concepts file empty", ("concepts_list", "JSON"), CONCEPTS, writes("concepts.json", "")),
-    Bad("concepts file a text", ("concepts_list", "no JSON list"), CONCEPTS, writes("concepts.json", '"duck"')),
-    Bad("concepts file null", ("concepts_list", "no JSON list"), CONCEPTS, writes("concepts.json", "null")),
+    Bad("concepts file a text", ("concepts_list", "not hold a JSON list"), CONCEPTS, writes("concepts.json", '"duck"')),
+    Bad("concepts file null", ("concepts_list", "not hold a JSON list"), CONCEPTS, writes("concepts.json", "null")),
     Bad("concepts file a folder", ("concepts_list: {base}/input",), {"concepts_list": "/opt/ml/input"}),
     Bad(
         "concepts file without prompts",

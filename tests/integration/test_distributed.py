@@ -75,7 +75,7 @@ def test_two_hosts_meet(lay_out_job: Callable[..., JobTree], one_process: tuple[
     assert list(trees[1].model.iterdir()) == [], "only the first host hands the model over"
 
 
-def test_a_stopped_job_goes_on(lay_out_job: Callable[..., JobTree]) -> None:
+def test_a_stopped_job_is_resumed(lay_out_job: Callable[..., JobTree]) -> None:
     options = {**JOB, "max_train_steps": "40", "save_steps": "0", "num_processes": "2", **NO_CLASS}
     whole = lay_out_job("whole", **options)
     assert whole.run("train").code == 0

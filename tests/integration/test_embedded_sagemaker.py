@@ -138,7 +138,7 @@ def test_an_interrupted_spot_job_ends_with_the_weights_of_an_uninterrupted_one(
     assert job.status == "InProgress", "checkpoints are synced while the job runs"
     workplace.services.sagemaker.interrupt(job.name)
     rest = list(lines)
-    assert any(line.startswith("going on after step") for line in rest)
+    assert any(line.startswith("resumed after step") for line in rest)
     assert job.status == "Completed"
     states = [entry["Status"] for entry in job.describe()["SecondaryStatusTransitions"]]
     one = ["Downloading", "Training"]

@@ -38,7 +38,7 @@ def test_sigterm_reaches_the_job(image: str, lay_out_job: Callable[..., JobTree]
     assert checkpoint.step == int(ended.steps[-1]["step"])
 
 
-def test_out_of_memory_leaves_checkpoints_to_go_on_from(image: str, lay_out_job: Callable[..., JobTree]) -> None:
+def test_out_of_memory_leaves_checkpoints_to_resume_from(image: str, lay_out_job: Callable[..., JobTree]) -> None:
     job = lay_out_job(max_train_steps="5000", save_steps="2", class_prompt="None")
     memory = ["--memory=700m", "--memory-swap=700m"]
     with running(*STRICT, *memory, *mounts(job.base), image, "train") as container:

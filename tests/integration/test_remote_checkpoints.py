@@ -1,4 +1,4 @@
-"""Checkpoints that travel to S3 while training goes on."""
+"""Checkpoints that travel to S3 while training continues."""
 
 from __future__ import annotations
 

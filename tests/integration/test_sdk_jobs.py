@@ -87,7 +87,7 @@ def followed(
             services.sagemaker.interrupt(spot.name)
             stopped = eventually(lambda: _find(services, names["stopped"]))
             log = directory / f"{names['stopped']}.log"
-            # The job would go on for thousands of steps: only a log that is shown live gets so far.
+            # The job would run for thousands of steps: only a log that is shown live gets so far.
             eventually(lambda: "step=2 loss=" in log.read_text() or stopped.status != "InProgress")
             shown_live = log.read_text()
             stopped.stop()
@@ -160,7 +160,7 @@ def test_an_interrupted_spot_job_is_seen_through_to_the_same_weights(followed: F
     states = [entry["Status"] for entry in job.describe()["SecondaryStatusTransitions"]]
     one = ["Downloading", "Training"]
     assert states == ["Starting", *one, "Interrupted", "Restarting", *one, "Uploading", "Completed"]
-    assert any(line.startswith("going on after step") for line in job.lines())
+    assert any(line.startswith("resumed after step") for line in job.lines())
     assert [entry["step"] for entry in job.history()] == list(range(1, STEPS + 1))
     assert "step=2 loss=" in followed.shown["spot"]
     one_model, other = job.download(tmp_path / "one"), undisturbed.download(tmp_path / "other")

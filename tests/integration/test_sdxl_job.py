@@ -97,7 +97,7 @@ def test_a_single_file_trains_the_same_model(
     assert same_weights(load_file(job.model / second), load_file(done[0].model / second))
 
 
-def test_a_stopped_job_goes_on_and_ends_with_the_same_weights(
+def test_a_stopped_job_is_resumed_and_ends_with_the_same_weights(
     tiny_xl_base: Path, pictures: Path, tmp_path: Path
 ) -> None:
     values = {"max_train_steps": str(STEPS), "prior": "output", "caption_dropout": "0.2", "hflip": "true"}

@@ -156,7 +156,7 @@ def plain_prompts(tiny_base: Path, pictures: Path, s3: EmbeddedS3, tmp_path_fact
     return job
 
 
-# --- Being stopped, and going on -------------------------------------------------------------------------------------
+# --- Being stopped, and resumed --------------------------------------------------------------------------------------
 
 STEPS = 24
 SAVE_STEPS = 8
@@ -215,7 +215,7 @@ def test_sigterm_ends_the_job_with_a_checkpoint(stopped: tuple[JobTree, Ended, f
 
 
 @pytest.mark.parametrize("stopped_by", ["this version", "one that wrote format 1"])
-def test_a_stopped_job_goes_on_and_ends_with_the_same_weights(
+def test_a_stopped_job_is_resumed_and_ends_with_the_same_weights(
     stopped: tuple[JobTree, Ended, float], uninterrupted: tuple[JobTree, Ended], tmp_path: Path, stopped_by: str
 ) -> None:
     original, before, _ = stopped
@@ -254,7 +254,7 @@ def test_sigterm_while_class_images_are_made(lay_out_job: Callable[..., JobTree]
     assert f"class_images found={len(made)} missing=1" in ended.log
 
 
-def test_after_sigkill_the_job_goes_on_from_the_last_whole_checkpoint(
+def test_after_sigkill_the_job_is_resumed_from_the_last_whole_checkpoint(
     lay_out_job: Callable[..., JobTree], uninterrupted: tuple[JobTree, Ended]
 ) -> None:
     job = lay_out_job(**LONG)
@@ -493,7 +493,7 @@ def test_without_a_checkpoint_channel_a_stopped_job_leaves_its_checkpoint_where_
 
 
 @pytest.mark.parametrize("end_by", [signal.SIGTERM, signal.SIGKILL])
-def test_without_a_checkpoint_channel_a_job_goes_on_from_what_lies_beside_its_model(
+def test_without_a_checkpoint_channel_a_job_is_resumed_from_what_lies_beside_its_model(
     end_by: signal.Signals,
     lay_out_job: Callable[..., JobTree],
     uninterrupted: tuple[JobTree, Ended],
@@ -548,7 +548,7 @@ def test_the_best_of_several_checkpoints_is_exported(lay_out_job: Callable[..., 
     lines = [parse_metrics(line) for line in ended.log.splitlines()]
     scores = {int(pairs["candidate"]): float(pairs["score"]) for pairs in lines if "candidate" in pairs}
     assert sorted(scores) == [0, 1, 2, 3]
-    del scores[0]  # the base model is measured, but is no candidate
+    del scores[0]  # the base model is measured, but is not a candidate
     best = next(int(pairs["best"]) for pairs in lines if "best" in pairs)
     assert scores[best] == max(scores.values())
     assert "verdict: " in ended.log

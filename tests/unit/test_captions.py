@@ -80,7 +80,7 @@ def test_everything_that_is_wrong_is_told_at_once(folder: Path) -> None:
         "notes.pdf is not among the pictures that are read",
         "metadata.jsonl: {'file_name': 'a.jpg'} names no",
         "metadata.csv: {'name': 'a.jpg'",
-        "deep/metadata.jsonl can't be read: line 1 is no JSON object",
+        "deep/metadata.jsonl can't be read: line 1 is not a JSON object",
     ):
         assert sum(said in line for line in told) == 1, (said, told)
     assert len(told) == 7

@@ -367,7 +367,7 @@ def test_the_command_speaks_json_and_fails_on_errors(awkward: Path, capsys: pyte
     assert told.err.startswith(f"error: {awkward / 'text.jpg'} is not a picture")
     for arguments, said in (
         (["check", str(awkward / "gone")], "does not exist"),
-        (["check", str(awkward), "--resolution", "65"], "write 64"),
+        (["check", str(awkward), "--resolution", "65"], "set 64"),
         (["check", str(EXAMPLES), "--sheet", str(awkward / "no" / "sheet.png")], "--sheet"),
     ):
         assert main(arguments) == 2

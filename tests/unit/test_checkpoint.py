@@ -292,7 +292,7 @@ def test_metric_lines_cover_the_steps_before_an_interruption(base: PretrainedMod
     checkpoint = all_checkpoints(tmp_path / "stopped" / "checkpoints")[0]
     assert checkpoint.step == 5
     resumed = Run(base, tmp_path / "stopped", **values)
-    resumed.recorder.go_on(checkpoint.record, checkpoint.step, tmp_path)
+    resumed.recorder.resume(checkpoint.record, checkpoint.step, tmp_path)
     resumed.trainer.resume(checkpoint)
     resumed.train()
     names = ("step", "loss", "instance_loss", "lr")

@@ -56,7 +56,7 @@ def test_a_job_that_an_earlier_version_began_ends_as_if_it_had_not_been_interrup
     resumed = Run(base, tmp_path / "stopped", **values)
     shapes = {name: p.shape for name, p in resumed.trainer.named_parameters.items()}
     assert checkpoint.find_misfit(shapes) is None
-    resumed.recorder.go_on(checkpoint.record, checkpoint.step, tmp_path)
+    resumed.recorder.resume(checkpoint.record, checkpoint.step, tmp_path)
     resumed.trainer.resume(checkpoint)
     resumed.train()
     names = ("step", "loss", "instance_loss", "lr")

@@ -120,7 +120,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, at_steps: set[int]) -> No
 
 
 @pytest.mark.parametrize("name", ["reference", "medium"])
-def test_out_of_memory_steps_down_and_goes_on(
+def test_out_of_memory_steps_down_and_continues(
     name: str, base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = JOB | {"max_train_steps": 6, "gradient_checkpointing": "auto", "use_ema": True}
@@ -144,7 +144,7 @@ def test_out_of_memory_steps_down_and_goes_on(
     )
     log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
     assert log.count("warning: out of memory") == 2
-    assert "going on after step 3" in log
+    assert "continuing after step 3" in log
     assert [step["step"] for step in run.recorder.steps] == [1, 2, 3, 4, 5, 6]
     for stepped, uninterrupted in zip(run.losses, whole.losses, strict=True):
         assert stepped == pytest.approx(uninterrupted, rel=0.02)

@@ -91,7 +91,7 @@ def test_each_line_is_read_once(bursts: list[dict[str, int]], script: list[int])
     read: list[str] = []
 
     def poll() -> None:
-        with suppress(ThrottledError):  # the next poll goes on
+        with suppress(ThrottledError):  # the next poll continues
             read.extend(reader.read())
 
     for time, burst in enumerate(bursts):

@@ -144,7 +144,7 @@ def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: Pretr
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_a_smaller_plan_learns_the_same_and_another_one_may_go_on(base: PretrainedModel, tmp_path: Path) -> None:
+def test_a_smaller_plan_learns_the_same_and_another_one_may_continue(base: PretrainedModel, tmp_path: Path) -> None:
     """What a card's ladder may choose, and what a job that ran out of memory steps down to."""
     whole = Run(base, tmp_path / "whole", **VALUES).train()
     smaller = Run(base, tmp_path / "smaller", plan={"gradient_checkpointing": True}, **VALUES).train()

@@ -154,7 +154,7 @@ def test_booleans_are_read_and_not_taken_for_truthy_texts(name: str, text: str, 
 @pytest.mark.parametrize("name", ["use_cpu", "train_text_encoder"])
 def test_anything_else_is_no_boolean(name: str, text: str) -> None:
     assert problem(**{name: text}).startswith(f"{name}: ")
-    assert "write true or false" in problem(**{name: text})
+    assert "set true or false" in problem(**{name: text})
 
 
 @pytest.mark.parametrize("name", sorted(set(INTEGERS + FLOATS) - {"seed"}))
@@ -195,7 +195,7 @@ def test_none_is_none(name: str, text: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["learning_rate", "resolution", "model_name", "center_crop"])
 def test_none_where_a_value_is_needed(name: str) -> None:
-    assert problem(**{name: None}).startswith(f"{name}: no value is not valid; write ")
+    assert problem(**{name: None}).startswith(f"{name}: no value is not valid; set ")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_two_names_of_the_optimizer_that_contradict_each_other(said: str, optimi
 
 @pytest.mark.parametrize("value", ["perhaps", "2", None, ["true"]])
 def test_a_value_that_the_seeds_name_does_not_take(value: object) -> None:
-    assert problem(use_8bit_adam=value).endswith(" is not valid; write true or false, or auto")
+    assert problem(use_8bit_adam=value).endswith(" is not valid; set true or false, or auto")
     assert problem(use_8bit_adam=value, use_cpu="true").startswith("use_8bit_adam: ")
     assert len(problems({"instance_prompt": PROMPT, "use_8bit_adam": "true", "optimizer": "sgd"})) == 1
 
@@ -381,7 +381,7 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         assert name in parse(**{name: value}).model_fields_set
     for value in bad:
         line = problem(**{name: value})
-        assert line.startswith(f"{name}: {value!r} is not valid; write ")
+        assert line.startswith(f"{name}: {value!r} is not valid; set ")
 
 
 @pytest.mark.parametrize(
@@ -390,8 +390,8 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         ({"instance_prompt": None}, "instance_prompt is missing"),
         ({"with_prior_preservation": "true"}, "needs class_prompt"),
         ({"class_prompt": PROMPT}, "are the same"),
-        ({"resolution": "500"}, "write 496"),
-        ({"resolution": "65"}, "write 64"),
+        ({"resolution": "500"}, "set 496"),
+        ({"resolution": "65"}, "set 64"),
         ({"use_lora": "true"}, "full model"),
         ({"use_cpu": "1", "mixed_precision": "fp16"}, "can't train in fp16"),
         ({"instance_data_dir": "/a/", "class_data_dir": "/a"}, "same directory"),

@@ -32,7 +32,7 @@ def test_channels_that_nothing_reads_are_told(tmp_path: Path) -> None:
     assert unused(tmp_path, "image", "images") == ["image"]
 
 
-def test_the_job_says_so_and_goes_on(tmp_path: Path, tiny_base: Path) -> None:
+def test_the_job_says_so_and_continues(tmp_path: Path, tiny_base: Path) -> None:
     paint_pictures(tmp_path / "input" / "data" / "images", 2)
     job = job_in(tmp_path, "images", "spare", pretrained_model_name_or_path=str(tiny_base))
     assert len(preflight(job).subjects[0].pictures) == 2

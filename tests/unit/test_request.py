@@ -202,11 +202,11 @@ def test_what_is_no_option_is_told_with_what_would_be() -> None:
     with pytest.raises(UserError) as caught:
         Resources.parse({"keep_alive": 3601, "instance_count": 0, "spot": "yes", "tags": "a=b", "vpc": "subnet-1"})
     assert caught.value.problems == [
-        "instance_count: this value is not valid; write a whole number, at least 1",
-        "spot: this value is not valid; write true or false",
-        "keep_alive: this value is not valid; write a whole number, at least 0, at most 3600",
-        "vpc: this value is not valid; write a list of subnet-... and sg-...",
-        "tags: this value is not valid; write names and values, as a dictionary or NAME=VALUE",
+        "instance_count: this value is not valid; set a whole number, at least 1",
+        "spot: this value is not valid; set true or false",
+        "keep_alive: this value is not valid; set a whole number, at least 0, at most 3600",
+        "vpc: this value is not valid; set a list of subnet-... and sg-...",
+        "tags: this value is not valid; set names and values, as a dictionary or NAME=VALUE",
     ]
 
 

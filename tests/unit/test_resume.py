@@ -183,7 +183,7 @@ def test_files_count_by_their_content(tmp_path: Path, change: Callable[[Path], N
     mask = Image.new("L", (80, 64), 0)
     mask.paste(255, (20, 16, 60, 48))
     mask.save(tmp_path / "a" / "02-mask.png")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")  # another place for the same is no difference
+    shutil.copytree(tmp_path / "a", tmp_path / "b")  # another place for the same makes no difference
     change(tmp_path / "b")
 
     def identity(folder: str) -> dict[str, Any]:

@@ -78,8 +78,8 @@ def test_without_the_other_files_the_job_is_one_local_host(base: Path) -> None:
         (b"", "can't be read as JSON"),
         (b'{"a": ', "can't be read as JSON"),
         (b"\xff\xfe{}", "can't be read as JSON"),
-        (b"[]", "holds no JSON object"),
-        (b"null", "holds no JSON object"),
+        (b"[]", "does not hold a JSON object"),
+        (b"null", "does not hold a JSON object"),
     ],
 )
 def test_a_broken_file_is_named(base: Path, name: str, content: bytes, said: str) -> None:
