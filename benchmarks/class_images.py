@@ -32,7 +32,7 @@ from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import detect_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.sampling import sampling_pipeline
+from dreambooth_sm.sampling import make_sampler
 
 EVERYWHERE = (float("inf"), 0.0)
 VARIANTS = ("ours", "full_guidance", "batch_16", "diffusers")
@@ -49,7 +49,7 @@ def run_ours(name: str, base: PretrainedModel, count: int, work: Path) -> dict[s
     sizes = [(512, 512)] * count
     started = time.perf_counter()
     images = ClassImages(
-        sampling_pipeline(base, plan),
+        make_sampler(base, plan),
         batch_size=plan.sample_batch_size,
         guidance=7.5,
         remote=None,

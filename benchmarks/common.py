@@ -117,10 +117,9 @@ def _clip(*, width: int = 768, layers: int = 12, heads: int = 12, **options: Any
 
 def _put_away(base: PretrainedModel) -> PretrainedModel:
     """On the CPU, as a job loads it."""
-    base.to("cpu")
+    for module in base.modules.values():
+        module.to("cpu").requires_grad_(False).eval()
     torch.cuda.empty_cache()
-    for module in (base.unet, base.vae, *base.text_encoders):
-        module.requires_grad_(False).eval()
     return base
 
 

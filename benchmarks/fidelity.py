@@ -99,8 +99,7 @@ class Studio:
     """Draws with the base model, or with other weights of its UNet."""
 
     def __init__(self, base: PretrainedModel) -> None:
-        own = copy.deepcopy(base)
-        own.to(DEVICE)
+        own = base.with_parts({part: base.copy_of(part, DEVICE, torch.float32) for part in base.modules})
         self._pipeline, self._base_weights = own.pipeline(), list(base.unet.parameters())
 
     def draw(self, seed: int, weights: Iterable[Tensor] | None = None) -> Drawn:

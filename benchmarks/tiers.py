@@ -42,7 +42,7 @@ from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.memory import sampling_peak_gb
 from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.sampling import draw, sampling_pipeline
+from dreambooth_sm.sampling import draw, make_sampler
 
 CARDS = {
     "sd15": ("H100", "A10G", "T4", "12GB", "10GB", "8GB", "6GB", "4GB"),
@@ -54,7 +54,7 @@ def sampling_peak(base: PretrainedModel, plan: Plan, h: Hyperparameters) -> dict
     """Peak memory of one batch of class images, decoded."""
     seeds = list(range(plan.sample_batch_size))
     reset_peaks()
-    pipeline = sampling_pipeline(base, plan)
+    pipeline = make_sampler(base, plan, [PROMPTS["class_prompt"]])
     next(draw(pipeline, PROMPTS["class_prompt"], seeds, resolution=h.resolution, batch_size=len(seeds), steps=3))
     return {
         "sample_batch_size": plan.sample_batch_size,

@@ -23,7 +23,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.live_samples import live_samples
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.methods import Trainable
-from dreambooth_sm.models import PretrainedModel, load_base
+from dreambooth_sm.models import PretrainedModel, open_base
 from dreambooth_sm.preflight import Checked, check_prompts, preflight
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.results import REPORT_FILES, gather_facts, write_results
@@ -107,7 +107,7 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
         # Host memory is short where cards are small: weights wait in the precision of their files, unless they are
         # drawn with as they are.
         on_host = torch.float32 if plan.device == "cpu" or plan.precision == "fp32" else None
-        base = load_base(h, on_host)
+        base = open_base(h, on_host)
         for remark in base.remarks:
             report.warn(remark)
         check_prompts(base, checked.subjects, h)

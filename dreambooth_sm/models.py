@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +18,19 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
+from dreambooth_sm.stored.files import Stored
 from dreambooth_sm.stored.fit import check_fit
 from dreambooth_sm.stored.locate import find_model
-from dreambooth_sm.stored.model import Pipeline, StoredModel, StoredPart, make_pipeline, parts_of, tokenizers_of
+from dreambooth_sm.stored.model import (
+    Pipeline,
+    StoredModel,
+    StoredPart,
+    fill,
+    make_pipeline,
+    parts_of,
+    tokenizers_of,
+    weights_of,
+)
 from dreambooth_sm.stored.single_file import read_single_file, write_single_file
 from dreambooth_sm.stored.single_file import read_vae as read_vae_file
 
@@ -34,13 +45,17 @@ RENAMED = {
 class PretrainedModel:
     """A pipeline, taken apart: each part is an attribute of its name.
 
-    All modules are on the CPU, in eval mode and without gradients, as loaded: in fp32, or in the precision of their
-    files where that is half of it (:func:`load_base`).
+    Modules are in eval mode and without gradients. A part that comes from files is read when somebody computes with it
+    (:meth:`part`), and only what is trained stays in memory (:meth:`load`): until then its weights are on the meta
+    device.
 
     Args:
         parts: modules, tokenizers and scheduler, by the names that diffusers has for them.
         config: what else its ``model_index.json`` says.
         remarks: what was guessed of a single file; for the user to read.
+        files: where the weights of parts are that are not in memory, by part and name.
+        dtype: that these have in memory; None leaves those in half precision as they are, and makes all others
+            float32.
     """
 
     # Those that every family has, and the denoiser of those with a UNet.
@@ -58,9 +73,11 @@ class PretrainedModel:
         *,
         config: Mapping[str, Any] = MappingProxyType({}),
         remarks: tuple[str, ...] = (),
+        files: Mapping[str, Mapping[str, Stored]] = MappingProxyType({}),
+        dtype: torch.dtype | None = torch.float32,
     ) -> None:
         self.name, self.family, self.config, self.remarks = name, family, dict(config), remarks
-        self._parts = tuple(parts)
+        self._parts, self._files, self._dtype = tuple(parts), dict(files), dtype
         for part, value in parts.items():
             setattr(self, part, value)
 
@@ -79,8 +96,9 @@ class PretrainedModel:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def text_encoders(self) -> tuple[torch.nn.Module, ...]:
-        return tuple(module for part, module in self.modules.items() if part.startswith("text_encoder"))
+    def text_parts(self) -> tuple[str, ...]:
+        """Names of the text encoders."""
+        return tuple(part for part in self.family.facts.parts if part.startswith("text_encoder"))
 
     @property
     def vae_dtype(self) -> torch.dtype:
@@ -91,25 +109,49 @@ class PretrainedModel:
         """The parts as a pipeline; it shares their weights."""
         return make_pipeline({part: getattr(self, part) for part in self._parts}, self.config)
 
-    def to(self, device: str | torch.device) -> None:
-        """Moves all modules."""
-        for module in self.modules.values():
-            module.to(device)
+    def load(self, *names: str) -> None:
+        """Reads parts into memory, where they stay; all of them where none is named."""
+        for name in names or self.family.facts.parts:
+            if name in self._files:
+                fill(getattr(self, name), self._files.pop(name), self._dtype)
 
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        """Its modules may be moved; afterwards each is on the device that it was on."""
-        homes: list[tuple[Any, Any]] = [(module, module.device) for module in self.modules.values()]
-        try:
-            yield
-        finally:
-            for module, home in homes:
-                module.to(home)
+    def part(self, name: str, device: str | torch.device, dtype: torch.dtype) -> Any:
+        """A module to compute with: from its files, or a copy, or the model's own where that is as it should be."""
+        module = getattr(self, name)
+        there = torch.empty(0, device=device).device
+        if name in self._files or any((p.device, p.dtype) != (there, dtype) for p in module.parameters()):
+            return self.copy_of(name, there, dtype)
+        return module
+
+    def copy_of(self, name: str, device: str | torch.device, dtype: torch.dtype) -> Any:
+        """A module like the model's, which stays as it is."""
+        module = getattr(self, name)
+        if name not in self._files:
+            return _copy(module, device, dtype)
+        read = copy.deepcopy(module)
+        # With its number: threads read, and have a current device of their own.
+        fill(read, self._files[name], dtype, torch.empty(0, device=device).device)
+        return read
+
+    def with_parts(self, parts: Mapping[str, Any]) -> PretrainedModel:
+        """A model with other modules in place of some; all else is shared."""
+        other = copy.copy(self)
+        other._files = {name: tensors for name, tensors in self._files.items() if name not in parts}
+        for name, module in parts.items():
+            setattr(other, name, module)
+        return other
+
+    def weights(self, name: str) -> dict[str, Stored]:
+        """Those of a part, in the precision that they have in memory."""
+        module = getattr(self, name)
+        if name in self._files:
+            return weights_of(module, self._files[name], self._dtype)
+        return {key: Stored.of(value) for key, value in module.state_dict().items()}
 
     def save(self, directory: Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Writes a diffusers directory with safetensors of ``dtype``, or of the weights' own where it is None; the
         modules stay as they are."""
-        write_directory(StoredModel.of(self.name, self.pipeline()), directory, dtype=dtype)
+        write_directory(self._stored(), directory, dtype=dtype)
 
     def save_single_file(self, path: Path, dtype: torch.dtype | None = torch.float16, **facts: Any) -> None:
         """Writes one ``.safetensors`` file in the original layout.
@@ -117,7 +159,21 @@ class PretrainedModel:
         Args:
             facts: for its metadata, see :func:`dreambooth_sm.stored.single_file.write_single_file`.
         """
-        write_single_file(StoredModel.of(self.name, self.pipeline()), path, dtype=dtype, **facts)
+        write_single_file(self._stored(), path, dtype=dtype, **facts)
+
+    def _stored(self) -> StoredModel:
+        return StoredModel(self.name, self.pipeline(), {name: self.weights(name) for name in self.modules})
+
+
+def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A copy of a type on a device, made without a second copy in fp32 on the way."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        value = parameter.detach().to(device, dtype, copy=True)
+        memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.to(device, dtype if buffer.is_floating_point() else None, copy=True)
+    return copy.deepcopy(module, memo)
 
 
 def check_base(h: Hyperparameters) -> None:
@@ -241,7 +297,14 @@ def _read(h: Hyperparameters, path: Path, vae: StoredPart | None) -> StoredModel
 
 
 def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> PretrainedModel:
-    """Loads the base pipeline, and the replacement VAE if one is asked for.
+    """:func:`open_base`, with all parts in memory."""
+    base = open_base(h, dtype)
+    base.load()
+    return base
+
+
+def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> PretrainedModel:
+    """Fetches the base pipeline, and the replacement VAE if one is asked for; no part is read yet.
 
     Args:
         dtype: of the weights; None leaves those in half precision as they are, which takes half the memory. Whoever
@@ -262,11 +325,6 @@ def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
             f"{name} is a {found.title} model, and the job was planned for {planned.title}; set "
             f"base_architecture={found.name}"
         )
-    stored.load(dtype)
-    return _taken_apart(name, stored)
-
-
-def _taken_apart(name: str, stored: StoredModel) -> PretrainedModel:
     pipeline = stored.pipeline
     modules = parts_of(pipeline)
     parts = (*modules, *tokenizers_of(modules), "scheduler", "feature_extractor")
@@ -276,4 +334,6 @@ def _taken_apart(name: str, stored: StoredModel) -> PretrainedModel:
         {part: getattr(pipeline, part) for part in parts},
         config=pipeline.config,
         remarks=stored.remarks,
+        files=stored.tensors,
+        dtype=dtype,
     )

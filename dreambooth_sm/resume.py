@@ -29,6 +29,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.stored.files import Stored, workers
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints, undamaged_checkpoints
 from dreambooth_sm.training.remote_checkpoints import RemoteCheckpoints
 from dreambooth_sm.training.schedule import Schedule, make_rate, make_schedule
@@ -182,18 +183,20 @@ def _digest(picture: Path) -> str:
 
 def fingerprint(base: PretrainedModel) -> dict[str, str]:
     """A digest of each part of a base model: of some values of each tensor, and of what else training depends on."""
-    digests = {name: _digest_of_module(module) for name, module in base.modules.items()}
+    digests = {name: _digest_of_weights(base.weights(name)) for name in base.modules}
     vocabulary = sorted(base.tokenizer.get_vocab().items())
     noise = {name: base.scheduler.config.get(name) for name in _NOISE}
     return digests | {"tokenizer": _digest_of(vocabulary), "scheduler": _digest_of(noise)}
 
 
-def _digest_of_module(module: torch.nn.Module) -> str:
-    sums = []
-    for name, tensor in module.state_dict().items():
-        some = tensor.flatten()[:: max(1, tensor.numel() // _VALUES)].double().tolist()
-        sums.append([name, list(tensor.shape), some])
-    return _digest_of(sums)
+def _digest_of_weights(weights: Mapping[str, Stored]) -> str:
+    def some(weight: Stored) -> list[float]:
+        values: list[float] = weight.read().flatten()[:: max(1, weight.numel // _VALUES)].double().tolist()
+        return values
+
+    with workers() as pool:  # which reads several at a time
+        values = pool.map(some, weights.values())
+        return _digest_of([[name, list(weights[name].shape), its] for name, its in zip(weights, values, strict=True)])
 
 
 def _digest_of(values: Any) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.families import Conditioning, family_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.stored.model import Pipeline, parts_of
+from dreambooth_sm.stored.model import Pipeline
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
@@ -27,21 +27,54 @@ _TILE = 256
 GUIDED_SIGMAS = (5.42, 0.28)
 
 
-def sampling_pipeline(base: PretrainedModel, plan: Plan) -> Pipeline:
-    """The base model ready to draw on the plan's device: a copy in half precision on a GPU, else itself."""
-    pipeline = base.pipeline()
-    if plan.device == "cpu" or plan.precision == "fp32":
-        return pipeline.to(plan.device)
-    for name in parts_of(pipeline):
-        # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
-        dtype = base.vae_dtype if name == "vae" else torch.float16
-        setattr(pipeline, name, _copy(getattr(pipeline, name), plan.device, dtype))
-    pipeline.vae.enable_slicing()  # pictures are decoded one by one: the VAE's activations are the largest
-    return pipeline
+@dataclass(frozen=True)
+class Sampler:
+    """A pipeline that is ready to draw.
+
+    Attributes:
+        embedded: prompts as the text encoders saw them before they were let go of: all that can be drawn. Empty where
+            the pipeline still has them.
+    """
+
+    pipeline: Pipeline
+    embedded: Mapping[str, Conditioning] = field(default_factory=dict)
+
+
+def make_sampler(
+    base: PretrainedModel, plan: Plan, prompts: Iterable[str] | None = None, guidance: float = GUIDANCE
+) -> Sampler:
+    """The base model ready to draw on the plan's device, in half precision on a GPU.
+
+    Args:
+        prompts: that it will draw: the text encoders are let go of before the other parts are read. None keeps them.
+        guidance: that it will draw these with.
+    """
+    parts = base.family.facts.parts
+    embedded: dict[str, Conditioning] = {}
+    if prompts is not None:
+        encoding = base.with_parts({part: drawing_part(base, plan, part) for part in base.text_parts})
+        embedded = {prompt: _embed(encoding, prompt, guided=guidance > 1) for prompt in prompts}
+        del encoding
+        parts = tuple(part for part in parts if part not in base.text_parts)
+    pipeline = base.with_parts({part: drawing_part(base, plan, part) for part in parts}).pipeline()
+    if _in_half(plan):
+        pipeline.vae.enable_slicing()  # pictures are decoded one by one: the VAE's activations are the largest
+    return Sampler(pipeline, embedded)
+
+
+def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
+    """A module of the base model on the plan's device, in the precision that is drawn in."""
+    half = base.vae_dtype if part == "vae" else torch.float16
+    # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
+    return base.part(part, plan.device, half if _in_half(plan) else torch.float32)
+
+
+def _in_half(plan: Plan) -> bool:
+    return plan.device != "cpu" and plan.precision != "fp32"
 
 
 def draw(
-    pipeline: Pipeline,
+    model: Pipeline | Sampler,
     prompt: str,
     seeds: list[int],
     *,
@@ -60,14 +93,13 @@ def draw(
         the pictures of each batch, in the order of ``seeds``.
     """
     size = (resolution, resolution)
-    for latents in draw_latents(
-        pipeline, prompt, seeds, size=size, batch_size=batch_size, steps=steps, guidance=guidance
-    ):
+    pipeline = model.pipeline if isinstance(model, Sampler) else model
+    for latents in draw_latents(model, prompt, seeds, size=size, batch_size=batch_size, steps=steps, guidance=guidance):
         yield decode(pipeline, latents)
 
 
 def draw_latents(
-    pipeline: Pipeline,
+    model: Pipeline | Sampler,
     prompt: str,
     seeds: Sequence[int],
     *,
@@ -86,13 +118,14 @@ def draw_latents(
     Yields:
         the scaled latents of each batch, float32 ``(pictures, 4, height / 8, width / 8)`` on the pipeline's device.
     """
+    sampler = model if isinstance(model, Sampler) else Sampler(model)
     done = 0
     while done < len(seeds):
         # Batches of one size, as far as that goes: each size costs a warm-up.
         left = len(seeds) - done
         batch = seeds[done : done + math.ceil(left / math.ceil(left / batch_size))]
         try:
-            latents = _denoise(pipeline, prompt, batch, size, steps, guidance, guided)
+            latents = _denoise(sampler, prompt, batch, size, steps, guidance, guided)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -121,7 +154,7 @@ def decode(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
 
 @torch.no_grad()
 def _denoise(
-    pipeline: Pipeline,
+    sampler: Sampler,
     prompt: str,
     seeds: Sequence[int],
     size: tuple[int, int],
@@ -129,12 +162,14 @@ def _denoise(
     guidance: float,
     guided: tuple[float, float],
 ) -> torch.Tensor:
-    family, device = family_of(pipeline), pipeline.device
+    pipeline = sampler.pipeline
+    family = family_of(pipeline)
     denoiser = getattr(pipeline, family.facts.denoiser)
+    device = denoiser.device
     scheduler = family.sampler(pipeline)
     scheduler.set_timesteps(steps, device=device)
     scheduler.set_begin_index(0)
-    conditions = _conditions(pipeline, prompt, size, guided=guidance > 1)
+    conditions = _conditions(sampler, prompt, size, guided=guidance > 1)
     numbers = torch.arange(len(conditions), device=device)
     together, alone = (conditions.of(rows.repeat_interleave(len(seeds))) for rows in (numbers, numbers[-1:]))
     width, height = (side // pipeline.vae_scale_factor for side in size)
@@ -151,21 +186,15 @@ def _denoise(
     return latents
 
 
-def _conditions(pipeline: Pipeline, prompt: str, size: tuple[int, int], *, guided: bool) -> Conditioning:
+def _conditions(sampler: Sampler, prompt: str, size: tuple[int, int], *, guided: bool) -> Conditioning:
     """The prompt's conditioning, in the last row; with guidance, the empty prompt's in the row before it."""
-    family = family_of(pipeline)
-    conditions = embed(family, pipeline, ["", prompt] if guided else [prompt], max_tokens=None)
-    told = family.extras(size, (0, 0), size).items()  # a whole picture
-    numbers = {name: torch.tensor([row] * len(conditions), dtype=torch.float32) for name, row in told}
-    return conditions.beside({name: value.to(pipeline.device) for name, value in numbers.items()})
+    conditions = sampler.embedded.get(prompt) or _embed(sampler.pipeline, prompt, guided=guided)
+    device = next(iter(conditions.text.values())).device
+    told = family_of(sampler.pipeline).extras(size, (0, 0), size).items()  # a whole picture
+    numbers = {name: torch.tensor([row] * len(conditions), dtype=torch.float32, device=device) for name, row in told}
+    return conditions.beside(numbers)
 
 
-def _copy(module: torch.nn.Module, device: str, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy of a type on a device, made without a second copy in fp32 on the way."""
-    memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        value = parameter.detach().to(device, dtype)
-        memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.to(device, dtype if buffer.is_floating_point() else None)
-    return copy.deepcopy(module, memo)
+def _embed(model: Any, prompt: str, *, guided: bool) -> Conditioning:
+    family = model.family if isinstance(model, PretrainedModel) else family_of(model)
+    return embed(family, model, ["", prompt] if guided else [prompt], max_tokens=None)

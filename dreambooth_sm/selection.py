@@ -7,6 +7,7 @@ diversity, prompt fidelity and drift of the class towards the subject (:func:`dr
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +25,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.sampling import draw, sampling_pipeline
+from dreambooth_sm.sampling import draw, make_sampler
 from dreambooth_sm.training.checkpoint import Checkpoint, all_checkpoints
 
 # What the pictures of a subject show beside it; DreamBooth's paper asks for such places as well.
@@ -140,11 +141,13 @@ class Examiner:
                 self._report.verdict(f'{words.word}: "{subject.prompt}": {words.reason}')
 
     def _measure(self) -> tuple[Fidelity, ...]:
-        pipeline = sampling_pipeline(self._trained.model, self._plan)
+        own = [[f"{subject.prompt} {place}".strip() for place in PLACES] for subject in self._subjects]
+        classes = [subject.class_prompt for subject in self._subjects if subject.class_prompt]
+        sampler = make_sampler(self._trained.model, self._plan, [*itertools.chain(*own), *classes], _GUIDANCE)
 
         def pictures(prompt: str, seeds: Sequence[int]) -> list[Image.Image]:
             batches = draw(
-                pipeline,
+                sampler,
                 prompt,
                 list(seeds),
                 resolution=self._h.resolution,
@@ -154,8 +157,7 @@ class Examiner:
             return [picture for batch in batches for picture in batch]
 
         found = []
-        for subject, real in zip(self._subjects, self._real, strict=True):
-            prompts = [f"{subject.prompt} {place}".strip() for place in PLACES]
+        for subject, real, prompts in zip(self._subjects, self._real, own, strict=True):
             found.append(
                 measure(
                     self._encoders,
@@ -167,7 +169,6 @@ class Examiner:
                     else (),
                 )
             )
-        self._trained.model.to("cpu")
         return tuple(found)
 
 

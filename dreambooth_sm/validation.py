@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ from dreambooth_sm.methods import Trainable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, ValidationPicture
-from dreambooth_sm.sampling import draw, sampling_pipeline
+from dreambooth_sm.sampling import draw, make_sampler
 
 SAMPLES = "samples"
 _NAMES = "step-*-prompt-*-seed-*.png"
@@ -89,9 +88,6 @@ class Validator:
             # In half precision where pictures are drawn so: host memory is short where cards are small.
             dtype = torch.float16 if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
             self._copy = trained.drawable(dtype)
-            if not plan.cache_latents:  # training needs the VAE where it is
-                base, drawn = trained.model, self._copy.model
-                drawn.vae = copy.deepcopy(base.vae).to(torch.promote_types(dtype, base.vae_dtype))
 
     def is_due(self, step: int) -> bool:
         """Whether pictures are wanted after ``step`` steps of training that continues."""
@@ -123,20 +119,15 @@ class Validator:
         if not any(missing.values()):
             return
         drawn: list[ValidationPicture] = []
-        with model.lent():
-            pipeline = sampling_pipeline(model, self._plan)
-            for prompt, seeds in missing.items():
-                batches = draw(
-                    pipeline,
-                    prompt,
-                    seeds,
-                    resolution=self._h.resolution,
-                    batch_size=batch_size,
-                    guidance=self._h.validation_guidance_scale,
-                )
-                pictures = [picture for batch in batches for picture in batch]
-                drawn += [self._write(each, step, prompt, seed) for seed, each in zip(seeds, pictures, strict=True)]
-            del pipeline
+        guidance = self._h.validation_guidance_scale
+        sampler = make_sampler(model, self._plan, [prompt for prompt, seeds in missing.items() if seeds], guidance)
+        for prompt, seeds in missing.items():
+            batches = draw(
+                sampler, prompt, seeds, resolution=self._h.resolution, batch_size=batch_size, guidance=guidance
+            )
+            pictures = [picture for batch in batches for picture in batch]
+            drawn += [self._write(picture, step, prompt, seed) for seed, picture in zip(seeds, pictures, strict=True)]
+        del sampler
         self._report.samples += drawn
         self._report.metrics(validation=step, pictures=len(drawn))
         if self.on_draw:

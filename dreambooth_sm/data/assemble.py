@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.sampling import sampling_pipeline
+from dreambooth_sm.sampling import drawing_part
 from dreambooth_sm.training.loop import TrainingSet
 
 
@@ -41,7 +42,7 @@ def encode_training_set(
     device: torch.device,
     seed: int,
 ) -> TrainingSet:
-    """Puts latents and prompts on the device, and takes the VAE and text encoder off it where they are done."""
+    """Puts latents and prompts on the device; VAE and text encoders are there one after the other, to encode them."""
     table = PromptTable(base.family, max_tokens=h.max_token_length, pad=h.pad_tokens, shuffle=h.shuffle_tags, seed=seed)
     shapes = shapes_of(subjects, h)
     instances = [
@@ -65,8 +66,9 @@ def encode_training_set(
     (empty,) = table.rows("") if h.caption_dropout else (0,)
     masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
     views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
-    base.vae.to(device, torch.float32)
-    latents = Latents(pictures, trained_in, views, base.vae, base.family, cached=plan.cache_latents)
+    vae = base.copy_of("vae", device, torch.float32)
+    latents = Latents(pictures, trained_in, views, vae, base.family, cached=plan.cache_latents)
+    del vae
     extras = PictureExtras(pictures, trained_in, views, base.family.extras)
     make_batch_sampler = partial(
         BatchSampler,
@@ -89,17 +91,12 @@ def encode_training_set(
             masks.append(None)
             trained_in.append(instance.shape)
             views.append([View()])
-    if plan.cache_latents:
-        base.vae.to("cpu")
+    free_memory()
     if plan.train_text_encoder:
         prompts = {name: value.to(device) for name, value in table.tokens(base).items()}
     else:
-        for text_encoder in base.text_encoders:
-            text_encoder.to(device, torch.float32)
-        prompts = dict(table.embeddings(base).text)
-        for text_encoder in base.text_encoders:
-            text_encoder.to("cpu")
-    free_memory()
+        prompts = dict(table.embeddings(base.with_parts(_text_encoders(base, device))).text)
+        free_memory()
     batch_sampler = make_batch_sampler(instances, classes, seed=seed)
     weights = None
     if h.background_weight is not None:
@@ -107,6 +104,10 @@ def encode_training_set(
             masks, trained_in, views, latent_scale=base.latent_scale, background=h.background_weight, device=device
         )
     return TrainingSet(batch_sampler, latents, prompts, extras, weights)
+
+
+def _text_encoders(base: PretrainedModel, device: torch.device) -> dict[str, Any]:
+    return {part: base.part(part, device, torch.float32) for part in base.text_parts}
 
 
 def outputs_of_base(
@@ -119,11 +120,12 @@ def outputs_of_base(
     extras: PictureExtras,
 ) -> list[Output]:
     """What the untrained base model says of the subjects' noised pictures under their class prompts."""
-    pipeline = sampling_pipeline(base, plan)
     prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
-    conditions = embed(base.family, pipeline, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+    encoding = base.with_parts({part: drawing_part(base, plan, part) for part in base.text_parts})
+    conditions = embed(base.family, encoding, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)
+    del encoding
     outputs = base_outputs(
-        getattr(pipeline, base.family.facts.denoiser),
+        drawing_part(base, plan, base.family.facts.denoiser),
         base.family,
         base.family.objective(base),
         batch_sampler,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -77,12 +77,25 @@ def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
     Each tensor counts with its name, shape, type and two sums of its words, weighted by pseudo-random odd numbers,
     modulo 2**64: no two models that anybody has will share them, but it is not a defence against forgery.
     """
-    sums = [
+    return digest({part: tensor_sums(part, module) for part, module in modules.items()})
+
+
+def shaping(parts: Iterable[str]) -> list[str]:
+    """Those of a model's parts that latents depend on."""
+    return [part for part in parts if part != "vae"]
+
+
+def tensor_sums(part: str, module: torch.nn.Module) -> list[Any]:
+    """What a module counts for in :func:`fingerprint`."""
+    return [
         (part, name, list(tensor.shape), str(tensor.dtype), *_weighted_sums(tensor))
-        for part, module in modules.items()
         for name, tensor in module.state_dict().items()
     ]
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def digest(sums: Mapping[str, list[Any]]) -> str:
+    """The :func:`fingerprint` of modules that were summed one after the other."""
+    return hashlib.sha256(json.dumps([row for rows in sums.values() for row in rows]).encode()).hexdigest()
 
 
 def _weighted_sums(tensor: torch.Tensor, piece: int = 1 << 24) -> list[int]:

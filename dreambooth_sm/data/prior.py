@@ -12,7 +12,7 @@ import torch
 
 from dreambooth_sm import __version__
 from dreambooth_sm.data.buckets import class_shapes
-from dreambooth_sm.data.class_cache import ClassCache, Recipe, fingerprint, pack
+from dreambooth_sm.data.class_cache import ClassCache, Recipe, digest, fingerprint, pack, shaping, tensor_sums
 from dreambooth_sm.data.concepts import Subject, shapes_of
 from dreambooth_sm.data.pictures import Shape
 from dreambooth_sm.distributed import World
@@ -23,7 +23,7 @@ from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.outputs import scratch_directory
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.sampling import GUIDED_SIGMAS, decode, draw_latents, sampling_pipeline
+from dreambooth_sm.sampling import GUIDED_SIGMAS, Sampler, decode, draw_latents, drawing_part, make_sampler
 from dreambooth_sm.storage import S3Options, S3Uri
 from dreambooth_sm.stored.model import Pipeline, parts_of
 
@@ -42,7 +42,9 @@ class ClassImages:
     the batch size and the number of processes: jobs with the same base model and class prompt share their pictures.
 
     Args:
-        pipeline: the untrained base model, on the device that draws.
+        model: the untrained base model, on the device that draws.
+        weights: digest of what shapes the latents, see :func:`~dreambooth_sm.data.class_cache.fingerprint`; None where
+            the pipeline has all of it.
         remote: where pictures are kept for later jobs, beside the subject's class directory.
         options: how they are written there.
         scratch: takes their place where the class directory is read-only (a channel in FastFile mode, for example).
@@ -51,7 +53,7 @@ class ClassImages:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        model: Pipeline | Sampler,
         *,
         batch_size: int,
         guidance: float,
@@ -62,18 +64,20 @@ class ClassImages:
         stop: threading.Event,
         world: World = World(),  # noqa: B008 - frozen
         options: S3Options = S3Options(),  # noqa: B008
+        weights: str | None = None,
     ) -> None:
         import diffusers
 
         self._options = options
-        self._pipeline, self._batch_size, self._guidance = pipeline, batch_size, guidance
+        self._sampler = model if isinstance(model, Sampler) else Sampler(model)
+        self._pipeline = pipeline = self._sampler.pipeline
+        self._batch_size, self._guidance = batch_size, guidance
         self._remote, self._scratch, self._shown = remote, scratch, shown
         self._report, self._stop, self._world = report, stop, world
-        modules = {part: getattr(pipeline, part) for part in parts_of(pipeline) if part != "vae"}
-        self._weights = fingerprint(modules)
+        self._weights = weights or fingerprint({part: getattr(pipeline, part) for part in shaping(parts_of(pipeline))})
         software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
         schedule = sorted(pipeline.scheduler.config.items())
-        self._sampler = f"whole prompts, DPM++ 2M, Karras sigmas, seeds from {_FIRST_SEED}, {software}, {schedule}"
+        self._manner = f"whole prompts, DPM++ 2M, Karras sigmas, seeds from {_FIRST_SEED}, {software}, {schedule}"
 
     def complete(self, subject: Subject, shapes: Sequence[Shape], first: int = 0) -> Subject:
         """The subject with all class pictures: its own first, generated ones for the rest.
@@ -117,7 +121,7 @@ class ClassImages:
         """Draws the pictures of these numbers, and gives what all processes drew, by name."""
         share = list(names)[self._world.rank :: self._world.size]
         batches = draw_latents(
-            self._pipeline,
+            self._sampler,
             recipe.prompt,
             [_FIRST_SEED + number for number in share],
             size=recipe.size,
@@ -151,7 +155,7 @@ class ClassImages:
     def _recipe(self, prompt: str, size: Shape) -> Recipe:
         return Recipe(
             weights=self._weights,
-            sampler=self._sampler,
+            sampler=self._manner,
             prompt=prompt,
             steps=CLASS_IMAGE_STEPS,
             guidance=self._guidance,
@@ -188,8 +192,13 @@ def make_class_images(
         s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects
     ):
         return subjects
+    text = {part: tensor_sums(part, drawing_part(base, plan, part)) for part in base.text_parts}
+    prompts = [subject.class_prompt for subject in subjects if subject.class_prompt]
+    sampler = make_sampler(base, plan, prompts, h.sample_guidance_scale)
+    denoiser = base.family.facts.denoiser
+    sums = {denoiser: tensor_sums(denoiser, getattr(sampler.pipeline, denoiser))} | text
     images = ClassImages(
-        sampling_pipeline(base, plan),
+        sampler,
         batch_size=plan.sample_batch_size,
         guidance=h.sample_guidance_scale,
         remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
@@ -199,13 +208,13 @@ def make_class_images(
         report=report,
         stop=stop,
         world=world,
+        weights=digest({part: sums[part] for part in shaping(base.family.facts.parts)}),
     )
     completed: list[Subject] = []
     for subject, instances in zip(subjects, shapes_of(subjects, h), strict=True):
         wanted = max(h.num_class_images, len(set(instances)))  # each shape has batches, and needs one
         of_same_class = sum(len(s.class_pictures) for s in completed if s.class_prompt == subject.class_prompt)
         completed.append(images.complete(subject, class_shapes(instances, wanted), of_same_class))
-    base.to("cpu")
-    del images
+    del images, sampler
     free_memory()
     return tuple(completed)

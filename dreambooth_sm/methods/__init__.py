@@ -28,11 +28,17 @@ class Trainable(Protocol):
 
     Attributes:
         model: the base model. What is added to it for training is in it from :meth:`place` on, and stays.
-        parameters: what is trained, by names that stay: full-precision values before training and after it.
+        parameters: what is trained, by names that stay: full-precision values before training and after it. On the
+            meta device, as long as they are not loaded.
     """
 
     model: PretrainedModel
-    parameters: dict[str, torch.nn.Parameter]
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]: ...
+
+    def load(self) -> None:
+        """Reads what the training step runs into memory, to stay there."""
 
     def place(self, plan: Plan, device: torch.device) -> None:
         """Puts what the training step runs on the device, in the plan's precision, with gradients where it trains.

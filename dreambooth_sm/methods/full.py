@@ -3,7 +3,6 @@ Subject-Driven Generation")."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -69,27 +68,29 @@ class WholeModel:
     def __init__(self, model: PretrainedModel, *, text_encoder: bool) -> None:
         self.model = model
         self._text_encoder = text_encoder
-        self._parts = {model.family.facts.denoiser: model.denoiser}
-        if text_encoder:
-            self._parts["text_encoder"] = model.text_encoder
-        self.parameters = {
+        self._parts = (model.family.facts.denoiser, *(["text_encoder"] if text_encoder else []))
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {
             f"{part}.{key}": parameter
-            for part, module in self._parts.items()
-            for key, parameter in module.named_parameters()
+            for part in self._parts
+            for key, parameter in getattr(self.model, part).named_parameters()
         }
+
+    def load(self) -> None:
+        self.model.load(*self._parts)
 
     def place(self, plan: Plan, device: torch.device) -> None:
         from dreambooth_sm.training.placement import place, speed_up
 
-        for module in self._parts.values():
-            place(module, plan, device, trained=True)
+        for part in self._parts:
+            place(getattr(self.model, part), plan, device, trained=True)
         speed_up(self.model.denoiser, plan)
 
     def drawable(self, dtype: torch.dtype) -> WholeModel:
-        drawn = copy.copy(self.model)
-        for part, module in self._parts.items():
-            setattr(drawn, part, copy.deepcopy(module).to(dtype))
-        return WholeModel(drawn, text_encoder=self._text_encoder)
+        copies = {part: self.model.copy_of(part, "cpu", dtype) for part in self._parts}
+        return WholeModel(self.model.with_parts(copies), text_encoder=self._text_encoder)
 
     def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
         if h.export != "single_file":

@@ -147,11 +147,17 @@ class Networks:
     def __init__(self, model: PretrainedModel, shape: NetworkShape, networks: Mapping[str, Any]) -> None:
         self.model = model
         self._shape, self._networks = shape, networks
-        self.parameters = {
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return {
             f"{before}.{key}": parameter
-            for before, network in networks.items()
+            for before, network in self._networks.items()
             for key, parameter in network.named_parameters()
         }
+
+    def load(self) -> None:
+        self.model.load("unet")
 
     def place(self, plan: Plan, device: torch.device) -> None:
         from dreambooth_sm.training.placement import place, speed_up
@@ -165,10 +171,11 @@ class Networks:
         speed_up(self.model.unet, plan)
 
     def drawable(self, dtype: torch.dtype) -> Networks:
-        unet = self.model.unet
-        tensors = (*unet.parameters(), *unet.buffers())
-        drawn = copy.copy(self.model)
-        drawn.unet = copy.deepcopy(unet, {id(tensor): tensor for tensor in tensors})  # a frame around the same tensors
+        self.load()
+        tensors = (*self.model.unet.parameters(), *self.model.unet.buffers())
+        # A frame around the same tensors.
+        unet = copy.deepcopy(self.model.unet, {id(tensor): tensor for tensor in tensors})
+        drawn = self.model.with_parts({"unet": unet})
         networks = {before: copy.deepcopy(network).to(dtype) for before, network in self._networks.items()}
         _remove(drawn.unet)
         _insert(drawn.unet, networks)

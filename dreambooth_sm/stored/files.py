@@ -101,6 +101,12 @@ class Stored:
         for start in range(0, self.numel, size or 1):
             yield start, min(start + size, self.numel)
 
+    def cast(self, dtype: torch.dtype) -> Stored:
+        """The same values in another precision."""
+        if dtype == self.dtype:
+            return self
+        return replace(self, dtype=dtype, piece=lambda start, stop: self.piece(start, stop).to(dtype))
+
     def reshaped(self, shape: tuple[int, ...]) -> Stored:
         return replace(self, shape=shape)
 
@@ -152,13 +158,13 @@ def load_tensors(
     Args:
         dtypes: of the results.
     """
-    with _workers() as pool:
+    with workers() as pool:
         loaded = pool.map(lambda name: tensors[name].load(dtypes[name], device), tensors)
         return dict(zip(tensors, loaded, strict=True))
 
 
 @contextlib.contextmanager
-def _workers() -> Iterator[Executor]:
+def workers() -> Iterator[Executor]:
     """Threads for reading, converting and writing; torch's own are kept out of their way meanwhile."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -260,7 +266,7 @@ def write_safetensors(
     hashed = hashlib.sha256() if notes and HASH_FIELD in notes else None
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb", buffering=0) as file, _workers() as pool:
+        with partial.open("wb", buffering=0) as file, workers() as pool:
             start_of_data = 8 + len(header)
             _write_at(file.fileno(), 0, memoryview(len(header).to_bytes(8, "little") + header))
 

@@ -149,12 +149,23 @@ def fill(
     Args:
         dtype: see :meth:`StoredModel.load`.
     """
-    wanted = {name: tensors[name] for name in module.state_dict()}
-    dtypes = {
-        name: dtype or (tensor.dtype if tensor.dtype in _HALF else torch.float32) for name, tensor in wanted.items()
-    }
+    wanted = weights_of(module, tensors, dtype)
+    dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
     module.load_state_dict(load_tensors(wanted, dtypes, torch.device(device)), assign=True)
     module.to(device).requires_grad_(False).eval()  # buffers are not weights, and move here
+
+
+def weights_of(module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Stored]:
+    """The weights of a module, in its order and in the precision that they are loaded in.
+
+    Args:
+        dtype: see :meth:`StoredModel.load`.
+    """
+    found = {name: tensors[name] for name in module.state_dict()}
+    return {
+        name: tensor.cast(dtype or (tensor.dtype if tensor.dtype in _HALF else torch.float32))
+        for name, tensor in found.items()
+    }
 
 
 def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str, Stored]) -> None:

@@ -92,6 +92,7 @@ class Trainer:
         self.device, self.identity, self.report = device, identity, report
         self.base, self.family = trained.model, trained.model.family
         self.dtype = compute_dtype(plan)
+        trained.load()
         self.named_parameters = trained.parameters
         self.parameters = list(self.named_parameters.values())
         originals = [p.detach() for p in self.parameters]
@@ -289,7 +290,7 @@ class Trainer:
         """
         self._check_finite()
         self._put_back(self.ema.average if self.ema else None)
-        self.base.to("cpu")  # what is frozen as well
+        self.base.denoiser.to("cpu")  # what of it is frozen as well
 
     def _check_finite(self) -> None:
         """Raises TrainingError where a loss of the steps so far, a weight or an average is not finite."""
