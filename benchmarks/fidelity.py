@@ -295,7 +295,7 @@ def save_grid(case: Case, drawn: dict[str, Drawn], out: Path) -> None:
 
 
 def run_curve(case: Case, base: PretrainedModel, studio: Studio, record: Record, options: argparse.Namespace) -> None:
-    """Where overfitting starts: the figures after more and more steps."""
+    """Finds where overfitting starts: the figures after more and more steps."""
     for variant in ("reference", "no_prior"):
         trainer = make_trainer(variant, case, base, options, max(options.curve))
         for steps in sorted(options.curve):

@@ -72,7 +72,7 @@ def make_directory(root: Path, files: dict[str, int]) -> Path:
 
 
 def describe(source: Path) -> Manifest:
-    """What an upload of this directory leaves as its manifest."""
+    """Describes this directory as the manifest that its upload leaves."""
     files = [
         ManifestEntry(path.relative_to(source).as_posix(), path.stat().st_size, encoded(checksum_of(path.read_bytes())))
         for path in _files(source)

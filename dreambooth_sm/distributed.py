@@ -43,7 +43,7 @@ class World:
         return self.rank == 0
 
     def gather(self, mine: Any) -> list[Any]:
-        """What each process gives, in the order of ranks, on every process."""
+        """Collects what each process gives, in the order of ranks, on every process."""
         if self.size == 1:
             return [mine]
         import torch.distributed as dist

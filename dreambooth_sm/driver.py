@@ -68,7 +68,7 @@ def find_cuda_build() -> CudaBuild:
 
 
 def find_mismatch(host: Host | None, build: CudaBuild) -> str | None:
-    """Why this torch can't use the host's card, in one line with what would help; None where nothing is in the way."""
+    """Says in a line why this torch can't use the host's card and what would help; None where nothing is in the way."""
     if host is None:
         return (
             "no NVIDIA driver is to be seen in this container; start it with --gpus all, on a host with the driver and "
@@ -89,7 +89,7 @@ def find_mismatch(host: Host | None, build: CudaBuild) -> str | None:
 
 
 def find_missing_kernels(card: str, capability: tuple[int, int], build: CudaBuild) -> str | None:
-    """Why this torch has nothing to run on a card, in one line; None where it has, or where it is not known."""
+    """Says in a line why this torch has nothing to run on a card; None where it has, or where it is not known."""
     if build.cuda is None or not build.kernels or build.serves(capability):
         return None
     version = ".".join(map(str, capability))

@@ -37,7 +37,7 @@ class PromptReader(Protocol):
     """Sees whether a picture shows what its prompt says."""
 
     def agreement(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> float | None:
-        """How well pictures show their prompts, one each; None where the prompts say nothing that can be checked."""
+        """Measures how well pictures show their prompts, one each; None where no prompt can be checked."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ _COPIED = 0.5
 
 
 def verdict(fidelity: Fidelity, base: Fidelity, real: Fidelity) -> Verdict:
-    """Whether a model was trained too little, well, or too much. Shares are of the way from ``base`` to ``real``.
+    """Judges whether a model was trained too little, well, or too much; by shares of the way from ``base`` to ``real``.
 
     Args:
         fidelity: of the trained model.
@@ -194,7 +194,7 @@ def _kept(value: float | None, before: float | None) -> float:
 
 
 def _drift(fidelity: Fidelity, base: Fidelity) -> float:
-    """How much more alike to the subject class pictures have become."""
+    """Measures how much more alike to the subject class pictures have become."""
     return 0.0 if fidelity.prior is None or base.prior is None else max(0.0, fidelity.prior - base.prior)
 
 

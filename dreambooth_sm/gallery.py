@@ -56,7 +56,7 @@ def grid(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def before_and_after(samples: Samples) -> dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]]:
-    """Of each prompt, the first and the last picture of each seed."""
+    """Finds the first and the last picture of each seed, by prompt."""
     found: dict[str, dict[int, list[Mapping[str, Any]]]] = {}
     for sample in samples:
         found.setdefault(sample["prompt"], {}).setdefault(sample["seed"], []).append(sample)

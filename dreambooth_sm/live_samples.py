@@ -90,7 +90,7 @@ def live_samples(
     background: contextlib.ExitStack,
     report: Reporter,
 ) -> RemoteSamples | SyncedSamples | None:
-    """Where validation pictures go while the job runs: to the model's place in S3, or to the synced directory."""
+    """Chooses where validation pictures go while the job runs: the model's place in S3, or the synced directory."""
     if target is not None:
         client = upload_client(h, attempts=2, timeout=10)
         return background.enter_context(RemoteSamples(target, h.s3_options, client, report))

@@ -104,7 +104,7 @@ def _expect(right: object, name: str, value: object) -> None:
 
 
 def unfit_names(names: Iterable[str]) -> list[str]:
-    """Which of these relative paths can't be keys in S3 and files below a directory, each with the reason."""
+    """Finds the relative paths that can't be keys in S3 and files below a directory, each with the reason."""
     whole = set(names)
     reasons = {name: _unfitness(name, whole) for name in sorted(whole)}
     return [f"{name!r:.300} {reason}" for name, reason in reasons.items() if reason]

@@ -28,13 +28,13 @@ class Objective(Protocol):
         """Itself, with its tensors on a device."""
 
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the denoiser is shown."""
+        """Makes what the denoiser is shown."""
 
     def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What it has to predict."""
+        """Makes what the denoiser has to predict."""
 
     def row_weights(self, times: Tensor) -> Tensor | None:
-        """What each row weighs in the loss, ``(rows,)``; None where all weigh the same."""
+        """Weighs each row in the loss, ``(rows,)``; None where all weigh the same."""
 
     def invert(self, seen: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """The latents and the noise for which :meth:`noised` gives ``seen`` and :meth:`target` ``prediction``."""

@@ -45,7 +45,7 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 
 
 def safe(text: object) -> str:
-    """What may be shown of a text that quotes something from outside: :func:`redact` and :func:`printable`."""
+    """Makes a text that quotes something from outside fit to be shown: :func:`redact` and :func:`printable`."""
     return printable(redact(str(text)))
 
 

@@ -122,7 +122,7 @@ def gather_facts(
 
 
 def _seconds(attempts: Iterable[Attempt]) -> dict[str, float]:
-    """Of each phase, over all attempts."""
+    """Adds up the seconds of each phase, over all attempts."""
     seconds: dict[str, float] = {}
     for attempt in attempts:
         for name, taken in attempt.seconds.items():

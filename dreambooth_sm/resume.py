@@ -120,7 +120,7 @@ def make_identity(
     seed: int | None,
     world: World,
 ) -> dict[str, Any]:
-    """What a job has in common with the one that it is resumed from, as JSON's types; without :data:`BASE_MODEL_KEY`.
+    """Describes what a job shares with the one that it is resumed from, as JSON; without :data:`BASE_MODEL_KEY`.
 
     Args:
         asked: the hyperparameters before paths were moved to where this machine has them.
@@ -252,8 +252,8 @@ def first_that_fits(
 
 
 def checkpoint_directory(h: Hyperparameters, contract: Contract) -> Path:
-    """Where checkpoints outlive the container: the synced directory if the job has one, else the model directory,
-    which SageMaker saves when a job is stopped."""
+    """Returns where checkpoints outlive the container: the synced directory if the job has one, else the model
+    directory, which SageMaker saves when a job is stopped."""
     synced = contract.checkpoint_directory
     return synced if synced.is_dir() else Path(h.models_path) / "checkpoints"
 

@@ -206,7 +206,7 @@ class Store:
             self.client.abort_multipart_upload(**_place(uri), UploadId=upload, **self.options.reading())
 
     def find(self, uri: S3Uri) -> Found:
-        """What the server tells of an object. Raises DownloadError."""
+        """Asks the server about an object. Raises DownloadError."""
         with explained(uri, DownloadError):
             found = self._ask("head_object", uri, {"ChecksumMode": "ENABLED"}, dict, **self.options.reading())
         etag = found.get("ETag", "")  # some servers tell an empty one
@@ -306,7 +306,7 @@ class Store:
         return answer
 
     def _send(self, operation: str, uri: S3Uri, body: bytes, arguments: Mapping[str, Any]) -> tuple[Part, str]:
-        """What was sent, and the checksum that the server tells of it."""
+        """Returns what was sent, and the checksum that the server tells of it."""
         from botocore.exceptions import ClientError
 
         checksum = checksum_of(body)

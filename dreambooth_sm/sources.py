@@ -121,7 +121,7 @@ def read_token(secret: str | None) -> str | None:
 
 
 def _find(uri: S3Uri) -> tuple[S3Uri, dict[str, str]]:
-    """What to download of an S3 location, and its objects' ETags: the object itself, or the prefix or the one prefix
+    """Finds what to download of an S3 location, and its objects' ETags: the object, or the prefix or the one prefix
     below it at which a pipeline lies, or else all that is below."""
     storage.list_objects(uri)  # explains what is wrong with the bucket
     pages = storage.s3_client().get_paginator("list_objects_v2").paginate(Bucket=uri.bucket, Prefix=uri.prefix)

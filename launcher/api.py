@@ -76,7 +76,7 @@ def fit(
 
 @with_options(instance_type=LOCAL)
 def contact_sheet(images: str | Path, **options: Any) -> Image:
-    """What the model will see of a folder of pictures: each in the shape it is trained in, cropped, with its prompt.
+    """Shows what the model will see of a folder: each picture in the shape it is trained in, cropped, with its prompt.
 
     Args:
         images: folder with 4 to 20 pictures.

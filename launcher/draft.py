@@ -126,7 +126,7 @@ def read_draft(options: Mapping[str, Any], look: Lookup) -> Draft:
 
 
 def _find_pictures(name: str, images: Images, look: Lookup) -> Channel | Listed | Files:
-    """Where pictures lie: in S3, or in which files.
+    """Finds where pictures lie: in S3, or in which files.
 
     Raises:
         UserError: there are none.
@@ -162,7 +162,7 @@ def _about(name: str) -> Iterator[None]:
 
 
 def _check_pictures(channel: str, images: Images, files: Files, draft: Draft, base: str | None) -> None:
-    """What the container will find in the pictures, and what is odd about them.
+    """Checks what the container will find in the pictures, and what is odd about them.
 
     Args:
         base: the base model, where it lies now.
@@ -212,7 +212,7 @@ def _read_base_model(base_model: str | Path, look: Lookup) -> tuple[Channel | Fi
 
 
 def _check_base_model(path: Path, draft: Draft) -> None:
-    """What the job will say of a base model of this machine, before it is sent to S3.
+    """Checks a base model of this machine as the job will, before it is sent to S3.
 
     A job of this machine says it itself in seconds; and a VAE that replaces the model's is not here.
 

@@ -106,7 +106,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
 
 
 def slowdown(card: Card) -> float:
-    """How many times longer than an H200 a card takes, by 16-bit arithmetic without sparsity and memory bandwidth."""
+    """Estimates by how much a card is slower than an H200: by 16-bit arithmetic (no sparsity) and memory bandwidth."""
     tflops, bandwidth = (
         figure("cards", f"H200.{key}") / figure("cards", f"{card.name}.{key}") for key in ("tflops", "tb_per_s")
     )
@@ -175,7 +175,7 @@ def _steps(h: Hyperparameters, pictures: int, processes: int) -> int:
 
 
 def table(methods: Mapping[str, Hyperparameters]) -> str:
-    """What jobs need on each instance type of a known price, and on the smallest with an H100, as a Markdown table."""
+    """Lists what jobs need on each instance type of a known price, and on the smallest with an H100, in Markdown."""
     lines = [f"| instance type | card | $/h | {' | '.join(methods)} |", "|" + "---|" * (3 + len(methods))]
     for instance in INSTANCES.values():
         if instance.usd_per_hour is None and instance.name != "ml.p5.4xlarge":

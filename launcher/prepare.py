@@ -80,7 +80,7 @@ class PreparedJob:
         return training_request(self.hyperparameters, self.resources, self.channels)
 
     def lines(self) -> list[str]:
-        """What will be done, for people."""
+        """Tells people what will be done."""
         image = [f"image: {self.build}"] if self.build else []
         lines = [f"job: {self.resources.name}", *image, *self.estimate.lines()]
         if self.new_bucket:
@@ -157,7 +157,7 @@ class PreparedLocalJob:
     warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """What to know before, for people."""
+        """Tells people what to know before."""
         return [f"warning: {warning}" for warning in self.warnings]
 
     def submit(
@@ -307,7 +307,7 @@ def _is_utf8(name: str) -> bool:
 
 
 def _check_account(account: Account, resources: Resources, draft: Draft) -> None:
-    """Whether the job could start, where everything that it needs was found."""
+    """Checks whether the job could start, where everything that it needs was found."""
     if any(getattr(resources, name) == standin for name, standin in _STANDINS.items()):
         return
     with draft.problems.collected():
@@ -315,7 +315,7 @@ def _check_account(account: Account, resources: Resources, draft: Draft) -> None
 
 
 def _choose_instance(draft: Draft) -> Estimate | None:
-    """What the job needs on its instance type; None where there is a problem."""
+    """Estimates what the job needs on its instance type; None where there is a problem."""
     h, resources = draft.hyperparameters, draft.resources
     with draft.problems.collected():
         if h is None:

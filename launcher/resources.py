@@ -130,7 +130,7 @@ class Resources(BaseModel):
 
 
 def expectation(name: str) -> str:
-    """What an option of :class:`Resources` takes, in words."""
+    """Says what an option of :class:`Resources` takes."""
     words = {
         "vpc": "a list of subnet-... and sg-...",
         "tags": "names and values, as a dictionary or NAME=VALUE",

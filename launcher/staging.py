@@ -22,7 +22,7 @@ Files = Mapping[str, Path | bytes]
 
 
 def picture_files(images: Path | Sequence[Path]) -> dict[str, Path]:
-    """What a job reads of a folder (pictures, masks, captions), or the files of a list, by the names they get in S3.
+    """Lists what a job reads of a folder (pictures, masks, captions), or a list's files, by the names they get in S3.
 
     Raises:
         UserError: two files of a list have the same name; a file is missing.

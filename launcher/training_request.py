@@ -106,7 +106,7 @@ def training_request(
 
 
 def refused_resources(r: Resources, channels: Mapping[str, S3Uri | Channel]) -> Iterator[str]:
-    """What of a request breaks a rule of CreateTrainingJob, whatever its hyperparameters are."""
+    """Finds what breaks a rule of CreateTrainingJob, whatever the hyperparameters are."""
     if not r.name or len(r.name) > MAX_NAME or not _NAME.fullmatch(r.name):
         yield (
             f"name: {r.name!r} is not the name of a job; set 1 to {MAX_NAME} letters, digits and hyphens, with a "
@@ -142,7 +142,7 @@ def refused_resources(r: Resources, channels: Mapping[str, S3Uri | Channel]) -> 
 
 
 def metric_definitions() -> list[dict[str, str]]:
-    """What CloudWatch reads from the job's log."""
+    """Defines what CloudWatch reads from the job's log."""
     return [{"Name": name, "Regex": metric_pattern(name)} for name in TRAINING_METRICS]
 
 
@@ -197,7 +197,7 @@ def _channel(name: str, place: S3Uri | Channel) -> dict[str, Any]:
 
 
 def _output_config(h: Hyperparameters, resources: Resources) -> dict[str, str]:
-    """Where SageMaker puts what the job leaves in ``/opt/ml/model``: plain files, unless compression is asked for."""
+    """Says where SageMaker puts what lies in ``/opt/ml/model``: plain files, unless compression is asked for."""
     default = f"{resources.workspace}/jobs"
     config = {"S3OutputPath": default if h.manual_upload_model_path else resources.output or default}
     if resources.kms is not None:
@@ -288,7 +288,7 @@ def _refused_together(r: Resources) -> Iterator[str]:
 
 
 def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
-    """What SageMaker would take, and the job would fail with, or do otherwise than it says."""
+    """Finds what SageMaker would take, and the job would fail with, or do otherwise than it says."""
     if h.output_mode == ("uncompressed" if r.compression else "archive"):
         yield f"output_mode={h.output_mode} and compression={r.compression} say two things; leave output_mode out"
     if not r.network_isolation:

@@ -37,7 +37,7 @@ def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
 
 @torch.inference_mode()
 def examine_judge(judge: Judge, photos: Photos) -> dict[str, Any]:
-    """What the judge gets right on real pictures that it has not seen, and how far its embeddings tell toys apart.
+    """Measures what the judge gets right on pictures that it has not seen, and how far its embeddings tell toys apart.
 
     Returns:
         ``accuracy`` of every head; ``same_toy`` and ``other_toy``, mean similarities; ``nearest``, the share of
@@ -66,7 +66,7 @@ def examine_judge(judge: Judge, photos: Photos) -> dict[str, Any]:
 def examine_pipeline(
     pipeline: StableDiffusionPipeline, judge: Judge, count: int, seed: int, out: Path
 ) -> dict[str, Any]:
-    """What the judge reads from drawn pictures, and from painted ones of the same scenes.
+    """Measures what the judge reads from drawn pictures, and from painted ones of the same scenes.
 
     The first 64 drawn ones go to ``out/sheet.png``, their prompts to ``out/sheet.txt``.
     """

@@ -204,7 +204,7 @@ def encode_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pixels: Tensor, noise: float) -> Tensor:
-    """What the VAE makes of pictures: uint8, shaped like ``pixels``.
+    """Encodes and decodes pictures with the VAE: uint8, shaped like ``pixels``.
 
     Args:
         noise: its deviation, where that of latents is 1.

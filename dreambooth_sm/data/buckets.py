@@ -36,7 +36,7 @@ def shown(size: Shape, shape: Shape) -> float:
 
 
 def enlargement(size: Shape, shape: Shape) -> float:
-    """How many times a picture of ``size`` is enlarged, a side, to cover ``shape``; less than 1 is made smaller."""
+    """Returns by how much each side of a picture of ``size`` grows to cover ``shape``; below 1, it shrinks."""
     return max(shape[0] / size[0], shape[1] / size[1])
 
 

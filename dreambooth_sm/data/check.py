@@ -293,7 +293,7 @@ def sharpness(picture: Image.Image) -> float:
 
 
 def _odd(pictures: list[Picture], directory: Path, h: Hyperparameters) -> list[str]:
-    """What does not stop a job and may spoil its result."""
+    """Finds what does not stop a job and may spoil its result."""
 
     def name(picture: Picture) -> str:
         return picture.path.relative_to(directory).as_posix()

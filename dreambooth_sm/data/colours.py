@@ -74,7 +74,7 @@ def _transformed(colours: Image.Image, source: ImageCms.ImageCmsProfile | ImageC
 
 
 def _from_gamma(colours: Image.Image, gamma: float) -> Image.Image:
-    """Of a PNG's gAMA chunk: values are light to the power of ``gamma``."""
+    """Reads a PNG's gAMA chunk: values are light to the power of ``gamma``."""
     if gamma <= 0 or abs(gamma / _USUAL_GAMMA - 1) < _SLACK:
         return colours
     light = [(value / 255) ** (1 / gamma) for value in range(256)]

@@ -107,7 +107,7 @@ def _concepts(h: Hyperparameters) -> tuple[Hyperparameters, ...]:
 
 
 def _class_directories(concepts: Sequence[Hyperparameters], problems: list[str]) -> list[Path]:
-    """Where each concept's class pictures are. Concepts of different classes that name one directory get a
+    """Finds each concept's class pictures. Concepts of different classes that name one directory get a
     subdirectory each, by their class prompt, or they would take each other's pictures for their own."""
     prompts: dict[str, list[str]] = {}
     for h in concepts:

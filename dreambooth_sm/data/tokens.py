@@ -85,7 +85,7 @@ def find_vocabulary(base: str) -> Vocabulary | None:
 
 
 def too_long(what: str, tokens: int, max_token_length: int, limit: int) -> str:
-    """What is said of a prompt of more tokens than the hyperparameters allow."""
+    """Says that a prompt has more tokens than the hyperparameters allow."""
     return (
         f"{what} has {tokens} tokens and max_token_length={max_token_length} allows {limit}; shorten it or set "
         "max_token_length to 150 or 225"
@@ -118,7 +118,7 @@ def _ranks(merges: Sequence[str | Sequence[str]]) -> dict[tuple[str, str], int]:
 
 
 def _words(prompt: str) -> Iterator[str]:
-    """What is encoded one by one: marks, endings, runs of letters, digits, and runs of anything else."""
+    """Splits into what is encoded one by one: marks, endings, runs of letters, digits, and runs of anything else."""
     place = 0
     for mark in _SPECIAL.finditer(prompt):
         yield from _plain_words(prompt[place : mark.start()])

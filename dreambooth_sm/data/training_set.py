@@ -177,7 +177,7 @@ class PromptTable:
         return tuple(self._texts.setdefault(text, len(self._texts)) for text in texts)
 
     def tokens(self, model: Any) -> dict[str, torch.Tensor]:
-        """What the text encoders of a model take, a row a prompt, on the CPU."""
+        """Returns what a model's text encoders take, a row a prompt, on the CPU."""
         return self._family.tokenize(model, list(self._texts), max_tokens=self._max_tokens, pad=self._pad)
 
     def embeddings(self, model: Any) -> Conditioning:
@@ -211,7 +211,7 @@ def views_of(
 
 
 def subject_weights(mask: Image.Image | None, grid: Shape, view: View, background: float) -> torch.Tensor:
-    """What each latent element of a view weighs in the loss: ``(height, width)``, mean 1.
+    """Weighs each latent element of a view in the loss: ``(height, width)``, mean 1.
 
     The subject weighs 1 and the rest ``background``, by the share that each has of an element's area; all is then
     scaled to a mean of 1, so that a small subject counts no less than a large one. Without a mask, and where the view

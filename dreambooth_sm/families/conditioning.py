@@ -24,7 +24,7 @@ class Conditioning:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Counts the rows."""
         return len(next(iter(self.text.values())))
 
     def of(self, rows: Tensor) -> Conditioning:

@@ -33,7 +33,7 @@ class Family(Protocol):
     def tokenize(
         self, model: Any, prompts: Sequence[str], *, max_tokens: int | None = 75, pad: bool = True
     ) -> dict[str, Tensor]:
-        """What the text encoders take, a row a prompt, on the CPU.
+        """Makes what the text encoders take of prompts, a row each, on the CPU.
 
         Args:
             max_tokens: longest prompt; None for no limit.
@@ -44,11 +44,11 @@ class Family(Protocol):
         """
 
     def encode(self, model: Any, tokens: Mapping[str, Tensor]) -> Conditioning:
-        """What the text encoders make of :meth:`tokenize`'s tensors, which are on their device; with gradients where
+        """Encodes :meth:`tokenize`'s tensors, which are on the text encoders' device; with gradients where
         they are trained."""
 
     def extras(self, size: Pair, crop: Pair, target: Pair) -> Mapping[str, Sequence[float]]:
-        """What the denoiser is told of a picture, by name.
+        """Lists what the denoiser is told of a picture, by name.
 
         Args:
             size: of the picture before it was scaled.
@@ -67,10 +67,10 @@ class Family(Protocol):
         """A scheduler of diffusers that pictures are drawn with, whatever the model comes with."""
 
     def objective(self, model: Any, snr_gamma: float | None = None) -> Objective:
-        """What the model was trained to answer; its tensors are on the CPU."""
+        """Makes the objective that the model was trained with; its tensors are on the CPU."""
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        """What the VAE makes, as the denoiser is shown it.
+        """Turns the VAE's latents into those that the denoiser is shown.
 
         Args:
             vae: its configuration.

@@ -109,7 +109,7 @@ def knob(
 
 
 def meaning(field: FieldInfo) -> Meaning:
-    """What the declaration of a field says; the usual for a field that is not a knob."""
+    """Returns what the declaration of a field says; the usual for a field that is not a knob."""
     return field.json_schema_extra if isinstance(field.json_schema_extra, Meaning) else Meaning()
 
 
@@ -192,7 +192,7 @@ class Knobs(BaseModel):
                 raise TypeError(f"the rule {name} of {cls.__name__} is about knobs that do not exist: {unknown}")
 
     def conflicts(self, refused: Set[str] = frozenset()) -> list[str]:
-        """What is wrong with values that their types allow.
+        """Finds what is wrong with values that their types allow.
 
         Args:
             refused: knobs whose rules are not asked, as what they say would follow from a refused value.

@@ -31,6 +31,6 @@ def _defaults_of_methods(name: str) -> list[str]:
 
 
 def help_text(field: FieldInfo, default: object) -> str:
-    """What a command line says of an option."""
+    """Describes a knob as a command line does."""
     said = f" Default: {str(default).lower() if isinstance(default, bool) else default}."
     return f"{field.description}{said if default not in (None, (), {}, '') else ''}"

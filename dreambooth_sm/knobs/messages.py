@@ -58,6 +58,6 @@ def readable(error: ValidationError, model: type[BaseModel], values: Mapping[str
 
 
 def not_valid(name: str, value: object, field: FieldInfo) -> str:
-    """That a value is not one of its type's."""
+    """Says that a value is not one of its type's."""
     shown = "no value" if value is None else short(value)
     return f"{name}: {shown} is not valid; set {expected(field)}"

@@ -175,7 +175,7 @@ def can_be_a_files_name(name: str) -> bool:
 
 
 def refused_location(name: str, uri: str | None) -> Iterator[str]:
-    """Why a knob's value is not a location in S3, in a line; nothing for None."""
+    """Says in a line why a knob's value is not a location in S3; nothing for None."""
     try:
         S3Uri.parse(uri or "s3://none")
     except UserError as error:

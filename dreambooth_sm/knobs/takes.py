@@ -38,7 +38,7 @@ def _bounds(annotation: Any) -> list[str]:
 
 
 def expected(field: FieldInfo) -> str:
-    """What a field takes, in words: ``a whole number, at least 1, or auto``."""
+    """Says what a field takes: ``a whole number, at least 1, or auto``."""
     annotation = field.annotation
     for constraint in field.metadata:
         annotation = Annotated[annotation, constraint]  # type: ignore[assignment]

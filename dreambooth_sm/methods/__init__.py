@@ -63,7 +63,7 @@ class Trainable(Protocol):
         """
 
     def exported_values(self, h: Hyperparameters) -> int:
-        """How many values :meth:`export` writes."""
+        """Counts the values that :meth:`export` writes."""
 
 
 class Method(Protocol):

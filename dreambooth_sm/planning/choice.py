@@ -193,7 +193,7 @@ def _trains_unet_only(h: Hyperparameters) -> str:
 
 
 def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
-    """Why nothing fits, and what would: the explicit values whose absence makes room."""
+    """Says why nothing fits, and what would: the explicit values whose absence makes room."""
     wishes = {
         "gradient_checkpointing": False,
         "train_text_encoder": True,

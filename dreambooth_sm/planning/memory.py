@@ -61,7 +61,7 @@ def draws_while_training(h: Hyperparameters) -> bool:
 
 
 def drawing_gb(precision: Precision, h: Hyperparameters) -> float:
-    """What a validation picture takes beside training: a pipeline of its own, VAE included, only while it draws."""
+    """Predicts what a validation picture takes beside training: a pipeline with its VAE, only while it draws."""
     return sampling_peak_gb(1, h) * (2 if precision == "fp32" else 1)
 
 

@@ -22,7 +22,7 @@ _COLUMNS = (
 
 
 def tier_rows(h: Hyperparameters) -> list[dict[str, str]]:
-    """What each card gets: a row a card, with an ``error`` where it can't be trained on."""
+    """Plans for each card: a row a card, with an ``error`` where it can't be trained on."""
     rows = []
     for name in [*CARDS, "24GB", "16GB", "12GB", "10GB", "8GB", "6GB", "4GB"]:
         try:

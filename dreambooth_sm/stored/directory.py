@@ -94,7 +94,7 @@ def read_directory(
 
 
 def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """What ``model_index.json`` says, and the names of the modules with weights.
+    """Reads ``model_index.json``, and the names of the modules with weights.
 
     Args:
         with_vae: whether the directory has to have a VAE.
@@ -231,8 +231,8 @@ def _write_index(pipeline: Pipeline, directory: Path) -> None:
 
 
 def _text_config(text_encoder: Any) -> dict[str, Any]:
-    """What the libraries load the text encoder as when they are told no type: diffusers loads its own modules in
-    float32 then, and transformers 5 in the type that the configuration names (4 calls it ``torch_dtype``)."""
+    """Returns a configuration by which the text encoder is loaded as the rest is where no type is asked for: diffusers
+    loads its own modules in float32, and transformers 5 in the type named there (4 calls it ``torch_dtype``)."""
     from dreambooth_sm.stored.classes import CLIPTextConfig
 
     values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__], "dtype": "float32"}

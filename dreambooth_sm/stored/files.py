@@ -96,7 +96,7 @@ class Stored:
         return whole
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Where each piece begins and ends."""
+        """Returns where each piece begins and ends."""
         size = _PIECE if self.in_pieces else self.numel
         for start in range(0, self.numel, size or 1):
             yield start, min(start + size, self.numel)
@@ -177,7 +177,7 @@ def workers() -> Iterator[Executor]:
 
 
 def _in_order(pool: Executor, act: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """What ``act`` makes of each item, in their order; only a few are made before they are asked for."""
+    """Yields what ``act`` makes of each item, in their order; only a few are made before they are asked for."""
     waiting: deque[Future[Result]] = deque()
     for item in items:
         waiting.append(pool.submit(act, item))

@@ -105,7 +105,7 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
 
 
 def today(name: str, part: str) -> str:
-    """What today's diffusers and transformers call a tensor that earlier ones wrote."""
+    """Renames a tensor that earlier versions of diffusers and transformers wrote as today's call it."""
     if part == "text_encoder":
         return name.removeprefix("text_model.")
     if part == "vae" and ".attentions." in name:
@@ -125,7 +125,7 @@ def parts_in(configs: Configs) -> tuple[str, ...]:
 
 
 def text_prefix(part: str, configs: Configs) -> str:
-    """What the names of a text encoder's tensors begin with: one of the four prefixes above."""
+    """Returns what the names of a text encoder's tensors begin with: one of the four prefixes above."""
     if is_xl(configs):
         return XL_CLIP if part == "text_encoder" else XL_OPEN_CLIP
     return OPEN_CLIP if configs["unet"]["cross_attention_dim"] == 1024 else CLIP

@@ -32,7 +32,7 @@ _DEPTH = 2
 
 
 def find_kind(path: Path) -> FileKind | None:
-    """What kind of model file this is; None for other files, and those that can't be read."""
+    """Tells the kind of a model file; None for other files, and those that can't be read."""
     try:
         with path.open("rb") as file:
             start = file.read(_TAR_MARK.stop)

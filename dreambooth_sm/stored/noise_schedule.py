@@ -105,7 +105,7 @@ def check_schedule(scheduler: Any, where: str) -> None:
 
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
-    """What the model was trained with, whatever it draws with."""
+    """Makes the scheduler that the model was trained with, whatever it draws with."""
     from dreambooth_sm.stored.classes import DDPMScheduler
 
     made: DDPMScheduler = DDPMScheduler.from_config(scheduler.config)
@@ -113,7 +113,7 @@ def training_scheduler(scheduler: Any) -> DDPMScheduler:
 
 
 def drawing_scheduler(scheduler: Any) -> DPMSolverMultistepScheduler:
-    """What pictures are drawn with, whatever the model comes with: DPM-Solver++ on the model's schedule."""
+    """Makes the scheduler that pictures are drawn with, whatever the model's is: DPM-Solver++ on its schedule."""
     from dreambooth_sm.stored.classes import DPMSolverMultistepScheduler
 
     options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}

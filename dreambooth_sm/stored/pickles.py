@@ -179,7 +179,7 @@ class _Archive:
         return Stored(dtype, (length,), piece, in_pieces=False)
 
     def _offset(self, name: str) -> int:
-        """Where a record's bytes begin. Only the header before them says so, which may differ from the directory's."""
+        """Finds where a record's bytes begin. Only the header before them says so; the directory's may differ."""
         with self.path.open("rb") as file:
             file.seek(self._records[name].header_offset)
             header = file.read(_LOCAL_HEADER)

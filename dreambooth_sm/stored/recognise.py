@@ -131,7 +131,7 @@ def read_configs(
 
 
 def _prediction(file: TensorFile, second: bool, options: dict[str, Any]) -> tuple[str, list[str]]:
-    """What the UNet predicts: by the YAML beside the file, its ModelSpec metadata, a ``v_pred`` tensor (as merging
+    """Tells what the UNet predicts: by the YAML beside the file, ModelSpec metadata, a ``v_pred`` tensor (as merging
     tools write it), or else by its kind: the second of Stable Diffusion predicts velocity, except for 2.0-base, which
     is known by its step."""
     if "parameterization" in options:
@@ -282,7 +282,7 @@ def _vae_of(tensors: Mapping[str, Stored], down: str, quant: str) -> dict[str, A
 
 
 def _count(tensors: dict[str, Stored], prefix: str) -> int:
-    """How many numbers follow on ``prefix`` in the names."""
+    """Counts the numbers that follow ``prefix`` in the names."""
     return len({key.removeprefix(prefix).partition(".")[0] for key in tensors if key.startswith(prefix)})
 
 

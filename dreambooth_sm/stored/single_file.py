@@ -206,8 +206,8 @@ def write_single_file(
 
 
 def _specification(configs: Configs, v_prediction: bool) -> tuple[str, str, str]:
-    """What ModelSpec calls the architecture, the repository of its code, and the text encoder's layer that is used,
-    counted from its end."""
+    """Returns ModelSpec's words for the architecture and the repository of its code, and the text encoder's layer that
+    is used, counted from its end."""
     if is_xl(configs):
         return "stable-diffusion-xl-v1-base", "generative-models", "2"
     if text_prefix("text_encoder", configs) == OPEN_CLIP:
@@ -223,7 +223,7 @@ def _pixels(configs: Configs) -> int:
 
 
 def _index(model: StoredModel) -> dict[str, dict[str, Any]]:
-    """What only SDXL's ``model_index.json`` says."""
+    """Returns what only SDXL's ``model_index.json`` says."""
     return {_INDEX: {ZEROS: model.pipeline.config[ZEROS]}} if is_xl(model.configs) else {}
 
 

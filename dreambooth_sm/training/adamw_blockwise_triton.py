@@ -371,7 +371,7 @@ def update(
 def bundle_table(
     params: Iterable[tuple[int, int, int, int, int]], fmt: BlockFormat, device: torch.device
 ) -> torch.Tensor:
-    """What `update_bundle` reads: a row a program.
+    """Makes the table that `update_bundle` reads: a row a program.
 
     Args:
         params: of each parameter its address, number of elements, first block in the bundle's moments, parameter
@@ -436,7 +436,7 @@ def _average(a_ptr, p_ptr, r_ptr, weight_ptr, n, RESIDUAL: tl.constexpr, SIZE: t
 
 
 def average(average: torch.Tensor, param: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> None:
-    """What `BlockwiseAdamW.average_into` does; all tensors have the parameter's layout."""
+    """Does what `BlockwiseAdamW.average_into` does; all tensors have the parameter's layout."""
     size = 1024
     _average[(triton.cdiv(param.numel(), size),)](
         average,

@@ -130,7 +130,7 @@ class Checkpoint:
         return self.format in _READ and self._differences(identity).keys() <= set(but)
 
     def _differences(self, identity: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What was and what is, by name."""
+        """Finds the values that differ: what was and what is, by name."""
         now = checkpoint_format_1.comparable(self.identity, identity) if self.format == 1 else identity
         return {
             name: (was, now.get(name))
@@ -153,7 +153,7 @@ class Checkpoint:
         return checkpoint_format_1.by_parameter(tensors)
 
     def find_misfit(self, shapes: Mapping[str, torch.Size]) -> str | None:
-        """Why the tensors can't be those of a model; None where they can. Reads no more of them than their names.
+        """Says why the tensors can't be those of a model; None where they can. Reads no more of them than their names.
 
         Args:
             shapes: of the parameters that are trained, by name, in their order.
@@ -323,7 +323,7 @@ def _read(directory: Path) -> Checkpoint:
 
 
 def parse_state(content: bytes, directory: Path) -> tuple[Checkpoint, int | None]:
-    """What a ``state.json`` says, and how many bytes the tensors have; None in another format.
+    """Reads a ``state.json``, and how many bytes the tensors have; None in another format.
 
     Args:
         directory: that it comes from, whose name says which step it has to be of.

@@ -31,7 +31,7 @@ def by_parameter(tensors: Any) -> Any:
 
 
 def comparable(was: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a present job's identity what ``was``, one of format 1, holds, and as it would; and the method."""
+    """Reduces a present job's identity to what ``was``, one of format 1, holds, in its form; and the method."""
     base = identity.get(_BASE)
     # Paths were those that they had on that machine.
     if isinstance(base, str) and base.startswith("/opt/ml/") and str(was.get(_BASE)).endswith(base[len("/opt/ml") :]):

@@ -229,7 +229,7 @@ class Trainer:
         return f"the last checkpoint is {self._last_saved}" if self._last_saved else "there is no checkpoint before it"
 
     def weights_now(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What :meth:`finish` would put into the modules, one parameter at a time: name and full-precision value, EMA's
+        """Yields what :meth:`finish` would put into the modules, by parameter: name and full-precision value, EMA's
         where there is one."""
         return zip(
             self.named_parameters,

@@ -86,7 +86,7 @@ class BlockFormat:
         return -(-elements // self.size)
 
     def dtype(self, *, signed: bool) -> torch.dtype:
-        """What codes are stored as; with 4 bits two share a byte."""
+        """Returns the type that codes are stored as; with 4 bits two share a byte."""
         if self.bits == 16:
             return torch.int16 if signed else torch.uint16
         return torch.int8 if signed and self.bits == 8 else torch.uint8

@@ -10,10 +10,10 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def compute_dtype(plan: Plan) -> torch.dtype:
-    """Of the forward and backward pass."""
+    """Returns the type of the forward and backward pass."""
     return _DTYPES[plan.precision]
 
 
 def weights_dtype(plan: Plan) -> torch.dtype:
-    """Of the weights on the device, whatever stands in for their lower bits."""
+    """Returns the type of the weights on the device, whatever stands in for their lower bits."""
     return torch.float32 if plan.weights == "fp32" else compute_dtype(plan)

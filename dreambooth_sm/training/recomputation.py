@@ -109,7 +109,7 @@ def _attentions(block: Any) -> list[Any]:
 def _down(
     block: Any, hidden_states: Tensor, temb: Tensor, encoder_hidden_states: Any = None, **_: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What a (CrossAttn)DownBlock2D computes."""
+    """Computes what a (CrossAttn)DownBlock2D does."""
     outputs: list[Tensor] = []
     for resnet, attention in zip(block.resnets, _attentions(block), strict=True):
         hidden_states = _recomputed_unit(resnet, attention, hidden_states, None, temb, encoder_hidden_states)
@@ -129,7 +129,7 @@ def _up(
     upsample_size: int | None = None,
     **_: Any,
 ) -> Tensor:
-    """What a (CrossAttn)UpBlock2D computes."""
+    """Computes what a (CrossAttn)UpBlock2D does."""
     skips = reversed(res_hidden_states_tuple)
     for resnet, attention, skip in zip(block.resnets, _attentions(block), skips, strict=True):
         hidden_states = _recomputed_unit(resnet, attention, hidden_states, skip, temb, encoder_hidden_states)

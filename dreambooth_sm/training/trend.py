@@ -13,7 +13,7 @@ _FLOOR, _FLOOR_OF_FEW = 0.5, 2.0
 
 
 def find_rise(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """That the loss is well above its start, in words; None where it is not.
+    """Says that the loss is well above its start; None where it is not.
 
     Args:
         rows: metric lines of training with ``step`` and ``loss``, each the mean since the one before.
@@ -32,6 +32,6 @@ def find_rise(rows: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def _mean(rows: Sequence[tuple[Mapping[str, Any], int]]) -> float:
-    """Of the losses, each as many times as it has steps."""
+    """Averages the losses, each as many times as it has steps."""
     weights = [max(1, row["step"] - begin) for row, begin in rows]
     return sum(row["loss"] * weight for (row, _), weight in zip(rows, weights, strict=True)) / sum(weights)

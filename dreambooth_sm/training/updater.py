@@ -56,7 +56,7 @@ class Updater(ABC):
         return parameter.detach().float()
 
     def bits(self, parameter: Tensor) -> list[Tensor]:
-        """What a parameter's full-precision value is stored as, as integers; views, no copies."""
+        """Returns what a parameter's full-precision value is stored as, as integers; views, no copies."""
         return [parameter.detach().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])]
 
     def write(self, parameter: Tensor, value: Tensor) -> None:

@@ -192,7 +192,7 @@ class Account:
         return f"{uri}@{found.digest}"
 
     def check(self, resources: Resources, options: S3Options = S3Options()) -> None:  # noqa: B008 - frozen
-        """Whether a job with these resources can start: image, role, buckets and quota.
+        """Checks whether a job with these resources can start: image, role, buckets and quota.
 
         Args:
             options: how objects are written.
@@ -281,7 +281,7 @@ class Account:
 
     @contextmanager
     def _looking(self, what: str, missing: str) -> Iterator[None]:
-        """What is not there is a problem, ``missing``; what these credentials may not look at is a warning."""
+        """Makes a problem, ``missing``, of what is not there, and a warning of what these credentials may not see."""
         try:
             with asking(what):
                 yield

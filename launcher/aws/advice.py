@@ -104,7 +104,7 @@ _ADVICE: tuple[tuple[str, str], ...] = (
 
 
 def advice_for(text: str) -> str | None:
-    """What to do about a failure, or None where nothing is known.
+    """Says what to do about a failure; None where nothing is known.
 
     Args:
         text: what SageMaker, boto3 or the job said.

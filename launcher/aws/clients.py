@@ -20,7 +20,7 @@ _CONNECT_S, _READ_S = 10, 60
 
 
 def retrying() -> Config:
-    """How every client tries again, but for that of S3, which has the same figures and more."""
+    """Configures how every client tries again, but for that of S3, which has the same figures and more."""
     from botocore.config import Config
 
     return Config(

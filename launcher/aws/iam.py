@@ -19,7 +19,7 @@ _LOG_GROUP = "log-group:/aws/sagemaker/TrainingJobs"
 def notebook_policy(
     bucket: str, *, account: str = "*", region: str = "*", role: str = "dreambooth-sm", partition: str = "aws"
 ) -> Policy:
-    """What the launcher needs: to look, to put pictures into the bucket, to start a job and to follow it.
+    """Makes the policy of the launcher: to look, to put pictures into the bucket, to start a job and to follow it.
 
     Args:
         bucket: that pictures, checkpoints and models lie in.
@@ -57,7 +57,7 @@ def notebook_policy(
 def execution_policy(
     bucket: str, *, account: str = "*", region: str = "*", partition: str = "aws", secret: str | None = None
 ) -> Policy:
-    """What the job itself needs: its image, its data and results in the bucket, its log and metrics.
+    """Makes the policy of the job itself: its image, its data and results in the bucket, its log and metrics.
 
     Args:
         bucket, account, region, partition: as for :func:`notebook_policy`.
@@ -144,7 +144,7 @@ def execution_role_policy(
 
 
 def trust_policy() -> Policy:
-    """Who may take on the execution role: SageMaker, and nobody else."""
+    """Makes the policy by which SageMaker, and nobody else, may take on the execution role."""
     return _policy({"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"})
 
 

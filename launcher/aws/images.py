@@ -61,7 +61,7 @@ class Build:
 
 
 def repository_uri(ecr: Any, region: str) -> str:
-    """Where the image's repository lies in this account, in the domain of its partition.
+    """Finds the image's repository in this account, in the domain of its partition.
 
     Raises:
         UserError: it is not there, or may not be asked for.

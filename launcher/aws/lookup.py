@@ -67,7 +67,7 @@ class Lookup:
         self._client, self._strict = client, strict
 
     def find(self, texts: Sequence[str]) -> Channel | Listed:
-        """What lies at one location, or at several together.
+        """Finds what lies at one location, or at several together.
 
         Raises:
             UserError: there is nothing, or it can't be looked at.
@@ -127,7 +127,7 @@ class _UnusableError(UserError):
 
 
 def pictures_in(objects: Sequence[str]) -> int:
-    """How many names are those of pictures, and not of their masks."""
+    """Counts the names that are those of pictures, and not of their masks."""
     folders: dict[PurePosixPath, list[str]] = defaultdict(list)
     for path in map(PurePosixPath, objects):
         folders[path.parent].append(path.name)

@@ -61,7 +61,7 @@ def _ask_for_role(known: Mapping[str, Any], sagemaker: Any) -> str | None:
 
 
 def reserved_for(arn: str) -> str | None:
-    """Whom AWS keeps a role for, if not for jobs."""
+    """Tells whom AWS keeps a role for, if not for jobs."""
     path = arn.partition(":role/")[2]
     return next((owner for start, owner in _RESERVED.items() if path.startswith(start)), None)
 

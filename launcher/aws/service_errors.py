@@ -89,7 +89,7 @@ class ServiceError(RuntimeError):
 
     @classmethod
     def of(cls, doing: str, error: Exception) -> ServiceError:
-        """What became of ``doing``, for an error of boto3 or botocore."""
+        """Makes the error of ``doing`` from one of boto3 or botocore."""
         kind, reason = kind_of(error), reason_of(error)
         passing = kind is Kind.DENIED and "PassRole" in reason
         advice = (advice_for(reason) if kind is Kind.OTHER or passing else None) or kind.value
@@ -118,7 +118,7 @@ def kind_of(error: Exception) -> Kind:
 
 
 def reason_of(error: Exception) -> str:
-    """What AWS or botocore said, in one line and without secrets."""
+    """Quotes AWS or botocore, in one line and without secrets."""
     answer = getattr(error, "response", None)
     if answer:
         found = answer.get("Error", {})
@@ -130,7 +130,7 @@ def reason_of(error: Exception) -> str:
 
 @contextmanager
 def asking(doing: str) -> Iterator[None]:
-    """What AWS refuses inside the block becomes a :class:`ServiceError`.
+    """Turns what AWS refuses inside the block into a :class:`ServiceError`.
 
     Args:
         doing: what was tried, for the message.

@@ -277,7 +277,7 @@ class Job:
                 time.sleep(_POLL)
 
     def _interrupted(self) -> None:
-        """What becomes of the job on Ctrl-C."""
+        """Decides what becomes of the job on Ctrl-C."""
         if not self.is_local:
             print(
                 f"{self.name} keeps running: launcher.attach({self.name!r}).wait() follows it again, .stop() ends it.",
@@ -323,7 +323,7 @@ class Job:
         return price * count * seconds / 3600
 
     def _read_log(self) -> list[str]:
-        """What is new in the log."""
+        """Reads what is new in the log."""
         if self._log_is_whole or self._log_is_off:
             return []
         if self._reader is None:
@@ -412,7 +412,7 @@ def _steps(hyperparameters: dict[str, str]) -> int | None:
 
 
 def _seconds(description: dict[str, Any]) -> float:
-    """That the job has run, without the wait for its instance."""
+    """Counts the seconds that the job has run, without the wait for its instance."""
     started: datetime | None = description.get("TrainingStartTime")
     if started is None:
         return 0.0

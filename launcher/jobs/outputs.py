@@ -92,7 +92,7 @@ class Outputs:
         return Page(self._read(place, "report.html").decode())
 
     def _target(self) -> S3Uri | None:
-        """Where the job itself uploads its model, if it does."""
+        """Finds where the job itself uploads its model, if it does."""
         hyperparameters = self._description.get("HyperParameters", {})
         own = "manual_upload_model_path"
         for name in spellings(own, Hyperparameters.model_fields[own]):
@@ -102,7 +102,7 @@ class Outputs:
         return None
 
     def _samples_place(self) -> str:
-        """Where the pictures are: beside the model, or, until there is one, what the platform keeps in S3 or here."""
+        """Finds the pictures: beside the model, or, until there is one, in what the platform keeps in S3 or here."""
         if self._status in ENDED or self._target():
             return self.model_uri
         if self._directory:

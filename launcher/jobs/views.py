@@ -81,7 +81,7 @@ class JobView(AbstractContextManager["JobView"]):
         self._write(line)
 
     def show(self, standing: Standing) -> None:
-        """Where the job stands now."""
+        """Shows where the job stands now."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,7 +108,7 @@ class Display(AbstractContextManager["Display"]):
         self._try(lambda view: view.say(line))
 
     def show(self, standing: Callable[[], Standing]) -> None:
-        """Where the job stands now."""
+        """Shows where the job stands now."""
         self._try(lambda view: view.show(standing()))
 
     def __exit__(

@@ -32,7 +32,7 @@ HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def inherited() -> dict[str, str]:
-    """What of this process's environment a job gets."""
+    """Selects what a job gets of this process's environment."""
     return {k: v for k, v in os.environ.items() if _INHERITED.fullmatch(k) and not _SECRET.search(k)}
 
 

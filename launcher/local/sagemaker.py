@@ -221,7 +221,7 @@ class EmbeddedSageMaker:
 
 
 def _pass_on(application: Application, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """What moto does not know becomes an error that clients don't try again, without a traceback."""
+    """Turns what moto does not know into an error that clients don't try again, without a traceback."""
     try:
         return application(environ, start_response)
     except NotImplementedError as error:

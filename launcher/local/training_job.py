@@ -292,14 +292,14 @@ class TrainingJob:
         return [*command, self.request["AlgorithmSpecification"]["TrainingImage"], "train"]
 
     def _job_environment(self) -> dict[str, str]:
-        """What the platform gives to a container."""
+        """Returns what the platform gives to a container."""
         environment = {**self._environment, **self.request.get("Environment", {})}
         if self.request.get("EnableNetworkIsolation"):
             environment = isolated(environment)
         return {**environment, "TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
 
     def _process_environment(self) -> dict[str, str]:
-        """Of the entrypoint; with a container, of the Docker client, which hands some of it on."""
+        """Returns that of the entrypoint; with a container, of the Docker client, which hands some of it on."""
         environment = self._job_environment()
         if self._in_container:
             unsafe = set(loader_variables(environment))
