@@ -83,6 +83,8 @@ def test_its_files_draw(name: str, done: tuple[JobTree, Ended], tiny_base: Path)
 def test_the_report_tells_of_the_method(done: tuple[JobTree, Ended]) -> None:
     facts = json.loads((done[0].model / "report.json").read_text())
     assert facts["hyperparameters"]["method"] == "hypernetwork"
+    assert facts["hyperparameters"]["hypernetwork_width"] == 2
+    assert "export" not in facts["hyperparameters"]  # the other method's
     assert facts["plan"]["train_text_encoder"] is False
     assert facts["plan"]["ema"] != "no"
     assert "hypernetwork" in (done[0].model / "report.html").read_text()

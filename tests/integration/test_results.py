@@ -51,6 +51,7 @@ def test_facts(model: Path) -> None:
     assert [row["step"] for row in facts["steps"]] == [1, 2]
     assert {"load_base", "class_images", "encode", "train"} <= facts["phases_seconds"].keys()
     assert facts["hyperparameters"]["resolution"] == 64
+    assert not [name for name in facts["hyperparameters"] if name.startswith("hypernetwork")]  # another method's
     assert facts["peak_host_memory_gb"] > 0.1
     drawn = [(sample["step"], sample["prompt"]) for sample in facts["samples"]]
     assert drawn == [(step, prompt) for step in (0, 1, 2) for prompt in (PROMPT, "<b>a cat</b>", "photo of toy")]
