@@ -130,7 +130,7 @@ def outputs_of_base(
         base.family.objective(base),
         batch_sampler,
         latents,
-        lambda batch: conditions.of(batch.samples).beside(extras(batch)),
+        lambda batch: conditions.of(batch.pictures).beside(extras(batch)),
         count=OUTPUTS_PER_IMAGE * h.num_class_images,
         batch_size=plan.sample_batch_size,
     )

@@ -71,6 +71,6 @@ def base_outputs(
             conditions_of(batch).to(denoiser.device, denoiser.dtype),
         )
         latents, noise = objective.invert(seen, prediction.float().cpu(), batch.timesteps)
-        numbers = (batch.samples.tolist(), batch.views.tolist())
+        numbers = (batch.pictures.tolist(), batch.views.tolist())
         for row in zip(*numbers, latents, noise, batch.timesteps.tolist(), strict=True):
             yield Output(*row)

@@ -36,7 +36,7 @@ class TrainingRow:
     """A picture, the prompts it may be shown with (rows of the prompt table), and its width and height in training.
 
     Attributes:
-        noise, timestep: those that the sample always has; None draws new ones each time.
+        noise, timestep: those that the row always has; None draws new ones each time.
     """
 
     picture: Path
@@ -48,16 +48,16 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class Batch:
-    """The random part of one batch, on the CPU. Rows: the instance samples, then as many class samples.
+    """The random part of one batch, on the CPU. Rows: those of instances, then as many of classes.
 
     Attributes:
-        samples, views, prompts: int64 ``(rows,)``: rows of the picture and prompt tables.
+        pictures, views, prompts: int64 ``(rows,)``: numbers of pictures, their views, and rows of the prompt table.
         latent_noise: ``(rows, 4, h, w)`` draws from the VAE's posterior.
         noise: ``(rows, 4, h, w)`` what the model has to predict.
         timesteps: int64 ``(rows,)``.
     """
 
-    samples: torch.Tensor
+    pictures: torch.Tensor
     views: torch.Tensor
     prompts: torch.Tensor
     latent_noise: torch.Tensor
@@ -69,10 +69,10 @@ class BatchSampler:
     """Draws batches.
 
     Args:
-        instances, classes: samples of the two halves of a batch; no classes without prior preservation, else at least
+        instances, classes: rows of the two halves of a batch; no classes without prior preservation, else at least
             one of each shape that instances have.
         channels, latent_scale: channels of the latents, and pixels a side of each of their elements.
-        caption_dropout: probability of the row ``empty_prompt`` of the prompt table instead of a sample's own.
+        caption_dropout: probability of the row ``empty_prompt`` of the prompt table instead of a row's own.
 
     Attributes:
         shapes: those that batches have, the one of most pixels first.
@@ -91,21 +91,21 @@ class BatchSampler:
         empty_prompt: int = 0,
         caption_dropout: float = 0.0,
     ) -> None:
-        self.instances, self.classes, self._samples = instances, classes, [*instances, *classes]
+        self.instances, self.classes, self._rows = instances, classes, [*instances, *classes]
         self.views, self.channels, self.latent_scale = views, channels, latent_scale
         self.timesteps, self.seed = timesteps, seed
         self.empty_prompt, self.caption_dropout = empty_prompt, caption_dropout
-        pixels = {sample.shape: sample.shape[0] * sample.shape[1] for sample in instances}
+        pixels = {row.shape: row.shape[0] * row.shape[1] for row in instances}
         self.shapes = sorted(pixels, key=lambda shape: (-pixels[shape], shape))
-        halves = [range(len(instances)), range(len(instances), len(self._samples))]
+        halves = [range(len(instances)), range(len(instances), len(self._rows))]
         self._pools = {
-            shape: [[row for row in half if self._samples[row].shape == shape] for half in halves if half]
+            shape: [[row for row in half if self._rows[row].shape == shape] for half in halves if half]
             for shape in self.shapes
         }
         self._order = lru_cache(maxsize=64)(self._shuffled)
 
     def batch(self, number: int, size: int, together: int = 1) -> Batch:
-        """Batch ``number`` (counted from 0) of ``size`` instance samples and as many class samples, all of one shape.
+        """Batch ``number`` (counted from 0) of ``size`` instances and as many class pictures, all of one shape.
 
         Args:
             together: batches that an optimizer step is made of, on all processes; they share a shape.
@@ -114,9 +114,9 @@ class BatchSampler:
         shape, turn = self._shape_of(step)
         first = (turn * together + part) * size
         rows = [self._row(pool, position) for pool in self._pools[shape] for position in range(first, first + size)]
-        samples, views, prompts, latent_noise, noise, timesteps = zip(*rows, strict=True)
+        pictures, views, prompts, latent_noise, noise, timesteps = zip(*rows, strict=True)
         return Batch(
-            torch.tensor(samples),
+            torch.tensor(pictures),
             torch.tensor(views),
             torch.tensor(prompts),
             torch.stack(latent_noise),
@@ -137,20 +137,20 @@ class BatchSampler:
 
     def _row(self, pool: list[int], position: int) -> tuple[Any, ...]:
         epoch, place = divmod(position, len(pool))
-        row = pool[self._order(pool[0], len(pool), epoch)[place]]
+        number = pool[self._order(pool[0], len(pool), epoch)[place]]
         generator = torch.Generator().manual_seed(mix(self.seed, pool[0], position))
         view, choice, timestep = torch.randint(2**31, (3,), generator=generator).tolist()
-        sample = self._samples[row]
-        width, height = sample.shape
+        row = self._rows[number]
+        width, height = row.shape
         latent_shape = (self.channels, height // self.latent_scale, width // self.latent_scale)
         latent_noise, noise = (torch.randn(latent_shape, generator=generator) for _ in range(2))
-        prompt = sample.prompts[choice % len(sample.prompts)]
+        prompt = row.prompts[choice % len(row.prompts)]
         if self.caption_dropout and torch.rand((), generator=generator) < self.caption_dropout:
             prompt = self.empty_prompt
-        if sample.noise is not None:
-            noise = sample.noise
-        timestep = timestep % self.timesteps if sample.timestep is None else sample.timestep
-        return row, view % self.views, prompt, latent_noise, noise, timestep
+        if row.noise is not None:
+            noise = row.noise
+        timestep = timestep % self.timesteps if row.timestep is None else row.timestep
+        return number, view % self.views, prompt, latent_noise, noise, timestep
 
     def _shuffled(self, first: int, count: int, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(mix(self.seed, first, -1 - epoch))
@@ -245,7 +245,7 @@ class SubjectWeights:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """``(rows, 1, h, w)`` of a batch, whose pictures have one shape."""
-        pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
+        pairs = zip(batch.pictures.tolist(), batch.views.tolist(), strict=True)
         return torch.stack([self._maps[row][view % len(self._maps[row])] for row, view in pairs])[:, None]
 
 
@@ -280,18 +280,18 @@ class PictureExtras:
 
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """``(rows, numbers)`` of a batch, on the CPU."""
-        rows = [self._of(*pair) for pair in zip(batch.samples.tolist(), batch.views.tolist(), strict=True)]
+        rows = [self._of(*pair) for pair in zip(batch.pictures.tolist(), batch.views.tolist(), strict=True)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _of(self, row: int, view: int) -> dict[str, torch.Tensor]:
         return {name: value[view % len(value)] for name, value in self._rows[row].items()}
 
 
-def random_views(seed: int, sample: int, *, random_crop: bool, mirror: bool) -> list[View]:
+def random_views(seed: int, picture: int, *, random_crop: bool, mirror: bool) -> list[View]:
     """The views of one picture: ``VIEWS`` of them where anything is random, else the centre."""
     if not (random_crop or mirror):
         return [View()]
-    draws = torch.rand(VIEWS, 3, generator=torch.Generator().manual_seed(mix(seed, sample, 2**31)))
+    draws = torch.rand(VIEWS, 3, generator=torch.Generator().manual_seed(mix(seed, picture, 2**31)))
     return [
         View(
             left=left if random_crop else 0.5,
@@ -347,7 +347,7 @@ class Latents:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Scaled latents ``(rows, 4, h, w)`` of a batch, whose pictures have one shape; float32, on the device."""
-        pairs = zip(batch.samples.tolist(), batch.views.tolist(), strict=True)
+        pairs = zip(batch.pictures.tolist(), batch.views.tolist(), strict=True)
         mean, deviation = (torch.stack(parts) for parts in zip(*(self._moments(*pair) for pair in pairs), strict=True))
         return self._family.normalise(self._config, mean + deviation * batch.latent_noise.to(mean.device))
 

@@ -176,7 +176,7 @@ def test_the_trainer_weighs_the_subject(masked: Subject, base: PretrainedModel, 
         found = half.data.weights(batch)
         assert found.shape == (4, 1, *batch.noise.shape[2:])
         torch.testing.assert_close(found.mean(dim=(1, 2, 3)), torch.ones(4))
-        for row, sample in enumerate(batch.samples.tolist()):
+        for row, sample in enumerate(batch.pictures.tolist()):
             assert (found[row] == 1).all() == (sample not in (1, 2))
     assert whole.train().losses == plain.train().losses
     assert same(weights(whole.base.unet), weights(plain.base.unet))

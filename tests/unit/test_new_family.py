@@ -159,7 +159,7 @@ def test_its_loss_is_its_own(model: PretrainedModel, tmp_path: Path) -> None:
     prompts = [run.subject.prompt, str(run.subject.class_prompt)]
     losses = []
     for row, prompt in enumerate(prompts):
-        posterior = run.data.latents._cache[int(batch.samples[row])]
+        posterior = run.data.latents._cache[int(batch.pictures[row])]
         mean, deviation = (part[int(batch.views[row]) % len(part)] for part in posterior)
         latents = (mean + deviation * batch.latent_noise[row] - SHIFT) * SCALE
         share = (int(batch.timesteps[row]) + 1) / TIMES

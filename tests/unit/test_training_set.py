@@ -26,7 +26,7 @@ from dreambooth_sm.data.training_set import (
 from dreambooth_sm.models import PretrainedModel
 from tests.helpers.training import Run, cpu_plan, hyperparameters, make_set, make_subject, paint_pictures
 
-TENSORS = ("samples", "views", "prompts", "latent_noise", "noise", "timesteps")
+TENSORS = ("pictures", "views", "prompts", "latent_noise", "noise", "timesteps")
 
 
 def make_batch_sampler(
@@ -87,16 +87,16 @@ def test_each_epoch_shows_every_picture_once(size: int) -> None:
     orders: set[tuple[int, ...]] = set()
     for epoch in range(5):
         batches = [batch_sampler.batch(epoch * (6 // size) + number, size) for number in range(6 // size)]
-        order = torch.cat([batch.samples[:size] for batch in batches]).tolist()
+        order = torch.cat([batch.pictures[:size] for batch in batches]).tolist()
         assert sorted(order) == [0, 1, 2, 3, 4, 5]
-        assert sorted(torch.cat([batch.samples[size:] for batch in batches]).tolist()) == [6, 7, 8, 9, 10, 11]
+        assert sorted(torch.cat([batch.pictures[size:] for batch in batches]).tolist()) == [6, 7, 8, 9, 10, 11]
         orders.add(tuple(order))
     assert len(orders) > 1
 
 
 def test_pictures_are_shown_equally_often_whatever_the_batch_size() -> None:
     batch_sampler = make_batch_sampler(instances=5, classes=3)
-    shown = Counter(sample for number in range(15) for sample in batch_sampler.batch(number, 4).samples.tolist())
+    shown = Counter(sample for number in range(15) for sample in batch_sampler.batch(number, 4).pictures.tolist())
     assert shown == Counter({**dict.fromkeys(range(5), 12), **dict.fromkeys((5, 6, 7), 20)})
 
 
@@ -104,10 +104,10 @@ def test_the_first_half_is_the_subject_and_the_second_the_class() -> None:
     batch_sampler = make_batch_sampler(instances=5, classes=3)
     for number in range(10):
         batch = batch_sampler.batch(number, 4)
-        assert (batch.samples[:4] < 5).all()
-        assert (batch.samples[4:] >= 5).all()
+        assert (batch.pictures[:4] < 5).all()
+        assert (batch.pictures[4:] >= 5).all()
         assert batch.noise.shape == batch.latent_noise.shape == (8, 4, 2, 2)
-    assert len(make_batch_sampler(instances=5).batch(0, 4).samples) == 4
+    assert len(make_batch_sampler(instances=5).batch(0, 4).pictures) == 4
 
 
 def test_prompts_belong_to_their_picture() -> None:
@@ -115,7 +115,7 @@ def test_prompts_belong_to_their_picture() -> None:
     seen: set[int] = set()
     for number in range(40):
         batch = batch_sampler.batch(number, 2)
-        for sample, prompt in zip(batch.samples.tolist(), batch.prompts.tolist(), strict=True):
+        for sample, prompt in zip(batch.pictures.tolist(), batch.prompts.tolist(), strict=True):
             assert prompt == 1000 + sample - 5 if sample >= 5 else prompt // 10 == sample
             seen.add(prompt)
     assert seen == {*(10 * k + o for k in range(5) for o in (0, 1)), 1000, 1001, 1002}
@@ -173,7 +173,7 @@ def make_bucketed(
 
 
 def shape_of(batch_sampler: BatchSampler, batch: Batch) -> tuple[int, int]:
-    (shape,) = {[*batch_sampler.instances, *batch_sampler.classes][row].shape for row in batch.samples.tolist()}
+    (shape,) = {[*batch_sampler.instances, *batch_sampler.classes][row].shape for row in batch.pictures.tolist()}
     width, height = shape
     assert batch.noise.shape[1:] == batch.latent_noise.shape[1:] == (4, height // 2, width // 2)
     return shape
@@ -211,9 +211,9 @@ def test_pictures_of_all_shapes_are_shown_equally_often(
         batches = [
             batch_sampler.batch(step * together + part, size, together) for step in steps for part in range(together)
         ]
-        shown = Counter(row for batch in batches for row in batch.samples[:size].tolist())
+        shown = Counter(row for batch in batches for row in batch.pictures[:size].tolist())
         assert shown == dict.fromkeys(range(instances), size * together)
-        assert all((batch.samples[size:] >= instances).all() for batch in batches)
+        assert all((batch.pictures[size:] >= instances).all() for batch in batches)
 
 
 def test_the_order_of_shapes_is_random() -> None:
@@ -296,7 +296,7 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: Pretrained
     views = [[View(), View(left=1.0, mirrored=True)], [View(left=0.0), View(left=0.3)]]
     latents = Latents(pictures, [(64, 64)] * 2, views, base.vae, base.family, cached=True)
     batch = Batch(
-        samples=torch.tensor([0, 1, 0]),
+        pictures=torch.tensor([0, 1, 0]),
         views=torch.tensor([1, 0, 0]),
         prompts=torch.zeros(3, dtype=torch.int64),
         latent_noise=torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(0)),
