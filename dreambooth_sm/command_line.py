@@ -1,4 +1,4 @@
-"""What both command lines share: flags that are spelled out, near names, errors for people and as JSON, exit codes.
+"""Shared by both command lines: flags that are spelled out, near names, errors for people and as JSON, exit codes.
 
 0: done. 1: it failed. 2: bad input. As a shell reports signals: 130, Ctrl-C; 141, whoever read the output went away;
 129 and 143, SIGHUP and SIGTERM.

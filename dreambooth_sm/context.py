@@ -1,4 +1,4 @@
-"""What all phases of a job share."""
+"""Shared by all phases of a job."""
 
 from __future__ import annotations
 

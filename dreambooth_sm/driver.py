@@ -14,7 +14,7 @@ OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 
 @dataclass(frozen=True)
 class Host:
-    """What the NVIDIA driver says of the machine.
+    """The machine, as the NVIDIA driver describes it.
 
     Attributes:
         driver: its version, such as ``535.183.01``.

@@ -1,4 +1,4 @@
-"""How faithful pictures of a trained model are to the subject and to their prompts, and what the training cost.
+"""Fidelity: how like the subject and their prompts a trained model's pictures are, and what the training cost.
 
 The measures of the DreamBooth paper (Ruiz et al. 2023, section 4.2 and supplementary), with any encoder: the judge of
 the toybox, offline, or DINOv2 and CLIP. A picture is compared by the cosine of embeddings, from -1 to 1.
@@ -42,7 +42,7 @@ class PromptReader(Protocol):
 
 @dataclass(frozen=True)
 class Encoders:
-    """What pictures are measured with; ``prompts`` is None where prompt fidelity is not measured."""
+    """The encoders that pictures are measured with; ``prompts`` is None where prompt fidelity is not measured."""
 
     pictures: Encoder
     prompts: PromptReader | None = None
@@ -50,7 +50,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What :func:`measure` finds.
+    """The findings of :func:`measure`.
 
     Attributes:
         subject: subject fidelity: mean similarity of generated and training pictures (DINO and CLIP-I in the paper).

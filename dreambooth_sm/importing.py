@@ -1,4 +1,4 @@
-"""How the large libraries are imported: torch, diffusers and transformers make a million objects that stay."""
+"""Imports the large libraries: torch, diffusers and transformers make a million objects that stay."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _joined() -> Iterator[World]:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What was loaded.
+    """The base model, loaded, and all that belongs to its training.
 
     Attributes:
         base: the base model.
@@ -129,7 +129,7 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
 
 @dataclass(frozen=True)
 class Prior:
-    """What keeps the model from forgetting the class.
+    """The class pictures that keep the model from forgetting the class.
 
     Attributes:
         subjects: with their class pictures.

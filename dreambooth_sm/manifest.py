@@ -36,7 +36,7 @@ class ManifestEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete upload consists of.
+    """The files of a complete upload.
 
     Attributes:
         files: one entry a file, sorted by path; the manifest itself is not among them.

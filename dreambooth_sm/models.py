@@ -177,7 +177,7 @@ def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtyp
 
 
 def check_base(h: Hyperparameters) -> None:
-    """What can be said of a base model before it is downloaded. One on this machine is read whole, but for its weights.
+    """Checks a base model before it is downloaded. One on this machine is read whole, but for its weights.
 
     Raises:
         UserError: for a local path that is not a model that can be trained, an S3 location with nothing in it, and

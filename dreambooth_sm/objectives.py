@@ -1,4 +1,4 @@
-"""What a denoiser is shown and what it has to answer: one class for each way of noising.
+"""Objectives: what a denoiser is shown and what it has to answer, one class for each way of noising.
 
 An objective knows times, noise and targets, and nothing of models, prompts or devices but where its own tensors lie.
 """

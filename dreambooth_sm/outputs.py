@@ -1,4 +1,4 @@
-"""What a job leaves behind: the trained model in its directory and in S3, and nothing that is not the job's."""
+"""The outputs of a job: the trained model in its directory and in S3, and nothing that is not the job's."""
 
 from __future__ import annotations
 
@@ -125,5 +125,5 @@ def with_checkpoint_named(checkpoints: Path, identity: dict[str, Any], step: int
 
 
 def scratch_directory(h: Hyperparameters) -> Path:
-    """Where class images go that can't go elsewhere; beside the model, which has nothing in it before it is trained."""
+    """Returns where class images go that can't go elsewhere: beside the model, which is empty before training."""
     return Path(h.models_path).parent / "class_images"

@@ -1,4 +1,4 @@
-"""What can fail early: checks that are made before anything is downloaded, drawn or trained."""
+"""Checks of all that can fail early, made before anything is downloaded, drawn or trained."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PLATFORM_CHANNELS = ("code", "sm_drivers")
 
 @dataclass(frozen=True)
 class Checked:
-    """What the checks found.
+    """The findings of the checks.
 
     Attributes:
         plan: for the card that is here.

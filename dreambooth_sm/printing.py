@@ -1,4 +1,4 @@
-"""What may be printed: one line a text, nothing that a terminal obeys, no secrets; and streams that never end a job."""
+"""Makes texts printable: one line each, nothing that a terminal obeys, no secrets; and streams that never end a job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a running job tells people: phases, metric lines, progress.
+"""The words of a running job: phases, metric lines, progress.
 
 Numbers are lines of nothing but ``key=value`` pairs, so that CloudWatch's metric regexes, the demo and the tests read
 the same stream. Words begin otherwise, and are made safe first: no file name or prompt in them passes for a number.
@@ -128,7 +128,7 @@ class _SampleRecord(BaseModel):
 
 
 class Record(BaseModel):
-    """What :meth:`Reporter.record` gives, for checking one that was perhaps written by others."""
+    """The schema of what :meth:`Reporter.record` gives, for checking one that was perhaps written by others."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 

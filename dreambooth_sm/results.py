@@ -1,4 +1,4 @@
-"""What a finished job tells about itself: ``report.json``, a model card (``README.md``) and ``report.html``.
+"""The account that a finished job gives of itself: ``report.json``, a model card (``README.md``) and ``report.html``.
 
 Both open with pictures, and fold what few people look up. The page needs nothing but itself: styles, curves and
 pictures are part of it.

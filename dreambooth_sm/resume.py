@@ -44,7 +44,7 @@ _VALUES = 64
 
 @dataclass
 class Start:
-    """Where a job begins, and what it shares with those that it is resumed from.
+    """The point where a job begins, and what it shares with those that it is resumed from.
 
     Attributes:
         seed: of everything random.

@@ -37,11 +37,11 @@ class TransferError(Exception):
 
 
 class UploadError(TransferError):
-    """What lies in S3 is incomplete or differs from the local files."""
+    """The objects in S3 are incomplete or differ from the local files."""
 
 
 class DownloadError(TransferError):
-    """What was read from S3 is incomplete or differs from its manifest."""
+    """The files read from S3 are incomplete or differ from their manifest."""
 
 
 class NoSuchObject(DownloadError):  # noqa: N818 - what it means is said best like this
@@ -111,7 +111,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Found:
-    """What a server tells of an object.
+    """An object, as its server describes it.
 
     Attributes:
         checksum: its CRC-64/NVME in base64; empty where the server keeps none.
@@ -334,7 +334,7 @@ class Store:
 
 
 class _Damaged(Exception):  # noqa: N818 - is tried again, and told as a transfer's error
-    """What arrived is not what was sent."""
+    """The bytes that arrived are not those that were sent."""
 
 
 def _receive(body: Any) -> bytes:

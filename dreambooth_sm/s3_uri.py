@@ -57,7 +57,7 @@ class S3Uri:
 
 @dataclass(frozen=True)
 class S3Options:
-    """How objects are written and read; what is left out is the bucket's own choice.
+    """Options for writing and reading objects; what is left out is the bucket's own choice.
 
     Attributes:
         kms_key: id or ARN of the KMS key that encrypts the objects.

@@ -26,7 +26,7 @@ _GPU_FAMILIES = ("ml.g", "ml.p")
 
 @dataclass(frozen=True)
 class Contract:
-    """What the platform tells a training container.
+    """The platform's contract with a training container.
 
     Attributes:
         base: directory that SageMaker mounts; ``/opt/ml`` but for ``$SAGEMAKER_BASE_DIR``.

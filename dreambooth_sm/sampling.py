@@ -109,7 +109,7 @@ def draw_latents(
     guidance: float = GUIDANCE,
     guided: tuple[float, float] = (float("inf"), 0.0),
 ) -> Iterator[torch.Tensor]:
-    """What :func:`draw` draws, before it is decoded.
+    """Draws as :func:`draw` does, without decoding.
 
     Args:
         size: width and height of the pictures in pixels.

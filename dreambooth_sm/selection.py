@@ -1,4 +1,4 @@
-"""Which checkpoint is the best one: chosen by measure, not by being the last.
+"""Chooses the best checkpoint: by measure, not by being the last.
 
 Every kept checkpoint draws the same pictures, of each subject in several places and of its class. They are measured
 with :mod:`dreambooth_sm.fidelity`, and scored against the untrained base model: subject fidelity, less what it cost in

@@ -1,4 +1,4 @@
-"""Where base models come from: local paths and channels, S3, the model hub. What comes of each is a local path."""
+"""Sources of base models: local paths and channels, S3, the model hub. What comes of each is a local path."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ _SPARE = 16 * 2**20
 
 @dataclass(frozen=True)
 class Space:
-    """What a job writes, in bytes, and where to.
+    """The disk space that a job takes, in bytes, and where.
 
     Attributes:
         model: the trained model, in all formats that are asked for.

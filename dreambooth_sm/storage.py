@@ -294,7 +294,7 @@ def _download(wanted: list[tuple[S3Uri, ManifestEntry, Path]], store: Store, wor
 
 @dataclass(frozen=True)
 class Verification:
-    """How the objects below a prefix compare with the manifest there.
+    """A comparison of the objects below a prefix with the manifest there.
 
     Attributes:
         manifest: what should be there.

@@ -1,4 +1,4 @@
-"""What an input channel holds: objects of S3 by a folder, by the start of their keys, or by a manifest that names them.
+"""The objects of S3 in an input channel: by a folder, by the start of their keys, or by a manifest that names them.
 
 https://docs.aws.amazon.com/sagemaker/latest/APIReference/API_S3DataSource.html
 """

@@ -41,7 +41,7 @@ _USUAL_PICTURES = 5
 
 @dataclass
 class Draft:
-    """What is known of a job while it is being described: as much as could be read of its options.
+    """All that is known of a job while it is being described: as much as could be read of its options.
 
     Attributes:
         sources: channels to what they hold in S3, or to files of this machine.

@@ -1,4 +1,4 @@
-"""How long a job will take on an instance type, and what it will cost: an estimate, made without a GPU or an account.
+"""Estimates of a job's time and cost on an instance type, made without a GPU or an account.
 
 The steps of each plan were measured on an H200 (docs/performance.md), on its own memory or under the cap of the card
 that the plan is for (``dreambooth_sm/planning/measured``). Other cards are scaled from it by their data sheets: half of
@@ -40,7 +40,7 @@ MARGIN = 1.5
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job needs on an instance type.
+    """The time, memory and money that a job needs on an instance type.
 
     Attributes:
         minutes: billed minutes that are expected, the start of the container included; None on CPUs.

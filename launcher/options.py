@@ -21,7 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Data(BaseModel):
-    """What a job reads."""
+    """The data that a job reads."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

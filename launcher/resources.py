@@ -1,4 +1,4 @@
-"""What a job runs on, and where its results go: the options that are not hyperparameters."""
+"""Resources of a job and the places of its results: the options that are not hyperparameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WORKSPACE = "dreambooth-sm"
 
 
 class Resources(BaseModel):
-    """What a job runs on, and where its results go: everything of a request that is not a hyperparameter."""
+    """Resources of a job and the places of its results: everything of a request that is not a hyperparameter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 

@@ -35,7 +35,7 @@ def lighter(colour: Colour, share: float = 0.4) -> Colour:
 
 @dataclass(frozen=True)
 class Cloth:
-    """What a patterned toy is covered with.
+    """The cloth that a patterned toy is covered with.
 
     Attributes:
         colour: the main colour.

@@ -1,4 +1,4 @@
-"""How each kind of toy is drawn: inside the square from -1 to 1, y down, standing on y = 1, facing right."""
+"""Draws each kind of toy: inside the square from -1 to 1, y down, standing on y = 1, facing right."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LAMP: Colour = (255, 238, 140)
 
 @dataclass(frozen=True)
 class Look:
-    """What an individual's seed makes of its named colours and parts.
+    """An individual's look, as its seed makes it of its named colours and parts.
 
     Attributes:
         main, second, hat, belly, scarf: the exact shades.

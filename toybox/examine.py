@@ -1,4 +1,4 @@
-"""How good the parts of the toybox are, in figures."""
+"""Measures how good the parts of the toybox are."""
 
 from __future__ import annotations
 

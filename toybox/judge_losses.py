@@ -1,4 +1,4 @@
-"""What the judge learns by."""
+"""The losses that the judge learns by."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ _SECONDS_A_LINE = 15
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training came to.
+    """The outcome of a training.
 
     Attributes:
         loss: mean over about the last twentieth of the steps.

@@ -1,4 +1,4 @@
-"""What a toy is, what a photo of it shows, and what captions and classifiers say about it. Draws nothing.
+"""Toys: what one is, what a photo of it shows, and what captions and classifiers say about it. Draws nothing.
 
 A toy keeps its looks from photo to photo; place, size, pose and background belong to the scene.
 """

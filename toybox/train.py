@@ -56,7 +56,7 @@ _JUDGE_LATENT_NOISE = 0.15
 
 @dataclass(frozen=True)
 class Settings:
-    """How much of everything.
+    """The amounts of everything.
 
     Attributes:
         minutes: for all, from the painting to the evaluation.

@@ -119,7 +119,7 @@ def outputs_of_base(
     latents: Latents,
     extras: PictureExtras,
 ) -> list[Output]:
-    """What the untrained base model says of the subjects' noised pictures under their class prompts."""
+    """Asks the untrained base model about the subjects' noised pictures under their class prompts."""
     prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
     encoding = base.with_parts({part: drawing_part(base, plan, part) for part in base.text_parts})
     conditions = embed(base.family, encoding, prompts, max_tokens=h.max_token_length, pad=h.pad_tokens)

@@ -1,4 +1,4 @@
-"""What can be said of a folder of pictures before a job starts: on the client or in the container. No torch."""
+"""Checks of a folder of pictures before a job starts: on the client or in the container. No torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Findings:
-    """What was found in a folder.
+    """The pictures of a folder, and what is wrong with them.
 
     Attributes:
         errors: why a job can't use the folder; none where it can.
@@ -84,7 +84,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class ClassFindings:
-    """What was found in a folder of class pictures; ``errors`` and ``warnings`` as in :class:`Findings`.
+    """The class pictures of a folder; ``errors`` and ``warnings`` as in :class:`Findings`.
 
     Attributes:
         pictures: those that are used, at most as many as are wanted.

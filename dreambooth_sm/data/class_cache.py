@@ -86,7 +86,7 @@ def shaping(parts: Iterable[str]) -> list[str]:
 
 
 def tensor_sums(part: str, module: torch.nn.Module) -> list[Any]:
-    """What a module counts for in :func:`fingerprint`."""
+    """Adds up each tensor of a module for :func:`fingerprint`."""
     return [
         (part, name, list(tensor.shape), str(tensor.dtype), *_weighted_sums(tensor))
         for name, tensor in module.state_dict().items()

@@ -1,4 +1,4 @@
-"""What the files of a folder are: pictures, their masks and captions, and what is left out. No torch.
+"""The files of a folder, by what they are: pictures, their masks and captions, and what is left out. No torch.
 
 One walk answers for the job and for the client, which sends what the job will read.
 """

@@ -1,4 +1,4 @@
-"""Where the subject is in a picture: its mask, and crops that keep it. No torch.
+"""The subject's place in a picture: its mask, and crops that keep it. No torch.
 
 A picture's mask lies beside it (``NAME-mask.png`` for example; white: the subject), or is its alpha channel.
 """

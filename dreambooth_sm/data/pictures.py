@@ -52,7 +52,7 @@ def _say_nothing(line: str) -> None:
 
 @dataclass(frozen=True)
 class View:
-    """What of a picture one training sample sees.
+    """The part of a picture that one training row shows.
 
     Attributes:
         left, top: where the crop lies on the free axis, from 0 to 1; 0.5 is the centre.

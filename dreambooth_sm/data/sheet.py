@@ -1,4 +1,4 @@
-"""What the model will see of a folder, for people: as a table, and as a contact sheet. No torch."""
+"""A folder as the model will see it, for people: as a table, and as a contact sheet. No torch."""
 
 from __future__ import annotations
 

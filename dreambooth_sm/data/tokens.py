@@ -1,4 +1,4 @@
-"""How many tokens a prompt has, before a base model is downloaded. No torch.
+"""Counts the tokens of a prompt, before a base model is downloaded. No torch.
 
 CLIP's tokenizer (Radford et al. 2021) as far as counting needs it. The job itself encodes with the model's own.
 """
@@ -26,7 +26,7 @@ _WINDOW = 75
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer puts together, in this order, and how many tokens its text encoder takes at a time.
+    """The pairs that a tokenizer puts together, in this order, and how many tokens its text encoder takes at a time.
 
     Attributes:
         ranks: pairs of parts of a word, by their place among the merges.

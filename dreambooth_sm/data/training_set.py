@@ -1,4 +1,4 @@
-"""What the training step reads: latents and prompt embeddings, and which of them a step uses.
+"""The data that the training step reads: latents and prompt embeddings, and which of them a step uses.
 
 All pictures of an optimizer step have one shape, whatever batches and processes it is spread over: each shape costs
 one captured graph, and steps of equally many pictures are alike.
@@ -250,7 +250,7 @@ class SubjectWeights:
 
 
 class PictureExtras:
-    """What a family's denoiser is told of all pictures and views beside their latents, float32.
+    """The extras that a family's denoiser is told of all pictures and views, float32.
 
     A generated class image was drawn in its shape, as a whole.
 

@@ -1,4 +1,4 @@
-"""What a denoiser is told of each row beside its noised latents and their time."""
+"""All that a denoiser is told of each row beside its noised latents and their time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plan, launcher, documents and model cards know of a family of models before one is downloaded. No torch."""
+"""Facts of a family, as plan, launcher, documents and model cards need them before a download. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ModelFootprint:
-    """What memory depends on, beside what was measured (``planning/measured``).
+    """The sizes that memory depends on, beside measured figures (``planning/measured``).
 
     Attributes:
         unet, text_encoder, vae: millions of parameters; of all text encoders together.

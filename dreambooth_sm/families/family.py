@@ -1,4 +1,4 @@
-"""What a family does with tensors and modules: all that the rest of the job asks of it."""
+"""The work of a family with tensors and modules: all that the rest of the job asks of it."""
 
 from __future__ import annotations
 

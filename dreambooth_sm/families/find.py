@@ -1,4 +1,4 @@
-"""Which family a base model is of, before it is downloaded or read. Imports no torch."""
+"""Finds a base model's family, before it is downloaded or read. Imports no torch."""
 
 from __future__ import annotations
 

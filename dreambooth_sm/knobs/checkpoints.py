@@ -1,4 +1,4 @@
-"""What is kept of a run while it lasts."""
+"""Knobs for what is kept of a run while it lasts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a knob is declared: its default, its help text and what it means beyond its value."""
+"""The declaration of a knob: its default, its help text and what it means beyond its value."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Tunable:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a knob means beyond its value.
+    """The meaning of a knob beyond its value.
 
     Attributes:
         resume: whether a job that is resumed from a checkpoint must have the value of the one that wrote it. ``free``

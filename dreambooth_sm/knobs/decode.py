@@ -1,4 +1,4 @@
-"""What SageMaker, its SDKs, notebooks and command lines make of a value, undone."""
+"""Undoes what SageMaker, its SDKs, notebooks and command lines make of a value."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_UNKNOWN = 20
 
 @dataclass
 class Reading:
-    """What was read of raw values.
+    """Raw values, as far as they could be read.
 
     Attributes:
         values: decoded, by the knobs' own names; their types are not checked.

@@ -1,4 +1,4 @@
-"""What people read of knobs: the reference, and the help text of each."""
+"""Knobs as people read of them: the reference, and the help text of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a hypernetwork looks like."""
+"""Knobs for what a hypernetwork looks like."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fits a card and keeps it busy."""
+"""Knobs for what fits a card and keeps it busy."""
 
 from __future__ import annotations
 

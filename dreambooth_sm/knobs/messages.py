@@ -1,4 +1,4 @@
-"""What is told of input that can't be used."""
+"""Messages about input that can't be used."""
 
 from __future__ import annotations
 

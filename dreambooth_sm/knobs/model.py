@@ -1,4 +1,4 @@
-"""What is trained."""
+"""Knobs for what is trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What turns gradients into weights."""
+"""Knobs for what turns gradients into weights."""
 
 from __future__ import annotations
 

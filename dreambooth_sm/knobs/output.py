@@ -1,4 +1,4 @@
-"""Where the trained model goes."""
+"""Knobs for where the trained model goes."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def _other_resolutions() -> str:
 
 
 class PictureKnobs(OutputKnobs):
-    """What the model is shown."""
+    """Instance pictures, class pictures and prompts, as the model is shown them."""
 
     group = "Data"
 

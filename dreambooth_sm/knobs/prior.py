@@ -1,4 +1,4 @@
-"""What keeps the class as the base model knows it."""
+"""Knobs for keeping the class as the base model knows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a field's type takes: its alternatives, its choices, its limits, and all of that in words."""
+"""The values that a field's type takes: its alternatives, its choices, its limits, and all of that in words."""
 
 from __future__ import annotations
 

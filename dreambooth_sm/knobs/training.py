@@ -1,4 +1,4 @@
-"""How long is trained, and how fast."""
+"""Knobs for how long is trained, and how fast."""
 
 from __future__ import annotations
 

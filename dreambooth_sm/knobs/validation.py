@@ -1,4 +1,4 @@
-"""What shows how well the subject was learned."""
+"""Knobs for seeing how well the subject was learned."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ METHOD = Hypernetwork()
 
 @dataclass(frozen=True)
 class NetworkShape:
-    """What a network looks like.
+    """The shape of a network.
 
     Attributes:
         width: of the text encoder's states, which go in and come out.

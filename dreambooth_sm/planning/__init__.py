@@ -1,1 +1,1 @@
-"""Which settings a card gets, and why. Imports no torch: a plan can be made and printed for a card that is not here."""
+"""Plans: the settings that a card gets, and why. Imports no torch: the card of a plan need not be here."""

@@ -1,4 +1,4 @@
-"""What ladders of settings are made of: the VRAM tiers. Each method has one."""
+"""Ladders of settings: the VRAM tiers. Each method has one."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ EmaPlace = Literal["no", "device", "cpu"]
 
 @dataclass(frozen=True)
 class Plan:
-    """What the training loop does on this card.
+    """The settings that the training loop runs with on this card.
 
     Attributes:
         tier: name of the rung; ``cpu`` or ``reference`` beside the ladder.

@@ -1,4 +1,4 @@
-"""What each card gets, as a table."""
+"""Plans for each card, as a table."""
 
 from __future__ import annotations
 

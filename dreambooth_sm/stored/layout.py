@@ -1,4 +1,4 @@
-"""Where each tensor of a diffusers pipeline lies in a checkpoint of the original Stable Diffusion layout, and back.
+"""The place of each tensor of a diffusers pipeline in a single file of the original layout, and back.
 
 The names follow from the modules' configurations, so that one set of rules serves SD 1, SD 2, SDXL and models of other
 sizes, and both directions.
@@ -68,7 +68,7 @@ _OPEN_CLIP_ENDS = {
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies in a checkpoint.
+    """The place of a tensor in a single file.
 
     Attributes:
         third: which third of the rows, where queries, keys and values are one tensor.

@@ -1,4 +1,4 @@
-"""Where in a directory or an archive the model is, told by what files hold. Imports no torch."""
+"""Locates the model in a directory or an archive, by what files hold. Imports no torch."""
 
 from __future__ import annotations
 

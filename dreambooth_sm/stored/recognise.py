@@ -1,4 +1,4 @@
-"""What a single-file checkpoint holds: its kind, and the configuration that its tensors' names and shapes imply."""
+"""Recognises what a single file holds: its kind, and the configuration that its tensors' names and shapes imply."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture of the toybox can show, in words: what its judge tells apart."""
+"""Labels of the toybox's pictures: all that they can show, in the words that its judge tells apart."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ _MOSTNAMED = 5
 
 
 class _Identity(BaseModel):
-    """What every identity holds, beside other values."""
+    """The values that every identity holds, beside others."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

@@ -44,7 +44,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What the loop reads.
+    """All that the loop reads.
 
     Attributes:
         batch_sampler: draws the batches.

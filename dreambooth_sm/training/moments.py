@@ -1,4 +1,4 @@
-"""What the blockwise AdamW and its kernels share: how moments are stored, and what changes from step to step."""
+"""Shared by the blockwise AdamW and its kernels: how moments are stored, and what changes from step to step."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PowerCode:
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How the two moments of a block of `size` consecutive elements are stored, with `bits` bits an element."""
+    """The format of the two moments of a block of `size` consecutive elements, with `bits` bits an element."""
 
     bits: int
     size: int
@@ -157,7 +157,7 @@ class Moments:
 
 @dataclass(frozen=True)
 class DeviceScalars:
-    """What changes from step to step, on the device, so that a captured CUDA graph reads the present values.
+    """Scalars that change from step to step, on the device, so that a captured CUDA graph reads the present values.
 
     Attributes:
         hyper: (1 + groups, 8) float32, written by the host before a step. Row 0: the step's random key as the bits

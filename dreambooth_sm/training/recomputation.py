@@ -1,4 +1,4 @@
-"""What the backward pass recomputes instead of keeping.
+"""Recomputation, in the backward pass, of what is not kept.
 
 :func:`recompute_gates` is for every plan: the gated activations of the feed-forward layers are cheap to compute, and
 keeping them takes 180 MB at 512 pixels and two samples.

@@ -1,4 +1,4 @@
-"""How long a job trains, and with which learning rates."""
+"""The length of a training, and its learning rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long the job trains, in optimizer steps.
+    """The length of the job's training, in optimizer steps.
 
     Attributes:
         save_every: 0 for never.

@@ -23,7 +23,7 @@ WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the loss of one batch is computed from; tensors on the device.
+    """Inputs that the loss of one batch is computed from; tensors on the device.
 
     Attributes:
         latents, noise: ``(rows, 4, h, w)`` float32.

@@ -27,7 +27,7 @@ from dreambooth_sm.validation import Validator
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What training made: the base model with the trained values in it, on the CPU."""
+    """The result of training: the base model with the trained values in it, on the CPU."""
 
     trainable: Trainable
 

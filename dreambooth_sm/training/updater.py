@@ -1,4 +1,4 @@
-"""What turns gradients into new weights: an optimizer, its loss scaling and clipping, and how it keeps the weights.
+"""Updaters turn gradients into new weights: an optimizer, its loss scaling and clipping, and how it keeps the weights.
 
 Updaters run under either executor of :mod:`dreambooth_sm.training.step`, eager or captured.
 bitsandbytes' optimizers alone can't be captured: they count their steps on the host.

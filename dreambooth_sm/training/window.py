@@ -1,4 +1,4 @@
-"""What is summed between two lines of the log."""
+"""Sums between two lines of the log."""
 
 from __future__ import annotations
 

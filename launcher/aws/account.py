@@ -1,4 +1,4 @@
-"""What a job needs of an AWS account: role, image, bucket, quota. Looked up, and checked before anything starts."""
+"""All that a job needs of an AWS account: role, image, bucket, quota. Looked up, and checked before anything starts."""
 
 from __future__ import annotations
 

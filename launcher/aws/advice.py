@@ -1,4 +1,4 @@
-"""What to do about the failures that people meet, by what AWS or the job said."""
+"""Advice on the failures that people meet, by what AWS or the job said."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which image in ECR belongs to the code that asks: a build of the same ``dreambooth_sm/``."""
+"""Finds the image in ECR that belongs to the code that asks: a build of the same ``dreambooth_sm/``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in S3 where an option says so: one object, a folder, keys with one start, a manifest, or a list of these.
+"""Looks up what an option names in S3: an object, a folder, keys with one start, a manifest, or a list of these.
 
 What is there decides, not how it is called; where nobody can look, the name has to do.
 """
@@ -123,7 +123,7 @@ class Lookup:
 
 
 class _UnusableError(UserError):
-    """What was looked at, and can't be used."""
+    """A location that was looked at, and can't be used."""
 
 
 def pictures_in(objects: Sequence[str]) -> int:

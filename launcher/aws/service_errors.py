@@ -1,4 +1,4 @@
-"""What AWS answers instead of an answer: of which kind it is, and what to do about it."""
+"""Errors that AWS answers with: of which kind one is, and what to do about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.aws.advice import CHECK_NETWORK, LATER, RENEW, SET_CLOCK, advice_f
 
 
 class Kind(Enum):
-    """Why there is no answer, and what to do about it where the answer itself says nothing more special."""
+    """The reason why there is no answer, and what to do about it where the answer itself says nothing more special."""
 
     CREDENTIALS = RENEW
     CLOCK = SET_CLOCK

@@ -1,4 +1,4 @@
-"""What a job leaves: its model, the pictures that it draws and its report, wherever they lie."""
+"""All that a job leaves: its model, the pictures that it draws and its report, wherever they lie."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENDED = ("Completed", "Failed", "Stopped")
 
 
 class Outputs:
-    """What a job has left when it was described.
+    """The outputs that a job has left when it was described.
 
     Args:
         name: of the job.

@@ -1,4 +1,4 @@
-"""How far a job is, by the lines that it writes."""
+"""The progress of a job, by the lines that it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a followed job is shown: plain lines, a terminal with rich, or a notebook."""
+"""Views of a followed job: plain lines, a terminal with rich, or a notebook."""
 
 from __future__ import annotations
 

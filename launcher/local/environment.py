@@ -1,4 +1,4 @@
-"""What a job on this machine finds in its environment: what its request says, what a program needs to run, and none of
+"""The environment of a job on this machine: what its request says, what a program needs to run, and none of
 the secrets of the process that started the services."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a job of this machine runs: the container's own program as a process, or an image with Docker."""
+"""The program of a job on this machine: the container's own program as a process, or an image with Docker."""
 
 from __future__ import annotations
 

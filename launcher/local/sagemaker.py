@@ -29,7 +29,7 @@ _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 
 
 class RequestError(Exception):
-    """What the API refuses; ``code`` is the error's name."""
+    """The API refuses a request; ``code`` is the error's name."""
 
     def __init__(self, message: str, code: str = "ValidationException") -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Who may talk to an embedded server: a program that signs its requests with the server's key, and no web page.
+"""Checks who may talk to an embedded server: a program that signs its requests with the server's key, and no web page.
 
 https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html
 """
@@ -141,7 +141,7 @@ def authenticate(environ: dict[str, Any], secret_of: Secrets) -> str:
 
 @dataclass(frozen=True)
 class _Signature:
-    """What a request says of its signature."""
+    """A request's signature, as it states it."""
 
     access_key: str
     date: str
