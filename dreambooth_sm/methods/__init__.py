@@ -110,7 +110,7 @@ class Method(Protocol):
         """Makes what is trained; on the CPU, and the model stays as it is."""
 
     def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
-        """Describes for model cards how to draw with what is exported: Markdown, the prompt and all names in code alone.
+        """Tells model cards how to draw with what is exported: Markdown, with the prompt and all names in code alone.
 
         Args:
             pipeline: the class of diffusers that draws with the base model.

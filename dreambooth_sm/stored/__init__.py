@@ -1,1 +1,1 @@
-"""Model files: diffusers directories and single-file checkpoints, in and out, without a second copy in memory."""
+"""Model files: diffusers directories and single files, in and out, without a second copy in memory."""

@@ -134,7 +134,7 @@ def text_prefix(part: str, configs: Configs) -> str:
 def to_diffusers(
     part: str, names: Mapping[str, tuple[int, ...]], configs: Configs, found: Mapping[str, Stored]
 ) -> dict:
-    """The tensors of a module, from those of a checkpoint; those that are not in it are left out."""
+    """The tensors of a module, from those of a single file; those that are not in it are left out."""
     result: dict[str, Stored] = {}
     for name, place in places(part, names, configs).items():
         if place.key in found:
@@ -150,7 +150,7 @@ def to_diffusers(
 
 
 def to_original(part: str, tensors: Mapping[str, Stored], configs: Configs) -> dict[str, Stored]:
-    """The tensors of a checkpoint, from those of a module."""
+    """The tensors of a single file, from those of a module."""
     result: dict[str, Stored] = {}
     thirds: dict[str, list[Stored]] = {}
     for name, place in sorted(

@@ -1,4 +1,4 @@
-"""Single-file checkpoints in the original Stable Diffusion layout, as WebUI, ComfyUI and Civitai have them."""
+"""Single files in the original Stable Diffusion layout, as WebUI, ComfyUI and Civitai have them."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def _left_out(file: TensorFile, used: set[str]) -> list[str]:
 
 
 def read_vae(path: Path) -> StoredPart:
-    """The VAE of a whole checkpoint, or of a file of its own in the original layout or in that of diffusers.
+    """The VAE of a single file, or of a file of its own in the original layout or in that of diffusers.
 
     Raises:
         UserError: where the file is damaged or holds no VAE.
@@ -261,7 +261,7 @@ def _tokenizer_files(tokenizer: CLIPTokenizer) -> dict[str, str]:
 
 
 def read_tokenizer(file: TensorFile, name: str, configs: Configs) -> CLIPTokenizer:
-    """The tokenizer ``name`` of a checkpoint: the file's own where its metadata has one, or else CLIP's.
+    """The tokenizer ``name`` of a single file: the file's own where its metadata has one, or else CLIP's.
 
     Raises:
         UserError: where the text encoder has another vocabulary than CLIP's, and the file does not bring it.
