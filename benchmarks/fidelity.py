@@ -6,7 +6,7 @@
 One JSON line a run, then one a variant with means and standard deviations over subjects and seeds. Pictures are judged
 by the toybox's judge; ``real`` are the subject's own pictures, ``base`` the model before training. ``reference`` is
 AdamW in fp32 with prior preservation, ``no_prior`` the same without it, ``prior_output`` the same with the base model's
-output in the place of class images (``prior=output``), the others are plans of the ladder, and
+output instead of class images (``prior=output``), the others are plans of the ladder, and
 ``diffusers`` is its own script in the reference's settings; all train the UNet alone, on the same pictures. ``--curve``
 measures one subject after these steps, with prior preservation and without. ``--out`` gets a grid for each subject of
 the first seed: real pictures, then the subject as drawn by the base, the reference and without prior preservation, then

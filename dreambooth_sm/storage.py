@@ -66,7 +66,7 @@ def check_writable(target: S3Uri, options: S3Options = DEFAULTS, *, client: S3Cl
     """Does what an upload to `target` does, with a few bytes: whether it could is known in well under 20 s.
 
     It lists, writes an object at once and one in parts, verifies both and deletes them. Where deleting is forbidden,
-    as in an archive, an upload works all the same: there the object, some bytes, stays, always the same one.
+    as in an archive, an upload works anyway: there the object, some bytes, stays, always the same one.
 
     Raises:
         UserError: it could not; the message names the URI and what to do.

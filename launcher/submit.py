@@ -32,7 +32,7 @@ def submit(request: Mapping[str, Any], clients: Clients, *, price: float | None 
     except ServiceError as error:
         if error.kind is Kind.NETWORK:
             raise ServiceError(
-                f"whether {name} was started is not known, for want of an answer ({error.reason}): {error.advice}, "
+                f"whether {name} was started is not known, as there was no answer ({error.reason}): {error.advice}, "
                 f'then see launcher.attach("{name}")',
                 error.kind,
                 error.reason,

@@ -1,7 +1,7 @@
 """Prior preservation without class images: the base model's own output for the class prompt is what is kept.
 
 Before training, the base model predicts noise for the class prompt on noised pictures of the subject, where it is
-about to drift most. These predictions are kept and trained towards, in the place of class images: one forward pass
+about to drift most. These predictions are kept and trained towards, instead of class images: one forward pass
 each, where a class image takes some thirty, and no second model on the device ("Learning without Forgetting", Li and
 Hoiem 2016).
 """

@@ -21,7 +21,7 @@ class FigureError(ValueError):
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure. What nobody wrote down is ``unknown``.
+    """One figure. What is not recorded is ``unknown``.
 
     Attributes:
         value: in the unit that the key ends with.

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 _BASE = "pretrained_model_name_or_path"
-# What it does not hold, and is known all the same: precision and optimizer stand for two, and there was one method.
+# What it does not hold, and is known anyway: precision and optimizer stand for two, and there was one method.
 _KNOWN = {"mixed_precision", "use_8bit_adam", "method"}
 
 

@@ -1,4 +1,4 @@
-"""Training on this card, with the next smaller plan where it runs out of memory all the same."""
+"""Training on this card, with the next smaller plan where it runs out of memory nevertheless."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def train(
     stop: threading.Event,
     world: World,
 ) -> TrainedModel:
-    """Trains in place. Where the card runs out of memory all the same, continues with the next smaller plan.
+    """Trains in place. Where the card runs out of memory nevertheless, continues with the next smaller plan.
 
     Raises:
         UserError: where not even the smallest plan fits.

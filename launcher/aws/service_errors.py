@@ -75,7 +75,7 @@ _KIND_OF_CLASS = {
 
 
 class ServiceError(RuntimeError):
-    """AWS does not do what it was asked: for want of valid credentials, rights or a network, or for a fault of its own.
+    """AWS does not do what it was asked: for lack of valid credentials, rights or a network, or for a fault of its own.
 
     Attributes:
         kind: of the reason.

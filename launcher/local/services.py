@@ -91,7 +91,7 @@ def embedded_services(
     Args:
         with_account: make what :meth:`EmbeddedServices.set_up_account` does, in each region that is asked for.
         with_s3: False lets jobs use the S3 of the standard AWS settings, credentials and all.
-        entrypoint: program that jobs run as a process, in the place of the image's.
+        entrypoint: program that jobs run as a process, instead of the image's.
         grace: seconds between a job's SIGTERM and SIGKILL.
 
     Raises:

@@ -328,7 +328,7 @@ def tell_nothing(request: Request, answer: Answer) -> None:
 
 
 def answer_checksum(answer: Answer, checksum: str) -> None:
-    """Puts another checksum, or none, in the place of the one that the server answers with."""
+    """Puts another checksum, or none, instead of the one that the server answers with."""
     answer.headers.pop("x-amz-checksum-crc64nvme", None)
     answer.body = re.sub(rb"<ChecksumCRC64NVME>.*?</ChecksumCRC64NVME>", b"", answer.body)
     if checksum:
