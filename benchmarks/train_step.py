@@ -93,6 +93,7 @@ FIGURES = {
     "both": "both",
     "unet_faithful_small": "lean",
     "unet_reference_eager": "reference",
+    "unet_reference": "reference_graph",
     "hypernetwork_small": "small",
 }
 # diffusers' settings of the same jobs.

@@ -162,10 +162,10 @@ def _step_seconds(plan: Plan, slower: float, method: str) -> float:
     ema_cost = steps_per_s("both") / steps_per_s("roomy")
     cost *= text_encoder_cost ** (plan.train_text_encoder - (rung is not None and rung.train_text_encoder))
     cost *= ema_cost ** (plan.use_ema - (rung is not None and rung.use_ema))
-    if rung is None or not plan.cuda_graph:  # the host launches each kernel
+    if not plan.cuda_graph:  # the host launches each kernel
         busy = figure(_TIMED, f"{_VARIED}.reference.bf16.gpu_busy_ms") / 1e3
         return max(1 / steps_per_s("reference"), busy * cost)
-    return cost / steps_per_s(rung.name, method=method)
+    return cost / (steps_per_s(rung.name, method=method) if rung else steps_per_s("reference_graph"))
 
 
 def _steps(h: Hyperparameters, pictures: int, processes: int) -> int:
