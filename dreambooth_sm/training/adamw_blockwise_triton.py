@@ -1,6 +1,6 @@
 """Triton kernels of `BlockwiseAdamW`: one pass over weight, gradient and quantised moments.
 
-Block for block they compute what `adamw_blockwise.reference_update` computes in plain torch: the formats, the
+Block for block they compute what `adamw_reference.reference_update` computes in plain torch: the formats, the
 order of the arithmetic and the random numbers are explained there, comments here are about speed.
 
 The update moves 10 bytes a parameter (16-bit weight, stochastic rounding) or 14 (with a residual) and costs some
@@ -348,7 +348,7 @@ def update(
     group: int,
     fmt: BlockFormat,
 ) -> None:
-    """Like `adamw_blockwise.reference_update`, but `param` and `grad` may have any shape and one dense layout."""
+    """Like `adamw_reference.reference_update`, but `param` and `grad` may have any shape and one dense layout."""
     programs = triton.cdiv(len(moments.m_scale), _blocks_per_program(fmt))
     _update_one[(programs,)](
         param,

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dreambooth_sm.training import adamw_blockwise
-from dreambooth_sm.training.adamw_blockwise import (
-    BlockwiseAdamW,
+from dreambooth_sm.training import adamw_blockwise, adamw_reference
+from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
+from dreambooth_sm.training.adamw_reference import (
     hash32,
     join_bfloat16,
     join_float16,
@@ -723,7 +723,7 @@ def test_foreign_state() -> None:
 def compare_kernel_with_reference() -> None:
     """Run by `test_kernel_in_the_interpreter`, in a process where kernels run on the CPU."""
     adamw_blockwise.SMALL_PARAMETER = 700  # so that the largest go alone and the others in a bundle
-    adamw_blockwise.REFERENCE_CHUNK = 4
+    adamw_reference.REFERENCE_CHUNK = 4
     for dtype, master, bits, in_backward in itertools.product(
         DTYPES, ("residual", "stochastic"), BLOCK_FORMATS, (False, True)
     ):
