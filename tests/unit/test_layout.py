@@ -230,6 +230,16 @@ def test_what_makes_the_base_model_needs_no_test_and_no_benchmark() -> None:
         assert not {"tests", "benchmarks", "launcher", "container"} & set(imported(path)), path
 
 
+# What is longer, and why.
+LONG = {"dreambooth_sm/training/adamw_blockwise.py": "one optimizer and its state, which every method of it changes"}
+
+
+def test_files_are_short_enough_to_be_read_at_once() -> None:
+    files = [path for package in (*PRODUCTION, "toybox") for path in (ROOT / package).rglob("*.py")]
+    long = {path.relative_to(ROOT).as_posix() for path in files if len(path.read_text("utf-8").splitlines()) > 500}
+    assert long == set(LONG)
+
+
 def test_the_image_holds_production_alone() -> None:
     taken = {line[1:].rstrip("/") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert not REPOSITORY & {path.partition("/")[0] for path in taken}
