@@ -731,7 +731,10 @@ def test_the_table_has_a_row_for_every_knob() -> None:
     assert all(field.description for field in FIELDS.values())
 
 
-@pytest.mark.parametrize("module", ["dreambooth_sm.hyperparameters", "dreambooth_sm.planning.table", "launcher"])
+@pytest.mark.parametrize(
+    "module",
+    ["launcher", *(f"dreambooth_sm.{name}" for name in ("hyperparameters", "families", "methods", "planning.table"))],
+)
 def test_the_light_ends_import_neither_torch_nor_numpy(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'numpy', 'diffusers', 'sagemaker'}} & sys.modules.keys()))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
