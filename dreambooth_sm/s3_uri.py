@@ -32,7 +32,7 @@ class S3Uri:
         """
         scheme, separator, rest = text.partition("://")
         if scheme != "s3" or not separator:
-            raise UserError(f"{text!r} is not an S3 URI, which starts with s3://")
+            raise UserError(f"{text!r} is not an S3 URI, such as s3://bucket/prefix")
         if point := re.match(r"arn:aws[a-z-]*:s3:[a-z0-9-]+:\d{12}:accesspoint[/:][a-z0-9-]+(?=/|$)", rest):
             bucket, prefix = point.group(), rest[point.end() + 1 :]
         else:
