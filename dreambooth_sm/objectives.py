@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dreambooth_sm.stored.noise_schedule import training_scheduler
 
+# Stable Diffusion's least signal-to-noise ratio is 0.005; below this one 1 / sqrt(SNR) would grow without bounds.
+_LEAST_SNR = 1e-3
+
 
 class Objective(Protocol):
     """Latents, noise and predictions are ``(rows, channels, height, width)``; times are int64 ``(rows,)``.
@@ -48,8 +51,9 @@ class Diffusion:
         prediction_type: ``epsilon`` (Ho et al. 2020) or ``v_prediction`` (Salimans and Ho 2022, "Progressive
             Distillation for Fast Sampling of Diffusion Models").
         alphas_cumprod: float32 ``(times,)``, the share of the picture that each time leaves.
-        snr_gamma: of min-SNR weights (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting"); None
-            weighs all times alike.
+        snr_gamma: of min-SNR weights (Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting").
+        debiased: weighs predicted noise by 1 / sqrt(SNR), and v so that it comes to the same (Yu et al. 2023, "Debias
+            the Training of Diffusion Models"). Without either, all times weigh the same.
 
     Raises:
         ValueError: for another prediction type.
@@ -58,16 +62,17 @@ class Diffusion:
     prediction_type: str
     alphas_cumprod: Tensor
     snr_gamma: float | None = None
+    debiased: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction type {self.prediction_type!r} is neither epsilon nor v_prediction")
 
     @classmethod
-    def of(cls, scheduler: Any, snr_gamma: float | None = None) -> Diffusion:
+    def of(cls, scheduler: Any, snr_gamma: float | None = None, debiased: bool = False) -> Diffusion:
         """As a model was trained whose scheduler this is, whatever it draws with."""
         trained: Any = training_scheduler(scheduler)
-        return cls(trained.config.prediction_type, trained.alphas_cumprod, snr_gamma)
+        return cls(trained.config.prediction_type, trained.alphas_cumprod, snr_gamma, debiased)
 
     @property
     def times(self) -> int:
@@ -87,10 +92,14 @@ class Diffusion:
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
     def row_weights(self, times: Tensor) -> Tensor | None:
-        if self.snr_gamma is None:
+        if self.snr_gamma is None and not self.debiased:
             return None
         signal = self.alphas_cumprod[times]
         snr = signal / (1 - signal)
+        if self.debiased:
+            # An error of v is one of the noise over the signal's root.
+            v = self.prediction_type == "v_prediction"
+            return snr.sqrt() / (snr + 1) if v else snr.clamp(min=_LEAST_SNR).rsqrt()
         divisor = snr + 1 if self.prediction_type == "v_prediction" else snr
         # 0 / 0 where nothing of the picture is left, to predict noise from noise.
         return (snr.clamp(max=self.snr_gamma) / divisor).nan_to_num(nan=1.0)

@@ -78,6 +78,7 @@ def encode_training_set(
         timesteps=base.family.objective(base).times,
         empty_prompt=empty,
         caption_dropout=h.caption_dropout,
+        noise_offset=h.noise_offset,
     )
     if h.prior_preservation and h.prior == "output":
         batch_sampler = make_batch_sampler(instances, [], seed=mix(seed, len(instances)))

@@ -73,6 +73,8 @@ class BatchSampler:
             one of each shape that instances have.
         channels, latent_scale: channels of the latents, and pixels a side of each of their elements.
         caption_dropout: probability of the row ``empty_prompt`` of the prompt table instead of a row's own.
+        noise_offset: deviation of what is added to all values of a channel alike (Guttenberg 2023, "Diffusion with
+            Offset Noise"); rows that have noise of their own stay as they are.
 
     Attributes:
         shapes: those that batches have, the one of most pixels first.
@@ -90,11 +92,13 @@ class BatchSampler:
         seed: int,
         empty_prompt: int = 0,
         caption_dropout: float = 0.0,
+        noise_offset: float = 0.0,
     ) -> None:
         self.instances, self.classes, self._rows = instances, classes, [*instances, *classes]
         self.views, self.channels, self.latent_scale = views, channels, latent_scale
         self.timesteps, self.seed = timesteps, seed
         self.empty_prompt, self.caption_dropout = empty_prompt, caption_dropout
+        self.noise_offset = noise_offset
         pixels = {row.shape: row.shape[0] * row.shape[1] for row in instances}
         self.shapes = sorted(pixels, key=lambda shape: (-pixels[shape], shape))
         halves = [range(len(instances)), range(len(instances), len(self._rows))]
@@ -149,6 +153,8 @@ class BatchSampler:
             prompt = self.empty_prompt
         if row.noise is not None:
             noise = row.noise
+        elif self.noise_offset:
+            noise += self.noise_offset * torch.randn((self.channels, 1, 1), generator=generator)
         timestep = timestep % self.timesteps if row.timestep is None else row.timestep
         return number, view % self.views, prompt, latent_noise, noise, timestep
 

@@ -66,7 +66,7 @@ class Family(Protocol):
     def sampler(self, model: Any) -> Any:
         """A scheduler of diffusers that pictures are drawn with, whatever the model comes with."""
 
-    def objective(self, model: Any, snr_gamma: float | None = None) -> Objective:
+    def objective(self, model: Any, snr_gamma: float | None = None, debiased: bool = False) -> Objective:
         """Makes the objective that the model was trained with; its tensors are on the CPU."""
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:

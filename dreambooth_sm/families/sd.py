@@ -67,10 +67,10 @@ class StableDiffusion:
 
         return drawing_scheduler(model.scheduler)
 
-    def objective(self, model: Any, snr_gamma: float | None = None) -> Objective:
+    def objective(self, model: Any, snr_gamma: float | None = None, debiased: bool = False) -> Objective:
         from dreambooth_sm.objectives import Diffusion
 
-        return Diffusion.of(model.scheduler, snr_gamma)
+        return Diffusion.of(model.scheduler, snr_gamma, debiased)
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:
         return latents * float(vae.scaling_factor)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from dreambooth_sm.knobs.declare import Knobs, Tunable, knob, rule
 from dreambooth_sm.knobs.ranges import Auto, Few, PositiveFloat, Seed, Steps, StepsOrNone
@@ -45,7 +47,33 @@ class TrainingKnobs(Knobs):
     snr_gamma: PositiveFloat | None = knob(
         None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
     )
+    debiased_loss: bool = knob(
+        False,
+        "Weigh times by 1 / sqrt(SNR), so that noisy ones, which decide on shapes, count more (Yu et al. 2023); "
+        "instead of snr_gamma.",
+    )
+    loss: Literal["squared", "huber"] = knob(
+        "squared",
+        "Loss of each latent value. huber: errors beyond huber_delta count by their size and not by its square, so "
+        "that single odd pictures count less.",
+    )
+    huber_delta: PositiveFloat = knob(0.1, "With loss=huber: where the loss goes over from square to size.")
+    noise_offset: Annotated[float, Ge(0), Le(1)] = knob(
+        0.0,
+        "Add this much of noise that is the same all over a picture, so that very dark and very bright pictures can be "
+        "learned (Guttenberg 2023); 0.05 to 0.1 is usual.",
+    )
     seed: Seed | None = knob(None, "Seed of everything random in the job; None draws one and logs it.", common=True)
+
+    @rule("snr_gamma", "debiased_loss")
+    def _times_are_weighed_once(self) -> Iterator[str]:
+        if self.debiased_loss and self.snr_gamma is not None:
+            yield f"snr_gamma={self.snr_gamma:g} and debiased_loss=true both weigh the times; keep one of them"
+
+    @rule("loss", "huber_delta")
+    def _delta_is_of_huber(self) -> Iterator[str]:
+        if "huber_delta" in self.model_fields_set and self.loss != "huber":
+            yield f"huber_delta={self.huber_delta:g} is for loss=huber; set loss to huber, or leave huber_delta out"
 
     @rule("max_train_steps", "lr_warmup_steps")
     def _warm_up_ends(self) -> Iterator[str]:

@@ -123,7 +123,7 @@ class Trainer:
                 average_into=None if on_cpu else self.updater.average_into,
                 on_cpu=on_cpu,
             )
-        self.objective: Objective = self.family.objective(self.base, h.snr_gamma).to(device)
+        self.objective: Objective = self.family.objective(self.base, h.snr_gamma, h.debiased_loss).to(device)
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
@@ -386,6 +386,7 @@ class Trainer:
             prior_loss_weight=self.h.prior_loss_weight if self.data.batch_sampler.classes else None,
             element_weights=inputs.weights,
             row_weights=self.objective.row_weights(inputs.timesteps),
+            huber_delta=self.h.huber_delta if self.h.loss == "huber" else None,
         )
 
     @contextlib.contextmanager

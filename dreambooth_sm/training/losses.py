@@ -33,6 +33,7 @@ def dreambooth_loss(
     prior_loss_weight: float | None,
     element_weights: torch.Tensor | None = None,
     row_weights: torch.Tensor | None = None,
+    huber_delta: float | None = None,
 ) -> Loss:
     """The instance loss plus the weighted prior-preservation loss (Ruiz et al. 2023, equation 2).
 
@@ -42,8 +43,13 @@ def dreambooth_loss(
         prior_loss_weight: None without prior preservation.
         element_weights: ``(rows, 1, height, width)``, of mean 1 in each row; None weighs all elements alike.
         row_weights: ``(rows,)``, one weight a row (min-SNR); None weighs all rows alike.
+        huber_delta: of the pseudo-Huber loss (Khrapov et al. 2024, "Improving Diffusion Models's Data-Corruption
+            Resistance using Scheduled Pseudo-Huber Loss", without its schedule), which is the square for errors far
+            below it; None takes the square of all.
     """
     errors = (prediction.float() - target.float()).square()
+    if huber_delta is not None:
+        errors = 2 * huber_delta * ((errors + huber_delta**2).sqrt() - huber_delta)
     if element_weights is not None:
         errors = errors * element_weights
     rows = errors.mean(dim=(1, 2, 3))

@@ -35,6 +35,13 @@ CASES: dict[str, dict[str, object]] = {
         "hflip": True,
         "lr_scheduler": "cosine",
     },
+    "debiased_huber_offset": {
+        "with_prior_preservation": True,
+        "debiased_loss": True,
+        "loss": "huber",
+        "huber_delta": 0.3,
+        "noise_offset": 0.1,
+    },
     "xl": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_batch_size": 2},
 }
 
@@ -121,10 +128,15 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
                 rows = []
                 for row in half.tolist():
                     loss = torch.nn.functional.mse_loss(prediction[row], batch.noise[row])
+                    if h.loss == "huber":
+                        far = (prediction[row] - batch.noise[row]) / h.huber_delta
+                        loss = 2 * h.huber_delta**2 * ((1 + far**2) ** 0.5 - 1).mean()
+                    signal = scheduler.alphas_cumprod[batch.timesteps[row]]
+                    snr = signal / (1 - signal)
                     if h.snr_gamma:
-                        signal = scheduler.alphas_cumprod[batch.timesteps[row]]
-                        snr = signal / (1 - signal)
                         loss = loss * min(snr.item(), h.snr_gamma) / snr
+                    if h.debiased_loss:
+                        loss = loss / snr**0.5
                     rows.append(loss)
                 halves.append(sum(rows) / len(rows))
             total = halves[0] + (h.prior_loss_weight * halves[1] if h.prior_preservation else 0)

@@ -159,6 +159,35 @@ def test_a_last_time_without_a_trace_of_the_picture(prediction_type: str) -> Non
     torch.testing.assert_close(objective.target(found, found_noise, last), said, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+def test_debiased_weights_are_finite_and_the_same_for_noise_and_v(rescale: bool) -> None:
+    """An error of the noise is one of v times the root of the signal: both forms weigh it alike."""
+    betas = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=rescale).alphas_cumprod
+    times = torch.arange(1000)
+    noise, v = (Diffusion(kind, betas, debiased=True).row_weights(times) for kind in ("epsilon", "v_prediction"))
+    assert noise is not None
+    assert v is not None
+    for weights in (noise, v):
+        assert weights.isfinite().all()
+        assert (weights >= 0).all()
+    seen = betas / (1 - betas) > 1e-3
+    torch.testing.assert_close((v / betas)[seen], noise[seen])
+    torch.testing.assert_close(noise[seen], ((1 - betas) / betas).sqrt()[seen])
+
+
+def test_huber_is_the_square_near_zero_and_the_size_far_from_it() -> None:
+    target = torch.zeros(1, 1, 1, 1)
+
+    def loss(error: float, delta: float | None) -> float:
+        prediction = torch.full_like(target, error)
+        return dreambooth_loss(prediction, target, prior_loss_weight=None, huber_delta=delta).total.item()
+
+    assert loss(1e-3, 0.1) == pytest.approx(1e-6, rel=1e-3)
+    assert loss(100.0, 0.1) == pytest.approx(2 * 0.1 * (100 - 0.1), rel=1e-3)
+    assert loss(-100.0, 0.1) == loss(100.0, 0.1)
+    assert loss(3.0, None) == pytest.approx(9.0)
+
+
 def test_an_unknown_prediction_type() -> None:
     with pytest.raises(ValueError, match="'sample'"):
         Diffusion("sample", SCHEDULER.alphas_cumprod)

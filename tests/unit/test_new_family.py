@@ -108,7 +108,7 @@ class Flow:
     def sampler(self, model: Any) -> Any:
         raise NotImplementedError
 
-    def objective(self, model: Any, snr_gamma: float | None = None) -> FlowMatching:
+    def objective(self, model: Any, snr_gamma: float | None = None, debiased: bool = False) -> FlowMatching:
         return FlowMatching()
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:

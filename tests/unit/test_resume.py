@@ -33,6 +33,8 @@ OTHERS: dict[str, Any] = {
     "pretrained_vae_name_or_path": "owner/vae",
     "use_lora": None,
     "method": "hypernetwork",
+    "huber_delta": None,
+    "noise_offset": 0.1,
     "aspect_ratio_buckets": True,
     "torch_compile": True,
     "cuda_graph": True,

@@ -324,6 +324,29 @@ def test_cached_latents_need_neither_the_files_nor_the_vae(base: PretrainedModel
     assert latents._vae is None
 
 
+def test_an_offset_is_one_number_a_channel_and_changes_nothing_else() -> None:
+    plain, moved = (make_bucketed({(8, 8): 3}, noise_offset=offset) for offset in (0.0, 0.1))
+    shifts = []
+    for number in range(200):
+        one, other = plain.batch(number, 2), moved.batch(number, 2)
+        for name in TENSORS:
+            if name != "noise":
+                assert torch.equal(getattr(one, name), getattr(other, name)), name
+        shift = other.noise - one.noise
+        torch.testing.assert_close(shift, shift.mean((2, 3), keepdim=True).expand_as(shift), rtol=1e-4, atol=1e-6)
+        shifts.append(shift[:, :, 0, 0])
+    drawn = torch.cat(shifts)
+    assert drawn.std().item() == pytest.approx(0.1, rel=0.1)
+    assert abs(drawn.mean().item()) < 0.01
+
+
+def test_rows_with_noise_of_their_own_keep_it() -> None:
+    noise = torch.randn(4, 4, 4)
+    row = TrainingRow(Path("i"), (0,), (8, 8), noise, 3)
+    sampler = BatchSampler([row], [], views=1, channels=4, latent_scale=2, timesteps=9, seed=0, noise_offset=0.5)
+    assert torch.equal(sampler.batch(0, 1).noise[0], noise)
+
+
 def test_embeddings_or_token_ids(base: PretrainedModel, tmp_path: Path) -> None:
     fixed = Run(base, tmp_path / "a", with_prior_preservation=True)
     trained = Run(base, tmp_path / "b", with_prior_preservation=True, train_text_encoder=True)
