@@ -11,6 +11,7 @@ from dreambooth_sm.knobs.declare import Knobs, Tunable, knob, rule
 from dreambooth_sm.knobs.ranges import Auto, Few, PositiveFloat, Seed, Steps, StepsOrNone
 
 DEFAULT_TRAIN_STEPS = 800
+_HUBER_DELTA = 0.1
 
 
 class TrainingKnobs(Knobs):
@@ -57,7 +58,7 @@ class TrainingKnobs(Knobs):
         "Loss of each latent value. huber: errors beyond huber_delta count by their size and not by its square, so "
         "that single odd pictures count less.",
     )
-    huber_delta: PositiveFloat = knob(0.1, "With loss=huber: where the loss goes over from square to size.")
+    huber_delta: PositiveFloat = knob(_HUBER_DELTA, "With loss=huber: where the loss goes over from square to size.")
     noise_offset: Annotated[float, Ge(0), Le(1)] = knob(
         0.0,
         "Add this much of noise that is the same all over a picture, so that very dark and very bright pictures can be "
@@ -72,7 +73,7 @@ class TrainingKnobs(Knobs):
 
     @rule("loss", "huber_delta")
     def _delta_is_of_huber(self) -> Iterator[str]:
-        if "huber_delta" in self.model_fields_set and self.loss != "huber":
+        if self.huber_delta != _HUBER_DELTA and self.loss != "huber":
             yield f"huber_delta={self.huber_delta:g} is for loss=huber; set loss to huber, or leave huber_delta out"
 
     @rule("max_train_steps", "lr_warmup_steps")
