@@ -260,7 +260,8 @@ def test_a_reader_that_goes_away_in_the_middle(monkeypatch: pytest.MonkeyPatch) 
 def documented() -> list[str]:
     """Every command with arguments that a document names."""
     root = Path(__file__).parents[2]
-    texts = [path.read_text(encoding="utf-8") for path in (root / "README.md", *sorted((root / "docs").glob("*.md")))]
+    pages = (root / "README.md", *sorted((root / "docs").glob("*.md")))
+    texts = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages]  # with its continued lines
     found = [
         each
         for text in texts
