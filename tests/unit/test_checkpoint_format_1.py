@@ -38,6 +38,7 @@ def as_first_of_format_2(directory: Path) -> None:
     rewrite_tensors(directory, lay_weights_by_part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("age", [as_format_1, as_first_of_format_2])
 def test_a_job_that_an_earlier_version_began_ends_as_if_it_had_not_been_interrupted(

@@ -54,6 +54,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
