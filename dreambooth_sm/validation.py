@@ -100,9 +100,10 @@ class Validator:
             weights: name and value of each parameter that is trained.
         """
         assert self._copy is not None
+        parameters = self._copy.parameters  # which walks the modules
         with torch.no_grad():
             for name, value in weights:
-                self._copy.parameters[name].copy_(value)
+                parameters[name].copy_(value)
         try:
             self._draw(self._copy.model, step, batch_size=1)  # the plan counts the memory for one
         except torch.OutOfMemoryError:

@@ -1,5 +1,5 @@
 """Hypernetworks: small residual networks before the keys and the values of the cross attention, beside a model that
-stays as it is (Kurumuz 2022, "NovelAI Improvements on Stable Diffusion"; there is no paper).
+stays as it is (Kurumuz 2022, "NovelAI Improvements on Stable Diffusion", which is not a paper).
 
 One network serves the keys of all layers and one their values: ``states + network(states)`` takes the place of the text
 encoder's states. The last layer of each starts from zero: an untrained hypernetwork changes nothing.

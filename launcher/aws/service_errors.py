@@ -12,7 +12,7 @@ from launcher.aws.advice import CHECK_NETWORK, LATER, RENEW, SET_CLOCK, advice_f
 
 
 class Kind(Enum):
-    """The reason why there is no answer, and what to do about it where the answer itself says nothing more special."""
+    """Why a service did not answer, and what to do about it; for where its answer does not say more."""
 
     CREDENTIALS = RENEW
     CLOCK = SET_CLOCK

@@ -91,7 +91,7 @@ def answer_images(registry: str, operation: str, request: dict[str, Any]) -> dic
     """What ECR answers about images.
 
     Raises:
-        urllib.error.HTTPError: there is no such image.
+        urllib.error.HTTPError: the image is not there.
     """
     repository = request["repositoryName"]
     if operation == "PutImage":
