@@ -252,6 +252,8 @@ def _read(path: Path) -> tuple[NetworkShape, dict[str, dict[str, torch.Tensor]]]
     import torch
     from safetensors import safe_open
 
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; name the .safetensors or the .pt file that a job left")
     try:
         if path.suffix == _ENDINGS[0]:
             with safe_open(path, "pt") as file:
