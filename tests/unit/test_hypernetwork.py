@@ -226,7 +226,7 @@ def test_files_that_can_not_be_used_are_refused_in_one_line(
             apply(copy.deepcopy(base).pipeline(), tmp_path / name)
         assert len(caught.value.problems) == 1
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="nowhere.pt is not a file; name the"):
+    with pytest.raises(UserError, match=r"nowhere\.pt is not a file; name the"):
         apply(copy.deepcopy(base).pipeline(), tmp_path / "nowhere.pt")
     with pytest.raises(UserError, match="take the base model that it was trained with"):
         apply(xl_base.pipeline(), path)
