@@ -15,7 +15,7 @@ class ModelFootprint:
         unet, text_encoder, vae: millions of parameters; of all text encoders together.
         text_width: of the text encoders' states, side by side.
         vae_bytes: width of the VAE's values while pictures are drawn.
-        trains_text_encoder: whether its text encoder can be trained beside the UNet.
+        trains_text_encoder: whether its text encoders are trained beside the UNet where nobody says otherwise.
     """
 
     unet: float

@@ -67,7 +67,9 @@ class StableDiffusionXL(StableDiffusion):
         encoders = (model.text_encoder, model.text_encoder_2)
         states, pooled = encode_two(encoders, (tokens["ids"], tokens["ids_2"]))
         if model.config.get("force_zeros_for_empty_prompt", True):
-            states[tokens["empty"]], pooled[tokens["empty"]] = 0, 0
+            empty = tokens["empty"][:, None]
+            states = states.masked_fill(empty[..., None], 0)
+            pooled = pooled.masked_fill(empty, 0)
         return Conditioning({"states": states, "pooled": pooled})
 
     def extras(self, size: Pair, crop: Pair, target: Pair) -> Mapping[str, Sequence[float]]:

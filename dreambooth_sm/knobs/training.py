@@ -44,7 +44,9 @@ class TrainingKnobs(Knobs):
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = knob("constant", "Learning-rate schedule.")
     lr_warmup_steps: StepsOrNone = knob(0, "Steps over which the learning rate rises from 0.")
-    train_text_encoder: bool | Auto = knob("auto", "Train the text encoder as well as the UNet.", common=True)
+    train_text_encoder: bool | Auto = knob(
+        "auto", "Train the text encoders as well as the UNet. auto: where the card has room, but for SDXL.", common=True
+    )
     snr_gamma: PositiveFloat | None = knob(
         None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
     )

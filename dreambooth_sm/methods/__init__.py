@@ -75,7 +75,8 @@ class Method(Protocol):
         title: what was done to the base model, for model cards.
         hub: what the front matter of model cards says of it, and ``tags``, which come after the family's.
         ladder: its settings, from the most generous to the smallest.
-        trains_text_encoder: whether it can train the text encoder beside the denoiser.
+        leaves_base: whether the base model stays as it is, and what is trained lies beside it.
+        trains_text_encoder: whether it can train the text encoders beside the denoiser.
     """
 
     @property
@@ -97,13 +98,16 @@ class Method(Protocol):
     def ladder(self) -> tuple[Rung, ...]: ...
 
     @property
+    def leaves_base(self) -> bool: ...
+
+    @property
     def trains_text_encoder(self) -> bool: ...
 
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
-        """Millions of parameters that are trained; what else of the denoiser there is takes memory, and stays.
+        """Millions of parameters that are trained.
 
         Args:
-            text_encoder: whether the text encoder is trained.
+            text_encoder: whether the text encoders are trained.
         """
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Trainable:

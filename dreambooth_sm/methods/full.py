@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
 
 class Full:
-    """Trains the denoiser, and the text encoder where the plan says so, in place."""
+    """Trains the denoiser, and the text encoders where the plan says so, in place."""
 
     name = "full"
     trains = "UNet"
     title = "fine-tuned with DreamBooth"
     hub: Mapping[str, str] = MappingProxyType({"library_name": "diffusers"})
     tags: tuple[str, ...] = ()
+    leaves_base = False
     trains_text_encoder = True
     # A card gets the first rung that it is large enough for and whose predicted peak fits: 40 GB cards and up `roomy`,
     # A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`, and 4 GB `tiny`.
@@ -63,12 +64,12 @@ METHOD = Full()
 
 
 class WholeModel:
-    """A model whose own parameters are trained: those of the denoiser, and of the text encoder if that is trained."""
+    """A model whose own parameters are trained: those of the denoiser, and of the text encoders if they are trained."""
 
     def __init__(self, model: PretrainedModel, *, text_encoder: bool) -> None:
         self.model = model
         self._text_encoder = text_encoder
-        self._parts = (model.family.facts.denoiser, *(["text_encoder"] if text_encoder else []))
+        self._parts = (model.family.facts.denoiser, *(model.text_parts if text_encoder else ()))
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:

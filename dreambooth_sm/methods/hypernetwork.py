@@ -53,6 +53,7 @@ class Hypernetwork:
     title = "with a hypernetwork beside it that was trained with DreamBooth"
     hub: Mapping[str, str] = MappingProxyType({"base_model_relation": "adapter"})  # no library loads it by itself
     tags = ("hypernetwork",)
+    leaves_base = True
     trains_text_encoder = False
     ladder = (
         #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA

@@ -96,15 +96,13 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if optimizer == "adamw8bit" and h.cuda_graph is not False:
         notes.append("no CUDA graph: bitsandbytes' optimizer counts its steps on the host")
     ema = _choose(h.use_ema, rung.use_ema)
-    by_family, by_method = _trains_text_encoder(h)
-    trainable = by_family and by_method
-    text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and trainable)
+    by_default = FAMILIES[h.architecture].facts.footprint.trains_text_encoder
+    text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and by_default)
     if draws_while_training(h):
         notes.append(f"validation_steps: drawing takes {drawing_gb(precision, h):.1f} GB beside training's memory")
-    if not by_family:
-        notes.append(f"the text encoders are not trained: {_trains_unet_only(h)}")
-    elif by_method and not text_encoder and h.train_text_encoder == "auto":
-        notes.append("the text encoder is not trained: the card has no room for it")
+    if not text_encoder and h.train_text_encoder == "auto" and _trains_text_encoder(h):
+        why = "the card has no room for it" if by_default else "set train_text_encoder=true for that"
+        notes.append(f"the text encoder is not trained: {why}")
     plan = Plan(
         tier=rung.name if optimizer == "blockwise" and weights == rung.weights else "reference",
         device="cuda",
@@ -174,8 +172,6 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
         )
     if h.train_text_encoder is True and not METHODS[h.method].trains_text_encoder:
         problems.append(f"train_text_encoder=true: method={h.method} leaves it as it is; set it to false or auto")
-    elif h.train_text_encoder is True and not facts.footprint.trains_text_encoder:
-        problems.append(f"train_text_encoder=true: {_trains_unet_only(h)}; set it to false or auto")
     if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
         problems.append(
             "optimizer=adamw8bit or use_8bit_adam=true needs a GPU; set optimizer to auto, or use_8bit_adam to false"
@@ -185,11 +181,6 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
         problems.append(f"attention=flash_attention: {card.name} can't run it; set attention to default or auto")
     return problems
-
-
-def _trains_unet_only(h: Hyperparameters) -> str:
-    facts = FAMILIES[h.architecture].facts
-    return f"with {facts.article} {facts.short} base model the job trains the UNet only"
 
 
 def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
@@ -226,9 +217,9 @@ def _precision(h: Hyperparameters, card: Card) -> Precision:
     return "fp32" if h.mixed_precision == "no" else h.mixed_precision
 
 
-def _trains_text_encoder(h: Hyperparameters) -> tuple[bool, bool]:
-    """Whether the text encoder can be trained: by the base model's family, and by the method."""
-    return FAMILIES[h.architecture].facts.footprint.trains_text_encoder, METHODS[h.method].trains_text_encoder
+def _trains_text_encoder(h: Hyperparameters) -> bool:
+    """Whether the method trains text encoders where there is room."""
+    return any(rung.train_text_encoder for rung in METHODS[h.method].ladder)
 
 
 def _may_drop_gradients(h: Hyperparameters) -> bool:

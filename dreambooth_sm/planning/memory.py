@@ -10,8 +10,6 @@ from dreambooth_sm.planning.plan import Plan, Precision
 
 # With prior=output: a prediction says less than a picture, and many are kept for each class image that would be made.
 OUTPUTS_PER_IMAGE = 8
-# The text encoder's share of activations, for one prompt of 77 tokens.
-_TEXT_ACTIVATIONS_GB = figure("shared", "text_activations_gb")
 # Workspaces, the largest gradients in flight and the caches of latents and embeddings.
 _OVERHEAD_GB = figure("shared", "overhead_gb")
 # Gradients grow while activations go: their peaks add up in part.
@@ -24,9 +22,11 @@ _ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "
 def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     """Highest allocation of the training phase, in GB (1e9 bytes)."""
     model = FAMILIES[h.architecture].facts.footprint
-    millions = METHODS[h.method].trained_millions(model, h, plan.train_text_encoder)
+    method = METHODS[h.method]
+    millions = method.trained_millions(model, h, plan.train_text_encoder)
     # What only computes, in the precision that is computed in.
-    frozen = 0.0 if millions >= model.unet else model.unet * (4e-3 if plan.precision == "fp32" else 2e-3)
+    computing = model.unet + (model.text_encoder if plan.train_text_encoder else 0)
+    frozen = computing * (4e-3 if plan.precision == "fp32" else 2e-3) if method.leaves_base else 0.0
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
     weights = {"fp32": 4.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
@@ -40,7 +40,9 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     kept = "checkpointed_gb" if plan.gradient_checkpointing else "activations_gb"
     activations = figure(h.architecture, f"frozen_{kept}" if frozen else kept)
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
-    text = _TEXT_ACTIVATIONS_GB if plan.train_text_encoder and not plan.gradient_checkpointing else 0
+    text = 0.0
+    if plan.train_text_encoder and not plan.gradient_checkpointing:
+        text = figure(h.architecture, "text_activations_gb")
     samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
     vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + _ENCODING_GB * (h.resolution / 512) ** 2

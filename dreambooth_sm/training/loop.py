@@ -290,7 +290,8 @@ class Trainer:
         """
         self._check_finite()
         self._put_back(self.ema.average if self.ema else None)
-        self.base.denoiser.to("cpu")  # what of it is frozen as well
+        for part in (self.family.facts.denoiser, *(self.base.text_parts if self.plan.train_text_encoder else ())):
+            getattr(self.base, part).to("cpu")  # what of it is frozen as well
 
     def _check_finite(self) -> None:
         """Raises TrainingError where a loss of the steps so far, a weight or an average is not finite."""

@@ -122,8 +122,6 @@ def test_a_stopped_job_is_resumed_and_ends_with_the_same_weights(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"train_text_encoder": "true", "base_architecture": "sdxl"}, "trains the UNet only"),
-        ({"train_text_encoder": "true"}, "trains the UNet only"),
         ({"base_architecture": "sd"}, "set base_architecture=sdxl"),
         ({"use_ema_weights": "true"}, "leave it out"),
     ],

@@ -40,6 +40,7 @@ class Biases:
     title = "with other biases"
     hub: Mapping[str, str] = {}
     tags = ("bitfit",)
+    leaves_base = True
     trains_text_encoder = False
     ladder = (Rung("only", 0, "residual", 8, True, True, False, False),)
 
