@@ -164,7 +164,7 @@ def plan_of_rung(h: Hyperparameters, rung: Rung | None, precision: str) -> Plan:
         plan,
         precision=precision,  # type: ignore[arg-type]
         weights=rung.weights,
-        optimizer="blockwise",
+        optimizer=rung.optimizer,
         state_bits=rung.state_bits,
         update_in_backward=not rung.keeps_gradients,
         max_grad_norm=1.0 if rung.keeps_gradients else None,

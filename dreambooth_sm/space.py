@@ -33,8 +33,7 @@ class Space:
     @classmethod
     def needed(cls, trained: Trainable, h: Hyperparameters, plan: Plan, checkpoints: Path) -> Space:
         """For a job that trains this."""
-        moments = {"adamw": 8, "adamw8bit": 2}.get(plan.optimizer, plan.state_bits / 4)
-        each = 4 + moments + (4 if plan.use_ema else 0)
+        each = 4 + plan.state_bits / 4 + (4 if plan.use_ema else 0)
         return cls(
             trained.exported_values(h) * EXPORT_DTYPES[h.export_precision].itemsize + _SPARE,
             int(sum(p.numel() for p in trained.parameters.values()) * each) + _SPARE,

@@ -10,9 +10,9 @@ from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card
-from dreambooth_sm.planning.ladder import Rung, Weights
+from dreambooth_sm.planning.ladder import Optimizer, Rung, Weights
 from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
-from dreambooth_sm.planning.plan import EmaPlace, Optimizer, Plan, Precision
+from dreambooth_sm.planning.plan import EmaPlace, Plan, Precision
 
 # Cards of this size draw 64 class images in seconds.
 _FAST_FROM_GIB = 36
@@ -75,14 +75,16 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     notes: list[str] = []
     precision = _precision(h, card)
     weights: Weights = rung.weights
-    optimizer: Optimizer = "blockwise"
+    optimizer: Optimizer = rung.optimizer
     state_bits: int = rung.state_bits
     if h.optimizer == "adamw" or h.optimizer == "adamw8bit":
         optimizer = h.optimizer
         weights, state_bits = "fp32", 8 if optimizer == "adamw8bit" else 32
+    elif h.optimizer == "blockwise" and optimizer != "blockwise":
+        optimizer, weights, state_bits = "blockwise", "residual", 8
     elif h.optimizer == "auto16":
-        state_bits = 16
-        notes.append("optimizer=auto16 (use_8bit_adam=false): Adam's state takes 16 bits a value")
+        state_bits = max(16, state_bits)
+        notes.append(f"optimizer=auto16 (use_8bit_adam=false): Adam's state takes {state_bits} bits a value")
     if precision == "fp32":
         weights = "fp32"
     keeps = rung.keeps_gradients or not _may_drop_gradients(h) or optimizer != "blockwise" or card.count > 1
@@ -104,7 +106,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         why = "the card has no room for it" if by_default else "set train_text_encoder=true for that"
         notes.append(f"the text encoder is not trained: {why}")
     plan = Plan(
-        tier=rung.name if optimizer == "blockwise" and weights == rung.weights else "reference",
+        tier=rung.name if (optimizer, weights) == (rung.optimizer, rung.weights) else "reference",
         device="cuda",
         precision=precision,
         weights=weights,

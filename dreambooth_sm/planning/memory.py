@@ -29,9 +29,9 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     frozen = computing * (4e-3 if plan.precision == "fp32" else 2e-3) if method.leaves_base else 0.0
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
-    weights = {"fp32": 4.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
+    weights = {"fp32": 4.0, "master": 6.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
     average = 4.0 if plan.ema == "device" else 0.0
-    width = 4 if plan.weights == "fp32" else 2
+    width = {"fp32": 4, "master": 2 + 4}.get(plan.weights, 2)  # masters take theirs in fp32
     gradients = 0.0 if plan.update_in_backward else width * millions * 1e-3
     # Autocast makes a 16-bit copy of every fp32 weight, which its backward pass needs.
     casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0

@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from dreambooth_sm.planning.ladder import Weights
+from dreambooth_sm.planning.ladder import Optimizer, Weights
 
 Precision = Literal["fp32", "fp16", "bf16"]
-Optimizer = Literal["adamw", "adamw8bit", "blockwise"]
 EmaPlace = Literal["no", "device", "cpu"]
 
 
@@ -21,7 +20,8 @@ class Plan:
         tier: name of the rung; ``cpu`` or ``reference`` beside the ladder.
         device: ``cuda`` or ``cpu``.
         precision: of the forward and backward pass.
-        weights: how the trained weights are kept; ``fp32`` runs under autocast unless the precision is fp32.
+        weights: how the trained weights are kept (:class:`~dreambooth_sm.planning.ladder.Rung`); ``fp32`` runs under
+            autocast unless the precision is fp32.
         optimizer: ``blockwise`` (ours), ``adamw`` (torch's, fp32 state: the reference) or ``adamw8bit``
             (bitsandbytes').
         state_bits: bits of each of Adam's two moments: 32, 16, 8 or 4.

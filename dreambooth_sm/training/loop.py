@@ -317,7 +317,7 @@ class Trainer:
         Where parameters are updated inside the backward pass, some have taken the step that failed and will take it
         again: once more 1e-6 or so, which training does not notice.
         """
-        self.updater.optimizer.zero_grad(set_to_none=True)
+        self.updater.drop_gradients()
         state = self.state()
         self._put_back(None)
         return state

@@ -7,6 +7,7 @@ bitsandbytes' optimizers alone can't be captured: they count their steps on the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -79,9 +80,13 @@ class Updater(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; the weights have to be written before."""
 
+    def drop_gradients(self) -> None:
+        """Lets go of the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
     def close(self) -> None:
         """Lets go of gradients and hooks."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
 
 
 class BlockwiseUpdater(Updater):
@@ -113,7 +118,7 @@ class BlockwiseUpdater(Updater):
 
     def update(self) -> None:
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
 
     def skipped(self) -> bool:
         return bool(self.optimizer.found_nonfinite.item())
@@ -184,7 +189,7 @@ class AutocastUpdater(Updater):
             self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
 
     def skipped(self) -> bool:
         return self.scales_loss and self._norm is not None and not bool(self._norm.isfinite())
@@ -234,6 +239,73 @@ class CapturableUpdater(AutocastUpdater):
             group["capturable"] = True
 
 
+class MasterUpdater(Updater):
+    """Updates fp32 masters of 16-bit weights, which are the masters' rounded copies.
+
+    Masters, their gradients and the copies take a few kernels each for any number of parameters.
+
+    Args:
+        masters: of each weight that is computed with, and gets gradients.
+        updater: of the masters.
+    """
+
+    def __init__(self, masters: Mapping[Tensor, Tensor], updater: AutocastUpdater) -> None:
+        self.optimizer = updater.optimizer
+        self._updater = updater
+        self._master_of = masters
+
+    def prepare_step(self) -> None:
+        self._updater.prepare_step()
+
+    def prepare_capture(self) -> None:
+        self._updater.prepare_capture()
+
+    def scale(self, loss: Tensor) -> Tensor:
+        return self._updater.scale(loss)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        weights = [weight for weight in self._master_of if weight.grad is not None]
+        # Only now, when the activations are gone.
+        gradients = [torch.empty_like(self._master_of[weight]) for weight in weights]
+        torch._foreach_copy_(gradients, [weight.grad for weight in weights if weight.grad is not None])
+        for weight, gradient in zip(weights, gradients, strict=True):
+            self._master_of[weight].grad, weight.grad = gradient, None
+        self._updater.update()
+        torch._foreach_copy_(list(self._master_of), list(self._master_of.values()))
+
+    def skipped(self) -> bool:
+        return self._updater.skipped()
+
+    @property
+    def scales_loss(self) -> bool:
+        return self._updater.scales_loss
+
+    def read(self, parameter: Tensor) -> Tensor:
+        return self._master_of[parameter].detach()
+
+    def bits(self, parameter: Tensor) -> list[Tensor]:
+        return self._updater.bits(self._master_of[parameter])
+
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        self._updater.write(self._master_of[parameter], value)
+        super().write(parameter, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._updater.state_dict()
+
+    def accepts(self, state: dict[str, Any]) -> bool:
+        return self._updater.accepts(state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._updater.load_state_dict(state)
+
+    def drop_gradients(self) -> None:
+        self._updater.drop_gradients()
+        for weight in self._master_of:
+            weight.grad = None
+
+
 def make_updater(parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any], seed: int) -> Updater:
     """The updater that the plan asks for.
 
@@ -244,6 +316,14 @@ def make_updater(parameters: list[torch.nn.Parameter], plan: Plan, options: dict
     """
     if plan.optimizer == "blockwise":
         return BlockwiseUpdater(parameters, plan, options, seed)
+    if plan.weights == "master":
+        masters = [torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters]
+        return MasterUpdater(dict(zip(parameters, masters, strict=True)), _fp32_updater(masters, plan, options))
+    return _fp32_updater(parameters, plan, options)
+
+
+def _fp32_updater(parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any]) -> AutocastUpdater:
+    """For weights of 32 bits."""
     scaling: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm, "scales_loss": plan.precision == "fp16"}
     if plan.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit

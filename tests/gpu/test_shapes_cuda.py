@@ -47,6 +47,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 FAST: dict[str, Any] = {"precision": "bf16", "weights": "residual", "optimizer": "blockwise", "state_bits": 8}
 REFERENCE: dict[str, Any] = {"precision": "bf16", "weights": "fp32", "optimizer": "adamw", "state_bits": 32}
+MASTER: dict[str, Any] = {"precision": "bf16", "weights": "master", "optimizer": "adamw", "state_bits": 32}
 IN_BACKWARD: dict[str, Any] = {"update_in_backward": True, "max_grad_norm": None}
 
 
@@ -90,7 +91,10 @@ def make_trainer(
         (REFERENCE | {"precision": "fp16"}, 2),
         (REFERENCE | {"precision": "fp16", "max_grad_norm": None}, 1),
         (REFERENCE | {"precision": "fp32"}, 1),
+        (MASTER | {"ema": "device"}, 2),
+        (MASTER | {"precision": "fp16"}, 1),
         (FAST | {"method": "hypernetwork"}, 1),
+        (MASTER | {"method": "hypernetwork", "gradient_checkpointing": True}, 1),
         (FAST | {"method": "hypernetwork", "precision": "fp16", "gradient_checkpointing": True}, 1),
         (REFERENCE | {"method": "hypernetwork", "ema": "device"}, 2),
     ],
