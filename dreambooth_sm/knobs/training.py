@@ -47,6 +47,11 @@ class TrainingKnobs(Knobs):
     train_text_encoder: bool | Auto = knob(
         "auto", "Train the text encoders as well as the UNet. auto: where the card has room, but for SDXL.", common=True
     )
+    text_encoder_lr: PositiveFloat | None = knob(
+        None,
+        "Peak learning rate of the text encoders, which follows the same schedule; None: learning_rate.",
+        methods=("full",),
+    )
     snr_gamma: PositiveFloat | None = knob(
         None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."
     )
@@ -67,6 +72,19 @@ class TrainingKnobs(Knobs):
         "learned (Guttenberg 2023); 0.05 to 0.1 is usual.",
     )
     seed: Seed | None = knob(None, "Seed of everything random in the job; None draws one and logs it.", common=True)
+
+    @property
+    def text_encoder_factor(self) -> float:
+        """By what factor of ``learning_rate`` text encoders are trained."""
+        return (self.text_encoder_lr or self.learning_rate) / self.learning_rate
+
+    @rule("text_encoder_lr", "train_text_encoder")
+    def _text_encoder_that_learns(self) -> Iterator[str]:
+        if self.text_encoder_lr is not None and self.train_text_encoder is False:
+            yield (
+                f"text_encoder_lr={self.text_encoder_lr:g} is for jobs that train the text encoders; set "
+                "train_text_encoder to true or auto, or leave text_encoder_lr out"
+            )
 
     @rule("snr_gamma", "debiased_loss")
     def _times_are_weighed_once(self) -> Iterator[str]:

@@ -30,9 +30,13 @@ class Trainable(Protocol):
         model: the base model. What is added to it for training is in it from :meth:`place` on, and stays.
         parameters: what is trained, by names that stay: full-precision values before training and after it. On the
             meta device, as long as they are not loaded.
+        rates: by what factor of ``learning_rate`` parameters are trained, by their names; by 1 where nothing is said.
     """
 
     model: PretrainedModel
+
+    @property
+    def rates(self) -> Mapping[str, float]: ...
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]: ...

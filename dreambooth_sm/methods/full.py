@@ -46,7 +46,8 @@ class Full:
         return footprint.unet + (footprint.text_encoder if text_encoder else 0)
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> WholeModel:
-        return WholeModel(model, text_encoder=plan.train_text_encoder)
+        factor = h.text_encoder_factor if plan.train_text_encoder else 1.0
+        return WholeModel(model, text_encoder=plan.train_text_encoder, text_encoder_factor=factor)
 
     def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
         opened = "from_pretrained('.')  # this directory"
@@ -64,11 +65,15 @@ METHOD = Full()
 
 
 class WholeModel:
-    """A model whose own parameters are trained: those of the denoiser, and of the text encoders if they are trained."""
+    """A model whose own parameters are trained: those of the denoiser, and of the text encoders if they are trained.
 
-    def __init__(self, model: PretrainedModel, *, text_encoder: bool) -> None:
+    Args:
+        text_encoder_factor: of the learning rate, for text encoders.
+    """
+
+    def __init__(self, model: PretrainedModel, *, text_encoder: bool, text_encoder_factor: float = 1.0) -> None:
         self.model = model
-        self._text_encoder = text_encoder
+        self._text_encoder, self._text_encoder_factor = text_encoder, text_encoder_factor
         self._parts = (model.family.facts.denoiser, *(model.text_parts if text_encoder else ()))
 
     @property
@@ -78,6 +83,11 @@ class WholeModel:
             for part in self._parts
             for key, parameter in getattr(self.model, part).named_parameters()
         }
+
+    @property
+    def rates(self) -> dict[str, float]:
+        parts = self.model.text_parts
+        return {name: self._text_encoder_factor for name in self.parameters if name.partition(".")[0] in parts}
 
     def load(self) -> None:
         self.model.load(*self._parts)

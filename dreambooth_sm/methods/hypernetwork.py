@@ -145,6 +145,8 @@ def _add_input(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output
 class Networks:
     """A model and the networks beside it, by what they stand before."""
 
+    rates: Mapping[str, float] = MappingProxyType({})
+
     def __init__(self, model: PretrainedModel, shape: NetworkShape, networks: Mapping[str, Any]) -> None:
         self.model = model
         self._shape, self._networks = shape, networks

@@ -105,6 +105,8 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if not text_encoder and h.train_text_encoder == "auto" and _trains_text_encoder(h):
         why = "the card has no room for it" if by_default else "set train_text_encoder=true for that"
         notes.append(f"the text encoder is not trained: {why}")
+    if h.text_encoder_lr is not None and not text_encoder:
+        notes.append(_rate_without_use(h))
     plan = Plan(
         tier=rung.name if (optimizer, weights) == (rung.optimizer, rung.weights) else "reference",
         device="cuda",
@@ -141,6 +143,8 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
         notes.append("mixed_precision=fp16 needs a GPU: the CPU computes in fp32")
     if h.attention in ("xformers", "flash_attention"):
         notes.append(f"attention={h.attention} needs a GPU: SDPA serves")
+    if h.text_encoder_lr is not None and h.train_text_encoder is not True:
+        notes.append(_rate_without_use(h))
     return Plan(
         tier="cpu",
         device="cpu",
@@ -222,6 +226,10 @@ def _precision(h: Hyperparameters, card: Card) -> Precision:
 def _trains_text_encoder(h: Hyperparameters) -> bool:
     """Whether the method trains text encoders where there is room."""
     return any(rung.train_text_encoder for rung in METHODS[h.method].ladder)
+
+
+def _rate_without_use(h: Hyperparameters) -> str:
+    return f"text_encoder_lr={h.text_encoder_lr:g} changes nothing: the text encoder is not trained"
 
 
 def _may_drop_gradients(h: Hyperparameters) -> bool:

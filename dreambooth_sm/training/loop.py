@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, dreambooth_loss
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
-from dreambooth_sm.training.schedule import Schedule, make_rate, make_scheduler
+from dreambooth_sm.training.schedule import Schedule, make_rate
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
 from dreambooth_sm.training.trend import find_rise
 from dreambooth_sm.training.updater import make_updater
@@ -71,6 +71,7 @@ class Trainer:
         world: the processes that train together.
 
     Attributes:
+        rate_after: the learning rate of the step that follows so many steps.
         on_save: is told the directory of each checkpoint that was written.
     """
 
@@ -100,7 +101,8 @@ class Trainer:
             trained.place(plan, device)
             self.attention = attention_context(plan, self.base.denoiser, report.warn)
             options = _optimizer_options(h, schedule)
-            self.updater = make_updater(self.parameters, plan, options, identity["seed"])
+            groups = _by_factor(self.named_parameters, trained.rates)
+            self.updater = make_updater(list(groups.values()), plan, options, identity["seed"])
             if weights_dtype(plan) != torch.float32:
                 for parameter, original in zip(self.parameters, originals, strict=True):
                     self.updater.write(parameter, original.to(device))
@@ -113,7 +115,9 @@ class Trainer:
         self.make_step.shapes = len(data.batch_sampler.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
-        self.scheduler = make_scheduler(h, schedule, self.updater.optimizer)
+        self.rate_after = make_rate(h, schedule)
+        self._factors = list(groups)
+        self._set_rates(self.rate_after(0))
         if plan.use_ema:
             on_cpu = plan.ema == "cpu" and device.type != "cpu"
             self.make_step.ema = Ema(
@@ -161,11 +165,7 @@ class Trainer:
             self.updater.load_state_dict(state["step"])
         else:
             self.report.warn("Adam's moments have another format than this plan's and start from zero")
-        rate = make_rate(self.h, self.schedule)(step)
-        now = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate]}
-        self.scheduler.load_state_dict(self.scheduler.state_dict() | now)
-        for group in self.updater.optimizer.param_groups:
-            group["lr"] = rate
+        self._set_rates(self.rate_after(step))
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
         self.step = self._started_after = step
@@ -255,7 +255,7 @@ class Trainer:
             TrainingError: where the job learns nothing.
         """
         for _ in self.report.progress(range(self.step, self.schedule.steps), self.schedule.steps - self.step, "steps"):
-            rate = float(self.scheduler.get_last_lr()[0])
+            rate = self.rate_after(self.step)
             self._window.add(self.optimizer_step(rate))
             if self.step == 1 or self.step % self.h.logging_steps == 0 or self.step == self.schedule.steps:
                 self._log(rate)
@@ -335,14 +335,18 @@ class Trainer:
         parts = self.h.gradient_accumulation_steps
         world = self.world
         inputs = [self._inputs((self.step * parts + part) * world.size + world.rank) for part in range(parts)]
+        self._set_rates(rate)
         with self._self_check(rate) as check:
             loss = self.make_step(inputs)
             check(loss)
-        self.scheduler.step()
         self.step += 1
         self._is_finite &= loss.total.detach().isfinite()
         self._finite_steps += self._is_finite
         return loss
+
+    def _set_rates(self, rate: float) -> None:
+        for group, factor in zip(self.updater.optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = rate * factor
 
     def loss(self, batch: Batch) -> Loss:
         """The loss of one batch, with its graph."""
@@ -459,6 +463,16 @@ class Trainer:
         if self.plan.precision == "fp32" or self.plan.weights != "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+
+def _by_factor(
+    parameters: Mapping[str, torch.nn.Parameter], rates: Mapping[str, float]
+) -> dict[float, list[torch.nn.Parameter]]:
+    """Parameters by the factor of the learning rate that they are trained with, in their order."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault(rates.get(name, 1.0), []).append(parameter)
+    return groups
 
 
 def _optimizer_options(h: Hyperparameters, schedule: Schedule) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -35,15 +34,11 @@ def make_schedule(h: Hyperparameters, instance_pictures: int, default_steps: int
 
 def make_rate(h: Hyperparameters, schedule: Schedule) -> Callable[[int], float]:
     """The learning rate of the step that follows so many steps: a function of the schedule and of nothing before."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=schedule.learning_rate)
-    factor = make_scheduler(h, schedule, optimizer).lr_lambdas[0]
-    return lambda done: float(schedule.learning_rate * factor(done))
-
-
-def make_scheduler(h: Hyperparameters, schedule: Schedule, optimizer: torch.optim.Optimizer) -> Any:
-    """torch's scheduler of the learning rate that the job asks for."""
     from diffusers.optimization import get_scheduler
 
-    return get_scheduler(
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=schedule.learning_rate)  # which knows the rate
+    scheduler = get_scheduler(
         h.lr_scheduler, optimizer, num_warmup_steps=h.lr_warmup_steps, num_training_steps=schedule.steps
     )
+    (factor,) = scheduler.lr_lambdas
+    return lambda done: float(schedule.learning_rate * factor(done))

@@ -7,7 +7,7 @@ bitsandbytes' optimizers alone can't be captured: they count their steps on the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.adamw_blockwise import BlockwiseAdamW
+
+Groups = Sequence[Sequence[torch.nn.Parameter]]
 
 
 class Updater(ABC):
@@ -24,7 +26,7 @@ class Updater(ABC):
     which only work on the device and may be captured.
 
     Attributes:
-        optimizer: learning-rate schedulers act on it.
+        optimizer: whose groups are given each step's learning rates.
     """
 
     optimizer: torch.optim.Optimizer
@@ -94,11 +96,11 @@ class BlockwiseUpdater(Updater):
 
     optimizer: BlockwiseAdamW
 
-    def __init__(self, parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any], seed: int) -> None:
+    def __init__(self, groups: Groups, plan: Plan, options: dict[str, Any], seed: int) -> None:
         self._state_bits = plan.state_bits
         self._scales_loss = plan.precision == "fp16"
         self.optimizer = BlockwiseAdamW(
-            parameters,
+            _param_groups(groups),
             **options,
             state_bits=plan.state_bits,  # type: ignore[arg-type]
             master="stochastic" if plan.weights == "stochastic" else "residual",
@@ -166,7 +168,7 @@ class AutocastUpdater(Updater):
     """An optimizer of torch's kind on fp32 weights, with torch's loss scaler and clipping.
 
     Args:
-        optimizer: its groups' learning rates are floats, which schedulers set.
+        optimizer: its groups' learning rates are floats.
         max_grad_norm: gradients are clipped to this global norm; None: not at all.
         scales_loss: whether the backward pass runs in fp16.
     """
@@ -212,7 +214,7 @@ class AutocastUpdater(Updater):
 class CapturableUpdater(AutocastUpdater):
     """An :class:`AutocastUpdater` whose optimizer takes ``capturable`` and reads its learning rate from the device.
 
-    Schedulers and checkpoints keep seeing rates that are floats: to read one from the device would wait for it.
+    The loop and checkpoints keep seeing rates that are floats: to read one from the device would wait for it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None, scales_loss: bool) -> None:
@@ -306,24 +308,28 @@ class MasterUpdater(Updater):
             weight.grad = None
 
 
-def make_updater(parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any], seed: int) -> Updater:
+def make_updater(groups: Groups, plan: Plan, options: dict[str, Any], seed: int) -> Updater:
     """The updater that the plan asks for.
 
     Args:
-        parameters: on the device, in the precision that the plan keeps weights in.
+        groups: those whose learning rates are set together; on the device, in the precision that the plan keeps
+            weights in.
         options: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
         seed: of stochastic rounding.
     """
     if plan.optimizer == "blockwise":
-        return BlockwiseUpdater(parameters, plan, options, seed)
+        return BlockwiseUpdater(groups, plan, options, seed)
     if plan.weights == "master":
-        masters = [torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters]
-        return MasterUpdater(dict(zip(parameters, masters, strict=True)), _fp32_updater(masters, plan, options))
-    return _fp32_updater(parameters, plan, options)
+        masters: dict[Tensor, torch.nn.Parameter] = {
+            p: torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for group in groups for p in group
+        }
+        return MasterUpdater(masters, _fp32_updater([[masters[p] for p in group] for group in groups], plan, options))
+    return _fp32_updater(groups, plan, options)
 
 
-def _fp32_updater(parameters: list[torch.nn.Parameter], plan: Plan, options: dict[str, Any]) -> AutocastUpdater:
+def _fp32_updater(groups: Groups, plan: Plan, options: dict[str, Any]) -> AutocastUpdater:
     """For weights of 32 bits."""
+    parameters = _param_groups(groups)
     scaling: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm, "scales_loss": plan.precision == "fp16"}
     if plan.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
@@ -332,3 +338,7 @@ def _fp32_updater(parameters: list[torch.nn.Parameter], plan: Plan, options: dic
     if plan.device == "cuda":
         return CapturableUpdater(torch.optim.AdamW(parameters, fused=True, capturable=True, **options), **scaling)
     return AutocastUpdater(torch.optim.AdamW(parameters, **options), **scaling)
+
+
+def _param_groups(groups: Groups) -> list[dict[str, Any]]:
+    return [{"params": list(group)} for group in groups]

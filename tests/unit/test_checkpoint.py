@@ -249,13 +249,14 @@ RESUMED = {
     "everything": {
         "with_prior_preservation": True,
         "train_text_encoder": True,
+        "text_encoder_lr": 3e-5,
         "use_ema": True,
         "gradient_accumulation_steps": 2,
         "lr_scheduler": "cosine",
         "center_crop": False,
         "snr_gamma": 5.0,
     },
-    "blockwise": {"optimizer": "blockwise"},
+    "blockwise": {"optimizer": "blockwise", "train_text_encoder": True, "text_encoder_lr": 3e-5},
     "not cached": {"not_cache_latents": True, "hflip": True, "lr_scheduler": "linear", "lr_warmup_steps": 2},
 }
 

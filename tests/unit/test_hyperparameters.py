@@ -396,6 +396,8 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         ({"use_cpu": "1", "mixed_precision": "fp16"}, "can't train in fp16"),
         ({"instance_data_dir": "/a/", "class_data_dir": "/a"}, "same directory"),
         ({"lr_warmup_steps": "5"}, "constant_with_warmup"),
+        ({"text_encoder_lr": "1e-6", "train_text_encoder": "false"}, "leave text_encoder_lr out"),
+        ({"text_encoder_lr": "1e-6", "method": "hypernetwork"}, "leave text_encoder_lr out"),
         ({"select_best": "true", "save_steps": 2, "fidelity_encoders": "judge"}, None),
         ({"select_best": "true", "save_steps": 2}, "fidelity_encoders"),
         ({"select_best": "true", "fidelity_encoders": "judge"}, "save_steps"),

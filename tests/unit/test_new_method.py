@@ -55,6 +55,8 @@ class Biases:
 
 
 class TrainedBiases:
+    rates: Mapping[str, float] = {}
+
     def __init__(self, model: PretrainedModel) -> None:
         self.model = model
 

@@ -8,7 +8,7 @@ import pytest
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.planning.cards import Card
+from dreambooth_sm.planning.cards import Card, find_card
 from dreambooth_sm.planning.choice import make_plan
 
 T4 = Card("Tesla T4", 14.6, (7, 5))
@@ -59,6 +59,12 @@ def test_the_cpu_does_what_it_can_and_says_what_it_can_not() -> None:
     assert "mixed_precision=fp16" in notes
     assert "attention=xformers" in notes
     assert make_plan(parse(mixed_precision="bf16"), CPU).precision == "bf16"
+
+
+def test_a_learning_rate_of_text_encoders_that_are_not_trained_is_told() -> None:
+    for card, train, told in ((CPU, "auto", 1), (CPU, True, 0), (H200, "auto", 0), (find_card("4GB"), "auto", 1)):
+        plan = make_plan(parse(text_encoder_lr=1e-6, train_text_encoder=train), card)
+        assert sum("text_encoder_lr=1e-06 changes nothing" in note for note in plan.notes) == told
 
 
 def test_use_cpu_leaves_a_gpu_alone() -> None:

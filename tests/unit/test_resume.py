@@ -34,6 +34,7 @@ OTHERS: dict[str, Any] = {
     "use_lora": None,
     "method": "hypernetwork",
     "huber_delta": None,
+    "text_encoder_lr": None,
     "noise_offset": 0.1,
     "aspect_ratio_buckets": True,
     "torch_compile": True,

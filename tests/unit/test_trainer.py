@@ -220,13 +220,34 @@ def test_the_learning_rate_of_the_line_is_the_one_that_was_used(base: Pretrained
     moved: list[float] = []
     before = [p.detach().clone() for p in run.base.unet.parameters()]
     for _ in range(3):
-        run.trainer.optimizer_step(float(run.trainer.scheduler.get_last_lr()[0]))
+        run.trainer.optimizer_step(run.trainer.rate_after(run.trainer.step))
         now = [p.detach().clone() for p in run.base.unet.parameters()]
         moved.append(max((a - b).abs().max().item() for a, b in zip(now, before, strict=True)))
         before = now
     assert moved[0] == 0
     assert 0 < moved[1] < 1.1 * 0.5e-4
     assert moved[1] < moved[2] < 1.1e-4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "weights"), [("adamw", "fp32"), ("blockwise", "fp32"), ("adamw", "master"), ("blockwise", "residual")]
+)
+def test_text_encoders_have_a_learning_rate_of_their_own(
+    base: PretrainedModel, tmp_path: Path, optimizer: str, weights: str
+) -> None:
+    """Adam's first step moves a weight by its learning rate, wherever its gradient is not 0."""
+    plan = {"weights": weights} | ({} if weights == "fp32" else {"precision": "bf16"})
+    values = {"train_text_encoder": True, "text_encoder_lr": 3e-5, "adam_weight_decay": 0, "max_train_steps": 1}
+    run = Run(base, tmp_path, optimizer=optimizer, plan=plan, **values).train()
+    assert run.recorder.steps[0]["lr"] == 1e-4
+    for part, rate in (("unet", 1e-4), ("text_encoder", 3e-5)):
+        assert distance(getattr(run.base, part), getattr(base, part)) == pytest.approx(rate, rel=0.05)
+
+
+def test_all_parameters_of_one_rate_are_one_group(base: PretrainedModel, tmp_path: Path) -> None:
+    run = Run(base, tmp_path, train_text_encoder=True, text_encoder_lr=1e-4)
+    (group,) = run.trainer.updater.optimizer.param_groups
+    assert group["params"] == run.trainer.parameters
 
 
 def test_metric_lines_are_as_frequent_as_asked(base: PretrainedModel, tmp_path: Path) -> None:

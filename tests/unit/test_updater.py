@@ -60,7 +60,7 @@ def test_masters_are_those_of_a_plain_loop(precision: str, max_grad_norm: float 
     weights = make_weights(PRECISIONS[precision])
     masters = [torch.nn.Parameter(weight.detach().clone().float()) for weight in weights]
     plain = torch.optim.AdamW(masters, **OPTIONS)
-    updater = make_updater(weights, master_plan(precision, max_grad_norm), OPTIONS, 0)
+    updater = make_updater([weights], master_plan(precision, max_grad_norm), OPTIONS, 0)
     assert isinstance(updater, MasterUpdater)
     if precision == "fp16":
         updater._updater._scaler._init_scale = 16.0
@@ -78,7 +78,7 @@ def test_masters_are_those_of_a_plain_loop(precision: str, max_grad_norm: float 
 
 def test_updates_below_the_weights_precision_are_kept() -> None:
     weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
-    updater = make_updater([weight], master_plan("bf16"), OPTIONS | {"lr": 1e-4, "weight_decay": 0.0}, 0)
+    updater = make_updater([[weight]], master_plan("bf16"), OPTIONS | {"lr": 1e-4, "weight_decay": 0.0}, 0)
     for _ in range(10):
         weight.grad = torch.ones_like(weight)
         updater.update()
@@ -88,7 +88,7 @@ def test_updates_below_the_weights_precision_are_kept() -> None:
 
 def test_gradients_that_are_not_finite_leave_everything_as_it_was() -> None:
     weights = make_weights(torch.float16)
-    updater = make_updater(weights, master_plan("fp16"), OPTIONS, 0)
+    updater = make_updater([weights], master_plan("fp16"), OPTIONS, 0)
     take(updater, weights, 0, factor=1e-3)
     before = [bits.clone() for weight in weights for bits in updater.bits(weight)]
     state, scale = copy.deepcopy(updater.optimizer.state_dict()), float(updater.scale(torch.ones(())))
@@ -105,7 +105,7 @@ def test_gradients_that_are_not_finite_leave_everything_as_it_was() -> None:
 
 def test_a_parameter_without_a_gradient_stays() -> None:
     weights = make_weights(torch.bfloat16)
-    updater = make_updater(weights, master_plan("bf16"), OPTIONS, 0)
+    updater = make_updater([weights], master_plan("bf16"), OPTIONS, 0)
     kept = updater.read(weights[1]).clone()
     for weight in weights:
         weight.grad = None if weight is weights[1] else torch.ones_like(weight)
@@ -117,7 +117,7 @@ def test_a_parameter_without_a_gradient_stays() -> None:
 def test_values_are_written_to_both_and_state_goes_on_to_the_bit() -> None:
     plan = master_plan("bf16")
     weights, others = make_weights(torch.bfloat16), make_weights(torch.bfloat16)
-    first, second = (make_updater(each, plan, OPTIONS, 0) for each in (weights, others))
+    first, second = (make_updater([each], plan, OPTIONS, 0) for each in (weights, others))
     for step in range(3):
         take(first, weights, step)
     assert second.accepts(first.state_dict())
