@@ -174,8 +174,8 @@ def write_single_file(
     """
     configs = model.configs
     v_prediction = configs["scheduler"]["prediction_type"] == "v_prediction"
-    architecture, implementation, layer = _specification(configs, v_prediction)
-    pixels = resolution or _pixels(configs)
+    architecture, implementation, layer = specification(configs, v_prediction)
+    pixels = resolution or pixels_of(configs)
     notes = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture,
@@ -205,7 +205,7 @@ def write_single_file(
     write_safetensors(path, tensors, dtype=dtype, notes=notes, progress=progress)
 
 
-def _specification(configs: Configs, v_prediction: bool) -> tuple[str, str, str]:
+def specification(configs: Configs, v_prediction: bool) -> tuple[str, str, str]:
     """Returns ModelSpec's words for the architecture and the repository of its code, and the text encoder's layer that
     is used, counted from its end."""
     if is_xl(configs):
@@ -215,7 +215,7 @@ def _specification(configs: Configs, v_prediction: bool) -> tuple[str, str, str]
     return "stable-diffusion-v1", "stablediffusion", "1"
 
 
-def _pixels(configs: Configs) -> int:
+def pixels_of(configs: Configs) -> int:
     """Side of the pictures that the UNet was made for; that of its kind where it does not say."""
     said = configs["unet"].get("sample_size") or (128 if is_xl(configs) else 64)
     latents: int = said if isinstance(said, int) else max(said)

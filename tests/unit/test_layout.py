@@ -207,7 +207,7 @@ def test_a_family_is_named_in_its_own_file() -> None:
     for line in ('if family == "sd":', "xl = model.is_xl", "# of SDXL", "base.text_encoder_2", "Stable Diffusion XL"):
         assert named.search(line), line
     assert not named.search("base.text_encoder, sdk, Stable Diffusion")
-    rooms = tuple(ROOT / "dreambooth_sm" / room for room in ("families", "stored", "toybox"))
+    rooms = tuple(ROOT / "dreambooth_sm" / room for room in ("adapters", "families", "stored", "toybox"))
     for path in sorted(path for package in PRODUCTION for path in (ROOT / package).rglob("*.py")):
         if not any(path.is_relative_to(room) for room in rooms):
             lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
