@@ -1,0 +1,106 @@
+"""The modules of Stable Diffusion in its original code (CompVis's ldm, Stability's sgm, open_clip), by that code's
+rules, and which ones of diffusers they are, by diffusers' own converter. Nothing here is the project's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+_CLIP_LAYER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+_OPEN_CLIP_LAYER = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+
+
+def unet_modules(config: Mapping[str, Any]) -> list[str]:
+    """Linear layers and convolutions in the order in which ldm's ``UNetModel`` makes them.
+
+    Args:
+        config: of diffusers' UNet.
+    """
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    said = config["transformer_layers_per_block"]
+    attention = ["Attn" in kind for kind in config["down_block_types"]]
+    depths = [said] * len(widths) if isinstance(said, int) else list(said)
+    names = ["time_embed.0", "time_embed.2"]
+    names += ["label_emb.0.0", "label_emb.0.2"] if config["addition_embed_type"] else []
+
+    def residual(place: str, before: int, after: int) -> list[str]:
+        inner = ["in_layers.2", "emb_layers.1", "out_layers.3"] + ["skip_connection"] * (before != after)
+        return [f"{place}.{each}" for each in inner]
+
+    def transformer(place: str, depth: int) -> list[str]:
+        block = [f"attn{n}.to_{each}" for n in (1, 2) for each in ("q", "k", "v", "out.0")]
+        block += ["ff.net.0.proj", "ff.net.2"]
+        blocks = [f"transformer_blocks.{number}.{each}" for number in range(depth) for each in block]
+        return [f"{place}.{each}" for each in ("proj_in", *blocks, "proj_out")]
+
+    names.append("input_blocks.0.0")
+    number, width, widths_behind = 1, widths[0], [widths[0]]
+    for level, after in enumerate(widths):
+        for _ in range(layers):
+            names += residual(f"input_blocks.{number}.0", width, after)
+            if attention[level]:
+                names += transformer(f"input_blocks.{number}.1", depths[level])
+            width, number = after, number + 1
+            widths_behind.append(width)
+        if level < len(widths) - 1:
+            names.append(f"input_blocks.{number}.0.op")
+            number += 1
+            widths_behind.append(width)
+    names += residual("middle_block.0", width, width)
+    names += transformer("middle_block.1", depths[-1]) + residual("middle_block.2", width, width)
+    number = 0
+    for level in reversed(range(len(widths))):
+        for layer in range(layers + 1):
+            names += residual(f"output_blocks.{number}.0", width + widths_behind.pop(), widths[level])
+            width, last = widths[level], 0
+            if attention[level]:
+                names += transformer(f"output_blocks.{number}.1", depths[level])
+                last = 1
+            if level and layer == layers:
+                names.append(f"output_blocks.{number}.{last + 1}.conv")
+            number += 1
+    return [*names, "out.2"]
+
+
+def unet_in_diffusers(config: Mapping[str, Any]) -> dict[str, str]:
+    """What diffusers calls each of these modules."""
+    names = unet_modules(config)
+    marked = {f"model.diffusion_model.{name}.weight": torch.tensor(n) for n, name in enumerate(names)}
+    marked |= {f"{key.removesuffix('weight')}bias": torch.tensor(-1) for key in list(marked)}
+    for name in _norms(names):  # the converter wants whole models
+        marked |= {f"model.diffusion_model.{name}.{end}": torch.tensor(-1) for end in ("weight", "bias")}
+    plain = {**config, "class_embed_type": None}
+    found = convert_ldm_unet_checkpoint(dict(marked), plain)
+    return {
+        names[int(value)]: name.removesuffix(".weight")
+        for name, value in found.items()
+        if name.endswith(".weight") and value >= 0
+    }
+
+
+def _norms(names: list[str]) -> Iterator[str]:
+    yield "out.0"
+    for name in names:
+        if name.endswith(".in_layers.2"):
+            yield name[:-1] + "0"
+        if name.endswith(".out_layers.3"):
+            yield name[:-1] + "0"
+
+
+def clip_layers(count: int) -> list[str]:
+    """The modules of CLIP's transformer in transformers, until 5.6."""
+    return [f"text_model.encoder.layers.{n}.{each}" for n in range(count) for each in _CLIP_LAYER]
+
+
+def open_clip_layers(count: int) -> dict[str, str | None]:
+    """The modules of open_clip's transformer, and what transformers calls them; None for attention as a whole, which
+    has queries, keys and values in one."""
+    found: dict[str, str | None] = {}
+    for number in range(count):
+        found[f"model.transformer.resblocks.{number}.attn"] = None
+        for ours, theirs in _OPEN_CLIP_LAYER.items():
+            found[f"model.transformer.resblocks.{number}.{ours}"] = f"text_model.encoder.layers.{number}.{theirs}"
+    return found
