@@ -37,8 +37,12 @@ class Hyperparameters(ValidationKnobs, MemoryKnobs, HypernetworkKnobs, TrainingK
     """
 
     def fit_to_base(self) -> Self:
-        """Takes what the family of the base model has in place of defaults: of itself, and for the method."""
-        for name, value in FAMILIES[self.architecture].facts.methods.get(self.method, {}).items():
+        """Takes what the family of the base model has in place of defaults, of itself and for the method, and what the
+        optimizer has."""
+        values = {"learning_rate": type(self).model_fields["learning_rate"].default}
+        values |= FAMILIES[self.architecture].facts.methods.get(self.method, {})
+        values |= self.optimizer_defaults(values["learning_rate"])
+        for name, value in values.items():
             if name not in self.model_fields_set:
                 self._default(name, value)
         return super().fit_to_base()

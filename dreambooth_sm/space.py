@@ -10,6 +10,7 @@ from dreambooth_sm.convert import EXPORT_DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable
+from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import Plan
 
 # For pictures, reports and the file system itself.
@@ -33,7 +34,8 @@ class Space:
     @classmethod
     def needed(cls, trained: Trainable, h: Hyperparameters, plan: Plan, checkpoints: Path) -> Space:
         """For a job that trains this."""
-        each = 4 + plan.state_bits / 4 + (4 if plan.use_ema else 0)
+        on_masters = ON_MASTERS.get(plan.optimizer)
+        each = 4 + (on_masters.stored if on_masters else plan.state_bits / 4) + (4 if plan.use_ema else 0)
         return cls(
             trained.exported_values(h) * EXPORT_DTYPES[h.export_precision].itemsize + _SPARE,
             int(sum(p.numel() for p in trained.parameters.values()) * each) + _SPARE,

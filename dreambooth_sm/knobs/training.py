@@ -37,7 +37,10 @@ class TrainingKnobs(Knobs):
     )
     gradient_accumulation_steps: Few = knob(1, "Batches an optimizer step is made of.")
     learning_rate: PositiveFloat = knob(
-        2e-6, "Peak learning rate.", common=True, tunable=Tunable(5e-7, 1e-5, logarithmic=True)
+        2e-6,
+        "Peak learning rate. Where it is left out, optimizer=lion takes a fifth of the default, optimizer=prodigy 1.",
+        common=True,
+        tunable=Tunable(5e-7, 1e-5, logarithmic=True),
     )
     scale_lr: bool = knob(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
     lr_scheduler: Literal[

@@ -12,6 +12,7 @@ from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card
 from dreambooth_sm.planning.ladder import Optimizer, Rung, Weights
 from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
+from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import EmaPlace, Plan, Precision
 
 # Cards of this size draw 64 class images in seconds.
@@ -80,6 +81,8 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if h.optimizer == "adamw" or h.optimizer == "adamw8bit":
         optimizer = h.optimizer
         weights, state_bits = "fp32", 8 if optimizer == "adamw8bit" else 32
+    elif asked := _on_masters(h):
+        optimizer, weights, state_bits = asked, "master", 32
     elif h.optimizer == "blockwise" and optimizer != "blockwise":
         optimizer, weights, state_bits = "blockwise", "residual", 8
     elif h.optimizer == "auto16":
@@ -97,7 +100,9 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         notes.append(f"{card.name} has no bf16: fp16 with loss scaling")
     if optimizer == "adamw8bit" and h.cuda_graph is not False:
         notes.append("no CUDA graph: bitsandbytes' optimizer counts its steps on the host")
-    ema = _choose(h.use_ema, rung.use_ema)
+    if optimizer in ON_MASTERS and h.cuda_graph is not False:
+        notes.append(f"the update follows the CUDA graph: {ON_MASTERS[optimizer].host}")
+    ema = _choose(h.use_ema, rung.use_ema and optimizer != "schedule_free")  # whose weights are an average
     by_default = FAMILIES[h.architecture].facts.footprint.trains_text_encoder
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and by_default)
     if draws_while_training(h):
@@ -108,7 +113,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if h.text_encoder_lr is not None and not text_encoder:
         notes.append(_rate_without_use(h))
     plan = Plan(
-        tier=rung.name if (optimizer, weights) == (rung.optimizer, rung.weights) else "reference",
+        tier=rung.name if weights == rung.weights else "reference",
         device="cuda",
         precision=precision,
         weights=weights,
@@ -150,7 +155,7 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
         device="cpu",
         precision="bf16" if h.mixed_precision == "bf16" else "fp32",
         weights="fp32",
-        optimizer="blockwise" if h.optimizer == "blockwise" else "adamw",
+        optimizer=_on_masters(h) or ("blockwise" if h.optimizer == "blockwise" else "adamw"),
         state_bits=8 if h.optimizer == "blockwise" else 32,
         update_in_backward=False,
         gradient_checkpointing=_choose(h.gradient_checkpointing, False),
@@ -195,7 +200,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
         "gradient_checkpointing": False,
         "train_text_encoder": True,
         "use_ema": True,
-        "optimizer": h.optimizer if h.optimizer in ("adamw", "auto16") else object(),
+        "optimizer": h.optimizer if h.optimizer in ("adamw", "auto16", *ON_MASTERS) else object(),
         "mixed_precision": "no",
         "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
     }
@@ -226,6 +231,11 @@ def _precision(h: Hyperparameters, card: Card) -> Precision:
 def _trains_text_encoder(h: Hyperparameters) -> bool:
     """Whether the method trains text encoders where there is room."""
     return any(rung.train_text_encoder for rung in METHODS[h.method].ladder)
+
+
+def _on_masters(h: Hyperparameters) -> Optimizer | None:
+    """The optimizer that is asked for, if it is one of those that work on fp32 values."""
+    return next((name for name in ON_MASTERS if name == h.optimizer), None)
 
 
 def _rate_without_use(h: Hyperparameters) -> str:

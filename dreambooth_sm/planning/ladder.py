@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Weights = Literal["fp32", "master", "residual", "stochastic"]
-Optimizer = Literal["adamw", "adamw8bit", "blockwise"]
+Optimizer = Literal["adamw", "adamw8bit", "blockwise", "adafactor", "lion", "prodigy", "schedule_free"]
 
 
 @dataclass(frozen=True)

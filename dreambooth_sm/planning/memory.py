@@ -6,6 +6,7 @@ from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.figures import figure
+from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import Plan, Precision
 
 # With prior=output: a prediction says less than a picture, and many are kept for each class image that would be made.
@@ -28,10 +29,13 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     computing = model.unet + (model.text_encoder if plan.train_text_encoder else 0)
     frozen = computing * (4e-3 if plan.precision == "fp32" else 2e-3) if method.leaves_base else 0.0
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
-    state = 2 * plan.state_bits / 8 + (scales if plan.optimizer == "blockwise" else 0)
+    on_masters = ON_MASTERS.get(plan.optimizer)
+    state = on_masters.state if on_masters else 2 * plan.state_bits / 8
+    state += scales if plan.optimizer == "blockwise" else 0
     weights = {"fp32": 4.0, "master": 6.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
     average = 4.0 if plan.ema == "device" else 0.0
-    width = {"fp32": 4, "master": 2 + 4}.get(plan.weights, 2)  # masters take theirs in fp32
+    width = {"fp32": 4.0, "master": 2.0 + 4}.get(plan.weights, 2.0)  # masters take theirs in fp32
+    width += on_masters.working if on_masters else 0
     gradients = 0.0 if plan.update_in_backward else width * millions * 1e-3
     # Autocast makes a 16-bit copy of every fp32 weight, which its backward pass needs.
     casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0

@@ -22,14 +22,14 @@ class Plan:
         precision: of the forward and backward pass.
         weights: how the trained weights are kept (:class:`~dreambooth_sm.planning.ladder.Rung`); ``fp32`` runs under
             autocast unless the precision is fp32.
-        optimizer: ``blockwise`` (ours), ``adamw`` (torch's, fp32 state: the reference) or ``adamw8bit``
-            (bitsandbytes').
-        state_bits: bits of each of Adam's two moments: 32, 16, 8 or 4.
+        optimizer: ``blockwise`` (ours), ``adamw`` (torch's, fp32 state: the reference), ``adamw8bit``
+            (bitsandbytes'), or one of :data:`~dreambooth_sm.planning.optimizers.ON_MASTERS`.
+        state_bits: bits of each of Adam's two moments, or of other optimizers' values: 32, 16, 8 or 4.
         update_in_backward: each parameter is updated as soon as its gradient is there.
         gradient_checkpointing: activations are recomputed in the backward pass.
         attention: ``default`` (SDPA), ``xformers`` or ``flash_attention``.
         channels_last: memory format of the UNet.
-        cuda_graph: the step is captured once and replayed.
+        cuda_graph: the step is captured once and replayed, but for updates that can't be captured.
         compile: transformer and residual blocks go through torch.compile.
         train_text_encoder: the text encoder is trained beside the UNet.
         ema: where the average of the trained weights lives; ``no`` for none.

@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss, dreambooth_loss
+from dreambooth_sm.training.optimizers import by_factor, make_updater
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
 from dreambooth_sm.training.schedule import Schedule, make_rate
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
 from dreambooth_sm.training.trend import find_rise
-from dreambooth_sm.training.updater import make_updater
 from dreambooth_sm.training.window import Window
 from dreambooth_sm.validation import Validator
 
@@ -101,7 +101,7 @@ class Trainer:
             trained.place(plan, device)
             self.attention = attention_context(plan, self.base.denoiser, report.warn)
             options = _optimizer_options(h, schedule)
-            groups = _by_factor(self.named_parameters, trained.rates)
+            groups = by_factor(self.named_parameters, trained.rates)
             self.updater = make_updater(list(groups.values()), plan, options, identity["seed"])
             if weights_dtype(plan) != torch.float32:
                 for parameter, original in zip(self.parameters, originals, strict=True):
@@ -131,7 +131,7 @@ class Trainer:
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
-        self._rise_told = False
+        self._rise_told = self._complained = False
         self._skipped = 0
         # Whether all losses were finite, and how many were before one was not; on the device, so that no step waits.
         self._is_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -449,12 +449,16 @@ class Trainer:
             step=self.step,
             **means,
             lr=rate,
+            **self.updater.metrics(),
             steps_per_s=self._window.count / seconds if seconds else None,
             vram_gb=vram,
         )
         if not math.isfinite(means["loss"]):
             self._check_finite()
             raise TrainingError(self._diverged(f"the loss is not finite by step {self.step}"))
+        if not self._complained and (complaint := self.updater.complaint()):
+            self._complained = True
+            self.report.warn(complaint)
         if not self._rise_told and (rise := find_rise(self.report.training_rows)):
             self._rise_told = True
             self.report.warn(rise)
@@ -463,16 +467,6 @@ class Trainer:
         if self.plan.precision == "fp32" or self.plan.weights != "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
-
-
-def _by_factor(
-    parameters: Mapping[str, torch.nn.Parameter], rates: Mapping[str, float]
-) -> dict[float, list[torch.nn.Parameter]]:
-    """Parameters by the factor of the learning rate that they are trained with, in their order."""
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault(rates.get(name, 1.0), []).append(parameter)
-    return groups
 
 
 def _optimizer_options(h: Hyperparameters, schedule: Schedule) -> dict[str, Any]:

@@ -132,7 +132,12 @@ class Step:
             self.ema.prepare_step()
 
     def _run(self, parts: Sequence[Inputs]) -> Loss:
-        """The backward passes and the update; gradients are averaged over the processes in between."""
+        result = self._backward(parts)
+        self._update()
+        return result
+
+    def _backward(self, parts: Sequence[Inputs]) -> Loss:
+        """The backward passes; gradients are averaged over the processes."""
         losses: list[Loss] = []
         for number, inputs in enumerate(parts, start=1):
             if self.average:
@@ -142,8 +147,10 @@ class Step:
             losses.append(loss.detach())
         if self.average:
             self.average.finish()
-        self.updater.update()
         return Loss.mean(losses)
+
+    def _update(self) -> None:
+        self.updater.update()
 
     def close(self) -> None:
         """Lets go of the model."""
@@ -155,7 +162,7 @@ class Step:
 class CapturedStep(Step):
     """Captures the whole step as a CUDA graph, one for each shape of the latents, and replays it.
 
-    The first steps run eagerly.
+    The first steps run eagerly. An update that can't be captured follows each replay.
     """
 
     def __init__(self, loss: LossFunction, updater: Updater) -> None:
@@ -165,6 +172,8 @@ class CapturedStep(Step):
         # By the shape of the latents: what its graph reads; the graph and what it writes.
         self._inputs: dict[torch.Size, list[Inputs]] = {}
         self._graphs: dict[torch.Size, tuple[torch.cuda.CUDAGraph, Loss]] = {}
+        # Where the update is not in the graphs: the gradients that each of them writes.
+        self._gradients: dict[torch.Size, list[Tensor | None]] = {}
 
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
         self._prepare()
@@ -184,16 +193,19 @@ class CapturedStep(Step):
                     mine.copy_(new)
                 graph, result = self._graphs[shape]
                 graph.replay()
+                if not self.updater.capturable:
+                    for parameter, gradient in zip(self.updater.parameters, self._gradients[shape], strict=True):
+                        parameter.grad = gradient
+                    self._update()
         torch.cuda.current_stream().wait_stream(self._stream)
         if self.ema and self.ema.on_cpu:
             self.ema.update()
         return result
 
-    def _run(self, parts: Sequence[Inputs]) -> Loss:
-        result = super()._run(parts)
+    def _update(self) -> None:
+        super()._update()
         if self.ema and not self.ema.on_cpu:
             self.ema.update()
-        return result
 
     def _capture(self) -> None:
         """Captures a graph for each shape, all in one memory pool: only one of them runs at a time. The largest comes
@@ -205,12 +217,14 @@ class CapturedStep(Step):
             graph = torch.cuda.CUDAGraph()
             self.updater.prepare_capture()
             with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = self._run(self._inputs[shape])
+                result = (self._run if self.updater.capturable else self._backward)(self._inputs[shape])
             self._graphs[shape] = graph, result
+            self._gradients[shape] = [parameter.grad for parameter in self.updater.parameters]
+            self.updater.drop_gradients()
 
     def close(self) -> None:
         super().close()
-        self._graphs, self._inputs = {}, {}
+        self._graphs, self._inputs, self._gradients = {}, {}, {}
 
 
 def attention_context(

@@ -1,7 +1,7 @@
 """Updaters turn gradients into new weights: an optimizer, its loss scaling and clipping, and how it keeps the weights.
 
-Updaters run under either executor of :mod:`dreambooth_sm.training.step`, eager or captured.
-bitsandbytes' optimizers alone can't be captured: they count their steps on the host.
+Updaters run under either executor of :mod:`dreambooth_sm.training.step`, eager or captured. Some optimizers compute on
+the host, and their updates follow the graph.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ class Updater(ABC):
 
     Attributes:
         optimizer: whose groups are given each step's learning rates.
+        parameters: what gets gradients.
+        capturable: whether a CUDA graph can hold :meth:`update`.
     """
 
     optimizer: torch.optim.Optimizer
+    parameters: Sequence[Tensor]
+    capturable = True
 
     def prepare_step(self) -> None:  # noqa: B027 - most need not
         """Writes the numbers of the next step, such as its learning rate, to the device; never inside a capture."""
@@ -53,6 +57,14 @@ class Updater(ABC):
     @abstractmethod
     def scales_loss(self) -> bool:
         """Whether a loss scaler may make steps be skipped."""
+
+    def metrics(self) -> dict[str, float]:
+        """What metrics lines tell of it beside the learning rate."""
+        return {}
+
+    def complaint(self) -> str | None:
+        """What is odd about the last update, in a line for people; None where nothing is."""
+        return None
 
     def read(self, parameter: Tensor) -> Tensor:
         """The full-precision value of a parameter, float32."""
@@ -99,8 +111,9 @@ class BlockwiseUpdater(Updater):
     def __init__(self, groups: Groups, plan: Plan, options: dict[str, Any], seed: int) -> None:
         self._state_bits = plan.state_bits
         self._scales_loss = plan.precision == "fp16"
+        self.parameters = [p for group in groups for p in group]
         self.optimizer = BlockwiseAdamW(
-            _param_groups(groups),
+            param_groups(groups),
             **options,
             state_bits=plan.state_bits,  # type: ignore[arg-type]
             master="stochastic" if plan.weights == "stochastic" else "residual",
@@ -168,16 +181,18 @@ class AutocastUpdater(Updater):
     """An optimizer of torch's kind on fp32 weights, with torch's loss scaler and clipping.
 
     Args:
-        optimizer: its groups' learning rates are floats.
+        optimizer: one that may compute on the host; its groups' learning rates are floats.
         max_grad_norm: gradients are clipped to this global norm; None: not at all.
         scales_loss: whether the backward pass runs in fp16.
     """
 
+    capturable = False
+
     def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None, scales_loss: bool) -> None:
         self.optimizer = optimizer
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._max_grad_norm = max_grad_norm
-        self._scaler = torch.amp.GradScaler(self._parameters[0].device.type, enabled=scales_loss)
+        self._scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scales_loss)
         self._norm: Tensor | None = None
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -186,9 +201,9 @@ class AutocastUpdater(Updater):
     def update(self) -> None:
         self._scaler.unscale_(self.optimizer)
         if self._max_grad_norm is not None:
-            self._norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
+            self._norm = torch.nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
         elif self.scales_loss:
-            self._norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            self._norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.drop_gradients()
@@ -217,9 +232,11 @@ class CapturableUpdater(AutocastUpdater):
     The loop and checkpoints keep seeing rates that are floats: to read one from the device would wait for it.
     """
 
+    capturable = True
+
     def __init__(self, optimizer: torch.optim.Optimizer, *, max_grad_norm: float | None, scales_loss: bool) -> None:
         super().__init__(optimizer, max_grad_norm=max_grad_norm, scales_loss=scales_loss)
-        device = self._parameters[0].device
+        device = self.parameters[0].device
         self._rates = [torch.zeros((), device=device) for _ in optimizer.param_groups]
 
     def prepare_step(self) -> None:
@@ -253,6 +270,8 @@ class MasterUpdater(Updater):
 
     def __init__(self, masters: Mapping[Tensor, Tensor], updater: AutocastUpdater) -> None:
         self.optimizer = updater.optimizer
+        self.capturable = updater.capturable
+        self.parameters = list(masters)
         self._updater = updater
         self._master_of = masters
 
@@ -267,14 +286,14 @@ class MasterUpdater(Updater):
 
     @torch.no_grad()
     def update(self) -> None:
-        weights = [weight for weight in self._master_of if weight.grad is not None]
+        weights = [weight for weight in self.parameters if weight.grad is not None]
         # Only now, when the activations are gone.
         gradients = [torch.empty_like(self._master_of[weight]) for weight in weights]
         torch._foreach_copy_(gradients, [weight.grad for weight in weights if weight.grad is not None])
         for weight, gradient in zip(weights, gradients, strict=True):
             self._master_of[weight].grad, weight.grad = gradient, None
         self._updater.update()
-        torch._foreach_copy_(list(self._master_of), list(self._master_of.values()))
+        self._round()
 
     def skipped(self) -> bool:
         return self._updater.skipped()
@@ -283,8 +302,18 @@ class MasterUpdater(Updater):
     def scales_loss(self) -> bool:
         return self._updater.scales_loss
 
+    @torch.no_grad()
+    def _round(self) -> None:
+        torch._foreach_copy_(list(self._master_of), list(self._master_of.values()))
+
+    def metrics(self) -> dict[str, float]:
+        return self._updater.metrics()
+
+    def complaint(self) -> str | None:
+        return self._updater.complaint()
+
     def read(self, parameter: Tensor) -> Tensor:
-        return self._master_of[parameter].detach()
+        return self._updater.read(self._master_of[parameter])
 
     def bits(self, parameter: Tensor) -> list[Tensor]:
         return self._updater.bits(self._master_of[parameter])
@@ -301,44 +330,14 @@ class MasterUpdater(Updater):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updater.load_state_dict(state)
+        self._round()
 
     def drop_gradients(self) -> None:
         self._updater.drop_gradients()
-        for weight in self._master_of:
+        for weight in self.parameters:
             weight.grad = None
 
 
-def make_updater(groups: Groups, plan: Plan, options: dict[str, Any], seed: int) -> Updater:
-    """The updater that the plan asks for.
-
-    Args:
-        groups: those whose learning rates are set together; on the device, in the precision that the plan keeps
-            weights in.
-        options: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
-        seed: of stochastic rounding.
-    """
-    if plan.optimizer == "blockwise":
-        return BlockwiseUpdater(groups, plan, options, seed)
-    if plan.weights == "master":
-        masters: dict[Tensor, torch.nn.Parameter] = {
-            p: torch.nn.Parameter(p.detach().to(torch.float32, copy=True)) for group in groups for p in group
-        }
-        return MasterUpdater(masters, _fp32_updater([[masters[p] for p in group] for group in groups], plan, options))
-    return _fp32_updater(groups, plan, options)
-
-
-def _fp32_updater(groups: Groups, plan: Plan, options: dict[str, Any]) -> AutocastUpdater:
-    """For weights of 32 bits."""
-    parameters = _param_groups(groups)
-    scaling: dict[str, Any] = {"max_grad_norm": plan.max_grad_norm, "scales_loss": plan.precision == "fp16"}
-    if plan.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AutocastUpdater(AdamW8bit(parameters, **options), **scaling)
-    if plan.device == "cuda":
-        return CapturableUpdater(torch.optim.AdamW(parameters, fused=True, capturable=True, **options), **scaling)
-    return AutocastUpdater(torch.optim.AdamW(parameters, **options), **scaling)
-
-
-def _param_groups(groups: Groups) -> list[dict[str, Any]]:
+def param_groups(groups: Groups) -> list[dict[str, Any]]:
+    """As optimizers take them."""
     return [{"params": list(group)} for group in groups]

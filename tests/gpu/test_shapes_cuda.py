@@ -13,6 +13,7 @@ import torch
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.models import PretrainedModel, load_base
+from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.schedule import Schedule
 from dreambooth_sm.training.step import WARM_UP_STEPS, CapturedStep, Inputs, Step
@@ -93,6 +94,8 @@ def make_trainer(
         (REFERENCE | {"precision": "fp32"}, 1),
         (MASTER | {"ema": "device"}, 2),
         (MASTER | {"precision": "fp16"}, 1),
+        *((MASTER | {"optimizer": optimizer, "ema": "device"}, 2) for optimizer in ON_MASTERS),
+        (MASTER | {"optimizer": "lion", "precision": "fp16", "method": "hypernetwork"}, 1),
         (FAST | {"method": "hypernetwork"}, 1),
         (MASTER | {"method": "hypernetwork", "gradient_checkpointing": True}, 1),
         (FAST | {"method": "hypernetwork", "precision": "fp16", "gradient_checkpointing": True}, 1),
@@ -111,7 +114,7 @@ def test_graphs_of_all_shapes_give_the_losses_of_eager_steps(
         assert step.shapes == 3
         graphs = []
         for _ in range(STEPS):
-            loss = trainer.optimizer_step(1e-4)
+            loss = trainer.optimizer_step(1.0 if choices.get("optimizer") == "prodigy" else 1e-4)
             graphs.append(len(step._graphs) if isinstance(step, CapturedStep) else 0)
             losses.append(loss.total.item())
         # Eager until each shape was seen once, then all graphs at once.

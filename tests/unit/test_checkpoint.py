@@ -257,6 +257,7 @@ RESUMED = {
         "snr_gamma": 5.0,
     },
     "blockwise": {"optimizer": "blockwise", "train_text_encoder": True, "text_encoder_lr": 3e-5},
+    "schedule-free": {"optimizer": "schedule_free"},
     "not cached": {"not_cache_latents": True, "hflip": True, "lr_scheduler": "linear", "lr_warmup_steps": 2},
 }
 

@@ -1,4 +1,5 @@
-"""Twenty steps on the CPU give the losses that are stored, and those of an independent re-implementation.
+"""Twenty steps on the CPU give the losses that are stored, and those of an independent re-implementation; so do six of
+each further optimizer.
 
 After a change that is meant to change them, renew them and show the difference in the change:
 
@@ -18,6 +19,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from dreambooth_sm.models import PretrainedModel
+from tests.helpers.optimizers import PLAIN_OPTIMIZERS, PlainScheduleFree
 from tests.helpers.training import Run, same, weights
 
 STORED = Path(__file__).parent / "golden"
@@ -42,6 +44,8 @@ CASES: dict[str, dict[str, object]] = {
         "huber_delta": 0.3,
         "noise_offset": 0.1,
     },
+    **{name: {"max_train_steps": 6, "optimizer": name} for name in PLAIN_OPTIMIZERS},
+    "prodigy": {"max_train_steps": 6, "optimizer": "prodigy", "learning_rate": 1.0},
     "xl": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_batch_size": 2},
     "xl_text_encoders": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_text_encoder": True},
 }
@@ -57,7 +61,7 @@ class Case:
 
 
 def train(base: PretrainedModel, root: Path, name: str) -> Run:
-    return Run(base, root, max_train_steps=STEPS, **CASES[name]).train()
+    return Run(base, root, **{"max_train_steps": STEPS, **CASES[name]}).train()
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -72,7 +76,7 @@ def test_losses_are_the_stored_ones(case: Case) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(json.dumps(losses, indent=1) + "\n")
     stored = json.loads(path.read_text(encoding="utf-8"))
-    assert len(losses) == len(stored) == STEPS
+    assert len(losses) == len(stored) == case.run.h.max_train_steps
     for step, (ours, theirs) in enumerate(zip(losses, stored, strict=True), start=1):
         assert list(ours) == pytest.approx(theirs, rel=1e-4), f"step {step}"
 
@@ -95,7 +99,7 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
     parts, size = h.gradient_accumulation_steps, h.train_batch_size
     text_encoders = [getattr(base, part) for part in base.text_parts] if reference.plan.train_text_encoder else []
     parameters = [p.requires_grad_() for module in (base.unet, *text_encoders) for p in module.parameters()]
-    optimizer = torch.optim.AdamW(
+    optimizer = PLAIN_OPTIMIZERS.get(h.optimizer, torch.optim.AdamW)(
         parameters,
         lr=h.learning_rate,
         betas=(h.adam_beta1, h.adam_beta2),
@@ -110,7 +114,7 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
     )
     scheduler = DDPMScheduler.from_config(base.scheduler.config)
     losses: list[tuple[float, ...]] = []
-    for step in range(STEPS):
+    for step in range(reference.schedule.steps):
         sums = torch.zeros(3)
         for part in range(parts):
             batch = data.batch_sampler.batch(step * parts + part, size)
@@ -150,6 +154,8 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
         optimizer.zero_grad()
         schedule.step()
         losses.append(tuple(sums[: 3 if h.prior_preservation else 2].tolist()))
+    if isinstance(optimizer, PlainScheduleFree):
+        optimizer.take_average()
     return losses
 
 
@@ -166,13 +172,15 @@ def test_an_independent_loop_agrees(case: Case) -> None:
     theirs = plain_losses(plain, case.run)
     for step, (ours, other) in enumerate(zip(case.run.losses, theirs, strict=True), start=1):
         assert ours == pytest.approx(other, rel=1e-5), f"step {step}"
-    # Where a gradient is 0 but for rounding (biases before a norm), Adam steps in the direction of the rounding.
+    # Where a gradient is 0 but for rounding (biases before a norm), Adam steps in the direction of the rounding, and
+    # those without an epsilon as far as elsewhere.
+    tolerance = 0.2 if case.name in ("lion", "adafactor") else 0.02
     for part in ("unet", *plain.text_parts):
         start, ours_, theirs_ = (flat(getattr(model, part)) for model in (case.base, case.run.base, plain))
-        assert (ours_ - theirs_).norm() <= 0.02 * (theirs_ - start).norm()
+        assert (ours_ - theirs_).norm() <= tolerance * (theirs_ - start).norm()
 
 
 def test_the_cases_differ() -> None:
     """A case that an option does not reach would store the losses of another."""
-    first = [json.loads((STORED / f"{case}.json").read_text())[0][0] for case in CASES]
-    assert len({round(loss, 4) for loss in first}) == len(CASES)
+    sixth = [json.loads((STORED / f"{case}.json").read_text())[5][0] for case in CASES]
+    assert len({round(loss, 4) for loss in sixth}) == len(CASES)

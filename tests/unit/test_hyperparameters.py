@@ -265,11 +265,26 @@ def test_both_spellings_of_the_upload_path() -> None:
         ({"use_8bit_adam": True, "optimizer": "auto"}, "adamw8bit"),
         ({"optimizer": "adamw8bit", "use_8bit_adam": True}, "adamw8bit"),
         ({"use_8bit_adam": False, "optimizer": "adamw"}, "adamw"),
+        ({"use_8bit_adam": False, "optimizer": "lion"}, "lion"),
         ({"use_8bit_adam": "auto", "optimizer": "blockwise"}, "blockwise"),
     ],
 )
 def test_the_seeds_name_of_the_optimizer(encode: Any, values: dict[str, object], meant: str) -> None:
     assert parse(**{name: encode(value) for name, value in values.items()}).optimizer == meant
+
+
+def test_optimizers_have_defaults_of_their_own_and_what_is_given_wins() -> None:
+    def rates(**values: object) -> tuple[float, float]:
+        h = parse(base_architecture="sd", **values)
+        assert h.fit_to_base() == h
+        return h.learning_rate, h.adam_beta2
+
+    assert rates() == rates(optimizer="adafactor") == (2e-6, 0.999)
+    assert rates(optimizer="prodigy") == rates(optimizer="prodigy", method="hypernetwork") == (1.0, 0.999)
+    assert rates(optimizer="lion") == (2e-6 / 5, 0.99)
+    assert rates(optimizer="lion", method="hypernetwork") == (1e-4 / 5, 0.99)
+    assert rates(optimizer="lion", learning_rate=3e-6, adam_beta2=0.95) == (3e-6, 0.95)
+    assert rates(optimizer="prodigy", learning_rate=0.5) == (0.5, 0.999)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +412,13 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         ({"instance_data_dir": "/a/", "class_data_dir": "/a"}, "same directory"),
         ({"lr_warmup_steps": "5"}, "constant_with_warmup"),
         ({"text_encoder_lr": "1e-6", "train_text_encoder": "false"}, "leave text_encoder_lr out"),
+        ({"optimizer": "prodigy", "learning_rate": "1e-4"}, "set learning_rate to 1, or leave it out"),
+        ({"optimizer": "prodigy", "text_encoder_lr": "1e-4"}, "leave text_encoder_lr out"),
+        ({"optimizer": "lion", "adam_epsilon": "1e-6"}, "leave adam_epsilon out"),
+        ({"optimizer": "adafactor", "adam_beta1": "0.8"}, "leave adam_beta1 out"),
+        ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "constant_with_warmup"),
+        ({"optimizer": "schedule_free", "use_ema": "true"}, "set use_ema to false or auto"),
+        ({"optimizer": "schedule_free", "adam_beta1": "0"}, "adam_beta1 to more than 0"),
         ({"text_encoder_lr": "1e-6", "method": "hypernetwork"}, "leave text_encoder_lr out"),
         ({"select_best": "true", "save_steps": 2, "fidelity_encoders": "judge"}, None),
         ({"select_best": "true", "save_steps": 2}, "fidelity_encoders"),

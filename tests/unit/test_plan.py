@@ -10,6 +10,8 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.planning.cards import Card, find_card
 from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.memory import predict_peak_gb
+from dreambooth_sm.planning.optimizers import ON_MASTERS
 
 T4 = Card("Tesla T4", 14.6, (7, 5))
 H200 = Card("NVIDIA H200", 139.8, (9, 0))
@@ -65,6 +67,26 @@ def test_a_learning_rate_of_text_encoders_that_are_not_trained_is_told() -> None
     for card, train, told in ((CPU, "auto", 1), (CPU, True, 0), (H200, "auto", 0), (find_card("4GB"), "auto", 1)):
         plan = make_plan(parse(text_encoder_lr=1e-6, train_text_encoder=train), card)
         assert sum("text_encoder_lr=1e-06 changes nothing" in note for note in plan.notes) == told
+
+
+@pytest.mark.parametrize("optimizer", ON_MASTERS)
+def test_optimizers_on_fp32_values(optimizer: str) -> None:
+    """They get masters on a GPU, and fp32 weights elsewhere; more than AdamW of 32 bits only where they keep more."""
+    h = parse(optimizer=optimizer, use_ema="auto")
+    plan = make_plan(h, H200)
+    assert (plan.weights, plan.optimizer, plan.state_bits) == ("master", optimizer, 32)
+    assert (plan.cuda_graph, plan.update_in_backward, plan.max_grad_norm) == (True, False, 1.0)
+    assert any(note.startswith("the update follows the CUDA graph: ") for note in plan.notes)
+    assert plan.use_ema == (optimizer != "schedule_free")
+    assert plan.predicted_peak_gb == predict_peak_gb(plan, h)
+    alike = dataclasses.replace(plan, optimizer="adamw")
+    more = plan.predicted_peak_gb - predict_peak_gb(alike, h)
+    assert (more > 0) == (ON_MASTERS[plan.optimizer].state + ON_MASTERS[plan.optimizer].working > 8)
+    assert not any("graph" in note for note in make_plan(parse(optimizer=optimizer, cuda_graph=False), H200).notes)
+    for smaller in (make_plan(h, CPU), make_plan(parse(optimizer=optimizer, mixed_precision="no"), H200)):
+        assert (smaller.weights, smaller.optimizer) == ("fp32", optimizer)
+    with pytest.raises(UserError, match="optimizer=auto"):
+        make_plan(h, find_card("12GB"))
 
 
 def test_use_cpu_leaves_a_gpu_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,6 +243,30 @@ def test_text_encoders_have_a_learning_rate_of_their_own(
     assert run.recorder.steps[0]["lr"] == 1e-4
     for part, rate in (("unet", 1e-4), ("text_encoder", 3e-5)):
         assert distance(getattr(run.base, part), getattr(base, part)) == pytest.approx(rate, rel=0.05)
+
+
+def test_metric_lines_tell_what_prodigy_finds_and_of_no_other(base: PretrainedModel, tmp_path: Path) -> None:
+    run = Run(base, tmp_path, optimizer="prodigy", learning_rate=1.0, max_train_steps=2).train()
+    assert [(step["lr"], step["d"]) for step in run.recorder.steps] == [(1.0, 1e-6), (1.0, pytest.approx(1e-6, rel=2))]
+    assert "d" not in Run(base, tmp_path, max_train_steps=1).train().recorder.steps[0]
+
+
+def test_the_average_of_schedule_free_is_what_is_drawn_and_saved(base: PretrainedModel, tmp_path: Path) -> None:
+    """After one step it is where that step led to; later it lags behind."""
+    run = Run(base, tmp_path, optimizer="schedule_free", max_train_steps=2)
+    for _ in range(2):
+        run.trainer.optimizer_step(1e-4)
+    optimizer: Any = run.trainer.updater.optimizer
+    drawn = {name: value.clone() for name, value in run.trainer.weights_now()}
+    optimizer.eval()  # the library's own way
+    for name, parameter in run.trainer.named_parameters.items():
+        torch.testing.assert_close(drawn[name], parameter.detach(), rtol=1e-5, atol=1e-7)
+    optimizer.train()
+    stored = run.trainer.state()["weights"]
+    run.trainer.finish()
+    for name, parameter in run.trainable.parameters.items():
+        assert torch.equal(stored[name], parameter)
+        torch.testing.assert_close(parameter.detach(), drawn[name], rtol=1e-5, atol=1e-7)
 
 
 def test_all_parameters_of_one_rate_are_one_group(base: PretrainedModel, tmp_path: Path) -> None:
