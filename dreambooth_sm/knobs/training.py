@@ -48,7 +48,9 @@ class TrainingKnobs(Knobs):
     ] = knob("constant", "Learning-rate schedule.")
     lr_warmup_steps: StepsOrNone = knob(0, "Steps over which the learning rate rises from 0.")
     train_text_encoder: bool | Auto = knob(
-        "auto", "Train the text encoders as well as the UNet. auto: where the card has room, but for SDXL.", common=True
+        "auto",
+        "Train the text encoders as well as the UNet. auto: where there is room, and they are small.",
+        common=True,
     )
     text_encoder_lr: PositiveFloat | None = knob(
         None,
