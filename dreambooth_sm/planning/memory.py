@@ -34,9 +34,11 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     state += scales if plan.optimizer == "blockwise" else 0
     weights = {"fp32": 4.0, "master": 6.0, "residual": 4.0, "stochastic": 2.0}[plan.weights]
     average = 4.0 if plan.ema == "device" else 0.0
-    width = {"fp32": 4.0, "master": 2.0 + 4}.get(plan.weights, 2.0)  # masters take theirs in fp32
-    width += on_masters.working if on_masters else 0
-    gradients = 0.0 if plan.update_in_backward else width * millions * 1e-3
+    gradients = 0.0 if plan.update_in_backward else (4e-3 if plan.weights == "fp32" else 2e-3) * millions
+    # Masters take their gradients in fp32.
+    updating = ((4 if plan.weights == "master" else 0) + (on_masters.working if on_masters else 0)) * millions * 1e-3
+    follows_graph = on_masters is not None and plan.cuda_graph
+    gradients += 0 if follows_graph else updating
     # Autocast makes a 16-bit copy of every fp32 weight, which its backward pass needs.
     casts = 2e-3 * millions if plan.weights == "fp32" and plan.precision != "fp32" else 0.0
     rows = h.train_batch_size * (2 if h.prior_preservation else 1)
@@ -53,6 +55,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     if h.prior_preservation and h.prior == "output":  # the latents of its outputs
         vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
     stays = (weights + state + average) * millions * 1e-3 + frozen + vae + _OVERHEAD_GB
+    stays += updating if follows_graph else 0  # beside the graph, which keeps its memory
     peak = stays + passing
     if draws_while_training(h):
         # A captured step keeps all its memory while pictures are drawn; another one its gradients at most.

@@ -120,7 +120,7 @@ def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, at_steps: set[int]) -> No
     monkeypatch.setattr(Trainer, "optimizer_step", failing)
 
 
-@pytest.mark.parametrize("name", ["reference", "medium"])
+@pytest.mark.parametrize("name", ["reference", "master", "medium"])
 def test_out_of_memory_steps_down_and_continues(
     name: str, base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
