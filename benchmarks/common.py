@@ -142,9 +142,10 @@ def make_trainer(base: PretrainedModel, plan: Plan, h: Hyperparameters, pictures
         class_directory=pictures / "class",
         class_pictures=make_pictures(pictures / "class", 7, h.resolution),
     )
-    data = encode_training_set(base, (subject,), h, plan, device=DEVICE, seed=0)
+    trainable = METHODS[h.method].attach(base, plan, h, 0)
+    data = encode_training_set(trainable.model, (subject,), h, plan, device=DEVICE, seed=0)
     return Trainer(
-        METHODS[h.method].attach(base, plan, h, 0),
+        trainable,
         data,
         plan,
         h,

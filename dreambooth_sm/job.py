@@ -110,8 +110,8 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
         base = open_base(h, on_host)
         for remark in base.remarks:
             report.warn(remark)
-        check_prompts(base, checked.subjects, h)
         trainable = job.method.attach(base, plan, h, start.seed)
+        check_prompts(trainable.model, checked.subjects, h)
         space = Space.needed(trainable, h, plan, start.checkpoints)
         if warning := space.check(h.checkpoints_total_limit if h.save_steps else 1):
             report.warn(warning)
@@ -177,7 +177,9 @@ def encode(job: Context, checked: Checked, loaded: Loaded, prior: Prior, start: 
     """Puts everything that the steps read on the device."""
     with job.report.phase("encode"):
         device = torch.device(checked.plan.device)
-        return encode_training_set(loaded.base, prior.subjects, job.h, checked.plan, device=device, seed=start.seed)
+        return encode_training_set(
+            loaded.trainable.model, prior.subjects, job.h, checked.plan, device=device, seed=start.seed
+        )
 
 
 def measure_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior) -> Examiner | None:

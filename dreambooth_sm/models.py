@@ -119,7 +119,8 @@ class PretrainedModel:
         """A module to compute with: from its files, or a copy, or the model's own where that is as it should be."""
         module = getattr(self, name)
         there = torch.empty(0, device=device).device
-        if name in self._files or any((p.device, p.dtype) != (there, dtype) for p in module.parameters()):
+        elsewhere = any(b.device != there for b in module.buffers())  # those of frames stay where they were
+        if name in self._files or elsewhere or any((p.device, p.dtype) != (there, dtype) for p in module.parameters()):
             return self.copy_of(name, there, dtype)
         return module
 
@@ -139,6 +140,17 @@ class PretrainedModel:
         other._files = {name: tensors for name, tensors in self._files.items() if name not in parts}
         for name, module in parts.items():
             setattr(other, name, module)
+        return other
+
+    def with_frames(self, *names: str) -> PretrainedModel:
+        """A model whose modules of these names are others around the same weights, wherever these are: what is put into
+        them is not in this model."""
+        other = copy.copy(self)
+        other._files = dict(self._files)
+        for name in names:
+            module = getattr(self, name)
+            tensors = (*module.parameters(), *module.buffers())
+            setattr(other, name, copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}))
         return other
 
     def weights(self, name: str) -> dict[str, Stored]:

@@ -26,6 +26,7 @@ from dreambooth_sm.data.training_set import (
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
+from dreambooth_sm.methods import encodes_in_steps
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.planning.plan import Plan
@@ -93,7 +94,7 @@ def encode_training_set(
             trained_in.append(instance.shape)
             views.append([View()])
     free_memory()
-    if plan.train_text_encoder:
+    if encodes_in_steps(plan, h):
         prompts = {name: value.to(device) for name, value in table.tokens(base).items()}
     else:
         prompts = dict(table.embeddings(base.with_parts(_text_encoders(base, device))).text)

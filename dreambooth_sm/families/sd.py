@@ -32,7 +32,11 @@ class StableDiffusion:
         footprint=ModelFootprint(unet=859.5, text_encoder=123.1, vae=83.7, text_width=768),
         pipeline="StableDiffusionPipeline",
         parts=("unet", "vae", "text_encoder"),
-        methods={"full": {}, "hypernetwork": {"learning_rate": 1e-4}},
+        methods={
+            "full": {},
+            "hypernetwork": {"learning_rate": 1e-4},
+            "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0},
+        },
         tags=("stable-diffusion", "stable-diffusion-diffusers"),
         licences={
             "stable-diffusion-v1-5/": "creativeml-openrail-m",

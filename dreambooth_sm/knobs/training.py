@@ -19,10 +19,10 @@ class TrainingKnobs(Knobs):
 
     group = "Training"
 
-    method: Literal["full", "hypernetwork"] = knob(
+    method: Literal["full", "hypernetwork", "textual_inversion"] = knob(
         "full",
         "What is trained. full: all parameters of the model; hypernetwork: two small networks beside it, before the "
-        "keys and the values of its cross attention.",
+        "keys and the values of its cross attention; textual_inversion: the meaning of a new word, and nothing else.",
     )
     max_train_steps: Steps | None = knob(
         None,

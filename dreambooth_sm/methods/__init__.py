@@ -27,7 +27,8 @@ class Trainable(Protocol):
     """A base model with what is trained of it.
 
     Attributes:
-        model: the base model. What is added to it for training is in it from :meth:`place` on, and stays.
+        model: the base model, or one that shares its weights and reads other prompts than it. What is added to it for
+            training is in it from :meth:`place` on, and stays.
         parameters: what is trained, by names that stay: full-precision values before training and after it. On the
             meta device, as long as they are not loaded.
         rates: by what factor of ``learning_rate`` parameters are trained, by their names; by 1 where nothing is said.
@@ -81,6 +82,8 @@ class Method(Protocol):
         ladder: its settings, from the most generous to the smallest.
         leaves_base: whether the base model stays as it is, and what is trained lies beside it.
         trains_text_encoder: whether it can train the text encoders beside the denoiser.
+        encodes_prompts: whether what it trains changes how frozen text encoders read prompts, so that every step has to
+            encode its own.
     """
 
     @property
@@ -107,6 +110,9 @@ class Method(Protocol):
     @property
     def trains_text_encoder(self) -> bool: ...
 
+    @property
+    def encodes_prompts(self) -> bool: ...
+
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         """Millions of parameters that are trained.
 
@@ -132,3 +138,8 @@ class Method(Protocol):
 METHODS: dict[str, Method] = {
     name: importlib.import_module(f"{__name__}.{name}").METHOD for _, name, _ in pkgutil.iter_modules(__path__)
 }
+
+
+def encodes_in_steps(plan: Plan, h: Hyperparameters) -> bool:
+    """Whether training steps encode their prompts; otherwise all are encoded once, before training."""
+    return plan.train_text_encoder or METHODS[h.method].encodes_prompts

@@ -55,6 +55,7 @@ class Hypernetwork:
     tags = ("hypernetwork",)
     leaves_base = True
     trains_text_encoder = False
+    encodes_prompts = False
     ladder = (
         #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
         Rung("roomy", 0, "residual", 8, True, False, False, False),
@@ -175,10 +176,7 @@ class Networks:
 
     def drawable(self, dtype: torch.dtype) -> Networks:
         self.load()
-        tensors = (*self.model.unet.parameters(), *self.model.unet.buffers())
-        # A frame around the same tensors.
-        unet = copy.deepcopy(self.model.unet, {id(tensor): tensor for tensor in tensors})
-        drawn = self.model.with_parts({"unet": unet})
+        drawn = self.model.with_frames("unet")
         networks = {before: copy.deepcopy(network).to(dtype) for before, network in self._networks.items()}
         _remove(drawn.unet)
         _insert(drawn.unet, networks)

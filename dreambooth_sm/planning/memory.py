@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import METHODS
+from dreambooth_sm.methods import METHODS, encodes_in_steps
 from dreambooth_sm.planning.figures import figure
 from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import Plan, Precision
@@ -25,8 +25,9 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     model = FAMILIES[h.architecture].facts.footprint
     method = METHODS[h.method]
     millions = method.trained_millions(model, h, plan.train_text_encoder)
+    encodes = encodes_in_steps(plan, h)
     # What only computes, in the precision that is computed in.
-    computing = model.unet + (model.text_encoder if plan.train_text_encoder else 0)
+    computing = model.unet + (model.text_encoder if encodes else 0)
     frozen = computing * (4e-3 if plan.precision == "fp32" else 2e-3) if method.leaves_base else 0.0
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     on_masters = ON_MASTERS.get(plan.optimizer)
@@ -47,7 +48,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     activations = figure(h.architecture, f"frozen_{kept}" if frozen else kept)
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = 0.0
-    if plan.train_text_encoder and not plan.gradient_checkpointing:
+    if encodes and not plan.gradient_checkpointing:
         text = figure(h.architecture, "text_activations_gb")
     samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)

@@ -19,7 +19,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Trainable
+from dreambooth_sm.methods import Trainable, encodes_in_steps
 from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -49,7 +49,7 @@ class TrainingSet:
     Attributes:
         batch_sampler: draws the batches.
         latents: the pictures' latents.
-        prompts: what the text encoders make of them, by name, a row a prompt; what they take, where they are trained.
+        prompts: what the text encoders make of them, by name, a row a prompt; what they take, where steps encode them.
         extras: what the denoiser is told of the pictures.
         weights: what parts of the pictures weigh in the loss; None where all weigh the same.
     """
@@ -92,7 +92,7 @@ class Trainer:
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
         self.base, self.family = trained.model, trained.model.family
-        self.dtype = compute_dtype(plan)
+        self.dtype, self.encodes = compute_dtype(plan), encodes_in_steps(plan, h)
         trained.load()
         self.named_parameters = trained.parameters
         self.parameters = list(self.named_parameters.values())
@@ -290,7 +290,7 @@ class Trainer:
         """
         self._check_finite()
         self._put_back(self.ema.average if self.ema else None)
-        for part in (self.family.facts.denoiser, *(self.base.text_parts if self.plan.train_text_encoder else ())):
+        for part in (self.family.facts.denoiser, *(self.base.text_parts if self.encodes else ())):
             getattr(self.base, part).to("cpu")  # what of it is frozen as well
 
     def _check_finite(self) -> None:
@@ -379,7 +379,7 @@ class Trainer:
             noised = noised.contiguous(memory_format=torch.channels_last)
         with self._autocast(), self.attention():
             prompts = {name: table[inputs.prompts] for name, table in self.data.prompts.items()}
-            if self.plan.train_text_encoder:
+            if self.encodes:
                 conditioning = self.family.encode(self.base, prompts)
             else:
                 conditioning = Conditioning(prompts).to(self.device, noised.dtype)

@@ -140,10 +140,10 @@ class Run:
         self.plan = dataclasses.replace(cpu_plan(self.h), **plan)
         self.base = copy.deepcopy(base)
         self.subject = subject or make_subject(root, pictures=pictures, class_pictures=4 if prior else 0)
-        self.data = make_set(self.base, [self.subject], self.h, self.plan)
+        self.trainable = attach(self.base, self.h, self.plan)
+        self.data = make_set(self.trainable.model, [self.subject], self.h, self.plan)
         self.schedule = make_schedule(self.h, len(self.subject.pictures), 4)
         self.recorder = Recorder()
-        self.trainable = attach(self.base, self.h, self.plan)
         self.trainer = self.trainer_of(self.plan)
 
     def trainer_of(self, plan: Plan) -> Trainer:

@@ -1,0 +1,145 @@
+"""Textual inversion (Gal et al. 2022, "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
+Inversion"): a new word is learned, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_sm.planning.ladder import Rung
+
+if TYPE_CHECKING:
+    import torch
+
+    from dreambooth_sm.families import ModelFootprint
+    from dreambooth_sm.hyperparameters import Hyperparameters
+    from dreambooth_sm.learned_words import LearnedWords
+    from dreambooth_sm.models import PretrainedModel
+    from dreambooth_sm.planning.plan import Plan
+
+# Names of the tensors in files for models with several text encoders, in their order.
+_KEYS = ("clip_l", "clip_g")
+
+
+class TextualInversion:
+    """Trains the vectors of words before frozen text encoders."""
+
+    name = "textual_inversion"
+    trains = "embedding"
+    title = "with a word that was learned by textual inversion"
+    hub: Mapping[str, str] = MappingProxyType({"library_name": "diffusers", "base_model_relation": "adapter"})
+    tags = ("textual_inversion",)
+    leaves_base = True
+    trains_text_encoder = False
+    encodes_prompts = True
+    ladder = (
+        #     name      GiB  weights    bits  keeps grads  checkpoints  text encoder  EMA
+        Rung("roomy", 0, "master", 32, True, False, False, False, "adamw"),
+        Rung("small", 0, "master", 32, True, True, False, False, "adamw"),
+    )
+
+    def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
+        return 1e-6 * footprint.text_width * h.num_vectors * max(1, len(h.placeholders))
+
+    def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Embeddings:
+        from dreambooth_sm.learned_words import LearnedWords
+
+        return Embeddings(LearnedWords.make(model, h.placeholders, h.num_vectors), tuple(h.placeholders))
+
+    def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
+        from dreambooth_sm.families import FAMILIES
+        from dreambooth_sm.hyperparameters import Hyperparameters
+
+        (parts,) = (family.facts.parts for family in FAMILIES.values() if family.facts.pipeline == pipeline)
+        encoders = [part for part in parts if part.startswith("text_encoder")]
+        words = Hyperparameters.model_validate(dict(hyperparameters)).placeholders
+        for word in words:  # diffusers knows it in small letters
+            prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", word, prompt, flags=re.IGNORECASE)
+        lines = [f"from diffusers import {pipeline}"]
+        if len(encoders) > 1:
+            lines += ["from safetensors.torch import load_file"]
+        lines += ["", f"pipeline = {pipeline}.from_pretrained({base!r})"]
+        if len(encoders) == 1:
+            lines += [f"pipeline.load_textual_inversion({f'{word}.safetensors'!r}, token={word!r})" for word in words]
+        else:
+            # Some configurations name an end of prompts that their tokenizer does not have.
+            last = encoders[-1]
+            tokenizer = last.replace("text_encoder", "tokenizer")
+            lines.append(f"pipeline.{last}.text_model.eos_token_id = pipeline.{tokenizer}.eos_token_id")
+            for word in words:
+                lines.append(f"vectors = load_file({f'{word}.safetensors'!r})")
+                for key, part in zip(_KEYS, encoders, strict=True):
+                    tokenizer = part.replace("text_encoder", "tokenizer")
+                    lines += [
+                        f"pipeline.load_textual_inversion(",
+                        f"    vectors[{key!r}], token={word!r},",
+                        f"    text_encoder=pipeline.{part}, tokenizer=pipeline.{tokenizer},",
+                        ")",
+                    ]
+        lines.append(f"picture = pipeline({prompt!r}).images[0]")
+        code = "\n".join(lines)
+        return f"""In diffusers:
+
+```python
+{code}
+```
+
+In WebUI the file goes to `embeddings`, and prompts call it by its name without the ending. In ComfyUI it goes to
+`models/embeddings`, and prompts call it by `embedding:` and that name: {", ".join(f"`embedding:{word}`" for word in words)}.
+"""
+
+
+METHOD = TextualInversion()
+
+
+class Embeddings:
+    """A model that reads some words more, and their vectors.
+
+    Args:
+        names: the words.
+    """
+
+    def __init__(self, words: LearnedWords, names: tuple[str, ...]) -> None:
+        self._words, self._names = words, names
+
+    @property
+    def model(self) -> PretrainedModel:
+        return self._words.model
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        return self._words.parameters
+
+    def load(self) -> None:
+        self.model.load(self.model.family.facts.denoiser, *self.model.text_parts)
+
+    def place(self, plan: Plan, device: torch.device) -> None:
+        from dreambooth_sm.training.placement import place, speed_up
+
+        place(self.model.denoiser, plan, device, trained=False)
+        self._words.place(plan, device)
+        speed_up(self.model.denoiser, plan)
+
+    def drawable(self, dtype: torch.dtype) -> Embeddings:
+        self.load()
+        return Embeddings(self._words.copy(dtype), self._names)
+
+    def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
+        from dreambooth_sm.stored.files import Stored, write_safetensors
+
+        for word in self._names:
+            found = list(self._words.tensors(word).values())
+            # The only tensor of a file may have any name: diffusers takes it for the word.
+            named = {word: found[0]} if len(found) == 1 else dict(zip(_KEYS, found, strict=True))
+            write_safetensors(
+                directory / f"{word}.safetensors",
+                {name: Stored.of(tensor) for name, tensor in named.items()},
+                dtype=dtype,
+                notes={"modelspec.trigger_phrase": h.instance_prompt or word},
+            )
+
+    def exported_values(self, h: Hyperparameters) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
