@@ -90,7 +90,8 @@ MODELS: dict[str, Callable[[], PretrainedModel]] = {"sd15": sd15, "sdxl": sdxl}
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:
     """Those of a benchmark on one of ``MODELS``, at the model's own resolution."""
     architecture = "sdxl" if model == "sdxl" else "sd"
-    return Hyperparameters.parse({**PROMPTS, "seed": 0, "base_architecture": architecture, **wishes})
+    shown = {**PROMPTS, "with_prior_preservation": True}  # also with methods that learn nothing from class pictures
+    return Hyperparameters.parse({**shown, "seed": 0, "base_architecture": architecture, **wishes})
 
 
 def _vae(**options: Any) -> AutoencoderKL:

@@ -41,6 +41,7 @@ from dreambooth_sm.planning.plan import Plan
 
 UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
 HYPERNETWORK: dict[str, object] = {"method": "hypernetwork"}
+TEXTUAL_INVERSION: dict[str, object] = {"method": "textual_inversion"}
 BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}
 # Variant: (hyperparameters, changes to the plan).
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
@@ -84,6 +85,8 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     ),
     "hypernetwork": (HYPERNETWORK, {}),
     "hypernetwork_small": (HYPERNETWORK, {"gradient_checkpointing": True}),
+    "textual_inversion": (TEXTUAL_INVERSION, {}),
+    "textual_inversion_small": (TEXTUAL_INVERSION, {"gradient_checkpointing": True}),
     "everything": ({"train_text_encoder": True, "use_ema": True}, {}),
 }
 # The variants that estimates are made from, and what their figures are called. `lean` is a rung that no card of
@@ -95,6 +98,7 @@ FIGURES = {
     "unet_reference_eager": "reference",
     "unet_reference": "reference_graph",
     "hypernetwork_small": "small",
+    "textual_inversion_small": "small",
 }
 # diffusers' settings of the same jobs.
 PEERS = {

@@ -19,6 +19,7 @@ from dreambooth_sm.data.tokens import find_vocabulary, too_long
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.pictures import FILEWORDS
+from dreambooth_sm.knobs.textual_inversion import mentions
 
 # Stand-ins for prompts, where nothing depends on what they say.
 ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
@@ -145,6 +146,7 @@ def check_folder(
     else:
         warnings += [f"left out: {line}" for line in unusable]
     errors += _too_long(pictures, h, base or h.pretrained_model_name_or_path)
+    errors += _without_learned_word(pictures, h)
     pictures = _in_shapes(pictures, h)
     if h.instance_prompt and not uses_captions and (beside := captions or caption_files(folder.pictures)):
         warnings.append(
@@ -232,6 +234,17 @@ def _too_long(pictures: Sequence[Picture], h: Hyperparameters, base: str) -> lis
         too_long(f"{what} {prompt!r}", counts[prompt], h.max_token_length, vocabulary.limit(h.max_token_length))
         for prompt, what in prompts.items()
         if counts[prompt] > vocabulary.limit(h.max_token_length)
+    ]
+
+
+def _without_learned_word(pictures: Sequence[Picture], h: Hyperparameters) -> list[str]:
+    """A line for each picture that teaches none of the words that are to be learned."""
+    words = list(h.placeholders)
+    return [
+        f"{picture.path}: its prompt {picture.prompt!r} does not have {' or '.join(words)}, which is to be learned; "
+        "put it into instance_prompt or the caption"
+        for picture in pictures
+        if words and picture.prompt and not mentions(picture.prompt, words)
     ]
 
 

@@ -35,7 +35,7 @@ class StableDiffusion:
         methods={
             "full": {},
             "hypernetwork": {"learning_rate": 1e-4},
-            "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0},
+            "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0, "with_prior_preservation": False},
         },
         tags=("stable-diffusion", "stable-diffusion-diffusers"),
         licences={

@@ -55,41 +55,34 @@ class TextualInversion:
 
         (parts,) = (family.facts.parts for family in FAMILIES.values() if family.facts.pipeline == pipeline)
         encoders = [part for part in parts if part.startswith("text_encoder")]
+        tokenizers = [part.replace("text_encoder", "tokenizer") for part in encoders]
         words = Hyperparameters.model_validate(dict(hyperparameters)).placeholders
         for word in words:  # diffusers knows it in small letters
             prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", word, prompt, flags=re.IGNORECASE)
-        lines = [f"from diffusers import {pipeline}"]
+        lines = [f"from diffusers import {pipeline}", "", f"pipeline = {pipeline}.from_pretrained({base!r})"]
+        for word in words:
+            file = f"{word}.safetensors"
+            if len(encoders) == 1:
+                lines.append(f"pipeline.load_textual_inversion({file!r}, token={word!r})")
+                continue
+            lines.append(f"vectors = load_file({file!r})")
+            for key, part, tokenizer in zip(_KEYS, encoders, tokenizers, strict=True):
+                places = f"tokenizer=pipeline.{tokenizer}, text_encoder=pipeline.{part}"
+                lines.append(f"pipeline.load_textual_inversion(vectors[{key!r}], token={word!r}, {places})")
         if len(encoders) > 1:
-            lines += ["from safetensors.torch import load_file"]
-        lines += ["", f"pipeline = {pipeline}.from_pretrained({base!r})"]
-        if len(encoders) == 1:
-            lines += [f"pipeline.load_textual_inversion({f'{word}.safetensors'!r}, token={word!r})" for word in words]
-        else:
-            # Some configurations name an end of prompts that their tokenizer does not have.
-            last = encoders[-1]
-            tokenizer = last.replace("text_encoder", "tokenizer")
-            lines.append(f"pipeline.{last}.text_model.eos_token_id = pipeline.{tokenizer}.eos_token_id")
-            for word in words:
-                lines.append(f"vectors = load_file({f'{word}.safetensors'!r})")
-                for key, part in zip(_KEYS, encoders, strict=True):
-                    tokenizer = part.replace("text_encoder", "tokenizer")
-                    lines += [
-                        f"pipeline.load_textual_inversion(",
-                        f"    vectors[{key!r}], token={word!r},",
-                        f"    text_encoder=pipeline.{part}, tokenizer=pipeline.{tokenizer},",
-                        ")",
-                    ]
-        lines.append(f"picture = pipeline({prompt!r}).images[0]")
-        code = "\n".join(lines)
+            lines.insert(1, "from safetensors.torch import load_file")
+            # Some configurations name another end of prompts, and then the largest id is taken for it: the new word's.
+            lines.append(f"pipeline.{encoders[-1]}.text_model.eos_token_id = pipeline.{tokenizers[-1]}.eos_token_id")
+        code = "\n".join([*lines, f"picture = pipeline({prompt!r}).images[0]"])
+        called = ", ".join(f"`embedding:{word}`" for word in words)
         return f"""In diffusers:
 
 ```python
 {code}
 ```
 
-In WebUI the file goes to `embeddings`, and prompts call it by its name without the ending. In ComfyUI it goes to
-`models/embeddings`, and prompts call it by `embedding:` and that name: {", ".join(f"`embedding:{word}`" for word in words)}.
-"""
+In WebUI, the file goes to `embeddings`, and prompts call it by its name without the ending, as those above do. In
+ComfyUI, it goes to `models/embeddings`, and prompts call it {called}."""
 
 
 METHOD = TextualInversion()
@@ -124,7 +117,7 @@ class Embeddings:
         speed_up(self.model.denoiser, plan)
 
     def drawable(self, dtype: torch.dtype) -> Embeddings:
-        self.load()
+        self.model.load(self.model.family.facts.denoiser)  # which stays the same one
         return Embeddings(self._words.copy(dtype), self._names)
 
     def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import hypernetwork
+from dreambooth_sm.methods import METHODS, hypernetwork
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
@@ -28,12 +30,25 @@ def read_hypernetwork(exported: Path, base: Any) -> Any:
     return base
 
 
+def read_embedding(exported: Path, base: Any) -> Any:
+    """By the lines of its model card."""
+    values = {**PROMPTS, "method": "textual_inversion"}
+    text = METHODS["textual_inversion"].usage(type(base).__name__, "base", PROMPTS["instance_prompt"], values)
+    lines = text.split("```python\n")[1].split("```")[0].splitlines()
+    names = {"pipeline": base, "load_file": load_file}
+    with contextlib.chdir(exported):
+        exec("\n".join(line for line in lines if line.startswith(("pipeline.", "vectors"))), names)
+    return base
+
+
+PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 # A tiny model of the family's true classes.
 BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base"}
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
     "full": lambda exported, base: DiffusionPipeline.from_pretrained(exported),
     "hypernetwork": read_hypernetwork,
+    "textual_inversion": read_embedding,
 }
 ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
 
@@ -50,7 +65,7 @@ def trained(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("family", "method"), ALL)
 def test_fits_a_card(family: str, method: str) -> None:
-    h = Hyperparameters.parse({"instance_prompt": "photo of zwx toy", "base_architecture": family, "method": method})
+    h = Hyperparameters.parse({**PROMPTS, "base_architecture": family, "method": method})
 
     def fits(name: str) -> bool:
         try:
@@ -63,7 +78,7 @@ def test_fits_a_card(family: str, method: str) -> None:
 
 @pytest.mark.parametrize(("family", "method"), ALL)
 def test_trains_resumes_and_exports(family: str, method: str, model: PretrainedModel, tmp_path: Path) -> None:
-    values = {"base_architecture": family, "method": method, "max_train_steps": 2, "use_ema": True}
+    values = {**PROMPTS, "base_architecture": family, "method": method, "max_train_steps": 2, "use_ema": True}
     whole = Run(model, tmp_path / "whole", **values)
     base = copy.deepcopy(model).pipeline()
     before = trained(whole)

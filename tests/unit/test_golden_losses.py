@@ -46,6 +46,13 @@ CASES: dict[str, dict[str, object]] = {
     },
     **{name: {"max_train_steps": 6, "optimizer": name} for name in PLAIN_OPTIMIZERS},
     "prodigy": {"max_train_steps": 6, "optimizer": "prodigy", "learning_rate": 1.0},
+    "textual_inversion": {
+        "method": "textual_inversion",
+        "class_prompt": "photo of a toy",
+        "num_vectors": 2,
+        "initial_text": "duck cat",
+        "learning_rate": 1e-2,
+    },
     "xl": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_batch_size": 2},
     "xl_text_encoders": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_text_encoder": True},
 }
@@ -98,7 +105,11 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
     h, data = reference.h, reference.data
     parts, size = h.gradient_accumulation_steps, h.train_batch_size
     text_encoders = [getattr(base, part) for part in base.text_parts] if reference.plan.train_text_encoder else []
-    parameters = [p.requires_grad_() for module in (base.unet, *text_encoders) for p in module.parameters()]
+    if learns_words := h.method == "textual_inversion":
+        ids, table, known = longer_table(base)
+        parameters = [table]
+    else:
+        parameters = [p.requires_grad_() for module in (base.unet, *text_encoders) for p in module.parameters()]
     optimizer = PLAIN_OPTIMIZERS.get(h.optimizer, torch.optim.AdamW)(
         parameters,
         lr=h.learning_rate,
@@ -120,7 +131,9 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
             batch = data.batch_sampler.batch(step * parts + part, size)
             latents = data.latents(batch)
             noised = scheduler.add_noise(latents, batch.noise, batch.timesteps)
-            if len(text_encoders) == 1:
+            if learns_words:
+                hidden = base.text_encoder(ids.expand(size, -1)).last_hidden_state
+            elif len(text_encoders) == 1:
                 hidden = base.text_encoder(data.prompts["ids"][batch.prompts][:, 0]).last_hidden_state
             elif not text_encoders:
                 hidden = data.prompts["states"][batch.prompts]
@@ -149,6 +162,8 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
             (total / parts).backward()
             values = [total, *halves]
             sums[: len(values)] += torch.stack(values).detach() / parts
+        if learns_words:
+            table.grad[:known] = 0
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -156,7 +171,27 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
         losses.append(tuple(sums[: 3 if h.prior_preservation else 2].tolist()))
     if isinstance(optimizer, PlainScheduleFree):
         optimizer.take_average()
+    if learns_words:
+        (learned,) = reference.trainable.parameters.values()
+        torch.testing.assert_close(table[known:], learned)
+        base.text_encoder.resize_token_embeddings(known)
     return losses
+
+
+def longer_table(base: PretrainedModel) -> tuple[torch.Tensor, torch.nn.Parameter, int]:
+    """Rows of new tokens behind those that the text encoder knows, as diffusers' script for textual inversion has them.
+
+    Returns:
+        the ids of the instance prompt, the table, and how many rows it had.
+    """
+    known = len(base.tokenizer)
+    base.tokenizer.add_tokens(["new", "new_1"])
+    base.text_encoder.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
+    table = base.text_encoder.get_input_embeddings().weight.requires_grad_()
+    initial = base.tokenizer("duck cat", add_special_tokens=False, return_tensors="pt").input_ids[0]
+    table.data[known:] = table.data[initial]
+    prompt = base.tokenizer("photo of new new_1 toy", padding="max_length", return_tensors="pt")
+    return prompt.input_ids, table, known
 
 
 def xl_conditions(base: PretrainedModel, reference: Run, size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

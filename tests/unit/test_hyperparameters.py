@@ -190,7 +190,9 @@ def test_auto_is_the_default_of_everything_that_depends_on_the_card() -> None:
 @pytest.mark.parametrize("name", sorted(set(OPTIONAL) - {"instance_prompt"}))
 @pytest.mark.parametrize("text", [None, "None", "null", "", "none", '"None"', '""'])
 def test_none_is_none(name: str, text: str | None) -> None:
-    assert getattr(parse(**{name: text}), name) is None
+    method = (*meaning(FIELDS[name]).methods, FIELDS["method"].default)[0]
+    given = {"method": method, "class_prompt": "photo of a toy", name: text}
+    assert getattr(parse(**given), name) is None
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "resolution", "model_name", "center_crop"])
@@ -548,6 +550,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         "select_best": st.just(False),
         "hypernetwork_width": st.integers(1, 8),
         "hypernetwork_layers": st.integers(1, 4),
+        "placeholder_token": st.sampled_from([None, "zwx"]),
+        "num_vectors": st.integers(1, 32),
     }
     field = FIELDS[name]
     choices: list[st.SearchStrategy[Any]] = []
