@@ -14,9 +14,9 @@ from dreambooth_sm.planning.ladder import Rung
 if TYPE_CHECKING:
     import torch
 
+    from dreambooth_sm.adapters.learned_words import LearnedWords
     from dreambooth_sm.families import ModelFootprint
     from dreambooth_sm.hyperparameters import Hyperparameters
-    from dreambooth_sm.learned_words import LearnedWords
     from dreambooth_sm.models import PretrainedModel
     from dreambooth_sm.planning.plan import Plan
 
@@ -45,7 +45,7 @@ class TextualInversion:
         return 1e-6 * footprint.text_width * h.num_vectors * max(1, len(h.placeholders))
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Embeddings:
-        from dreambooth_sm.learned_words import LearnedWords
+        from dreambooth_sm.adapters.learned_words import LearnedWords
 
         return Embeddings(LearnedWords.make(model, h.placeholders, h.num_vectors), tuple(h.placeholders))
 
@@ -94,6 +94,8 @@ class Embeddings:
     Args:
         names: the words.
     """
+
+    rates: Mapping[str, float] = MappingProxyType({})
 
     def __init__(self, words: LearnedWords, names: tuple[str, ...]) -> None:
         self._words, self._names = words, names

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dreambooth_sm.adapters.learned_words import LearnedWords
 from dreambooth_sm.data.check import check_folder
 from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.textual_inversion import mentions
-from dreambooth_sm.learned_words import LearnedWords
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CARDS
@@ -50,9 +50,7 @@ def everything(model: PretrainedModel) -> dict[str, Tensor]:
     return {f"{part}.{k}": v for part, module in model.modules.items() for k, v in weights(module).items()}
 
 
-def test_only_the_vectors_are_learned_and_the_base_model_draws_as_before(
-    base: PretrainedModel, tmp_path: Path
-) -> None:
+def test_only_the_vectors_are_learned_and_the_base_model_draws_as_before(base: PretrainedModel, tmp_path: Path) -> None:
     before = everything(base)
     run = Run(base, tmp_path, **VALUES)
     assert run.trainable.parameters.keys() == {"text_encoder.zwx"}
@@ -258,7 +256,10 @@ def test_defaults_are_its_own() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"class_prompt": "None"}, "placeholder_token: which word of 'photo of zwx toy' is to be learned can't be told"),
+        (
+            {"class_prompt": "None"},
+            "placeholder_token: which word of 'photo of zwx toy' is to be learned can't be told",
+        ),
         ({"class_prompt": "a thing"}, "can't be told; set it to that word, such as zwx"),
         ({"class_prompt": "a photo of zwx toy"}, "can't be told; set it to that word, such as zwx"),
         ({"placeholder_token": "qrs"}, "placeholder_token='qrs': 'qrs' is no word of the prompt 'photo of zwx toy'"),
