@@ -12,7 +12,7 @@ from dreambooth_sm import __version__, command_line, storage
 from dreambooth_sm.command_line import add_options, joined, read_options
 from dreambooth_sm.data.check import ANY_PROMPTS, check_folder, for_folder
 from dreambooth_sm.data.sheet import contact_sheet, table
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.docs import markdown_table
 from dreambooth_sm.planning.cards import find_card
@@ -45,6 +45,8 @@ def _run(arguments: Sequence[str], demo: Demo | None) -> int:
         print_plan(options.gpu, _hyperparameters(options), as_json=options.json)
     elif options.command == "convert":
         run_convert(options)
+    elif options.command == "describe":
+        print_description(options.source, as_json=options.json)
     elif options.command == "check":
         return print_check(options.directory, _hyperparameters(options), sheet=options.sheet, as_json=options.json)
     elif options.command == "verify":
@@ -73,17 +75,36 @@ def _parser(*, everything: bool, demo: bool = False) -> command_line.Parser:
     plan.add_argument("--json", action="store_true", help="as JSON")
     convert = commands.add_parser(
         "convert",
-        help="convert a model between a diffusers directory and a single file",
+        help="convert a model between a diffusers directory and a single file, or an adapter between layouts",
         description="Converts a Stable Diffusion 1, 2 or XL model, without a GPU. A target that ends in .safetensors "
-        "is one file in the original layout (WebUI, ComfyUI); any other is a diffusers directory.",
+        "is one file in the original layout (WebUI, ComfyUI); any other is a diffusers directory. An adapter, such as "
+        "a LoRA, is converted between the layouts of its files, or put into a model.",
     )
-    convert.add_argument("source", help=".safetensors or .ckpt file, diffusers directory, s3:// location or hub id")
+    convert.add_argument(
+        "source", help=".safetensors or .ckpt file, diffusers directory, s3:// location or hub id; or an adapter's file"
+    )
     convert.add_argument("target", type=Path, help="must not exist")
     convert.add_argument("--precision", choices=["keep", "fp16", "bf16", "fp32"], default="keep", help="of the weights")
     convert.add_argument("--use-ema", action="store_true", help="take the EMA weights that the file carries")
     convert.add_argument(
         "--prediction-type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; found out if left out"
     )
+    convert.add_argument(
+        "--layout",
+        choices=["diffusers", "kohya"],
+        help="of an adapter's file: diffusers, or kohya (WebUI, ComfyUI and diffusers); the other one if left out",
+    )
+    convert.add_argument("--merge-into", metavar="BASE", help="write this base model with the adapter in it")
+    convert.add_argument("--strength", type=float, help="of the adapter in the base model; 1 if left out")
+    convert.add_argument("--extract-from", metavar="BASE", help="write a LoRA of what the model differs in from this")
+    convert.add_argument("--rank", type=int, help="of that LoRA; 32 if left out")
+    describe = commands.add_parser(
+        "describe",
+        help="say what a file is: an adapter, a model, or something else",
+        description="Says what a file is. Of an adapter: its kind, layout, base model, rank, alpha and layers.",
+    )
+    describe.add_argument("source", help="file, diffusers directory or s3:// location")
+    describe.add_argument("--json", action="store_true", help="as JSON")
     check = commands.add_parser(
         "check",
         help="check a folder of pictures as a job would, and show what the model will see of it",
@@ -132,18 +153,62 @@ def run_convert(options: argparse.Namespace) -> None:
     from dreambooth_sm.quiet import quiet_libraries
 
     quiet_libraries()
-    from dreambooth_sm.convert import convert  # imports torch
+    from dreambooth_sm.convert import convert, extract_from, merge_into  # imports torch
 
-    remarks = convert(
-        options.source,
-        options.target,
-        precision=options.precision,
-        use_ema=options.use_ema,
-        prediction_type=options.prediction_type,
-    )
+    _check_together(options)
+    source, target, precision = options.source, options.target, options.precision
+    if options.merge_into:
+        strength = 1.0 if options.strength is None else options.strength
+        remarks = merge_into(source, options.merge_into, target, strength=strength, precision=precision)
+    elif options.extract_from:
+        rank = 32 if options.rank is None else options.rank
+        base = options.extract_from
+        remarks = extract_from(source, base, target, rank=rank, precision=precision, layout=options.layout)
+    else:
+        remarks = convert(
+            source,
+            target,
+            precision=precision,
+            use_ema=options.use_ema,
+            prediction_type=options.prediction_type,
+            layout=options.layout,
+        )
     for remark in remarks:
         print(f"warning: {remark}", file=sys.stderr)
     print(options.target)
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """Raises UserError for options of ``convert`` that do not belong together."""
+    merge, extract = options.merge_into, options.extract_from
+    problems = []
+    if merge and extract:
+        problems.append("--merge-into takes an adapter, and --extract-from makes one: leave one of both out")
+    if (merge or extract) and (options.use_ema or options.prediction_type):
+        problems.append("--use-ema and --prediction-type are for models that are converted: convert the model first")
+    if merge and options.layout:
+        problems.append("--layout is of an adapter's file, and --merge-into writes a model: leave it out")
+    if options.strength is not None and not merge:
+        problems.append("--strength belongs to --merge-into: name the base model there")
+    if options.rank is not None and not extract:
+        problems.append("--rank belongs to --extract-from: name the base model there")
+    if problems:
+        raise UserError(problems)
+
+
+def print_description(source: str, *, as_json: bool) -> None:
+    """Prints what a file is."""
+    from dreambooth_sm.quiet import quiet_libraries
+
+    quiet_libraries()
+    from dreambooth_sm.describe import describe  # imports torch
+
+    found = describe(source)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for title, words in found.items():
+            print(f"{title:16} {words}")
 
 
 def print_check(directory: Path, hyperparameters: Mapping[str, str], *, sheet: Path | None, as_json: bool) -> int:

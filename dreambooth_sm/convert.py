@@ -1,9 +1,12 @@
-"""Model files from one format to the other: no GPU, and a few small pieces in memory at a time."""
+"""Files of models and adapters from one format to another: no GPU, and a few small pieces in memory at a time."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,14 +14,26 @@ import torch
 from tqdm import tqdm
 
 from dreambooth_sm import sources
+from dreambooth_sm.adapters.adapter import Adapter, check_fit, merged_weight
+from dreambooth_sm.adapters.base_model import base_model, guessed_configs
+from dreambooth_sm.adapters.extract import extract
+from dreambooth_sm.adapters.kohya_file import check_carried, write_kohya
+from dreambooth_sm.adapters.layers import Layer
+from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, write_peft
+from dreambooth_sm.adapters.read import find_adapter, read_adapter
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import RENAMED, read_stored
 from dreambooth_sm.stored.directory import write_directory
-from dreambooth_sm.stored.files import OutOfRange
+from dreambooth_sm.stored.files import HASH_FIELD, OutOfRange, Stored
+from dreambooth_sm.stored.layout import Configs
+from dreambooth_sm.stored.model import StoredModel
 from dreambooth_sm.stored.single_file import write_single_file
 
 EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FilePrecision = Literal["keep", "fp16", "bf16", "fp32"]
+AdapterLayout = Literal["diffusers", "kohya"]
+# Metadata of an adapter's file that is written anew, or was of the old file alone.
+_OWN_NOTES = ("format", "ss_network_", "sshs_", CONFIG_FIELD, HASH_FIELD)
 
 
 def convert(
@@ -28,29 +43,157 @@ def convert(
     precision: FilePrecision = "keep",
     use_ema: bool = False,
     prediction_type: str | None = None,
+    layout: AdapterLayout | None = None,
 ) -> tuple[str, ...]:
-    """Writes a Stable Diffusion 1, 2 or XL model in the other format, with a progress bar.
+    """Writes a Stable Diffusion 1, 2 or XL model in the other format, with a progress bar; or an adapter in the other
+    layout.
 
     Args:
-        source: single-file checkpoint, diffusers directory, ``s3://`` location or hub id.
+        source: single-file checkpoint, diffusers directory, ``s3://`` location or hub id; or an adapter's file.
         target: a ``.safetensors`` file in the original layout; any other name is that of a diffusers directory. Must
-            not exist.
+            not exist. An adapter's is always a ``.safetensors`` file.
         precision: of the weights; ``keep`` leaves each as it is.
         use_ema: takes the average that some checkpoints carry beside the UNet's weights.
         prediction_type: ``epsilon`` or ``v_prediction``; None to find out.
+        layout: of the adapter's file; None for that which ``source`` does not have.
 
     Returns:
         remarks on what was guessed of the source; for the user to read.
 
     Raises:
-        UserError: where ``source`` is not such a model, or ``target`` can't be written.
+        UserError: where ``source`` is not such a model or adapter, or ``target`` can't be written.
     """
+    _check_target(target)
+    path = sources.fetch(RENAMED.get(source, source))
+    if found := find_adapter(path):
+        adapter = read_adapter(found)
+        other: AdapterLayout = "kohya" if adapter.layout == "diffusers" else "diffusers"
+        _write_adapter(adapter, guessed_configs(adapter), target, layout or other, source, precision)
+        told = () if base_model(adapter) else (f"{source} does not say what base model it is for",)
+        return (*told, *_left_out(adapter, source))
+    if layout:
+        raise UserError(f"--layout is for adapters, and {source} is a model; leave it out")
+    model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
+    _write_model(model, target, source, precision)
+    return model.remarks
+
+
+def merge_into(
+    source: str, base: str, target: Path, *, strength: float = 1.0, precision: FilePrecision = "keep"
+) -> tuple[str, ...]:
+    """Writes a base model with an adapter in its weights.
+
+    Args:
+        source: the adapter's file.
+        base: as ``source`` of :func:`convert`, and so are ``target`` and ``precision``.
+        strength: 0 leaves the base as it is, 1 takes all of what was trained.
+
+    Returns:
+        remarks; for the user to read.
+
+    Raises:
+        UserError: where ``source`` is no adapter, or one for another base model, or ``target`` can't be written.
+    """
+    _check_target(target)
+    adapter = _adapter(source)
+    model = read_stored(sources.fetch(RENAMED.get(base, base)))
+    shapes = {part: {name: each.shape for name, each in found.items()} for part, found in model.tensors.items()}
+    check_fit(adapter, shapes, base)
+    tensors = {part: dict(found) for part, found in model.tensors.items()}
+    for part, name, layer in adapter:
+        tensors[part][f"{name}.weight"] = _merged(layer, tensors[part][f"{name}.weight"], strength)
+    _write_model(replace(model, tensors=tensors), target, source, precision)
+    return (*model.remarks, *_left_out(adapter, source))
+
+
+def extract_from(
+    source: str,
+    base: str,
+    target: Path,
+    *,
+    rank: int = 32,
+    precision: FilePrecision = "fp16",
+    layout: AdapterLayout | None = None,
+) -> tuple[str, ...]:
+    """Writes a LoRA of what a model differs in from the base that it was trained from, with a progress bar.
+
+    Args:
+        source: the model, as that of :func:`convert`.
+        base: the one that it was trained from.
+        target: a ``.safetensors`` file that must not exist.
+        rank: of each layer.
+        precision: of the values; ``keep`` is fp32.
+        layout: of the file; None for ``kohya``, which most programs read.
+
+    Returns:
+        how much of the difference is kept, and other remarks; for the user to read.
+
+    Raises:
+        UserError: where one of both is no model, they are not of one shape or do not differ, or ``target`` can't be
+            written.
+    """
+    _check_target(target)
+    _check_adapter_target(target)
+    if rank < 1:
+        raise UserError(f"--rank {rank}: the rank has to be at least 1")
+    tuned, before = (read_stored(sources.fetch(RENAMED.get(name, name))) for name in (source, base))
+    count = sum(len(found) for part, found in before.tensors.items() if part != "vae")
+    with tqdm(total=count, unit=" tensors", desc=target.name) as bar:
+        adapter, remarks = extract(tuned, before, rank, bar.update)
+    _write_adapter(adapter, before.configs, target, layout or "kohya", source, precision)
+    return tuple(remarks)
+
+
+def _check_target(target: Path) -> None:
     if os.path.lexists(target):
         raise UserError(f"{target} exists; name a new one")
     if target.suffix in (".ckpt", ".pt", ".bin"):
         raise UserError(f"{target}: pickles are read and never written; name a .safetensors file")
-    path = sources.fetch(RENAMED.get(source, source))
-    model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
+
+
+def _check_adapter_target(target: Path) -> None:
+    if target.suffix != ".safetensors":
+        raise UserError(f"{target}: an adapter is one file; name one that ends in .safetensors")
+
+
+def _adapter(source: str) -> Adapter:
+    """Raises UserError where there is none."""
+    path = sources.fetch(source)
+    return read_adapter(find_adapter(path) or path)
+
+
+def _left_out(adapter: Adapter, source: str) -> tuple[str, ...]:
+    if not adapter.unknown:
+        return ()
+    count, first = len(adapter.unknown), adapter.unknown[0]
+    return (f"{source}: {count} tensors are of no layer known here and are left out, such as {first}",)
+
+
+def _merged(layer: Layer, weight: Stored, strength: float) -> Stored:
+    """A weight with a layer in it, once it is read."""
+
+    def piece(start: int, stop: int) -> torch.Tensor:
+        return merged_weight(layer, weight.read(), strength).flatten()[start:stop]
+
+    return replace(weight, piece=piece, in_pieces=False)
+
+
+def _write_adapter(
+    adapter: Adapter, configs: Configs, target: Path, layout: AdapterLayout, source: str, precision: FilePrecision
+) -> None:
+    _check_adapter_target(target)
+    notes = {key: value for key, value in adapter.notes.items() if not key.startswith(_OWN_NOTES)}
+    if layout == "kohya":
+        check_carried(adapter)
+    dtype = EXPORT_DTYPES.get(precision)
+    with _written(target, source):
+        if layout == "kohya":
+            write_kohya(target, adapter, configs, dtype=dtype, notes=notes)
+        else:
+            write_peft(target, adapter, dtype=dtype, notes=notes)
+
+
+def _write_model(model: StoredModel, target: Path, source: str, precision: FilePrecision) -> None:
     dtype = EXPORT_DTYPES.get(precision)
     size = sum(
         tensor.numel * (dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize
@@ -59,18 +202,24 @@ def convert(
     )
     partial = target.with_name(target.name + ".partial")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
+        with _written(target, source), tqdm(total=size, unit="B", unit_scale=True, desc=target.name) as bar:
             if target.suffix == ".safetensors":
                 write_single_file(model, target, dtype=dtype, progress=bar.update)
             else:
                 write_directory(model, partial, dtype=dtype, progress=bar.update)
                 partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _written(target: Path, source: str) -> Iterator[None]:
+    """Makes the directory that a target goes into, and says what keeps it from being written."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
     except OutOfRange as error:
         advice = "take --precision bf16 or fp32" if error.finite else "the model is damaged"
         raise UserError(f"{source}: {error}; {advice}") from None
     except OSError as error:
         raise UserError(f"{target} can't be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return model.remarks

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter
 from dreambooth_sm.adapters.layers import Hadamard, Kronecker, Layer, LowRank
-from dreambooth_sm.adapters.names import LAYERS, find_layer, flat_names
+from dreambooth_sm.adapters.names import LAYERS, LAYERS_FIELD, find_layer, flat_names
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import HASH_FIELD, Stored, write_safetensors
 from dreambooth_sm.stored.layout import OPEN_CLIP, Configs, is_xl, text_prefix
@@ -25,8 +25,6 @@ NOT_CARRIED = {
     "DoRA": "the programs that read it apply its magnitudes each in another way",
     "OFT": "it rotates what goes into a layer, and those in this layout what comes out",
 }
-# Layers of each level of the UNet, where they are not as many as in every Stable Diffusion.
-_LAYERS_FIELD = "dreambooth_sm.layers_per_block"
 _FACTORS = re.compile(r"lokr_w[12](_[ab])?")
 
 
@@ -123,9 +121,7 @@ def _metadata(adapter: Adapter, configs: Configs, title: str) -> dict[str, str]:
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "modelspec.encoder_layer": clip_layer,
         **(
-            {_LAYERS_FIELD: str(layers)}
-            if (layers := configs["unet"].get("layers_per_block", LAYERS)) != LAYERS
-            else {}
+            {LAYERS_FIELD: str(layers)} if (layers := configs["unet"].get("layers_per_block", LAYERS)) != LAYERS else {}
         ),
     }
 
@@ -146,7 +142,7 @@ def from_kohya(
     Returns:
         the layers by part and name, and the names of tensors that are of none.
     """
-    said = str(notes.get(_LAYERS_FIELD, LAYERS))
+    said = str(notes.get(LAYERS_FIELD, LAYERS))
     count = int(said) if said.isdecimal() else LAYERS
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():

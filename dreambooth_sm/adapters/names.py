@@ -13,6 +13,8 @@ UNET_PREFIX, TEXT_PREFIX, TEXT_PREFIXES = "lora_unet_", "lora_te_", ("lora_te1_"
 _CLIP = "text_model."
 # Layers of each level of the UNets of all Stable Diffusion models.
 LAYERS = 2
+# The header's field that says it where they are not as many.
+LAYERS_FIELD = "dreambooth_sm.layers_per_block"
 # Words with "_" in the names of modules; all else between two "_" is a word of its own.
 _WORDS = re.compile(
     "|".join(

@@ -16,6 +16,7 @@ from dreambooth_sm.adapters.layers import Layer
 from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, from_peft
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import TensorFile
+from dreambooth_sm.stored.locate import PICKLE, SAFETENSORS, find_kind, look_for_model
 from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.recognise import kind_of
 
@@ -62,6 +63,18 @@ def read_adapter(path: Path) -> Adapter:
         kind = next((words for pattern, words in _FOREIGN if any(re.search(pattern, key) for key in tensors)), None)
         raise UserError(f"{path} is {kind or 'an adapter'}, of a kind that is not known here, with {min(tensors)}")
     return Adapter(parts, {key: str(value) for key, value in file.notes.items()}, tuple(sorted(unknown)), layout)
+
+
+def find_adapter(path: Path) -> Path | None:
+    """The file of an adapter at a path, or in a directory that holds no other model; None where there is none.
+
+    Raises:
+        UserError: where a file is damaged.
+    """
+    file = look_for_model(path)
+    if file is None or file.is_dir() or find_kind(file) not in (SAFETENSORS, PICKLE):
+        return None
+    return file if is_adapter(open_tensors(file)) else None
 
 
 def is_adapter(file: TensorFile) -> bool:

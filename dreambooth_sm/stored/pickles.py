@@ -68,6 +68,8 @@ def open_pickle(path: Path) -> TensorFile:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{path} is not a whole checkpoint file ({reason[:200]}); copy it again") from None
+    if not tensors and "activation_func" in notes:
+        raise UserError(f"{path} is a hypernetwork of WebUI, which goes beside a model; name the model, or an adapter")
     if not tensors:
         raise UserError(f"{path} holds no tensors; name a Stable Diffusion checkpoint")
     return TensorFile(path, tensors, notes)

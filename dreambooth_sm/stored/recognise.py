@@ -65,6 +65,11 @@ def check_kind(file: TensorFile) -> None:
         raise UserError(f"{file.path} is {kind} whose UNet takes {inputs} channels instead of 4; {_TRAINABLE}")
 
 
+def is_whole(file: TensorFile) -> bool:
+    """Whether it looks like a whole checkpoint of Stable Diffusion, of whatever kind."""
+    return f"{UNET}input_blocks.0.0.weight" in file.tensors
+
+
 def kind_of(file: TensorFile) -> str:
     """What a file holds that is no adapter, in a few words with their article."""
     for pattern, words in (*_FOREIGN[1:], *_OTHERS):
@@ -72,7 +77,7 @@ def kind_of(file: TensorFile) -> str:
             return words.partition(",")[0]
     if any(key in file.notes for key in ("string_to_token", "sd_checkpoint_name")) or "*" in file.tensors:
         return "a textual inversion embedding"
-    if f"{UNET}input_blocks.0.0.weight" in file.tensors:
+    if is_whole(file):
         return "a whole model"
     return f"of a kind that is not known here, with {min(file.tensors, default='no tensors')}"
 
