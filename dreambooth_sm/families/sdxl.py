@@ -41,6 +41,10 @@ class StableDiffusionXL(StableDiffusion):
         ),
         pipeline="StableDiffusionXLPipeline",
         parts=("unet", "vae", "text_encoder", "text_encoder_2"),
+        methods={
+            "full": {},
+            "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0, "with_prior_preservation": False},
+        },
         tags=("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
         licences={"stabilityai/stable-diffusion-xl": "openrail++"},
         folder="text_encoder_2",

@@ -21,7 +21,7 @@ VALUES = {"method": "textual_inversion", "instance_prompt": PROMPT, "class_promp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["sd"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_job_leaves_a_word_that_its_model_card_draws_with(
     family: str, request: pytest.FixtureRequest, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,7 @@ def read_as_comfyui(path: Path, keys: dict[str, str]) -> dict[str, Tensor]:
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
-@pytest.mark.parametrize("family", ["sd"])
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_its_file_is_read_by_all_programs_and_diffusers_draws_the_same(
     family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +164,17 @@ def test_its_file_is_read_by_all_programs_and_diffusers_draws_the_same(
     # Drawn by our own sampler, which does not ask the pipeline to spell words of several vectors.
     spelled = pipeline.maybe_convert_prompt(PROMPT, pipeline.tokenizer)
     assert np.array_equal(picture(run.trainable.model.pipeline()), picture(pipeline, spelled))
+
+
+def test_a_configuration_that_knows_no_end_of_prompts_changes_nothing(xl_base: PretrainedModel) -> None:
+    """Those of older models name another token, and the largest id is then taken for the end: a new word's, were it
+    larger than all others."""
+    h = hyperparameters(base_architecture="sdxl", **VALUES)
+    model: Any = attach(xl_base, h, cpu_plan(h)).model
+    before = states(model, PROMPT)
+    assert model.text_encoder_2.text_model.eos_token_id == model.tokenizer_2.eos_token_id
+    model.text_encoder_2.text_model.eos_token_id = 2
+    assert same(states(model, PROMPT), before)
 
 
 def test_a_word_of_several_subjects_each_has_its_file(base: PretrainedModel, tmp_path: Path) -> None:
