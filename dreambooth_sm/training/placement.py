@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dreambooth_sm.planning.plan import Plan
+from dreambooth_sm.training.channels_last import keep_channels_last
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
 
@@ -31,8 +32,10 @@ def speed_up(denoiser: Any, plan: Plan) -> None:
         denoiser.to(memory_format=torch.channels_last)
     if plan.compile:
         _compile_blocks(denoiser)
-    else:
-        recompute_gates(denoiser)
+        return
+    recompute_gates(denoiser)
+    if plan.channels_last and plan.device == "cuda":
+        keep_channels_last(denoiser)
 
 
 def _compile_blocks(denoiser: torch.nn.Module) -> None:

@@ -1,0 +1,110 @@
+"""`group_norm` on the CPU: its definition, and the Triton kernels run by Triton's interpreter, beside torch's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreambooth_sm.training.group_norm import GroupNormFunction, group_norm
+from tests.helpers.patience import PATIENCE
+
+# (n, channels, groups, h, w): groups of the UNets' widths; no number of pixels or channels fills the kernels' tiles.
+SHAPES = [(2, 20, 2, 5, 13), (1, 40, 2, 9, 15), (1, 80, 2, 1, 67), (1, 160, 2, 3, 3), (2, 4, 2, 70, 41)]
+TYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+def compare_with_torch(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, affine_dtype: torch.dtype, silu: bool
+) -> None:
+    """Value and gradients, against torch's in float64 from the same numbers; means are several deviations from zero."""
+    n, channels, groups, h, w = shape
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=random)
+
+    x = (draw(n, channels, h, w) + 3 * draw(n, channels, 1, 1) + 5).to(dtype).to(memory_format=torch.channels_last)
+    inputs = [x, draw(channels).to(affine_dtype), draw(channels).to(affine_dtype)]
+    grad = draw(n, channels, h, w).to(dtype)  # not in channels_last
+    ours = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = GroupNormFunction.apply(*ours, groups, 1e-5, silu)
+    y.backward(grad)
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = F.group_norm(exact[0], groups, exact[1], exact[2], 1e-5)
+    expected = F.silu(expected) if silu else expected
+    expected.backward(grad.double())
+    for image in (y, ours[0].grad):
+        assert image.dtype == dtype
+        assert image.is_contiguous(memory_format=torch.channels_last)
+    for mine, true in ((y, expected), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))):
+        tolerance = 2e-6 if mine.dtype == torch.float32 else torch.finfo(mine.dtype).eps
+        assert (mine.double() - true).abs().max() <= tolerance * true.abs().max(), (shape, dtype, affine_dtype, silu)
+
+
+def compare_all() -> None:
+    for shape in SHAPES:
+        compare_with_torch(shape, torch.float32, torch.float32, True)
+    for dtype, affine_dtype in TYPES:
+        for silu in (False, True):
+            compare_with_torch(SHAPES[0], dtype, affine_dtype, silu)
+    print("compared")
+
+
+def test_reference_computes_what_torch_does() -> None:
+    compare_all()
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("compared") == 1
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_gradients_are_the_derivatives(silu: bool) -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 2, 2, dtype=torch.float64, generator=random).to(memory_format=torch.channels_last)
+    affine = torch.randn(2, 6, dtype=torch.float64, generator=random)
+    inputs = [tensor.clone().requires_grad_() for tensor in (x, *affine)]
+    assert torch.autograd.gradcheck(lambda *tensors: GroupNormFunction.apply(*tensors, 3, 1e-5, silu), inputs)
+
+
+def test_frozen_weights_get_no_gradients() -> None:
+    x = torch.randn(1, 4, 2, 2).to(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.ones(4), torch.zeros(4)
+    GroupNormFunction.apply(x, weight, bias, 2, 1e-5, True).sum().backward()
+    assert x.grad is not None
+    assert weight.grad is bias.grad is None
+
+
+def test_elsewhere_torch_serves() -> None:
+    x, weight, bias = torch.randn(2, 4, 3, 3), torch.randn(4), torch.randn(4)
+    expected = F.group_norm(x, 2, weight, bias, 1e-6)
+    assert torch.equal(group_norm(x, 2, weight, bias, 1e-6), expected)
+    assert torch.equal(group_norm(x, 2, weight, bias, 1e-6, silu=True), F.silu(expected))
+
+
+if __name__ == "__main__":
+    compare_all()
