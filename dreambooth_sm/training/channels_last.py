@@ -4,6 +4,10 @@ What would change the layout: torch's GroupNorm (see `group_norm`); a residual b
 transformer before its last projection or behind it, which make contiguous copies; and concatenations with skip
 connections, whose gradients are slices.
 
+Fewer passes over images are made as well: the second norm of a residual block adds what comes before it (the first
+convolution's bias and the embedding of the time step), and has its gradient without another pass; convolutions of
+single pixels are matrix products, which add their bias.
+
 What is computed stays the same. Images in another layout, as pipelines that draw may have them, are computed in theirs.
 """
 
@@ -14,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dreambooth_sm.training.group_norm import group_norm
+from dreambooth_sm.training.group_norm import group_norm, serves
 
 
 def keep_channels_last(denoiser: Any) -> None:
@@ -28,6 +33,7 @@ def keep_channels_last(denoiser: Any) -> None:
             module.forward = functools.partial(_residual_block, module)
         elif type(module) is Transformer2DModel and module.is_input_continuous:
             module.norm.forward = functools.partial(_norm, module.norm)
+            module._operate_on_continuous_inputs = functools.partial(_transformer_input, module)
             module._get_output_for_continuous_inputs = functools.partial(_transformer_output, module)
     if type(getattr(denoiser, "conv_norm_out", None)) is nn.GroupNorm and type(denoiser.conv_act) is nn.SiLU:
         denoiser.conv_norm_out.forward = functools.partial(_norm, denoiser.conv_norm_out, silu=True)
@@ -45,19 +51,54 @@ def _is_plain(block: Any) -> bool:
     )
 
 
-def _norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False) -> Tensor:
-    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
+def _norm(norm: nn.GroupNorm, x: Tensor, **more: Any) -> Tensor:
+    return group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, **more)
 
 
 def _residual_block(block: Any, input_tensor: Tensor, temb: Tensor) -> Tensor:
     """Computes what a ResnetBlock2D does."""
-    hidden = block.conv1(_norm(block.norm1, input_tensor, silu=True))
+    hidden = _norm(block.norm1, input_tensor, silu=True)
+    added: dict[str, Tensor] = {}
     if block.time_emb_proj is not None:
-        hidden = hidden + block.time_emb_proj(block.nonlinearity(temb))[:, :, None, None]
-    hidden = block.conv2(block.dropout(_norm(block.norm2, hidden, silu=True)))
-    shortcut = input_tensor if block.conv_shortcut is None else block.conv_shortcut(input_tensor)
+        temb = block.time_emb_proj(block.nonlinearity(temb))
+    if block.time_emb_proj is None or not _is_fused(block.conv1, block.norm2, hidden):
+        hidden = block.conv1(hidden)
+        if block.time_emb_proj is not None:
+            hidden = hidden + temb[:, :, None, None]
+    else:  # the norm adds the convolution's bias as well
+        hidden = block.conv1._conv_forward(hidden, block.conv1.weight, None)
+        added = {"shift": temb, "offset": block.conv1.bias}
+    hidden = block.conv2(block.dropout(_norm(block.norm2, hidden, silu=True, **added)))
+    shortcut = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
     result: Tensor = _DenseGradient.apply(shortcut + hidden)
     return result
+
+
+def _is_fused(conv: Any, norm: nn.GroupNorm, image: Tensor) -> bool:
+    """Whether a norm of the project's own follows on a convolution of torch's, and can add its bias."""
+    return type(conv) is nn.Conv2d and conv.bias is not None and serves(image, norm.num_groups, norm.weight, norm.bias)
+
+
+def _pointwise(conv: Any, image: Tensor) -> Tensor:
+    """A convolution of single pixels, as the matrix product that it is: which adds the bias on its way."""
+    if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or _layout(image) != torch.channels_last:
+        result: Tensor = conv(image)
+        return result
+    rows = image.permute(0, 2, 3, 1)
+    product = F.linear(rows.flatten(0, 2), conv.weight.flatten(1), conv.bias)
+    return product.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)
+
+
+def _transformer_input(model: Any, hidden_states: Tensor) -> tuple[Tensor, int]:
+    """Computes what a Transformer2DModel does before its blocks: ``(n, h * w, channels)``, and the channels."""
+    hidden_states = model.norm(hidden_states)
+    if not model.use_linear_projection:
+        hidden_states = _pointwise(model.proj_in, hidden_states)
+    channels = hidden_states.shape[1]
+    hidden_states = hidden_states.permute(0, 2, 3, 1).flatten(1, 2)
+    if model.use_linear_projection:
+        hidden_states = model.proj_in(hidden_states)
+    return hidden_states, channels
 
 
 def _transformer_output(
@@ -69,7 +110,7 @@ def _transformer_output(
     image = hidden_states.reshape(batch_size, height, width, -1).permute(0, 3, 1, 2)
     image = image.contiguous(memory_format=_layout(residual))
     if not model.use_linear_projection:
-        image = model.proj_out(image)
+        image = _pointwise(model.proj_out, image)
     result: Tensor = _DenseGradient.apply(image + residual)
     return result
 

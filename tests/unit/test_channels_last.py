@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dreambooth_sm.training import group_norm
+from dreambooth_sm.training import channels_last, group_norm
 from dreambooth_sm.training.channels_last import keep_channels_last
 from dreambooth_sm.training.placement import speed_up
 from dreambooth_sm.training.recomputation import checkpoint_activations
@@ -26,7 +26,8 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(x: Tensor, *_: Any) -> bool:
         return x.is_contiguous(memory_format=torch.channels_last)
 
-    monkeypatch.setattr(group_norm, "_kernels_serve", serve)
+    for module in (group_norm, channels_last):
+        monkeypatch.setattr(module, "serves", serve)
 
 
 def unet(**options: Any) -> UNet2DConditionModel:
@@ -95,7 +96,7 @@ def test_same_loss_and_gradients(linear: bool, checkpointing: bool) -> None:
 @pytest.mark.parametrize("linear", [False, True], ids=["sd1", "sdxl"])
 def test_no_image_is_copied_but_gradients_of_concatenations(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_norm, "reference_forward", kernel_like_forward)
-    monkeypatch.setattr(group_norm, "reference_backward", lambda grad, *_: (grad.clone(), None, None))
+    monkeypatch.setattr(group_norm, "reference_backward", lambda grad, *_: (grad.clone(), None, None, None))
     model = unet(use_linear_projection=linear).requires_grad_(False)
     model.conv_in.requires_grad_(True)
     keep_channels_last(model)
@@ -108,9 +109,9 @@ def test_no_image_is_copied_but_gradients_of_concatenations(linear: bool, monkey
     assert layouts.copies - norms == 3
 
 
-def kernel_like_forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def kernel_like_forward(x: Tensor, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Like the kernels, makes nothing but its result in one operation."""
-    return torch.empty_like(x).copy_(x), x.new_zeros(len(x), groups), x.new_ones(len(x), groups)
+    return torch.empty_like(x).copy_(x), x.new_zeros(len(x), more[4]), x.new_ones(len(x), more[4])
 
 
 def test_images_in_another_layout_are_right_as_well() -> None:
