@@ -89,7 +89,10 @@ class TextualInversionKnobs(TrainingKnobs, PriorKnobs):
                     "alphabet, digits, - and _; take another word, such as zwx"
                 )
             elif FILEWORDS not in prompt and not mentions(prompt, [word]):
-                yield f"placeholder_token{asked}: {short(word)} is no word of the prompt {short(prompt)}; put it there"
+                yield (
+                    f"placeholder_token{asked}: {short(word)} is no word of {short(prompt)}; put it into "
+                    "instance_prompt"
+                )
             elif mentions(class_prompt, [word]):
                 yield (
                     f"placeholder_token{asked}: {short(word)} is a word of the class prompt {short(class_prompt)} as "

@@ -70,7 +70,8 @@ def test_a_new_knob_is_in_the_schema() -> None:
 
 
 def test_the_table_names_defaults_that_are_a_methods_own() -> None:
-    assert "| `learning_rate` | `2e-06`, with method=hypernetwork `0.0001` |" in markdown_table(Hyperparameters)
+    rates = "`2e-06`, with method=hypernetwork `0.0001`, with method=textual_inversion `0.0005`"
+    assert f"| `learning_rate` | {rates} |" in markdown_table(Hyperparameters)
 
 
 def test_a_new_knob_is_in_the_table_under_its_heading() -> None:
@@ -146,7 +147,12 @@ def test_a_rule_about_a_knob_that_does_not_exist_is_an_error_of_the_program() ->
 def test_a_rule_names_every_knob_that_it_reads(name: str) -> None:
     named = Hyperparameters.rules()[name]
     source = inspect.getsource(getattr(Hyperparameters, name))
-    behind = {"inline_concepts": {"concepts_list"}, "prior_preservation": {"with_prior_preservation", "class_prompt"}}
+    behind = {
+        "inline_concepts": {"concepts_list"},
+        "prior_preservation": {"with_prior_preservation", "class_prompt"},
+        "_prompts": {"instance_prompt", "class_prompt", "concepts_list"},
+        "_placeholder": {"placeholder_token"},
+    }
     for word in set(re.findall(r"self\.(\w+)", source)):
         assert behind.get(word, {word}) <= set(named), word
     assert all(f"{knob}" in source.partition("def ")[2] or knob == "concepts_list" for knob in named)
@@ -184,7 +190,8 @@ def test_paths_and_prompts_are_what_they_say() -> None:
         "concepts_list",
     }
     assert set(Hyperparameters.names_where(lambda each: each.text)) == {
-        name for name in FIELDS if name.endswith("_prompt")
+        "initial_text",
+        *(name for name in FIELDS if name.endswith("_prompt")),
     }
 
 

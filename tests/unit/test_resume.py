@@ -33,6 +33,8 @@ OTHERS: dict[str, Any] = {
     "pretrained_vae_name_or_path": "owner/vae",
     "use_lora": None,
     "method": "hypernetwork",
+    "placeholder_token": "zwx",
+    "initial_text": "toy",
     "huber_delta": None,
     "text_encoder_lr": None,
     "noise_offset": 0.1,
@@ -99,7 +101,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def test_a_knob_that_changed_is_refused_by_name_unless_it_may(name: str, subject: Subject) -> None:
     kind = meaning(FIELDS[name]).resume
     methods = meaning(FIELDS[name]).methods
-    its = {"method": methods[0]} if methods else {}
+    its = {"method": methods[0], "class_prompt": "photo of a toy"} if methods else {}
     saved = checkpoint_of(identity_of(subject, **its))
     try:
         changed = identity_of(subject, **{**its, name: other_value(name)})

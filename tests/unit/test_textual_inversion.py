@@ -273,7 +273,7 @@ def test_defaults_are_its_own() -> None:
         ),
         ({"class_prompt": "a thing"}, "can't be told; set it to that word, such as zwx"),
         ({"class_prompt": "a photo of zwx toy"}, "can't be told; set it to that word, such as zwx"),
-        ({"placeholder_token": "qrs"}, "placeholder_token='qrs': 'qrs' is no word of the prompt 'photo of zwx toy'"),
+        ({"placeholder_token": "qrs"}, "placeholder_token='qrs': 'qrs' is no word of 'photo of zwx toy'; put it into"),
         ({"placeholder_token": "<zwx>"}, "has to be letters of the English alphabet, digits, - and _; take another"),
         ({"placeholder_token": "toy"}, "'toy' is a word of the class prompt 'photo of a toy' as well; take a rare one"),
         ({"caption_dropout": "0.1"}, "caption_dropout=0.1: method=textual_inversion learns nothing from pictures"),
