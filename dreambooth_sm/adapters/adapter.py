@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -9,12 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dreambooth_sm.adapters.layers import Layer
+from dreambooth_sm.adapters.layers import Layer, LowRank
 from dreambooth_sm.errors import UserError
 
 # Layers by the names that diffusers and transformers (5) give their modules, such as
 # ``encoder.layers.0.self_attn.q_proj`` of a CLIPTextModel.
 Layers: TypeAlias = Mapping[str, Layer]
+_CLIP_LAYER = re.compile(r"((?:text_model\.)?encoder\.layers\.)(\d+)\.(?:self_attn\.[qkv]_proj|mlp\.fc[12])")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,25 @@ def check_fit(adapter: Adapter, shapes: Mapping[str, Mapping[str, tuple[int, ...
     if problems:
         more = f", and {len(problems) - 1} layers more" if len(problems) > 1 else ""
         raise UserError(f"the adapter is for another base model: {problems[0]}{more}")
+
+
+def with_projections(layers: Layers) -> Layers:
+    """A text encoder's LoRA with an output projection in every attention, of zeros where it has none. By them diffusers
+    tells what it has before it: without them versions from 0.27 to 0.42 raise, or leave other layers out.
+
+    Args:
+        layers: of CLIP; those of other modules and kinds are left as they are.
+    """
+    more: dict[str, Layer] = {}
+    for name, layer in layers.items():
+        match = _CLIP_LAYER.fullmatch(name)
+        if match and isinstance(layer, LowRank) and layer.magnitude is None:
+            width = int(layer.up.shape[0] if name.endswith("fc2") else layer.down.shape[1])
+            for number in range(int(match[2]) + 1):
+                projection = f"{match[1]}{number}.self_attn.out_proj"
+                if projection not in layers:
+                    more[projection] = LowRank.zeros(layer.rank, width, layer.down.dtype)
+    return {**layers, **more}
 
 
 def merge(layers: Layers, weights: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth_sm.adapters.adapter import Adapter
+from dreambooth_sm.adapters.adapter import Adapter, with_projections
 from dreambooth_sm.adapters.layers import Hadamard, Kronecker, Layer, LowRank
 from dreambooth_sm.adapters.names import LAYERS, LAYERS_FIELD, find_layer, flat_names
 from dreambooth_sm.errors import UserError
@@ -53,7 +53,8 @@ def write_kohya(
     check_carried(adapter)
     tensors: dict[str, Tensor] = {}
     rank = max((layer.rank for _, _, layer in adapter if isinstance(layer, LowRank)), default=0)
-    for part, layers in adapter.parts.items():
+    for part, trained in adapter.parts.items():
+        layers = with_projections(trained)
         flat = flat_names(part, layers, configs)
         for name, layer in layers.items():
             filled = layer.folded().padded(rank) if isinstance(layer, LowRank) else layer

@@ -80,6 +80,11 @@ class LowRank:
             middle=None if self.middle is None else pad(self.middle, [0, 0, 0, 0, 0, more, 0, more]),
         )
 
+    @classmethod
+    def zeros(cls, rank: int, width: int, dtype: torch.dtype) -> LowRank:
+        """One that changes nothing, of a square matrix."""
+        return cls(torch.zeros(rank, width, dtype=dtype), torch.zeros(width, rank, dtype=dtype))
+
     def product(self) -> Tensor:
         """Of both matrices, without the scale; kernels flat, ``(out, in * height * width)``."""
         up, down = self.up.float().flatten(1), self.down.float().flatten(1)

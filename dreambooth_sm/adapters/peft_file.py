@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreambooth_sm.adapters.adapter import Adapter, Layers
+from dreambooth_sm.adapters.adapter import Adapter, Layers, with_projections
 from dreambooth_sm.adapters.layers import Hadamard, Kronecker, Layer, LowRank, Rotation
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, write_safetensors
@@ -41,7 +41,8 @@ def write_peft(
     """
     tensors: dict[str, Tensor] = {}
     configs: dict[str, Any] = {}
-    for part, layers in adapter.parts.items():
+    for part, trained in adapter.parts.items():
+        layers = with_projections(trained)
         for name, layer in layers.items():
             tensors |= {f"{part}.{_old(part, name)}.{key}": value for key, value in _tensors(layer).items()}
         configs |= {f"{part}.{key}": value for key, value in peft_config(layers).items()}

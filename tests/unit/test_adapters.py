@@ -72,6 +72,24 @@ def test_diffusers_draws_with_a_file_as_peft_does(
         assert_merges(read_adapter(tmp_path / f"{name}.safetensors"), directory, wanted)
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["fc1", "fc2"], ["k_proj", "fc1", "fc2"]], ids="-".join)
+def test_diffusers_draws_with_text_encoders_that_lack_projections(
+    targets: list[str], tiny_base: Path, tmp_path: Path
+) -> None:
+    """Which it can't tell apart, or takes for others, where the file has no more than what was trained."""
+    whole = pipeline(tiny_base)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=targets)
+    adapter = Adapter({"text_encoder": trained(whole.text_encoder, config)})
+    wanted = answers(whole)
+    write_peft(tmp_path / "peft.safetensors", adapter)
+    write_kohya(tmp_path / "kohya.safetensors", adapter, configs_of(whole))
+    for name in ("peft", "kohya"):
+        drawing = pipeline(tiny_base)
+        drawing.load_lora_weights(str(tmp_path / f"{name}.safetensors"))
+        assert furthest(answers(drawing), wanted) < 1e-5, name
+        assert_merges(read_adapter(tmp_path / f"{name}.safetensors"), tiny_base, wanted)
+
+
 def assert_merges(adapter: Adapter, directory: Path, wanted: dict[str, torch.Tensor]) -> None:
     """The base model with the adapter in its weights answers like this."""
     assert not adapter.unknown
@@ -149,7 +167,7 @@ def test_what_is_written_is_read(
 ) -> None:
     """Every kind in every part, in both layouts, or refused by name."""
     made, shape = layer
-    text = "text_model.encoder.layers.1.mlp.fc1"
+    text = "text_model.encoder.layers.1.self_attn.out_proj"
     names = {"unet": "down_blocks.1.resnets.0.conv1", "text_encoder_2": text}
     name = names.get(part, text.removeprefix("text_model."))
     path = tmp_path_factory.getbasetemp() / "adapter.safetensors"
