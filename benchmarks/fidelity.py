@@ -174,10 +174,10 @@ def make_trainer(variant: str, case: Case, base: PretrainedModel, options: argpa
         class_pictures=case.class_pictures if has_prior and h.prior == "images" else (),
     )
     plan = plan_of_rung(h, *VARIANTS[variant])
-    own = copy.deepcopy(base)
-    data = encode_training_set(own, (subject,), h, plan, device=DEVICE, seed=case.seed)
+    trainable = METHODS[h.method].attach(copy.deepcopy(base), plan, h, 0)
+    data = encode_training_set(trainable.model, (subject,), h, plan, device=DEVICE, seed=case.seed)
     return Trainer(
-        METHODS[h.method].attach(own, plan, h, 0),
+        trainable,
         data,
         plan,
         h,

@@ -57,6 +57,7 @@ def make_trainer(
 ) -> Trainer:
     h = hyperparameters(
         method=method,
+        class_prompt="photo of a toy",
         center_crop=False,
         bucket_step=8,
         max_train_steps=STEPS,
@@ -69,10 +70,10 @@ def make_trainer(
         cuda_graph=graph,
         **choices,
     )
-    own = copy.deepcopy(base)
+    trainable = attach(copy.deepcopy(base), h, plan)
     return Trainer(
-        attach(own, h, plan),
-        encode_training_set(own, (subject,), h, plan, device=DEVICE, seed=SEED),
+        trainable,
+        encode_training_set(trainable.model, (subject,), h, plan, device=DEVICE, seed=SEED),
         plan,
         h,
         Schedule(STEPS, 0, 1e-4),
@@ -100,6 +101,8 @@ def make_trainer(
         (MASTER | {"method": "hypernetwork", "gradient_checkpointing": True}, 1),
         (FAST | {"method": "hypernetwork", "precision": "fp16", "gradient_checkpointing": True}, 1),
         (REFERENCE | {"method": "hypernetwork", "ema": "device"}, 2),
+        (MASTER | {"method": "textual_inversion"}, 2),
+        (MASTER | {"method": "textual_inversion", "precision": "fp16", "gradient_checkpointing": True}, 1),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
 )
