@@ -40,6 +40,7 @@ from dreambooth_sm.planning.memory import predict_peak_gb
 from dreambooth_sm.planning.plan import Plan
 
 UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
+LORA: dict[str, object] = {"method": "lora"}
 HYPERNETWORK: dict[str, object] = {"method": "hypernetwork"}
 TEXTUAL_INVERSION: dict[str, object] = {"method": "textual_inversion"}
 BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}
@@ -83,6 +84,11 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         BOTH,
         {"update_in_backward": True, "max_grad_norm": None, "gradient_checkpointing": True, "weights": "stochastic"},
     ),
+    "lora": (LORA, {}),
+    "lora_small": (LORA, {"gradient_checkpointing": True}),
+    "lora_linear": (LORA | {"lora_targets": "linear"}, {}),
+    "lora_text_encoder": (LORA | {"train_text_encoder": True}, {}),
+    "lora_text_encoder_small": (LORA | {"train_text_encoder": True}, {"gradient_checkpointing": True}),
     "hypernetwork": (HYPERNETWORK, {}),
     "hypernetwork_small": (HYPERNETWORK, {"gradient_checkpointing": True}),
     "textual_inversion": (TEXTUAL_INVERSION, {}),

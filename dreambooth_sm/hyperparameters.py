@@ -20,6 +20,7 @@ from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.knobs.decode import read_values, split_arguments
 from dreambooth_sm.knobs.docs import markdown_table
 from dreambooth_sm.knobs.hypernetwork import HypernetworkKnobs
+from dreambooth_sm.knobs.lora import LoraKnobs
 from dreambooth_sm.knobs.memory import MemoryKnobs
 from dreambooth_sm.knobs.messages import readable
 from dreambooth_sm.knobs.pictures import DEFAULT_INSTANCE_DATA_DIR
@@ -31,7 +32,7 @@ from dreambooth_sm.knobs.validation import ValidationKnobs
 
 # pydantic lists the fields of the last base first.
 class Hyperparameters(
-    ValidationKnobs, MemoryKnobs, HypernetworkKnobs, TextualInversionKnobs, TrainingKnobs, PriorKnobs
+    ValidationKnobs, MemoryKnobs, LoraKnobs, HypernetworkKnobs, TextualInversionKnobs, TrainingKnobs, PriorKnobs
 ):
     """The hyperparameters of one DreamBooth job (Ruiz et al. 2023, "DreamBooth: Fine Tuning Text-to-Image
     Diffusion Models for Subject-Driven Generation").

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +20,7 @@ from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
 from dreambooth_sm.stored.files import Stored
 from dreambooth_sm.stored.fit import check_fit
+from dreambooth_sm.stored.layout import Configs
 from dreambooth_sm.stored.locate import find_model
 from dreambooth_sm.stored.model import (
     Pipeline,
@@ -124,6 +125,10 @@ class PretrainedModel:
             return self.copy_of(name, there, dtype)
         return module
 
+    def skeleton_of(self, name: str) -> Any:
+        """A module like the model's, with its weights on the meta device."""
+        return _copy(getattr(self, name), "meta", None)
+
     def copy_of(self, name: str, device: str | torch.device, dtype: torch.dtype) -> Any:
         """A module like the model's, which stays as it is."""
         module = getattr(self, name)
@@ -148,10 +153,19 @@ class PretrainedModel:
         other = copy.copy(self)
         other._files = dict(self._files)
         for name in names:
-            module = getattr(self, name)
-            tensors = (*module.parameters(), *module.buffers())
-            setattr(other, name, copy.deepcopy(module, {id(tensor): tensor for tensor in tensors}))
+            setattr(other, name, frame_of(getattr(self, name)))
         return other
+
+    def with_weights(self, weights: Mapping[str, Mapping[str, Stored]]) -> PretrainedModel:
+        """A model with other weights in some parts, which are read when somebody asks for them."""
+        other = self.with_parts({name: self.skeleton_of(name) for name in weights})
+        other._files |= weights
+        return other
+
+    @property
+    def configs(self) -> Configs:
+        """Of the parts, as plain dictionaries."""
+        return self._stored().configs
 
     def weights(self, name: str) -> dict[str, Stored]:
         """Those of a part, in the precision that they have in memory."""
@@ -177,7 +191,15 @@ class PretrainedModel:
         return StoredModel(self.name, self.pipeline(), {name: self.weights(name) for name in self.modules})
 
 
-def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtype) -> torch.nn.Module:
+def frame_of(module: torch.nn.Module, copied: Iterable[torch.Tensor] = ()) -> torch.nn.Module:
+    """A module around the same weights and buffers, but for those that are ``copied``: what is put into one of the two
+    is not in the other."""
+    own = {id(tensor) for tensor in copied}
+    shared = (tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in own)
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+
+
+def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
     """A copy of a type on a device, made without a second copy in fp32 on the way."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dreambooth_sm.adapters.layers import Layer, LowRank
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.stored.files import Stored
 
 # Layers by the names that diffusers and transformers (5) give their modules, such as
 # ``encoder.layers.0.self_attn.q_proj`` of a CLIPTextModel.
@@ -104,6 +105,20 @@ def merge(layers: Layers, weights: Mapping[str, Tensor], strength: float = 1.0) 
     for name, layer in layers.items():
         merged[f"{name}.weight"] = merged_weight(layer, weights[f"{name}.weight"], strength)
     return merged
+
+
+def merge_stored(layers: Layers, weights: Mapping[str, Stored], strength: float = 1.0) -> dict[str, Stored]:
+    """:func:`merge` for weights that are read when they are wanted: one layer at a time is in memory. Those with an
+    adapter in them are float32."""
+
+    def merged(layer: Layer, weight: Stored) -> Stored:
+        def piece(start: int, stop: int) -> Tensor:
+            return merged_weight(layer, weight.read().float(), strength).flatten()[start:stop]
+
+        return replace(weight, dtype=torch.float32, piece=piece, in_pieces=False)
+
+    found = {name.removesuffix(".weight"): name for name in weights}
+    return {**weights, **{found[name]: merged(layer, weights[found[name]]) for name, layer in layers.items()}}
 
 
 @torch.no_grad()

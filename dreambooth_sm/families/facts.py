@@ -27,6 +27,22 @@ class ModelFootprint:
 
 
 @dataclass(frozen=True)
+class AdaptedLayers:
+    """Layers that adapters lie beside.
+
+    Attributes:
+        denoiser, text_encoder: the ends of their names, in the denoiser and in each text encoder.
+        width, text_width: what goes into each and what comes out of it, added up over all of them; of convolutions,
+            all that goes into one output.
+    """
+
+    denoiser: tuple[str, ...]
+    text_encoder: tuple[str, ...]
+    width: int
+    text_width: int
+
+
+@dataclass(frozen=True)
 class Facts:
     """One family.
 
@@ -40,6 +56,7 @@ class Facts:
         parts: its modules with weights, by their names in the pipeline; the denoiser comes first.
         tags: what the hub calls its models.
         methods: that can train it, each with the defaults of hyperparameters that are others for it.
+        adapted: the layers that adapters may lie beside, by the choices of ``lora_targets``.
         licences: by the start of a base model's name, as the hub gives them.
         folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has.
         names: found in what makers call their models, and ``hint``, the one to tell users of.
@@ -56,6 +73,7 @@ class Facts:
     parts: tuple[str, ...]
     tags: tuple[str, ...]
     methods: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"full": {}})
+    adapted: Mapping[str, AdaptedLayers] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)
     folder: str | None = None
     tensor: bytes | None = None

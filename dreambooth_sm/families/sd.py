@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
-from dreambooth_sm.families.facts import Facts, ModelFootprint
+from dreambooth_sm.families.facts import AdaptedLayers, Facts, ModelFootprint
 from dreambooth_sm.families.family import Pair
 
 if TYPE_CHECKING:
@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dreambooth_sm.objectives import Objective
+
+
+# Layers of the UNet, and of CLIP.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+LINEAR = (*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+ALL = (*LINEAR, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv")
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_LINEAR = (*TEXT_ATTENTION, "fc1", "fc2")
+
+# Defaults of hyperparameters.
+LORA_DEFAULTS = {"learning_rate": 1e-4, "export": "adapter"}
 
 
 class StableDiffusion:
@@ -34,8 +45,14 @@ class StableDiffusion:
         parts=("unet", "vae", "text_encoder"),
         methods={
             "full": {},
+            "lora": LORA_DEFAULTS,
             "hypernetwork": {"learning_rate": 1e-4},
             "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0, "with_prior_preservation": False},
+        },
+        adapted={
+            "attention": AdaptedLayers(ATTENTION, TEXT_ATTENTION, width=199_296, text_width=73_728),
+            "linear": AdaptedLayers(LINEAR, TEXT_LINEAR, width=423_936, text_width=165_888),
+            "all": AdaptedLayers(ALL, TEXT_LINEAR, width=1_050_816, text_width=165_888),
         },
         tags=("stable-diffusion", "stable-diffusion-diffusers"),
         licences={

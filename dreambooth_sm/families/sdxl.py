@@ -8,9 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
-from dreambooth_sm.families.facts import Facts, ModelFootprint
+from dreambooth_sm.families.facts import AdaptedLayers, Facts, ModelFootprint
 from dreambooth_sm.families.family import Pair
-from dreambooth_sm.families.sd import StableDiffusion
+from dreambooth_sm.families.sd import (
+    ALL,
+    ATTENTION,
+    LINEAR,
+    LORA_DEFAULTS,
+    TEXT_ATTENTION,
+    TEXT_LINEAR,
+    StableDiffusion,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +51,13 @@ class StableDiffusionXL(StableDiffusion):
         parts=("unet", "vae", "text_encoder", "text_encoder_2"),
         methods={
             "full": {},
+            "lora": LORA_DEFAULTS,
             "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0, "with_prior_preservation": False},
+        },
+        adapted={
+            "attention": AdaptedLayers(ATTENTION, TEXT_ATTENTION, width=1_451_520, text_width=401_408),
+            "linear": AdaptedLayers(LINEAR, TEXT_LINEAR, width=2_659_840, text_width=903_168),
+            "all": AdaptedLayers(ALL, TEXT_LINEAR, width=3_074_240, text_width=903_168),
         },
         tags=("stable-diffusion-xl", "stable-diffusion-xl-diffusers"),
         licences={"stabilityai/stable-diffusion-xl": "openrail++"},

@@ -78,8 +78,8 @@ def _translate(key: str, value: object, takes: FieldInfo, knobs: type[Knobs], fo
         found.refused.add(name)
         return
     agreeing = alias.means[given]
-    own = found.values.get(name, field.default)
-    if agreeing and own == field.default:
+    own = found.values.get(name, "auto")
+    if agreeing and own == "auto":  # or left out
         found.values[name] = agreeing[0]
     elif agreeing and own not in agreeing and own in choices(field.annotation):
         found.problems.append(f"{key}={str(given).lower()} and {name}={own} contradict each other; keep one of them")

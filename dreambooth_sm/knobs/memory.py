@@ -47,12 +47,6 @@ class MemoryKnobs(OptimizerKnobs):
         resume="free",
     )
     use_cpu: bool = knob(False, "Train on the CPU although there is a GPU.", resume="free")
-    use_lora: bool = knob(False, "Accepted for the seed's notebooks; only False works.", resume="free")
-
-    @rule("use_lora")
-    def _full_model(self) -> Iterator[str]:
-        if self.use_lora:
-            yield "use_lora=true: this job trains the full model; leave use_lora out or set it to false"
 
     @rule("use_cpu", "mixed_precision")
     def _cpu_has_no_fp16(self) -> Iterator[str]:

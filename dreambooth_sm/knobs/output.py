@@ -33,12 +33,13 @@ class OutputKnobs(ModelKnobs):
         resume="free",
         path=True,
     )
-    export: Literal["diffusers", "single_file", "both"] = knob(
+    export: Literal["diffusers", "single_file", "adapter", "merged", "both"] = knob(
         "diffusers",
-        "What the trained model is written as: a diffusers directory, one `.safetensors` file in the original layout "
-        "for WebUI and ComfyUI, or both.",
+        "What the trained model is written as. With method=full: a diffusers directory, one `.safetensors` file in the "
+        "original layout for WebUI and ComfyUI (single_file), or both. With method=lora: files of the adapter, a "
+        "diffusers directory of the base model with the adapter in it (merged), or both.",
         resume="free",
-        methods=("full",),
+        methods=("full", "lora"),
     )
     export_precision: Literal["fp16", "bf16", "fp32"] = knob(
         "fp16",
@@ -155,7 +156,7 @@ class OutputKnobs(ModelKnobs):
 
     @rule("model_name", "export")
     def _name_can_be_a_files(self) -> Iterator[str]:
-        if self.export != "diffusers" and not can_be_a_files_name(self.model_name):
+        if self.export not in ("diffusers", "merged") and not can_be_a_files_name(self.model_name):
             yield (
                 f"model_name={short(self.model_name)} names the file that export={self.export} writes, and can't be a "
                 "file's name"

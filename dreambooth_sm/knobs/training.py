@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from dreambooth_sm.knobs.declare import Knobs, Tunable, knob, rule
+from dreambooth_sm.knobs.declare import Alias, Knobs, Tunable, knob, rule
 from dreambooth_sm.knobs.ranges import Auto, Few, PositiveFloat, Seed, Steps, StepsOrNone
 
 DEFAULT_TRAIN_STEPS = 800
@@ -19,10 +19,14 @@ class TrainingKnobs(Knobs):
 
     group = "Training"
 
-    method: Literal["full", "hypernetwork", "textual_inversion"] = knob(
+    method: Literal["full", "lora", "hypernetwork", "textual_inversion"] = knob(
         "full",
-        "What is trained. full: all parameters of the model; hypernetwork: two small networks beside it, before the "
-        "keys and the values of its cross attention; textual_inversion: the meaning of a new word, and nothing else.",
+        "What is trained. full: all parameters of the model; lora: small matrices beside its layers; hypernetwork: two "
+        "small networks before the keys and the values of its cross attention; textual_inversion: the meaning of a new "
+        "word, and nothing else. Also accepted as `use_lora=true`, which is lora.",
+        common=True,
+        # The seed's name.
+        aliases=(Alias("use_lora", takes=bool, means={True: ("lora",), False: ()}),),
     )
     max_train_steps: Steps | None = knob(
         None,
@@ -49,13 +53,14 @@ class TrainingKnobs(Knobs):
     lr_warmup_steps: StepsOrNone = knob(0, "Steps over which the learning rate rises from 0.")
     train_text_encoder: bool | Auto = knob(
         "auto",
-        "Train the text encoders as well as the UNet. auto: where there is room, and they are small.",
+        "Train the text encoders as well as the UNet. auto: where there is room, and they are small; none beside "
+        "adapters.",
         common=True,
     )
     text_encoder_lr: PositiveFloat | None = knob(
         None,
         "Peak learning rate of the text encoders, which follows the same schedule; None: learning_rate.",
-        methods=("full",),
+        methods=("full", "lora"),
     )
     snr_gamma: PositiveFloat | None = knob(
         None, "Min-SNR loss weighting (Hang et al. 2023); 5 is usual, None turns it off."

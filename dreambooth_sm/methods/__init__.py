@@ -120,6 +120,10 @@ class Method(Protocol):
             text_encoder: whether the text encoders are trained.
         """
 
+    def activations(self, h: Hyperparameters) -> str:
+        """Begins the names of the figures of what a step keeps of a picture: ``activations_gb`` where it keeps all,
+        ``checkpointed_gb`` where it recomputes."""
+
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Trainable:
         """Makes what is trained; on the CPU, and the model stays as it is."""
 

@@ -46,6 +46,9 @@ class Full:
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         return footprint.unet + (footprint.text_encoder if text_encoder else 0)
 
+    def activations(self, h: Hyperparameters) -> str:
+        return ""
+
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> WholeModel:
         factor = h.text_encoder_factor if plan.train_text_encoder else 1.0
         return WholeModel(model, text_encoder=plan.train_text_encoder, text_encoder_factor=factor)

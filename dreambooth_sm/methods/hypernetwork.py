@@ -65,6 +65,9 @@ class Hypernetwork:
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         return len(_BEFORE) * NetworkShape.of(h, footprint.text_width).parameters * 1e-6
 
+    def activations(self, h: Hyperparameters) -> str:
+        return "frozen_"
+
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Networks:
         import torch
 

@@ -44,6 +44,9 @@ class TextualInversion:
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         return 1e-6 * footprint.text_width * h.num_vectors * max(1, len(h.placeholders))
 
+    def activations(self, h: Hyperparameters) -> str:
+        return "frozen_"
+
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Embeddings:
         from dreambooth_sm.adapters.learned_words import LearnedWords
 

@@ -45,7 +45,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     rows = h.train_batch_size * (2 if h.prior_preservation else 1)
     # Of one 512-pixel sample in 16 bits: recomputed unit by unit, or everything kept.
     kept = "checkpointed_gb" if plan.gradient_checkpointing else "activations_gb"
-    activations = figure(h.architecture, f"frozen_{kept}" if frozen else kept)
+    activations = figure(h.architecture, method.activations(h) + kept)
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = 0.0
     if encodes and not plan.gradient_checkpointing:

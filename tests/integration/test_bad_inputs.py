@@ -135,7 +135,7 @@ EARLY = [
     Bad("prompts the same", ("instance_prompt and class_prompt are the same",), {"class_prompt": "photo of zwx toy"}),
     Bad("token for a secret's name", ("hf_token_secret", "revoke it"), {"hf_token_secret": "hf_abcdef"}),
     Bad("name that can't be a file's", ("model_name='a/b'",), {"model_name": "a/b", "export": "single_file"}),
-    Bad("LoRA", ("use_lora=true", "set it to false"), {"use_lora": "True"}),
+    Bad("LoRA of a whole model", ("use_lora=true", "method=full"), {"use_lora": "True", "method": "full"}),
     Bad("CPU in fp16", ("use_cpu=true", "fp16", "bf16"), {"use_cpu": "True", "mixed_precision": "fp16"}),
     Bad("CPU with xformers", ("use_cpu=true", "attention=xformers"), {"use_cpu": "True", "attention": "xformers"}),
     Bad("CPU with 8-bit Adam", ("use_cpu=true", "use_8bit_adam=true"), {"use_cpu": "True", "use_8bit_adam": "True"}),

@@ -20,7 +20,7 @@ from diffusers import DDPMScheduler
 
 from dreambooth_sm.models import PretrainedModel
 from tests.helpers.optimizers import PLAIN_OPTIMIZERS, PlainScheduleFree
-from tests.helpers.training import Run, same, weights
+from tests.helpers.training import Run, attach, same, weights
 
 STORED = Path(__file__).parent / "golden"
 STEPS = 20
@@ -54,6 +54,16 @@ CASES: dict[str, dict[str, object]] = {
         "learning_rate": 1e-2,
     },
     "xl": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_batch_size": 2},
+    "lora": {
+        "method": "lora",
+        "lora_alpha": 8,
+        "lora_targets": "linear",
+        "lora_plus_ratio": 4,
+        "learning_rate": 1e-3,
+        "train_text_encoder": True,
+        "text_encoder_lr": 5e-4,
+        "with_prior_preservation": True,
+    },
     "xl_text_encoders": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_text_encoder": True},
 }
 
@@ -96,8 +106,45 @@ def test_a_second_run_in_the_same_process_is_bitwise_the_first(case: Case, tmp_p
         assert same(weights(getattr(again.base, part)), weights(getattr(case.run.base, part)))
 
 
-def flat(module: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([value.detach().flatten() for value in module.parameters()])
+def flat(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.detach().flatten() for value in values])
+
+
+def add_lora(base: PretrainedModel, reference: Run) -> list[dict[str, object]]:
+    """Adds a product of two matrices to the weights of linear layers and 1x1 convolutions, by torch's own means.
+
+    Returns:
+        the parameters, by their learning rates.
+    """
+    values = untrained_values(base, reference)
+    rates: dict[float, list[torch.nn.Parameter]] = {}
+    for name in [name.removesuffix(".lora_A.weight") for name in values if name.endswith(".lora_A.weight")]:
+        part, _, layer = name.partition(".")
+        module = getattr(base, part).get_submodule(layer)
+        module.requires_grad_(False)
+        torch.nn.utils.parametrize.register_parametrization(
+            module, "weight", Product(values[f"{name}.lora_A.weight"], values[f"{name}.lora_B.weight"])
+        )
+        product = module.parametrizations.weight[0]
+        rate = 1e-3 if part == "unet" else 5e-4
+        rates.setdefault(rate, []).append(product.down)
+        rates.setdefault(4 * rate, []).append(product.up)
+    return [{"params": parameters, "lr": rate} for rate, parameters in rates.items()]
+
+
+def untrained_values(base: PretrainedModel, reference: Run) -> dict[str, torch.Tensor]:
+    trainable = attach(copy.deepcopy(base), reference.h, reference.plan)
+    trainable.load()
+    return {name: parameter.detach().clone() for name, parameter in trainable.parameters.items()}
+
+
+class Product(torch.nn.Module):
+    def __init__(self, down: torch.Tensor, up: torch.Tensor) -> None:
+        super().__init__()
+        self.down, self.up = torch.nn.Parameter(down), torch.nn.Parameter(up)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 8 / 16 * (self.up.flatten(1) @ self.down.flatten(1)).reshape(weight.shape)
 
 
 def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...]]:
@@ -107,11 +154,13 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
     text_encoders = [getattr(base, part) for part in base.text_parts] if reference.plan.train_text_encoder else []
     if learns_words := h.method == "textual_inversion":
         ids, table, known = longer_table(base)
-        parameters = [table]
+        groups = [{"params": [table]}]
+    elif h.method == "lora":
+        groups = add_lora(base, reference)
     else:
-        parameters = [p.requires_grad_() for module in (base.unet, *text_encoders) for p in module.parameters()]
+        groups = [{"params": [p.requires_grad_() for m in (base.unet, *text_encoders) for p in m.parameters()]}]
     optimizer = PLAIN_OPTIMIZERS.get(h.optimizer, torch.optim.AdamW)(
-        parameters,
+        groups,
         lr=h.learning_rate,
         betas=(h.adam_beta1, h.adam_beta2),
         eps=h.adam_epsilon,
@@ -162,9 +211,9 @@ def plain_losses(base: PretrainedModel, reference: Run) -> list[tuple[float, ...
             (total / parts).backward()
             values = [total, *halves]
             sums[: len(values)] += torch.stack(values).detach() / parts
-        if learns_words:
-            table.grad[:known] = 0
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            if learns_words:
+                table.grad[:known] = 0
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -204,15 +253,25 @@ def xl_conditions(base: PretrainedModel, reference: Run, size: int) -> tuple[tor
 @pytest.mark.slow
 def test_an_independent_loop_agrees(case: Case) -> None:
     plain = copy.deepcopy(case.base)
+    start = untrained_values(plain, case.run)
     theirs = plain_losses(plain, case.run)
     for step, (ours, other) in enumerate(zip(case.run.losses, theirs, strict=True), start=1):
         assert ours == pytest.approx(other, rel=1e-5), f"step {step}"
     # Where a gradient is 0 but for rounding (biases before a norm), Adam steps in the direction of the rounding, and
     # those without an epsilon as far as elsewhere.
     tolerance = 0.2 if case.name in ("lion", "adafactor") else 0.02
-    for part in ("unet", *plain.text_parts):
-        start, ours_, theirs_ = (flat(getattr(model, part)) for model in (case.base, case.run.base, plain))
-        assert (ours_ - theirs_).norm() <= tolerance * (theirs_ - start).norm()
+    trained = dict(case.run.trainable.parameters)
+    if case.run.h.method == "lora":
+        found = [(f"{part}.{name}", m) for part in plain.modules for name, m in getattr(plain, part).named_modules()]
+        products = [(name.removesuffix(".parametrizations.weight.0"), m) for name, m in found if type(m) is Product]
+        there = {f"{name}.lora_A.weight": m.down for name, m in products}
+        there |= {f"{name}.lora_B.weight": m.up for name, m in products}
+    else:
+        there = {f"{part}.{name}": p for part in plain.modules for name, p in getattr(plain, part).named_parameters()}
+    for part in {name.partition(".")[0] for name in trained} & set(plain.modules):
+        names = [name for name in trained if name.startswith(f"{part}.")]
+        begun, ours_, theirs_ = (flat([values[name] for name in names]) for values in (start, trained, there))
+        assert (ours_ - theirs_).norm() <= tolerance * (theirs_ - begun).norm()
 
 
 def test_the_cases_differ() -> None:

@@ -126,7 +126,8 @@ def test_the_seeds_notebook_means_what_it_says(encode: Any) -> None:
     expected = {**SEED_NOTEBOOK, "instance_prompt": PROMPT, "class_prompt": "photo of a toy"}
     expected["manual_upload_model_path"] = expected.pop("manul_upload_model_path")
     assert expected.pop("use_8bit_adam") is False
-    expected["optimizer"] = "auto16"
+    assert expected.pop("use_lora") is False
+    expected |= {"optimizer": "auto16", "method": "full"}
     assert parsed.model_dump(include=set(expected)) == expected
 
 
@@ -134,7 +135,8 @@ def test_the_seeds_notebook_means_what_it_says(encode: Any) -> None:
 def test_every_name_of_the_seed_is_accepted(name: str) -> None:
     value = {**SEED_NOTEBOOK, **SEED_OTHERS}[name]
     parsed = Hyperparameters.parse({"instance_prompt": PROMPT, "class_prompt": "photo of a toy", name: str(value)})
-    assert Hyperparameters.aliases().get(name, name) in parsed.model_fields_set
+    is_set = Hyperparameters.aliases().get(name, name) in parsed.model_fields_set
+    assert is_set != (name == "use_lora")  # false says nothing about the method
 
 
 @pytest.mark.parametrize("name", BOOLEANS)
@@ -261,6 +263,21 @@ def test_both_spellings_of_the_upload_path() -> None:
 @pytest.mark.parametrize(
     ("values", "meant"),
     [
+        ({"use_lora": True}, "lora"),
+        ({"use_lora": False}, "full"),
+        ({"use_lora": True, "method": "lora"}, "lora"),
+        ({"use_lora": False, "method": "lora"}, "lora"),
+        ({"use_lora": False, "method": "hypernetwork"}, "hypernetwork"),
+    ],
+)
+def test_the_seeds_name_of_lora(encode: Any, values: dict[str, object], meant: str) -> None:
+    assert parse(**{name: encode(value) for name, value in values.items()}).method == meant
+
+
+@pytest.mark.parametrize("encode", ENCODINGS)
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
         ({"use_8bit_adam": True}, "adamw8bit"),
         ({"use_8bit_adam": False}, "auto16"),
         ({"use_8bit_adam": "auto"}, "auto"),
@@ -351,6 +368,7 @@ def test_every_problem_is_told_at_once() -> None:
             "stepps": "1",
             "manual_upload_model_path": "nowhere",
             "use_lora": "True",
+            "method": "full",
         }
     )
     named = ["stepps", "learning_rate", "use_ema", "are the same", "resolution=500", "use_lora", "'nowhere'"]
@@ -409,7 +427,14 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         ({"class_prompt": PROMPT}, "are the same"),
         ({"resolution": "500"}, "set 496"),
         ({"resolution": "65"}, "set 64"),
-        ({"use_lora": "true"}, "full model"),
+        ({"use_lora": "true", "method": "full"}, "contradict each other"),
+        (
+            {"method": "lora", "lora_variant": "lokr", "lora_init": "gaussian"},
+            "lora_init is for lora_variant=lora or dora",
+        ),
+        ({"method": "lora", "lora_variant": "oft", "lora_alpha": 8}, "leave lora_alpha out"),
+        ({"method": "lora", "model_name": "a/b"}, "can't be a file's name"),
+        ({"lora_rank": 8}, "belongs to method=lora"),
         ({"use_cpu": "1", "mixed_precision": "fp16"}, "can't train in fp16"),
         ({"instance_data_dir": "/a/", "class_data_dir": "/a"}, "same directory"),
         ({"lr_warmup_steps": "5"}, "constant_with_warmup"),
@@ -540,7 +565,6 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         "instance_prompt": texts.map("zwx {}".format),
         "class_prompt": texts.map("a {}".format),
         "concepts_list": st.lists(concepts, min_size=1, max_size=3) | paths,
-        "use_lora": st.just(False),
         "use_cpu": st.just(False),
         "lr_warmup_steps": st.just(0),
         "sample_guidance_scale": st.floats(1, 20),
@@ -548,6 +572,9 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         "validation_steps": st.just(0),
         "fidelity_encoders": st.sampled_from([None, "judge", "dino=a/b", "dino=a/b clip=/c"]),
         "select_best": st.just(False),
+        "lora_rank": st.integers(1, 512),
+        "lora_plus_ratio": st.floats(1, 64),
+        "lora_variant": st.sampled_from(["lora", "dora"]),
         "hypernetwork_width": st.integers(1, 8),
         "hypernetwork_layers": st.integers(1, 4),
         "placeholder_token": st.sampled_from([None, "zwx"]),

@@ -48,6 +48,9 @@ class Biases:
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         return 1e-3 * footprint.unet
 
+    def activations(self, h: Hyperparameters) -> str:
+        return ""
+
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> TrainedBiases:
         return TrainedBiases(model)
 

@@ -31,10 +31,10 @@ SCHEDULE = Schedule(4, 0, 1e-4)
 OTHERS: dict[str, Any] = {
     "pretrained_model_name_or_path": "owner/other",
     "pretrained_vae_name_or_path": "owner/vae",
-    "use_lora": None,
     "method": "hypernetwork",
     "placeholder_token": "zwx",
     "initial_text": "toy",
+    "lora_variant": "dora",
     "huber_delta": None,
     "text_encoder_lr": None,
     "noise_offset": 0.1,

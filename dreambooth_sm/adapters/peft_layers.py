@@ -1,0 +1,130 @@
+"""The layers of adapters: PEFT makes them and puts them into a module; those of LoRA compute in fewer passes here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreambooth_sm.hyperparameters import Hyperparameters
+
+# PEFT has a name for each adapter of a layer. Ours has one, which no name shows.
+_ADAPTER = "trained"
+
+
+def inject(module: nn.Module, h: Hyperparameters, layers: Iterable[str]) -> None:
+    """Puts adapters beside layers of a module; they change nothing before they are trained.
+
+    Where the module's weights are on the meta device, so are theirs.
+
+    Args:
+        layers: the ends of their names.
+    """
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(_configuration(h, list(layers)), module, _ADAPTER)
+    for layer in module.modules():
+        if _is_plain(layer):
+            layer.forward = functools.partial(_forward, layer)
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module's adapters, by names that say nothing of PEFT's name for them."""
+    mark = f".{_ADAPTER}"
+    return {name.replace(mark, ""): p for name, p in module.named_parameters() if mark in name}
+
+
+def configuration_of(module: nn.Module) -> dict[str, Any]:
+    """PEFT's description of a module's adapters."""
+    configuration: dict[str, Any] = getattr(module, "peft_config")[_ADAPTER].to_dict()  # noqa: B009 - PEFT's own
+    return configuration
+
+
+@contextlib.contextmanager
+def switched_off(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """The modules compute as without adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def _configuration(h: Hyperparameters, layers: list[str]) -> Any:
+    """PEFT's description of the adapters."""
+    import peft
+
+    alpha = h.lora_rank if h.lora_alpha is None else h.lora_alpha
+    if h.lora_variant == "oft":
+        return peft.OFTConfig(r=0, oft_block_size=h.lora_rank, target_modules=layers)
+    if h.lora_variant in ("loha", "lokr"):
+        kind = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[h.lora_variant]
+        return kind(r=h.lora_rank, alpha=alpha, target_modules=layers)
+    return peft.LoraConfig(
+        r=h.lora_rank,
+        lora_alpha=alpha,
+        use_rslora=h.lora_rank_stabilised,
+        use_dora=h.lora_variant == "dora",
+        init_lora_weights=True if h.lora_init == "kaiming" else h.lora_init,
+        target_modules=layers,
+    )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is LoRA beside a linear layer of torch's, and nothing else."""
+    from peft.tuners.lora import Linear
+
+    return type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.lora_variant
+
+
+def _forward(layer: Any, states: Tensor) -> Tensor:
+    base, down, up = layer.base_layer, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    if layer._disable_adapters:
+        result: Tensor = base(states)
+        return result
+    if not states.dtype == down.dtype == base.weight.dtype:  # fp32 adapters under autocast
+        result = type(layer).forward(layer, states)
+        return result
+    result = _LinearWithLora.apply(states, base.weight, base.bias, down, up, layer.scaling[_ADAPTER])
+    return result
+
+
+class _LinearWithLora(torch.autograd.Function):
+    """``x W^T + b + scale (x A^T) B^T`` with a frozen W.
+
+    The sums are part of the matrix products, in both directions: none is a pass of its own over the activations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+    ) -> Tensor:
+        rows = states.reshape(-1, states.shape[-1])
+        low = rows @ down.t()
+        result = F.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, down, up, low)
+        ctx.scale = scale
+        return result.view(*states.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, down, up, low = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        for_low = grad @ up
+        if ctx.scale != 1:
+            for_low *= ctx.scale
+            low = low * ctx.scale
+        for_states = None
+        if ctx.needs_input_grad[0]:
+            for_states = (grad @ weight).addmm_(for_low, down).view(*grads[0].shape[:-1], -1)
+        return for_states, None, None, for_low.t() @ rows, grad.t() @ low, None

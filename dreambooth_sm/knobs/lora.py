@@ -1,0 +1,79 @@
+"""Knobs for what an adapter looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
+
+from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.output import OutputKnobs
+from dreambooth_sm.knobs.ranges import PositiveFloat
+from dreambooth_sm.knobs.training import TrainingKnobs
+
+LORA = "lora"
+_RANK = 16
+_EXPORTS = {"full": ("diffusers", "single_file", "both"), LORA: ("adapter", "merged", "both")}
+
+
+class LoraKnobs(TrainingKnobs, OutputKnobs):
+    """The matrices that an adapter is made of, and the layers that they lie beside."""
+
+    group = "LoRA"
+
+    lora_variant: Literal["lora", "dora", "loha", "lokr", "oft"] = knob(
+        "lora",
+        "What an adapter computes. lora: a product of two matrices (Hu et al. 2021); dora: the same, and the length of "
+        "each output (Liu et al. 2024); loha, lokr: a Hadamard, a Kronecker product (Yeh et al. 2023); oft: rotations "
+        "(Qiu et al. 2023).",
+        methods=(LORA,),
+    )
+    lora_rank: Annotated[int, Ge(1), Le(512)] = knob(
+        _RANK, "Rank of an adapter; with lora_variant=oft, the size of a rotation.", common=True, methods=(LORA,)
+    )
+    lora_alpha: PositiveFloat | None = knob(
+        None, "An adapter's output is multiplied by lora_alpha / lora_rank; None: by 1.", methods=(LORA,)
+    )
+    lora_rank_stabilised: bool = knob(
+        False,
+        "Multiply by lora_alpha / sqrt(lora_rank) instead, so that high ranks learn as much (Kalajdzievski 2023).",
+        methods=(LORA,),
+    )
+    lora_targets: Literal["attention", "linear", "all"] = knob(
+        "attention",
+        "The layers that have adapters: of the attention; linear: of the feed-forward layers and the projections "
+        "around them as well; all: the convolutions of the UNet as well.",
+        methods=(LORA,),
+    )
+    lora_init: Literal["kaiming", "gaussian", "orthogonal"] = knob(
+        "kaiming", "How an adapter's first matrix begins; the second one begins at zero.", methods=(LORA,)
+    )
+
+    lora_plus_ratio: Annotated[float, Ge(1), Le(64)] = knob(
+        1.0,
+        "Train the matrices that begin at zero this many times as fast as learning_rate (LoRA+, Hayou et al. 2024).",
+        methods=(LORA,),
+    )
+
+    @rule("lora_variant", "lora_alpha", "lora_rank_stabilised", "lora_init", "lora_plus_ratio")
+    def _variant_has_what_is_set(self) -> Iterator[str]:
+        products = ("lora", "dora")
+        owners = {
+            "lora_rank_stabilised": products,
+            "lora_init": products,
+            "lora_plus_ratio": products,
+            "lora_alpha": (*products, "loha", "lokr"),
+        }
+        for name, variants in owners.items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.lora_variant not in variants:
+                yield (
+                    f"{name} is for lora_variant={' or '.join(variants)}, and this job's is {self.lora_variant}; leave "
+                    f"{name} out"
+                )
+
+    @rule("method", "export")
+    def _export_is_one_of_the_methods(self) -> Iterator[str]:
+        exports = _EXPORTS.get(self.method, (self.export,))
+        if self.export not in exports:
+            yield f"export={self.export} is not for method={self.method}; set export to {' or '.join(exports)}"

@@ -1,0 +1,226 @@
+"""LoRA and its kin: small matrices beside layers of a model that stays as it is (Hu et al. 2021, "LoRA: Low-Rank
+Adaptation of Large Language Models")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.planning.ladder import Rung
+
+if TYPE_CHECKING:
+    import torch
+
+    from dreambooth_sm.adapters.adapter import Adapter
+    from dreambooth_sm.families import ModelFootprint
+    from dreambooth_sm.hyperparameters import Hyperparameters
+    from dreambooth_sm.models import PretrainedModel
+    from dreambooth_sm.planning.plan import Plan
+
+# The file that `load_lora_weights` of diffusers looks for.
+FILE = "pytorch_lora_weights.safetensors"
+# The kinds that diffusers loads, and those of files for WebUI and ComfyUI.
+_DIFFUSERS, _FLAT = ("lora", "dora"), ("lora", "loha", "lokr")
+# Parameters of an adapter, as a multiple of those of LoRA of that rank; a little more than there are, for some.
+_PARAMETERS = {"loha": 2.0}
+
+
+class Lora:
+    """Trains adapters beside layers of the denoiser, and of the text encoders where that is asked for."""
+
+    name = "lora"
+    trains = "adapters"
+    title = "with an adapter that was trained with DreamBooth"
+    hub: Mapping[str, str] = MappingProxyType({"library_name": "diffusers", "base_model_relation": "adapter"})
+    tags = ("lora",)
+    leaves_base = True
+    trains_text_encoder = True
+    ladder = (
+        #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
+        Rung("roomy", 0, "master", 32, True, False, False, False, "adamw"),
+        Rung("small", 0, "master", 32, True, True, False, False, "adamw"),
+    )
+
+    def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
+        layers = FAMILIES[h.architecture].facts.adapted[h.lora_targets]
+        width = layers.width + (layers.text_width if text_encoder else 0)
+        return _PARAMETERS.get(h.lora_variant, 1.0) * h.lora_rank * width * 1e-6
+
+    def activations(self, h: Hyperparameters) -> str:
+        return f"{h.lora_variant}_{h.lora_targets}_"
+
+    def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Adapters:
+        return Adapters.of(model, h, seed, text_encoder=plan.train_text_encoder)
+
+    def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
+        variant, export = hyperparameters["lora_variant"], hyperparameters["export"]
+        told = []
+        if export != "merged" and variant in _DIFFUSERS:
+            told.append(f"""```python
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained({base!r})
+pipeline.load_lora_weights('.')  # this directory
+picture = pipeline({prompt!r}).images[0]  # cross_attention_kwargs={{'scale': 0.5}}: half as much of it
+```""")
+        if export != "merged" and variant in _FLAT:
+            file, call = f"{hyperparameters['model_name']}.safetensors", f"<lora:{hyperparameters['model_name']}:1>"
+            told.append(
+                f"In WebUI, `{file}` goes to `models/Lora`, and prompts call it as `{call}`; in ComfyUI to "
+                "`models/loras`, for the node Load LoRA."
+            )
+        if export != "adapter":
+            told.append(
+                f"""{"Base model and adapter as one:" if told else ""}
+```python
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained('.')  # this directory
+picture = pipeline({prompt!r}).images[0]
+```""".strip()
+            )
+        if not told:
+            told.append(
+                f"`{FILE}` is for PEFT; `dreambooth-sm convert` puts it into a base model, which any program can draw "
+                "with."
+            )
+        return "\n\n".join(told)
+
+
+METHOD = Lora()
+
+
+class Adapters:
+    """A model and the adapters beside its layers.
+
+    Until they are loaded, they have names and shapes alone: some begin with values of the layers that they lie beside.
+    """
+
+    def __init__(
+        self, model: PretrainedModel, h: Hyperparameters, adapted: Mapping[str, torch.nn.Module], seed: int | None
+    ) -> None:
+        """
+        Args:
+            adapted: the modules that adapters are in, by part.
+            seed: that they begin with; None where they have values.
+        """
+        self.model = model
+        self._base = model.with_parts({})  # keeps what its weights come from, while those of the model are placed
+        self._h, self._adapted, self._seed = h, dict(adapted), seed
+
+    @classmethod
+    def of(cls, model: PretrainedModel, h: Hyperparameters, seed: int, *, text_encoder: bool) -> Adapters:
+        """Adapters beside the layers that are asked for, without values yet."""
+        parts = (model.family.facts.denoiser, *(model.text_parts if text_encoder else ()))
+        adapters = cls(model, h, {part: model.skeleton_of(part) for part in parts}, seed)
+        adapters._inject()
+        return adapters
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        from dreambooth_sm.adapters.peft_layers import parameters_of
+
+        return {
+            f"{part}.{name}": parameter
+            for part, module in self._adapted.items()
+            for name, parameter in parameters_of(module).items()
+        }
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Those of text encoders, and of the matrices that begin at zero, are apart (LoRA+)."""
+        text = self._h.text_encoder_factor
+        return {
+            name: (1.0 if name.startswith(self.model.family.facts.denoiser) else text)
+            * (self._h.lora_plus_ratio if ".lora_B." in name else 1.0)
+            for name in self.parameters
+        }
+
+    def load(self) -> None:
+        import torch
+
+        from dreambooth_sm.models import frame_of
+
+        if self._seed is None:
+            return
+        self.model.load(*self._adapted)
+        self._adapted = {part: frame_of(getattr(self.model, part)) for part in self._adapted}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self._inject()
+        self._seed = None
+
+    def _inject(self) -> None:
+        from dreambooth_sm.adapters.peft_layers import inject
+
+        layers = self.model.family.facts.adapted[self._h.lora_targets]
+        for part, module in self._adapted.items():
+            is_text = part in self.model.text_parts
+            inject(module, self._h, layers.text_encoder if is_text else layers.denoiser)
+
+    def place(self, plan: Plan, device: torch.device) -> None:
+        from dreambooth_sm.adapters.peft_layers import parameters_of
+        from dreambooth_sm.training.placement import place, speed_up
+        from dreambooth_sm.training.precision import weights_dtype
+
+        for part, module in self._adapted.items():
+            trained = parameters_of(module).values()
+            values = [parameter.detach() for parameter in trained]
+            place(module, plan, device, trained=False)
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.data = value.to(device, weights_dtype(plan))
+                parameter.requires_grad_(True)
+            setattr(self.model, part, module)
+        speed_up(self.model.denoiser, plan)
+
+    def drawable(self, dtype: torch.dtype) -> Adapters:
+        from dreambooth_sm.adapters.peft_layers import parameters_of
+        from dreambooth_sm.models import frame_of
+
+        self.load()
+        adapted = {part: frame_of(module, parameters_of(module).values()) for part, module in self._adapted.items()}
+        for module in adapted.values():
+            for parameter in parameters_of(module).values():
+                parameter.data = parameter.detach().to(dtype)
+        return Adapters(self.model.with_parts(adapted), self._h, adapted, None)
+
+    def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
+        from dreambooth_sm.adapters.adapter import merge_stored
+        from dreambooth_sm.adapters.kohya_file import write_kohya
+        from dreambooth_sm.adapters.peft_file import write_peft
+
+        adapter = self._adapter()
+        if h.export != "merged":
+            notes = {"modelspec.trigger_phrase": h.instance_prompt or ""}
+            write_peft(directory / FILE, adapter, dtype=dtype, notes=notes)
+            if h.lora_variant in _FLAT:
+                path = directory / f"{h.model_name}.safetensors"
+                write_kohya(path, adapter, self.model.configs, dtype=dtype, notes=notes)
+        if h.export != "adapter":
+            base = self._base
+            merged = {part: merge_stored(layers, base.weights(part)) for part, layers in adapter.parts.items()}
+            base.with_weights(merged).save(directory, dtype)
+
+    def _adapter(self) -> Adapter:
+        """What was trained, apart from the model."""
+        from dreambooth_sm.adapters.adapter import Adapter
+        from dreambooth_sm.adapters.peft_file import from_peft
+        from dreambooth_sm.adapters.peft_layers import configuration_of, parameters_of
+
+        return Adapter(
+            {
+                part: from_peft(
+                    {name: parameter.detach() for name, parameter in parameters_of(module).items()},
+                    configuration_of(module),
+                )[0]
+                for part, module in self._adapted.items()
+            }
+        )
+
+    def exported_values(self, h: Hyperparameters) -> int:
+        trained = sum(parameter.numel() for parameter in self.parameters.values())
+        base = sum(weight.numel for part in self._base.modules for weight in self._base.weights(part).values())
+        return (0 if h.export == "merged" else 2 * trained) + (0 if h.export == "adapter" else base)
