@@ -64,7 +64,7 @@ def main() -> None:
         wishes = {"lora_variant": variant, "lora_targets": targets, "train_text_encoder": options.text_encoder}
         try:
             result = run(base, options.model, options.steps, checkpoints, **wishes)
-            emit(model=options.model, **wishes, **result)
+            emit(model=options.model, **{**wishes, **result})
             if options.write and not options.text_encoder:
                 command = f"python -m benchmarks.adapters --model {options.model} --variants {variant}"
                 command += f" --targets {targets}"

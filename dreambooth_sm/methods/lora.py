@@ -38,6 +38,7 @@ class Lora:
     tags = ("lora",)
     leaves_base = True
     trains_text_encoder = True
+    encodes_prompts = False
     ladder = (
         #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
         Rung("roomy", 0, "master", 32, True, False, False, False, "adamw"),
