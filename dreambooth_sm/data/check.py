@@ -15,11 +15,11 @@ from dreambooth_sm.data.captions import caption_files, fill, read_captions, read
 from dreambooth_sm.data.folder import DATASET_INFO, scan, shortened
 from dreambooth_sm.data.masks import Box, read_mask, subject_box
 from dreambooth_sm.data.pictures import Shape, open_picture, problems_of, read_size
-from dreambooth_sm.data.tokens import find_vocabulary, too_long
+from dreambooth_sm.data.tokens import Vocabulary, find_vocabulary, too_long
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.pictures import FILEWORDS
-from dreambooth_sm.knobs.textual_inversion import mentions
+from dreambooth_sm.knobs.textual_inversion import mentions, split_at
 
 # Stand-ins for prompts, where nothing depends on what they say.
 ANY_PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
@@ -225,16 +225,22 @@ def _too_long(pictures: Sequence[Picture], h: Hyperparameters, base: str) -> lis
     prompts = {picture.prompt: f"{picture.path}: its prompt" for picture in reversed(pictures)}
     prompts |= {h.class_prompt: "class_prompt"} if h.class_prompt and h.instance_prompt else {}
     # A token has a byte at least: nobody's usual prompts need a vocabulary.
-    if all(len(prompt.encode(errors="replace")) <= _FEWEST_TOKENS for prompt in prompts):
+    if not h.placeholders and all(len(prompt.encode(errors="replace")) <= _FEWEST_TOKENS for prompt in prompts):
         return []
     if (vocabulary := find_vocabulary(base)) is None:
         return []
-    counts = {prompt: vocabulary.count(prompt) for prompt in prompts}
+    counts = {prompt: _count(prompt, vocabulary, h) for prompt in prompts}
     return [
         too_long(f"{what} {prompt!r}", counts[prompt], h.max_token_length, vocabulary.limit(h.max_token_length))
         for prompt, what in prompts.items()
         if counts[prompt] > vocabulary.limit(h.max_token_length)
     ]
+
+
+def _count(prompt: str, vocabulary: Vocabulary, h: Hyperparameters) -> int:
+    """The tokens of a prompt; a word that is learned has as many as it has vectors."""
+    pieces = split_at(prompt, list(h.placeholders))
+    return sum(h.num_vectors if number % 2 else vocabulary.count(piece) for number, piece in enumerate(pieces))
 
 
 def _without_learned_word(pictures: Sequence[Picture], h: Hyperparameters) -> list[str]:

@@ -114,6 +114,8 @@ def split_at(prompt: str, words: Sequence[str]) -> list[str]:
     >>> split_at("Photo of ZWX, on a table", ["zwx"])
     ['Photo of ', 'zwx', ', on a table']
     """
+    if not words:
+        return [prompt]
     longest_first = sorted(words, key=len, reverse=True)
     pieces = re.split(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)", prompt, flags=re.IGNORECASE)
     return [piece.lower() if number % 2 else piece for number, piece in enumerate(pieces)]

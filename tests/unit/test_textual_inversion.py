@@ -316,3 +316,15 @@ def test_pictures_whose_captions_lack_the_word_are_named_before_the_job(tmp_path
     assert len(found) == 1
     assert f"{two}: its prompt 'zwxs on a table' does not have zwx, which is to be learned" in found[0]
     assert mentions("photo of zwx's", ["zwx"])
+    assert not mentions("photo of zwx", [])
+
+
+def test_prompts_that_their_vectors_make_too_long_are_named_before_the_job(tmp_path: Path) -> None:
+    paint_pictures(tmp_path, 1, size=(64, 64))
+    fits, long = (
+        parse(instance_prompt="zwx zwx zwx toy", class_prompt="toy", resolution=64, num_vectors=count)
+        for count in (24, 25)
+    )
+    assert not check_folder(tmp_path, fits).errors
+    (line,) = check_folder(tmp_path, long).errors
+    assert "has 76 tokens and max_token_length=75 allows 75" in line
