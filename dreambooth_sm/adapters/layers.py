@@ -177,6 +177,8 @@ class Kronecker:
         for factor, core in ((self.first, None), (self.second, self.core)):
             if len(factor) == 2:
                 _check_ranks((factor[0], factor[1]), core, cored=core is not None)
+            elif factor[0].dim() < 2:
+                raise ValueError(f"a factor has the shape {tuple(factor[0].shape)}")
 
     @property
     def rank(self) -> int:
@@ -235,6 +237,10 @@ class Rotation:
     terms: int | None = 5
 
     kind = "OFT"
+
+    def __post_init__(self) -> None:
+        if self.angles.dim() != 2 or self.angles.shape[1] != self.size * (self.size - 1) // 2:
+            raise ValueError(f"angles have the shape {tuple(self.angles.shape)}")
 
     @property
     def rank(self) -> int:

@@ -57,7 +57,16 @@ def read_adapter(path: Path) -> Adapter:
         else:
             parts, unknown = _from_dotted(file, tensors)
             layout = "diffusers"
-    except (ValueError, TypeError, IndexError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        ZeroDivisionError,
+        re.error,
+    ) as error:
         raise UserError(f"{path}: its tensors make no adapter ({error!r:.200}); copy it again") from None
     if not parts:
         kind = next((words for pattern, words in _FOREIGN if any(re.search(pattern, key) for key in tensors)), None)

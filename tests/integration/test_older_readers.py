@@ -11,14 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peft import LoraConfig
 from transformers import CLIPImageProcessor
 
 from dreambooth_sm import toybox
-from dreambooth_sm.convert import convert
+from dreambooth_sm.adapters.adapter import Adapter
+from dreambooth_sm.adapters.kohya_file import write_kohya
+from dreambooth_sm.adapters.peft_file import write_peft
+from dreambooth_sm.convert import convert, merge_into
 from dreambooth_sm.errors import EXIT_OK
 from dreambooth_sm.models import load_base
 from dreambooth_sm.stored.directory import read_directory
+from dreambooth_sm.stored.model import configs_of
 from dreambooth_sm.stored.tokenizer import write_tokenizer
+from tests.helpers.adapters import ATTENTION, pipeline, trained
 from tests.helpers.jobs import JobTree
 from tests.helpers.tiny import byte_tokenizer, save_tiny_pipeline, save_tiny_xl_pipeline
 from tests.helpers.training import hyperparameters
@@ -28,6 +34,8 @@ ROOT = Path(__file__).parents[2]
 OLDER = (".venv-diffusers-0.27", ".venv-diffusers-0.32")
 KINDS = ("toybox", "sd", "sd2", "sdxl")
 LOADS = ("bare", "float32", "small", "small float16")
+# The only one for adapters.
+ADAPTER = "small"
 SCRIPT = ROOT / "tests" / "helpers" / "draw.py"
 
 
@@ -62,7 +70,27 @@ def exports(bases: dict[str, Path], pictures: Path, tmp_path_factory: pytest.Tem
     return found | {"sd-job": tree.model}
 
 
-def draw(python: Path, exports: Mapping[str, Path], target: Path) -> dict[str, np.ndarray]:
+@pytest.fixture(scope="module")
+def adapters(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """LoRAs of the UNet and of two layers of the text encoders, and what is left of them in a merged model."""
+    folder = tmp_path_factory.mktemp("adapters")
+    found: dict[str, str] = {}
+    for kind in ("sd", "sdxl"):
+        base = exports[f"{kind}-converted"]
+        whole = pipeline(base)
+        parts = {"unet": trained(whole.unet, LoraConfig(r=4, lora_alpha=6, target_modules=[*ATTENTION, "conv1"]))}
+        for part in [part for part in configs_of(whole) if part.startswith("text_encoder")]:
+            config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "fc1", "fc2"])
+            parts[part] = trained(getattr(whole, part), config)
+        write_peft(folder / f"{kind}-peft.safetensors", Adapter(parts))
+        write_kohya(folder / f"{kind}-kohya.safetensors", Adapter(parts), configs_of(whole))
+        merge_into(str(folder / f"{kind}-kohya.safetensors"), str(base), folder / f"{kind}-merged")
+        found |= {f"{kind}-{layout}": f"{base}+{folder}/{kind}-{layout}.safetensors" for layout in ("peft", "kohya")}
+        found[f"{kind}-merged"] = f"{folder}/{kind}-merged+"
+    return found
+
+
+def draw(python: Path, exports: Mapping[str, Path | str], target: Path) -> dict[str, np.ndarray]:
     arguments = [f"{name}={path}" for name, path in exports.items()]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(target.parent)}
     subprocess.run([python, SCRIPT, target, *arguments], env=environment, check=True)
@@ -87,12 +115,20 @@ def test_every_export_draws_however_it_is_loaded(exports: dict[str, Path], drawn
 
 @pytest.mark.parametrize("environment", OLDER)
 def test_older_versions_draw_the_same_pictures(
-    environment: str, exports: dict[str, Path], drawn: dict[str, np.ndarray], tmp_path: Path
+    environment: str,
+    exports: dict[str, Path],
+    adapters: dict[str, str],
+    drawn: dict[str, np.ndarray],
+    tmp_path: Path,
 ) -> None:
     python = ROOT / environment / "bin" / "python"
     if not python.exists():
         pytest.skip(f"{environment} is missing: `make {environment}/.installed` makes it")
-    older = draw(python, exports, tmp_path / "pictures.npz")
+    older = draw(python, {**exports, **adapters}, tmp_path / "pictures.npz")
+    with_adapters = {name: older.pop(f"{name} {ADAPTER}") for name in adapters}
+    for name, picture in with_adapters.items():  # as if they were in the weights
+        merged = with_adapters[f"{name.partition('-')[0]}-merged"]
+        assert np.abs(picture - merged).max() < 1e-3, name
     assert older.keys() == drawn.keys()
     for name, picture in older.items():
         if name.endswith("float16"):  # today's versions round at other places

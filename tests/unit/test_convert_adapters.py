@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from dreambooth_sm.adapters.adapter import Adapter, merge
 from dreambooth_sm.adapters.kohya_file import write_kohya
 from dreambooth_sm.adapters.layers import LowRank
-from dreambooth_sm.adapters.peft_file import write_peft
+from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, write_peft
 from dreambooth_sm.adapters.read import read_adapter
 from dreambooth_sm.cli import main
+from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.directory import read_directory, write_directory
 from dreambooth_sm.stored.files import HASH_FIELD
 from dreambooth_sm.stored.model import StoredModel, configs_of
@@ -216,3 +217,43 @@ def test_a_pickle_and_alpha_are_read(lora: dict[str, Any], tiny_base: Path, tmp_
     for name, layer in read.parts["unet"].items():
         weight = weights[f"{name}.weight"]
         torch.testing.assert_close(layer.change(weight), wanted.parts["unet"][name].change(weight) / 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        (
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight",
+            torch.ones(8, 3),
+            "ranks [3, 4] in one",
+        ),
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight", torch.ones(8), "has the shape"),
+        ("lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha", torch.ones(2), "make no adapter"),
+    ],
+)
+def test_damaged_adapters_are_told(
+    key: str, value: torch.Tensor, said: str, lora: dict[str, Any], tmp_path: Path
+) -> None:
+    save_file(load_file(lora["kohya"]) | {key: value}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError) as error:
+        read_adapter(tmp_path / "a.safetensors")
+    assert len(error.value.problems) == 1
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"unet.lora_alpha": "four"}', '{"unet.rank_pattern": {"(": 2}}'])
+def test_configurations_that_can_not_be_read_are_told(said: str, lora: dict[str, Any], tmp_path: Path) -> None:
+    save_file(load_file(lora["diffusers"]), tmp_path / "a.safetensors", metadata={CONFIG_FIELD: said})
+    with pytest.raises(UserError, match="make no adapter"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_other_adapters_are_called_by_their_names(tmp_path: Path) -> None:
+    for key, said in (
+        ("lora_unet_mid_block_attentions_0_proj_in.oft_blocks", "an OFT or BOFT of LyCORIS"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "of a kind that is not known here"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "an adapter of a transformer, such as Flux"),
+    ):
+        save_file({key: torch.ones(2, 2)}, tmp_path / "a.safetensors")
+        with pytest.raises(UserError, match=said):
+            read_adapter(tmp_path / "a.safetensors")
