@@ -159,7 +159,10 @@ def _check_adapter_target(target: Path) -> None:
 def _adapter(source: str) -> Adapter:
     """Raises UserError where there is none."""
     path = sources.fetch(source)
-    return read_adapter(find_adapter(path) or path)
+    found = find_adapter(path)
+    if found is None and path.is_dir():
+        raise UserError(f"{source} holds no adapter, or several; name the file of a LoRA or of another adapter")
+    return read_adapter(found or path)
 
 
 def _left_out(adapter: Adapter, source: str) -> tuple[str, ...]:

@@ -58,12 +58,14 @@ def _tensors(layer: Layer) -> dict[str, Tensor]:
     """A layer's tensors by the ends of their names, with its scale in them."""
     if isinstance(layer, LowRank):
         if layer.middle is not None:
-            raise UserError("PEFT has no LoRA with a matrix in the middle (CP decomposition); take the layout kohya")
+            raise UserError(
+                "PEFT has no LoRA with a matrix in the middle (CP decomposition); keep the layout kohya, or merge it"
+            )
         folded = layer.folded()
         found = {"lora_A.weight": folded.down, "lora_B.weight": folded.up}
         if folded.magnitude is not None:
             if folded.magnitude.shape[0] != folded.up.shape[0]:
-                raise UserError("PEFT has no DoRA with a magnitude for each column; take the layout kohya")
+                raise UserError("PEFT has no DoRA with a magnitude for each column; merge it into its base model")
             # As PEFT has them: rows of matrices, and channels of convolutions.
             shape = (1, -1, 1, 1) if folded.down.dim() == 4 else (-1,)
             found["lora_magnitude_vector.weight"] = folded.magnitude.reshape(shape)
