@@ -3,7 +3,8 @@
     python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
         [--write dreambooth_sm/planning/measured]
 
-One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures.
+One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures:
+``train_dreambooth.py``, ``train_dreambooth_lora.py`` or, with ``--model sdxl``, ``train_dreambooth_lora_sdxl.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from benchmarks.common import (
     make_trainer,
     measure_steps,
     reset_peaks,
-    sd15,
 )
 from benchmarks.figures import add_write_option, step_figures, write_figures
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -95,6 +95,8 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "textual_inversion_small": (TEXTUAL_INVERSION, {"gradient_checkpointing": True}),
     "everything": ({"train_text_encoder": True, "use_ema": True}, {}),
 }
+# Those that SDXL is measured with.
+XL_VARIANTS = (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small")
 # The variants that estimates are made from, and what their figures are called. `lean` is a rung that no card of
 # benchmarks.tiers gets.
 FIGURES = {
@@ -104,13 +106,20 @@ FIGURES = {
     "unet_reference_eager": "reference",
     "unet_reference": "reference_graph",
     "hypernetwork_small": "small",
+    "lora": "roomy",
+    "lora_small": "small",
     "textual_inversion_small": "small",
 }
-# diffusers' settings of the same jobs.
+_LORA = ["--mixed_precision=bf16", "--rank=16"]
+# diffusers' settings of the same jobs, by script.
 PEERS = {
-    "diffusers_a": ["--mixed_precision=fp16", "--use_8bit_adam", "--gradient_checkpointing"],
-    "diffusers_b": ["--mixed_precision=bf16"],
-    "diffusers_c": ["--mixed_precision=bf16", "--train_text_encoder"],
+    "train_dreambooth": {
+        "diffusers_a": ["--mixed_precision=fp16", "--use_8bit_adam", "--gradient_checkpointing"],
+        "diffusers_b": ["--mixed_precision=bf16"],
+        "diffusers_c": ["--mixed_precision=bf16", "--train_text_encoder"],
+    },
+    "train_dreambooth_lora": {"diffusers_lora": _LORA, "diffusers_lora_small": [*_LORA, "--gradient_checkpointing"]},
+    "train_dreambooth_lora_sdxl": {"diffusers_lora": _LORA},
 }
 
 
@@ -135,13 +144,14 @@ def run_variant(name: str, model: str, steps: int, work: Path) -> dict[str, obje
     return {**describe(plan), "setup_s": round(setup, 1), "s_of_800_steps": round(whole, 1), **result}
 
 
-def run_peer(name: str, script: Path, steps: int, work: Path) -> None:
+def run_peer(name: str, script: Path, model_name: str, steps: int, work: Path) -> None:
     """diffusers' script in a process of its own, timed from inside by ``benchmarks.peer``."""
-    model = work / "sd15"
+    model = work / model_name
+    h = hyperparameters(model_name)
     if not model.is_dir():
-        sd15().save(model, torch.float32)
-    make_pictures(work / "instance", 5)
-    make_pictures(work / "class", 7)
+        MODELS[model_name]().save(model, torch.float32)
+    make_pictures(work / "instance", 5, h.resolution)
+    make_pictures(work / "class", 7, h.resolution)
     command = [sys.executable, "-m", "benchmarks.peer", name, str(script), str(steps)]
     options = {
         "pretrained_model_name_or_path": model,
@@ -149,7 +159,7 @@ def run_peer(name: str, script: Path, steps: int, work: Path) -> None:
         "class_data_dir": work / "class",
         **PROMPTS,
         "num_class_images": 7,
-        "resolution": 512,
+        "resolution": h.resolution,
         "train_batch_size": 1,
         "learning_rate": 2e-6,
         "max_train_steps": steps + 20,
@@ -157,7 +167,10 @@ def run_peer(name: str, script: Path, steps: int, work: Path) -> None:
         "prior_loss_weight": 0.5,
         "seed": 0,
     }
-    command += [f"--{key}={value}" for key, value in options.items()] + ["--with_prior_preservation", *PEERS[name]]
+    command += [f"--{key}={value}" for key, value in options.items()] + [
+        "--with_prior_preservation",
+        *PEERS[script.stem][name],
+    ]
     subprocess.run(command, check=False)
 
 
@@ -170,11 +183,7 @@ def main() -> None:
     add_write_option(parser)
     options = parser.parse_args()
     model = options.model
-    # SDXL's text encoders are not trained.
-    fitting = [
-        name for name, (wishes, _) in VARIANTS.items() if model == "sd15" or wishes.get("train_text_encoder") is False
-    ]
-    variants = options.variants or fitting
+    variants = options.variants or [name for name in VARIANTS if model == "sd15" or name in XL_VARIANTS]
     if len(variants) > 1:
         write = [f"--write={options.write}"] if options.write else []
         in_fresh_processes("benchmarks.train_step", variants, f"--steps={options.steps}", f"--model={model}", *write)
@@ -191,8 +200,8 @@ def main() -> None:
             except Exception as error:
                 traceback.print_exc()
                 emit(variant=name, model=model, error=f"{type(error).__name__}: {error}"[:300])
-        for name in PEERS if options.peer else ():
-            run_peer(name, options.peer, options.steps, Path(folder))
+        for name in PEERS[options.peer.stem] if options.peer else ():
+            run_peer(name, options.peer, model, options.steps, Path(folder))
 
 
 if __name__ == "__main__":
