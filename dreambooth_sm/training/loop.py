@@ -17,17 +17,16 @@ import torch
 from dreambooth_sm.data.training_set import Batch, BatchSampler, Latents, PictureExtras, SubjectWeights
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
-from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable, encodes_in_steps
-from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.training.batch_loss import BatchLoss
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
-from dreambooth_sm.training.losses import Loss, dreambooth_loss
+from dreambooth_sm.training.losses import Loss
 from dreambooth_sm.training.optimizers import by_factor, make_updater
-from dreambooth_sm.training.precision import compute_dtype, weights_dtype
+from dreambooth_sm.training.precision import weights_dtype
 from dreambooth_sm.training.schedule import Schedule, make_rate
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
 from dreambooth_sm.training.trend import find_rise
@@ -92,14 +91,14 @@ class Trainer:
         self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
         self.device, self.identity, self.report = device, identity, report
         self.base, self.family = trained.model, trained.model.family
-        self.dtype, self.encodes = compute_dtype(plan), encodes_in_steps(plan, h)
+        self.encodes = encodes_in_steps(plan, h)
         trained.load()
         self.named_parameters = trained.parameters
         self.parameters = list(self.named_parameters.values())
         originals = [p.detach() for p in self.parameters]
         try:
             trained.place(plan, device)
-            self.attention = attention_context(plan, self.base.denoiser, report.warn)
+            attention = attention_context(plan, self.base.denoiser, report.warn)
             options = _optimizer_options(h, schedule)
             groups = by_factor(self.named_parameters, trained.rates)
             self.updater = make_updater(list(groups.values()), plan, options, identity["seed"])
@@ -111,6 +110,15 @@ class Trainer:
                 parameter.data = original
             raise
         del originals
+        self._loss = BatchLoss(
+            trained,
+            data.prompts,
+            plan,
+            h,
+            device=device,
+            has_classes=bool(data.batch_sampler.classes),
+            attention=attention,
+        )
         self.make_step = (CapturedStep if plan.cuda_graph else Step)(self._loss, self.updater)
         self.make_step.shapes = len(data.batch_sampler.shapes)
         if world.size > 1:
@@ -127,7 +135,6 @@ class Trainer:
                 average_into=None if on_cpu else self.updater.average_into,
                 on_cpu=on_cpu,
             )
-        self.objective: Objective = self.family.objective(self.base, h.snr_gamma, h.debiased_loss).to(device)
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
@@ -371,29 +378,6 @@ class Trainer:
             extras={name: move(value) for name, value in self.data.extras(batch).items()},
         )
 
-    def _loss(self, inputs: Inputs) -> Loss:
-        noised = self.objective.noised(inputs.latents, inputs.noise, inputs.timesteps)
-        if self.plan.weights != "fp32":
-            noised = noised.to(self.dtype)
-        if self.plan.channels_last:
-            noised = noised.contiguous(memory_format=torch.channels_last)
-        with self._autocast(), self.attention():
-            prompts = {name: table[inputs.prompts] for name, table in self.data.prompts.items()}
-            if self.encodes:
-                conditioning = self.family.encode(self.base, prompts)
-            else:
-                conditioning = Conditioning(prompts).to(self.device, noised.dtype)
-            conditioning = conditioning.beside(inputs.extras)
-            prediction = self.family.predict(self.base.denoiser, noised, inputs.timesteps, conditioning)
-        return dreambooth_loss(
-            prediction,
-            self.objective.target(inputs.latents, inputs.noise, inputs.timesteps),
-            prior_loss_weight=self.h.prior_loss_weight if self.data.batch_sampler.classes else None,
-            element_weights=inputs.weights,
-            row_weights=self.objective.row_weights(inputs.timesteps),
-            huber_delta=self.h.huber_delta if self.h.loss == "huber" else None,
-        )
-
     @contextlib.contextmanager
     def _self_check(self, rate: float) -> Iterator[Callable[[Loss], None]]:
         """Around the first update that should change weights: stops a job that would learn nothing."""
@@ -462,11 +446,6 @@ class Trainer:
         if not self._rise_told and (rise := find_rise(self.report.training_rows)):
             self._rise_told = True
             self.report.warn(rise)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.plan.precision == "fp32" or self.plan.weights != "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
 
 
 def _optimizer_options(h: Hyperparameters, schedule: Schedule) -> dict[str, Any]:

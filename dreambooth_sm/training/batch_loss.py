@@ -1,0 +1,78 @@
+"""The loss of a batch: what the model is shown, what it says, and what it should say."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreambooth_sm.families import Conditioning
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import Trainable, encodes_in_steps
+from dreambooth_sm.objectives import Objective
+from dreambooth_sm.planning.plan import Plan
+from dreambooth_sm.training.losses import Loss, dreambooth_loss
+from dreambooth_sm.training.precision import compute_dtype
+from dreambooth_sm.training.step import Inputs
+
+
+class BatchLoss:
+    """Computes losses of what is trained, which is on its device.
+
+    Args:
+        prompts: what the text encoders make of prompts, or take where steps encode them, by name, a row a prompt.
+        has_classes: whether the second half of each batch shows the class.
+        attention: makes contexts for the forward pass.
+    """
+
+    def __init__(
+        self,
+        trained: Trainable,
+        prompts: Mapping[str, Tensor],
+        plan: Plan,
+        h: Hyperparameters,
+        *,
+        device: torch.device,
+        has_classes: bool,
+        attention: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> None:
+        self.objective: Objective = trained.model.family.objective(trained.model, h.snr_gamma, h.debiased_loss)
+        self.objective = self.objective.to(device)
+        self._base, self._prompts, self._plan, self._h = trained.model, prompts, plan, h
+        self._device, self._dtype = device, compute_dtype(plan)
+        self._encodes, self._has_classes, self._attention = encodes_in_steps(plan, h), has_classes, attention
+
+    def __call__(self, inputs: Inputs) -> Loss:
+        """The loss of one batch, with its graph."""
+        noised = self.objective.noised(inputs.latents, inputs.noise, inputs.timesteps)
+        if self._plan.weights != "fp32":
+            noised = noised.to(self._dtype)
+        if self._plan.channels_last:
+            noised = noised.contiguous(memory_format=torch.channels_last)
+        return dreambooth_loss(
+            self._prediction(noised, inputs),
+            self.objective.target(inputs.latents, inputs.noise, inputs.timesteps),
+            prior_loss_weight=self._h.prior_loss_weight if self._has_classes else None,
+            element_weights=inputs.weights,
+            row_weights=self.objective.row_weights(inputs.timesteps),
+            huber_delta=self._h.huber_delta if self._h.loss == "huber" else None,
+        )
+
+    def _prediction(self, noised: Tensor, inputs: Inputs) -> Tensor:
+        family = self._base.family
+        with self._autocast(), self._attention():
+            prompts = {name: table[inputs.prompts] for name, table in self._prompts.items()}
+            if self._encodes:
+                conditioning = family.encode(self._base, prompts)
+            else:
+                conditioning = Conditioning(prompts).to(self._device, noised.dtype)
+            conditioning = conditioning.beside(inputs.extras)
+            return family.predict(self._base.denoiser, noised, inputs.timesteps, conditioning)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._plan.precision == "fp32" or self._plan.weights != "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, self._dtype)
