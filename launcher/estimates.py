@@ -15,7 +15,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
-from dreambooth_sm.methods import METHODS
+from dreambooth_sm.methods import METHODS, asks_base_of_classes
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.figures import figure
@@ -28,6 +28,8 @@ _TIMED = next(iter(FAMILIES))
 _VARIED = "full"
 # Of a step with two pictures, this share does not grow with them: the optimizer, mostly.
 _FIXED_SHARE = figure("shared", "fixed_share")
+# Of a picture's time in a step, by arithmetic: a base model that is asked has no backward pass.
+_FORWARD_SHARE = 0.5
 # Of a step's time on one GPU, where there are several.
 _SEVERAL_CARDS = figure("shared", "several_cards_cost")
 # Class images on the H200: GPU seconds of a picture in a large batch, and the host's seconds for a batch.
@@ -91,11 +93,13 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     slower = slowdown(instance.card)
     size = (h.resolution / 512) ** 2
     step = _step_seconds(plan, slower, h.method)
-    samples = h.train_batch_size * (2 if h.prior_preservation else 1)
+    samples: float = h.train_batch_size * (2 if h.prior_preservation else 1)
+    if asks_base_of_classes(h):
+        samples += h.train_batch_size * _FORWARD_SHARE
     step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * figure(h.architecture, "step_cost")
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
     seconds = step * _steps(h, pictures, processes)
-    if h.prior_preservation:
+    if h.prior_preservation and not asks_base_of_classes(h):
         batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
         image = _CLASS_IMAGE_S * slower * size * figure(h.architecture, "class_image_cost")
         seconds += batches * max(_CLASS_BATCH_HOST_S, plan.sample_batch_size * image)

@@ -26,7 +26,7 @@ from dreambooth_sm.data.training_set import (
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
-from dreambooth_sm.methods import encodes_in_steps
+from dreambooth_sm.methods import asks_base_of_classes, encodes_in_steps
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.memory import OUTPUTS_PER_IMAGE
 from dreambooth_sm.planning.plan import Plan
@@ -81,12 +81,20 @@ def encode_training_set(
         caption_dropout=h.caption_dropout,
         noise_offset=h.noise_offset,
     )
-    if h.prior_preservation and h.prior == "output":
+    class_prompts = [str(subject.class_prompt) for subject in subjects for _ in subject.pictures]
+    if asks_base_of_classes(h):
+        for row, instance in enumerate(instances):
+            classes.append(TrainingRow(instance.picture, table.rows(class_prompts[row]), instance.shape))
+            latents.repeat(row)
+            extras.repeat(row)
+            masks.append(None)
+            trained_in.append(instance.shape)
+            views.append(views[row])
+    elif h.prior_preservation and h.prior == "output":
         batch_sampler = make_batch_sampler(instances, [], seed=mix(seed, len(instances)))
         for output in outputs_of_base(base, subjects, h, plan, batch_sampler, latents, extras):
             instance = instances[output.instance]
-            (subject,) = (s for s in subjects if instance.picture in s.pictures)
-            prompt_rows = table.rows(str(subject.class_prompt))
+            prompt_rows = table.rows(class_prompts[output.instance])
             classes.append(TrainingRow(instance.picture, prompt_rows, instance.shape, output.noise, output.timestep))
             latents.append(output.latents.to(device))
             extras.append(output.instance, output.view)

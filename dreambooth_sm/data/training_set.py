@@ -284,6 +284,10 @@ class PictureExtras:
         """A further row of the picture table, with a single view: one of another row."""
         self._rows.append({name: value[None] for name, value in self._of(row, view).items()})
 
+    def repeat(self, row: int) -> None:
+        """A further row of the picture table, which is the same as another one."""
+        self._rows.append(self._rows[row])
+
     def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
         """``(rows, numbers)`` of a batch, on the CPU."""
         rows = [self._of(*pair) for pair in zip(batch.pictures.tolist(), batch.views.tolist(), strict=True)]
@@ -337,7 +341,7 @@ class Latents:
         *,
         cached: bool,
     ) -> None:
-        self._pictures, self._shapes, self._views = list(pictures), shapes, views
+        self._pictures, self._shapes, self._views = list(pictures), list(shapes), list(views)
         self._vae, self._config, self._family = vae, vae.config, family
         # Mean and deviation of every view, a row each.
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -348,8 +352,19 @@ class Latents:
     def append(self, latents: torch.Tensor) -> None:
         """A further row of the picture table, which is given as scaled latents ``(4, h, w)`` and has a single view."""
         mean = self._family.denormalise(self._config, latents[None])
-        self._pictures.append(Path())
+        self._add(Path(), (latents.shape[2], latents.shape[1]), [View()])
         self._cache[len(self._pictures) - 1] = mean, torch.zeros((), device=mean.device).expand_as(mean)
+
+    def repeat(self, row: int) -> None:
+        """A further row of the picture table, which is the same as another one."""
+        self._add(self._pictures[row], self._shapes[row], self._views[row])
+        if row in self._cache:
+            self._cache[len(self._pictures) - 1] = self._cache[row]
+
+    def _add(self, picture: Path, shape: Shape, views: list[View]) -> None:
+        self._pictures.append(picture)
+        self._shapes.append(shape)
+        self._views.append(views)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Scaled latents ``(rows, 4, h, w)`` of a batch, whose pictures have one shape; float32, on the device."""

@@ -25,7 +25,8 @@ class PriorKnobs(PictureKnobs):
     prior: Literal["images", "output"] = knob(
         "images",
         "What keeps the class. images: class images. output: the base model's own predictions for the class prompt, on "
-        "noised pictures of the subject; no class images are made or read.",
+        "noised pictures of the subject; no class images are made or read. Where what is trained lies beside the base "
+        "model (adapters, hypernetworks), each step asks it anew; otherwise it is asked before training.",
     )
     prior_loss_weight: NonNegativeFloat = knob(0.5, "Weight of the class images' loss.", tunable=Tunable(0.1, 1.0))
     num_class_images: Annotated[int, Ge(1), Le(100_000)] = knob(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dreambooth_sm.planning.ladder import Rung
 
@@ -71,6 +72,14 @@ class Trainable(Protocol):
         """Counts the values that :meth:`export` writes."""
 
 
+@runtime_checkable
+class Removable(Protocol):
+    """What is trained beside a base model, and can be left out while something is computed."""
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Inside, the model computes what its base does, and encodes prompts as that does."""
+
+
 class Method(Protocol):
     """One way of teaching.
 
@@ -84,6 +93,7 @@ class Method(Protocol):
         trains_text_encoder: whether it can train the text encoders beside the denoiser.
         encodes_prompts: whether what it trains changes how frozen text encoders read prompts, so that every step has to
             encode its own.
+        has_live_base: whether what it trains is :class:`Removable`, so that training steps can ask the base model.
     """
 
     @property
@@ -112,6 +122,9 @@ class Method(Protocol):
 
     @property
     def encodes_prompts(self) -> bool: ...
+
+    @property
+    def has_live_base(self) -> bool: ...
 
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
         """Millions of parameters that are trained.
@@ -147,3 +160,8 @@ METHODS: dict[str, Method] = {
 def encodes_in_steps(plan: Plan, h: Hyperparameters) -> bool:
     """Whether training steps encode their prompts; otherwise all are encoded once, before training."""
     return plan.train_text_encoder or METHODS[h.method].encodes_prompts
+
+
+def asks_base_of_classes(h: Hyperparameters) -> bool:
+    """Whether training steps ask the base model for what it says of the class, and train towards that."""
+    return h.prior_preservation and h.prior == "output" and METHODS[h.method].has_live_base

@@ -30,6 +30,7 @@ class Full:
     leaves_base = False
     trains_text_encoder = True
     encodes_prompts = False
+    has_live_base = False
     # A card gets the first rung that it is large enough for and whose predicted peak fits: 40 GB cards and up `roomy`,
     # A10G and L4 `large`, T4 to 10 GB `medium`, 8 GB `small`, 6 GB `tight`, and 4 GB `tiny`.
     ladder = (

@@ -7,6 +7,7 @@ encoder's states. The last layer of each starts from zero: an untrained hypernet
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -56,6 +57,7 @@ class Hypernetwork:
     leaves_base = True
     trains_text_encoder = False
     encodes_prompts = False
+    has_live_base = True
     ladder = (
         #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
         Rung("roomy", 0, "residual", 8, True, False, False, False),
@@ -176,6 +178,14 @@ class Networks:
             network.to(device=device, dtype=weights_dtype(plan)).requires_grad_(True).train()
         _insert(self.model.unet, self._networks)
         speed_up(self.model.unet, plan)
+
+    @contextlib.contextmanager
+    def untrained(self) -> Iterator[None]:
+        _remove(self.model.unet)
+        try:
+            yield
+        finally:
+            _insert(self.model.unet, self._networks)
 
     def drawable(self, dtype: torch.dtype) -> Networks:
         self.load()

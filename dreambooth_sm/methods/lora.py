@@ -4,6 +4,7 @@ Adaptation of Large Language Models")."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class Lora:
     leaves_base = True
     trains_text_encoder = True
     encodes_prompts = False
+    has_live_base = True
     ladder = (
         #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
         Rung("roomy", 0, "master", 32, True, False, False, False, "adamw"),
@@ -176,6 +178,11 @@ class Adapters:
                 parameter.requires_grad_(True)
             setattr(self.model, part, module)
         speed_up(self.model.denoiser, plan)
+
+    def untrained(self) -> AbstractContextManager[None]:
+        from dreambooth_sm.adapters.peft_layers import switched_off
+
+        return switched_off(self._adapted.values())
 
     def drawable(self, dtype: torch.dtype) -> Adapters:
         from dreambooth_sm.adapters.peft_layers import parameters_of

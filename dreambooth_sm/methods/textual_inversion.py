@@ -35,6 +35,7 @@ class TextualInversion:
     leaves_base = True
     trains_text_encoder = False
     encodes_prompts = True
+    has_live_base = False  # of class prompts, which have no learned word, it is the model itself
     ladder = (
         #     name      GiB  weights    bits  keeps grads  checkpoints  text encoder  EMA
         Rung("roomy", 0, "master", 32, True, False, False, False, "adamw"),

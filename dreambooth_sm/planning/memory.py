@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import METHODS, encodes_in_steps
+from dreambooth_sm.methods import METHODS, asks_base_of_classes, encodes_in_steps
 from dreambooth_sm.planning.figures import figure
 from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import Plan, Precision
@@ -53,7 +53,8 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
     vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + _ENCODING_GB * (h.resolution / 512) ** 2
-    if h.prior_preservation and h.prior == "output":  # the latents of its outputs
+    # The latents of its outputs; a forward pass of a live base keeps nothing, and comes before what is kept.
+    if h.prior_preservation and h.prior == "output" and not asks_base_of_classes(h):
         vae += OUTPUTS_PER_IMAGE * h.num_class_images * 6.6e-5 * (h.resolution / 512) ** 2
     stays = (weights + state + average) * millions * 1e-3 + frozen + vae + _OVERHEAD_GB
     stays += updating if follows_graph else 0  # beside the graph, which keeps its memory

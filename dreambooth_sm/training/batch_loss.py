@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Trainable, encodes_in_steps
+from dreambooth_sm.methods import Removable, Trainable, asks_base_of_classes, encodes_in_steps
 from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.losses import Loss, dreambooth_loss
@@ -44,6 +44,10 @@ class BatchLoss:
         self._base, self._prompts, self._plan, self._h = trained.model, prompts, plan, h
         self._device, self._dtype = device, compute_dtype(plan)
         self._encodes, self._has_classes, self._attention = encodes_in_steps(plan, h), has_classes, attention
+        self._untrained: Callable[[], contextlib.AbstractContextManager[None]] | None = None
+        if asks_base_of_classes(h):
+            assert isinstance(trained, Removable)
+            self._untrained = trained.untrained
 
     def __call__(self, inputs: Inputs) -> Loss:
         """The loss of one batch, with its graph."""
@@ -52,9 +56,15 @@ class BatchLoss:
             noised = noised.to(self._dtype)
         if self._plan.channels_last:
             noised = noised.contiguous(memory_format=torch.channels_last)
+        target = self.objective.target(inputs.latents, inputs.noise, inputs.timesteps)
+        if self._untrained:  # before the model itself is asked, whose activations stay
+            classes = slice(len(noised) // 2, None)
+            with torch.no_grad(), self._untrained():
+                of_base = self._prediction(noised[classes], inputs.of(classes))
+            target = torch.cat([target[: classes.start], of_base.float()])
         return dreambooth_loss(
             self._prediction(noised, inputs),
-            self.objective.target(inputs.latents, inputs.noise, inputs.timesteps),
+            target,
             prior_loss_weight=self._h.prior_loss_weight if self._has_classes else None,
             element_weights=inputs.weights,
             row_weights=self.objective.row_weights(inputs.timesteps),

@@ -50,6 +50,11 @@ class Inputs:
         own: dict[str, Any] = {name: value.clone() for name, value in self._tensors().items()}
         return replace(self, **own, extras={name: value.clone() for name, value in self.extras.items()})
 
+    def of(self, rows: slice) -> Inputs:
+        """Some rows, which share the memory of these."""
+        own: dict[str, Any] = {name: value[rows] for name, value in self._tensors().items()}
+        return replace(self, **own, extras={name: value[rows] for name, value in self.extras.items()})
+
     def _tensors(self) -> dict[str, Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 

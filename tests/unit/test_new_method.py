@@ -43,6 +43,7 @@ class Biases:
     leaves_base = True
     trains_text_encoder = False
     encodes_prompts = False
+    has_live_base = False
     ladder = (Rung("only", 0, "residual", 8, True, True, False, False),)
 
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
