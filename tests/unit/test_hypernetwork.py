@@ -176,7 +176,7 @@ def test_its_defaults_are_its_own_and_what_is_given_wins() -> None:
         ({"export": "both"}, "export belongs to method=full"),
         ({"model_name": "a/b"}, "names the hypernetwork's files"),
         ({"method": "full", "hypernetwork_width": "3"}, "hypernetwork_width belongs to method=hypernetwork"),
-        ({"method": "lora"}, "one of full, hypernetwork"),
+        ({"method": "loras"}, "one of full, lora, hypernetwork"),
     ],
 )
 def test_what_it_can_not_go_with_is_refused(values: dict[str, str], words: str) -> None:
