@@ -15,7 +15,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
-from dreambooth_sm.methods import METHODS, asks_base_of_classes
+from dreambooth_sm.methods import METHODS, asks_base, asks_base_of_classes
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.figures import figure
@@ -94,7 +94,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     size = (h.resolution / 512) ** 2
     step = _step_seconds(plan, slower, h.method)
     samples: float = h.train_batch_size * (2 if h.prior_preservation else 1)
-    if asks_base_of_classes(h):
+    if asks_base(h):
         samples += h.train_batch_size * _FORWARD_SHARE
     step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * figure(h.architecture, "step_cost")
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)

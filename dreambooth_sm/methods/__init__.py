@@ -162,6 +162,11 @@ def encodes_in_steps(plan: Plan, h: Hyperparameters) -> bool:
     return plan.train_text_encoder or METHODS[h.method].encodes_prompts
 
 
+def asks_base(h: Hyperparameters) -> bool:
+    """Whether training steps ask the base model what it says of some of their rows."""
+    return h.prior == "dco" or asks_base_of_classes(h)
+
+
 def asks_base_of_classes(h: Hyperparameters) -> bool:
     """Whether training steps ask the base model for what it says of the class, and train towards that."""
     return h.prior_preservation and h.prior == "output" and METHODS[h.method].has_live_base

@@ -183,6 +183,12 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
         )
     if h.train_text_encoder is True and not METHODS[h.method].trains_text_encoder:
         problems.append(f"train_text_encoder=true: method={h.method} leaves it as it is; set it to false or auto")
+    if h.prior == "dco" and not METHODS[h.method].has_live_base:
+        beside = " or ".join(name for name in facts.methods if METHODS[name].has_live_base)
+        problems.append(
+            f"prior=dco: method={h.method} keeps no base model to compare with; set method to {beside}, or prior to "
+            "images or output"
+        )
     if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
         problems.append(
             "optimizer=adamw8bit or use_8bit_adam=true needs a GPU; set optimizer to auto, or use_8bit_adam to false"

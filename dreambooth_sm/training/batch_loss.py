@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Removable, Trainable, asks_base_of_classes, encodes_in_steps
+from dreambooth_sm.methods import Removable, Trainable, asks_base, encodes_in_steps
 from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.training.losses import Loss, dreambooth_loss
+from dreambooth_sm.training.losses import Loss, consistency_loss, dreambooth_loss
 from dreambooth_sm.training.precision import compute_dtype
 from dreambooth_sm.training.step import Inputs
 
@@ -43,9 +43,10 @@ class BatchLoss:
         self.objective = self.objective.to(device)
         self._base, self._prompts, self._plan, self._h = trained.model, prompts, plan, h
         self._device, self._dtype = device, compute_dtype(plan)
-        self._encodes, self._has_classes, self._attention = encodes_in_steps(plan, h), has_classes, attention
+        self._encodes, self._attention = encodes_in_steps(plan, h), attention
+        self._prior = h.prior_loss_weight if has_classes else None
         self._untrained: Callable[[], contextlib.AbstractContextManager[None]] | None = None
-        if asks_base_of_classes(h):
+        if asks_base(h):
             assert isinstance(trained, Removable)
             self._untrained = trained.untrained
 
@@ -57,19 +58,22 @@ class BatchLoss:
         if self._plan.channels_last:
             noised = noised.contiguous(memory_format=torch.channels_last)
         target = self.objective.target(inputs.latents, inputs.noise, inputs.timesteps)
-        if self._untrained:  # before the model itself is asked, whose activations stay
-            classes = slice(len(noised) // 2, None)
-            with torch.no_grad(), self._untrained():
-                of_base = self._prediction(noised[classes], inputs.of(classes))
-            target = torch.cat([target[: classes.start], of_base.float()])
-        return dreambooth_loss(
-            self._prediction(noised, inputs),
-            target,
-            prior_loss_weight=self._h.prior_loss_weight if self._has_classes else None,
-            element_weights=inputs.weights,
-            row_weights=self.objective.row_weights(inputs.timesteps),
-            huber_delta=self._h.huber_delta if self._h.loss == "huber" else None,
-        )
+        weighed: dict[str, Any] = {
+            "element_weights": inputs.weights,
+            "row_weights": self.objective.row_weights(inputs.timesteps),
+            "huber_delta": self._h.huber_delta if self._h.loss == "huber" else None,
+        }
+        if not self._untrained:
+            return dreambooth_loss(self._prediction(noised, inputs), target, prior_loss_weight=self._prior, **weighed)
+        # The base model is asked before the model itself is, whose activations stay.
+        rows = slice(len(noised) // 2 if self._prior is not None else 0, None)
+        with torch.no_grad(), self._untrained():
+            of_base = self._prediction(noised[rows], inputs.of(rows)).float()
+        if self._prior is None:
+            beta = self._h.dco_beta * self.objective.times
+            return consistency_loss(self._prediction(noised, inputs), of_base, target, beta=beta, **weighed)
+        target = torch.cat([target[: rows.start], of_base])
+        return dreambooth_loss(self._prediction(noised, inputs), target, prior_loss_weight=self._prior, **weighed)
 
     def _prediction(self, noised: Tensor, inputs: Inputs) -> Tensor:
         family = self._base.family

@@ -1,4 +1,4 @@
-"""The DreamBooth loss: how the two halves of a batch are weighted."""
+"""The DreamBooth loss: how the two halves of a batch are weighted; and one that compares with the base model."""
 
 from __future__ import annotations
 
@@ -47,16 +47,54 @@ def dreambooth_loss(
             Resistance using Scheduled Pseudo-Huber Loss", without its schedule), which is the square for errors far
             below it; None takes the square of all.
     """
+    rows = _errors_of_rows(prediction, target, element_weights, row_weights, huber_delta)
+    if prior_loss_weight is None:
+        loss = rows.mean()
+        return Loss(loss, loss, None)
+    instance, prior = (half.mean() for half in rows.chunk(2))
+    return Loss(instance + prior_loss_weight * prior, instance, prior)
+
+
+def consistency_loss(
+    prediction: torch.Tensor,
+    of_base: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    beta: float,
+    element_weights: torch.Tensor | None = None,
+    row_weights: torch.Tensor | None = None,
+    huber_delta: float | None = None,
+) -> Loss:
+    """How much less a row's error is than the base model's, with diminishing returns (Lee et al. 2024, "Direct
+    Consistency Optimization for Robust Customization of Text-to-Image Diffusion Models").
+
+    The logistic loss of ``beta`` times the difference of both errors, which are means over a row: ``log 2`` where the
+    model is the base.
+
+    Args:
+        prediction, of_base, target: ``(rows, channels, height, width)``.
+        beta: a smaller one lets the model go farther from the base.
+        element_weights, row_weights, huber_delta: of both errors, as in :func:`dreambooth_loss`.
+    """
+    ours, theirs = (
+        _errors_of_rows(said, target, element_weights, row_weights, huber_delta) for said in (prediction, of_base)
+    )
+    loss = torch.nn.functional.softplus(beta * (ours - theirs)).mean()
+    return Loss(loss, loss, None)
+
+
+def _errors_of_rows(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    element_weights: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
+    huber_delta: float | None,
+) -> torch.Tensor:
+    """``(rows,)``, float32."""
     errors = (prediction.float() - target.float()).square()
     if huber_delta is not None:
         errors = 2 * huber_delta * ((errors + huber_delta**2).sqrt() - huber_delta)
     if element_weights is not None:
         errors = errors * element_weights
     rows = errors.mean(dim=(1, 2, 3))
-    if row_weights is not None:
-        rows = rows * row_weights
-    if prior_loss_weight is None:
-        loss = rows.mean()
-        return Loss(loss, loss, None)
-    instance, prior = (half.mean() for half in rows.chunk(2))
-    return Loss(instance + prior_loss_weight * prior, instance, prior)
+    return rows if row_weights is None else rows * row_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from diffusers import DDPMScheduler
 from torch.nn import functional as F
 
 from dreambooth_sm.data.concepts import Subject
-from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.methods import METHODS, Removable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CARDS
@@ -124,6 +125,59 @@ def test_it_is_resumed_to_the_bit_and_recomputation_changes_nothing(
     smaller = run_of(base, tmp_path / "smaller", plan={"gradient_checkpointing": True}, **values).train()
     for mine, theirs in zip(smaller.losses, whole.losses, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("values", [{"method": name} for name in LIVE] + [TEXT], ids=[*LIVE, "text_encoder"])
+def test_direct_consistency_compares_with_the_base(
+    base: PretrainedModel, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    """By a second model; the second step's loss is that of what the first one made."""
+    options = {"prior": "dco", "dco_beta": 0.2, "with_prior_preservation": "auto", "train_batch_size": 2}
+    run = run_of(copy.deepcopy(base), tmp_path, **options, **values)
+    assert not run.data.batch_sampler.classes
+    scheduler = DDPMScheduler.from_config(base.scheduler.config)
+    prompt = base.tokenizer("photo of zwx toy", padding="max_length", return_tensors="pt").input_ids
+    for number in range(3):
+        batch = run.data.batch_sampler.batch(number, 2)
+        noised = scheduler.add_noise(run.data.latents(batch), batch.noise, batch.timesteps)
+        errors = []
+        for model in (run.base, base):
+            encoder = model.text_encoder if run.plan.train_text_encoder else base.text_encoder
+            with torch.no_grad():
+                states = encoder(prompt).last_hidden_state.expand(2, -1, -1)
+                said = model.unet(noised, batch.timesteps, states).sample
+            errors.append([float(F.mse_loss(*row)) for row in zip(said, batch.noise, strict=True)])
+        odds = [-0.2 * 1000 * (ours - theirs) for ours, theirs in zip(*errors, strict=True)]
+        expected = sum(-math.log(1 / (1 + math.exp(-odd))) for odd in odds) / 2
+        loss = run.trainer.optimizer_step(1e-2)
+        assert loss.prior is None
+        assert float(loss.total) == pytest.approx(expected, rel=2e-3)
+        if number == 0:
+            assert float(loss.total) == pytest.approx(math.log(2), rel=1e-6)
+        else:
+            assert max(map(abs, odds)) > 1e-2
+
+
+def test_direct_consistency_is_refused_where_nothing_keeps_the_base() -> None:
+    for name, method in METHODS.items():
+        h = hyperparameters(method=name, prior="dco", class_prompt="photo of a toy", with_prior_preservation="auto")
+        if method.has_live_base:
+            assert cpu_plan(h)
+            continue
+        with pytest.raises(UserError, match="set method to lora or hypernetwork, or prior to images or output"):
+            cpu_plan(h)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"prior": "dco", "with_prior_preservation": True, "class_prompt": "toy"}, "leave with_prior_preservation out"),
+        ({"prior": "output", "dco_beta": 2}, "dco_beta=2 is for prior=dco"),
+    ],
+)
+def test_what_direct_consistency_can_not_go_with(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        hyperparameters(method="lora", **values)
 
 
 def test_sdxl_and_several_shapes(xl_base: PretrainedModel, tmp_path: Path) -> None:
