@@ -60,6 +60,20 @@ def switched_off(modules: Iterable[nn.Module]) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def squared_distance(modules: Iterable[nn.Module]) -> Tensor:
+    """The sum over LoRA's layers of ``||scale B A||^2``, float32 ``()`` with its graph.
+
+    It is the trace of ``(B^T B)(A A^T)``: no product has more values than the rank's square.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    squares = []
+    for layer in (layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)):
+        down, up = (matrices[_ADAPTER].weight.flatten(1).float() for matrices in (layer.lora_A, layer.lora_B))
+        squares.append(layer.scaling[_ADAPTER] ** 2 * ((up.t() @ up) * (down @ down.t())).sum())
+    return torch.stack(squares).sum()
+
+
 def _configuration(h: Hyperparameters, layers: list[str]) -> Any:
     """PEFT's description of the adapters."""
     import peft

@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 
 from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.output import OutputKnobs
-from dreambooth_sm.knobs.ranges import PositiveFloat
+from dreambooth_sm.knobs.ranges import NonNegativeFloat, PositiveFloat
 from dreambooth_sm.knobs.training import TrainingKnobs
 
 LORA = "lora"
@@ -56,7 +56,14 @@ class LoraKnobs(TrainingKnobs, OutputKnobs):
         methods=(LORA,),
     )
 
-    @rule("lora_variant", "lora_alpha", "lora_rank_stabilised", "lora_init", "lora_plus_ratio")
+    distance_penalty: NonNegativeFloat = knob(
+        0.0,
+        "Add this many times the squared distance of the model's weights from the base model's to the loss "
+        "(arXiv 2505.19519).",
+        methods=(LORA,),
+    )
+
+    @rule("lora_variant", "lora_alpha", "lora_rank_stabilised", "lora_init", "lora_plus_ratio", "distance_penalty")
     def _variant_has_what_is_set(self) -> Iterator[str]:
         products = ("lora", "dora")
         owners = {
@@ -64,6 +71,7 @@ class LoraKnobs(TrainingKnobs, OutputKnobs):
             "lora_init": products,
             "lora_plus_ratio": products,
             "lora_alpha": (*products, "loha", "lokr"),
+            "distance_penalty": ("lora",),
         }
         for name, variants in owners.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.lora_variant not in variants:

@@ -80,6 +80,15 @@ class Removable(Protocol):
         """Inside, the model computes what its base does, and encodes prompts as that does."""
 
 
+@runtime_checkable
+class Measurable(Protocol):
+    """What is trained beside a base model, and says how far that makes the model another one."""
+
+    def distance(self) -> torch.Tensor:
+        """The squared difference of all weights that a merged model has from the base's, added up: float32 ``()``, with
+        its graph."""
+
+
 class Method(Protocol):
     """One way of teaching.
 

@@ -184,6 +184,11 @@ class Adapters:
 
         return switched_off(self._adapted.values())
 
+    def distance(self) -> torch.Tensor:
+        from dreambooth_sm.adapters.peft_layers import squared_distance
+
+        return squared_distance(self._adapted.values())
+
     def drawable(self, dtype: torch.dtype) -> Adapters:
         from dreambooth_sm.adapters.peft_layers import parameters_of
         from dreambooth_sm.models import frame_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Removable, Trainable, asks_base, encodes_in_steps
+from dreambooth_sm.methods import Measurable, Removable, Trainable, asks_base, encodes_in_steps
 from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.losses import Loss, consistency_loss, dreambooth_loss
@@ -49,9 +49,19 @@ class BatchLoss:
         if asks_base(h):
             assert isinstance(trained, Removable)
             self._untrained = trained.untrained
+        self._distance: Callable[[], Tensor] | None = None
+        if h.distance_penalty:
+            assert isinstance(trained, Measurable)
+            self._distance = trained.distance
 
     def __call__(self, inputs: Inputs) -> Loss:
         """The loss of one batch, with its graph."""
+        loss = self._loss_of(inputs)
+        if self._distance:
+            loss = loss._replace(total=loss.total + self._h.distance_penalty * self._distance())
+        return loss
+
+    def _loss_of(self, inputs: Inputs) -> Loss:
         noised = self.objective.noised(inputs.latents, inputs.noise, inputs.timesteps)
         if self._plan.weights != "fp32":
             noised = noised.to(self._dtype)
