@@ -49,7 +49,7 @@ def test_the_estimators_block_runs(services: EmbeddedServices, tmp_path: Path) -
     assert output.splitlines()[-1].startswith("s3://sagemaker-us-east-1-123456789012/dreambooth-sm/jobs/")
 
 
-def test_the_methods_blocks_train_a_hypernetwork_and_a_word_and_draw_with_them(
+def test_the_methods_blocks_train_an_adapter_a_hypernetwork_and_a_word_and_draw_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tests").symlink_to(ROOT / "tests")
@@ -58,7 +58,9 @@ def test_the_methods_blocks_train_a_hypernetwork_and_a_word_and_draw_with_them(
     namespace: dict[str, Any] = {}
     for block in python_blocks(ROOT / "docs" / "methods.md"):
         exec(compile(block, "methods.md", "exec"), namespace)
-    for name in ("zwx-toy.png", "zwx-word.png"):
+    for name in ("zwx-duck.png", "zwx-toy.png", "zwx-word.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.size == (128, 128)
+    adapters = {path.name for path in (tmp_path / "zwx-duck").glob("*.safetensors")}
+    assert adapters == {"pytorch_lora_weights.safetensors", "zwx-duck.safetensors"}
     assert {path.name for path in (tmp_path / "zwx-toy").glob("zwx-toy.*")} == {"zwx-toy.safetensors", "zwx-toy.pt"}
