@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dreambooth_sm import job, models
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import PretrainedModel, load_base, open_base
 from dreambooth_sm.report import Reporter
@@ -61,15 +62,16 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
         {"prior": "images", "validation_steps": 1, "use_ema": True},
         {"prior": "output", "validation_steps": 1},
         {"method": "hypernetwork", "validation_steps": 1},
+        {"method": "lora", "validation_steps": 1, "export": "both"},
     ],
-    ids=["full", "output", "hypernetwork"],
+    ids=["full", "output", "hypernetwork", "lora"],
 )
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_job_never_has_all_parts_in_memory(
     family: str, values: dict[str, object], request: pytest.FixtureRequest, tmp_path: Path, watched: list[set[str]]
 ) -> None:
-    if family == "sdxl" and "method" in values:
-        pytest.skip("hypernetworks are not for this family")
+    if values.get("method", "full") not in FAMILIES[family].facts.methods:
+        pytest.skip("the method is not for this family")
     model = request.getfixturevalue({"sd": "tiny_base", "sdxl": "tiny_xl_base"}[family])
     paint_pictures(tmp_path / "pictures", 2, size=(64, 64))
     h = hyperparameters(
