@@ -121,7 +121,7 @@ class PretrainedModel:
         module = getattr(self, name)
         there = torch.empty(0, device=device).device
         elsewhere = any(b.device != there for b in module.buffers())  # those of frames stay where they were
-        if name in self._files or elsewhere or any((p.device, p.dtype) != (there, dtype) for p in module.parameters()):
+        if name in self._files or elsewhere or not all(_is(p, there, dtype) for p in module.parameters()):
             return self.copy_of(name, there, dtype)
         return module
 
@@ -129,8 +129,12 @@ class PretrainedModel:
         """A module like the model's, with its weights on the meta device."""
         return _copy(getattr(self, name), "meta", None)
 
-    def copy_of(self, name: str, device: str | torch.device, dtype: torch.dtype) -> Any:
-        """A module like the model's, which stays as it is."""
+    def copy_of(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
+        """A module like the model's, which stays as it is.
+
+        Args:
+            dtype: of the copy; None leaves it to the weights, see :class:`PretrainedModel`.
+        """
         module = getattr(self, name)
         if name not in self._files:
             return _copy(module, device, dtype)
@@ -138,6 +142,11 @@ class PretrainedModel:
         # With its number: threads read, and have a current device of their own.
         fill(read, self._files[name], dtype, torch.empty(0, device=device).device)
         return read
+
+    def put(self, name: str, module: torch.nn.Module) -> None:
+        """Puts another module in the place of one."""
+        self._files.pop(name, None)
+        setattr(self, name, module)
 
     def with_parts(self, parts: Mapping[str, Any]) -> PretrainedModel:
         """A model with other modules in place of some; all else is shared."""
@@ -199,11 +208,16 @@ def frame_of(module: torch.nn.Module, copied: Iterable[torch.Tensor] = ()) -> to
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
+def _is(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a tensor is on a device and, unless it holds integers, of a type."""
+    return tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
+
+
 def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
     """A copy of a type on a device, made without a second copy in fp32 on the way."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        value = parameter.detach().to(device, dtype, copy=True)
+        value = parameter.detach().to(device, dtype if parameter.is_floating_point() else None, copy=True)
         memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.to(device, dtype if buffer.is_floating_point() else None, copy=True)

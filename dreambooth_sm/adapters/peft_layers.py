@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.training.quantised import QuantisedLinear, dequantised
 
 # PEFT has a name for each adapter of a layer. Ours has one, which no name shows.
 _ADAPTER = "trained"
@@ -95,10 +96,10 @@ def _configuration(h: Hyperparameters, layers: list[str]) -> Any:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is LoRA beside a linear layer of torch's, and nothing else."""
+    """Whether a layer is LoRA beside a linear layer, and nothing else."""
     from peft.tuners.lora import Linear
 
-    return type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.lora_variant
+    return type(layer) is Linear and type(layer.base_layer) in (nn.Linear, QuantisedLinear) and not layer.lora_variant
 
 
 def _forward(layer: Any, states: Tensor) -> Tensor:
@@ -106,33 +107,46 @@ def _forward(layer: Any, states: Tensor) -> Tensor:
     if layer._disable_adapters:
         result: Tensor = base(states)
         return result
-    if not states.dtype == down.dtype == base.weight.dtype:  # fp32 adapters under autocast
+    weight, scales = (base.codes, base.scales) if isinstance(base, QuantisedLinear) else (base.weight, None)
+    if not states.dtype == down.dtype == (weight if scales is None else scales).dtype:  # fp32 adapters under autocast
         result = type(layer).forward(layer, states)
         return result
-    result = _LinearWithLora.apply(states, base.weight, base.bias, down, up, layer.scaling[_ADAPTER])
+    result = _LinearWithLora.apply(states, weight, scales, base.bias, down, up, layer.scaling[_ADAPTER])
     return result
+
+
+def _whole(weight: Tensor, scales: Tensor | None) -> Tensor:
+    return weight if scales is None else dequantised(weight, scales)
 
 
 class _LinearWithLora(torch.autograd.Function):
     """``x W^T + b + scale (x A^T) B^T`` with a frozen W.
 
-    The sums are part of the matrix products, in both directions: none is a pass of its own over the activations.
+    The sums are part of the matrix products, in both directions: none is a pass of its own over the activations. Where
+    W has scales, it is quantised, and made whole in both directions.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        bias: Tensor | None,
+        down: Tensor,
+        up: Tensor,
+        scale: float,
     ) -> Tensor:
         rows = states.reshape(-1, states.shape[-1])
         low = rows @ down.t()
-        result = F.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
-        ctx.save_for_backward(rows, weight, down, up, low)
+        result = F.linear(rows, _whole(weight, scales), bias).addmm_(low, up.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, scales, down, up, low)
         ctx.scale = scale
         return result.view(*states.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, down, up, low = ctx.saved_tensors
+        rows, weight, scales, down, up, low = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         for_low = grad @ up
         if ctx.scale != 1:
@@ -140,5 +154,5 @@ class _LinearWithLora(torch.autograd.Function):
             low = low * ctx.scale
         for_states = None
         if ctx.needs_input_grad[0]:
-            for_states = (grad @ weight).addmm_(for_low, down).view(*grads[0].shape[:-1], -1)
-        return for_states, None, None, for_low.t() @ rows, grad.t() @ low, None
+            for_states = (grad @ _whole(weight, scales)).addmm_(for_low, down).view(*grads[0].shape[:-1], -1)
+        return for_states, None, None, None, for_low.t() @ rows, grad.t() @ low, None

@@ -45,6 +45,8 @@ class Lora:
         #     name      GiB  weights      bits  keeps grads  checkpoints  text encoder  EMA
         Rung("roomy", 0, "master", 32, True, False, False, False, "adamw"),
         Rung("small", 0, "master", 32, True, True, False, False, "adamw"),
+        Rung("tight", 0, "master", 32, True, True, False, False, "adamw", "int8"),
+        Rung("tiny", 0, "master", 32, True, True, False, False, "adamw", "nf4"),
     )
 
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
@@ -56,7 +58,7 @@ class Lora:
         return f"{h.lora_variant}_{h.lora_targets}_"
 
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Adapters:
-        return Adapters.of(model, h, seed, text_encoder=plan.train_text_encoder)
+        return Adapters.of(model, plan, h, seed)
 
     def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
         variant, export = hyperparameters["lora_variant"], hyperparameters["export"]
@@ -103,7 +105,12 @@ class Adapters:
     """
 
     def __init__(
-        self, model: PretrainedModel, h: Hyperparameters, adapted: Mapping[str, torch.nn.Module], seed: int | None
+        self,
+        model: PretrainedModel,
+        plan: Plan,
+        h: Hyperparameters,
+        adapted: Mapping[str, torch.nn.Module],
+        seed: int | None,
     ) -> None:
         """
         Args:
@@ -112,13 +119,13 @@ class Adapters:
         """
         self.model = model
         self._base = model.with_parts({})  # keeps what its weights come from, while those of the model are placed
-        self._h, self._adapted, self._seed = h, dict(adapted), seed
+        self._plan, self._h, self._adapted, self._seed = plan, h, dict(adapted), seed
 
     @classmethod
-    def of(cls, model: PretrainedModel, h: Hyperparameters, seed: int, *, text_encoder: bool) -> Adapters:
+    def of(cls, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Adapters:
         """Adapters beside the layers that are asked for, without values yet."""
-        parts = (model.family.facts.denoiser, *(model.text_parts if text_encoder else ()))
-        adapters = cls(model, h, {part: model.skeleton_of(part) for part in parts}, seed)
+        parts = (model.family.facts.denoiser, *(model.text_parts if plan.train_text_encoder else ()))
+        adapters = cls(model, plan, h, {part: model.skeleton_of(part) for part in parts}, seed)
         adapters._inject()
         return adapters
 
@@ -145,16 +152,29 @@ class Adapters:
     def load(self) -> None:
         import torch
 
-        from dreambooth_sm.models import frame_of
-
         if self._seed is None:
             return
-        self.model.load(*self._adapted)
-        self._adapted = {part: frame_of(getattr(self.model, part)) for part in self._adapted}
+        self._adapted = {part: self._loaded(part) for part in self._adapted}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self._inject()
         self._seed = None
+
+    def _loaded(self, part: str) -> torch.nn.Module:
+        """A part of the base model, in the bits that the plan keeps it in."""
+        import torch
+
+        from dreambooth_sm.models import frame_of
+        from dreambooth_sm.training.placement import frozen_dtype
+        from dreambooth_sm.training.quantised import quantise_linears
+
+        if self._plan.base_weights == "plain":
+            self.model.load(part)
+            return frame_of(getattr(self.model, part))
+        # A copy, which goes once its layers are quantised: neither host nor card holds both of the whole.
+        module: torch.nn.Module = self._base.copy_of(part, "cpu", None)
+        quantise_linears(module, self._plan.base_weights, frozen_dtype(self._plan), torch.device(self._plan.device))
+        return module
 
     def _inject(self) -> None:
         from dreambooth_sm.adapters.peft_layers import inject
@@ -176,7 +196,7 @@ class Adapters:
             for parameter, value in zip(trained, values, strict=True):
                 parameter.data = value.to(device, weights_dtype(plan))
                 parameter.requires_grad_(True)
-            setattr(self.model, part, module)
+            self.model.put(part, module)
         speed_up(self.model.denoiser, plan)
 
     def untrained(self) -> AbstractContextManager[None]:
@@ -198,7 +218,7 @@ class Adapters:
         for module in adapted.values():
             for parameter in parameters_of(module).values():
                 parameter.data = parameter.detach().to(dtype)
-        return Adapters(self.model.with_parts(adapted), self._h, adapted, None)
+        return Adapters(self.model.with_parts(adapted), self._plan, self._h, adapted, None)
 
     def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
         from dreambooth_sm.adapters.adapter import merge_stored

@@ -112,6 +112,11 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         notes.append(f"the text encoder is not trained: {why}")
     if h.text_encoder_lr is not None and not text_encoder:
         notes.append(_rate_without_use(h))
+    base_weights = rung.base_weights if h.base_weights == "auto" else h.base_weights
+    if base_weights != "plain":
+        why = "the card has no room for more: " if h.base_weights == "auto" else ""
+        bits = 8 if base_weights == "int8" else 4
+        notes.append(f"{why}the base model's linear layers take {bits} bits a weight (base_weights={base_weights})")
     plan = Plan(
         tier=rung.name if weights == rung.weights else "reference",
         device="cuda",
@@ -131,6 +136,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         cache_latents=h.not_cache_latents in (False, "auto"),
         sample_batch_size=1,
         max_grad_norm=(1.0 if h.max_grad_norm == "auto" else h.max_grad_norm) if clips else None,
+        base_weights=base_weights,
         notes=tuple(notes),
     )
     plan = dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h))
@@ -168,6 +174,7 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
         cache_latents=h.not_cache_latents in (False, "auto"),
         sample_batch_size=1 if h.sample_batch_size == "auto" else h.sample_batch_size,
         max_grad_norm=1.0 if h.max_grad_norm == "auto" else h.max_grad_norm,
+        base_weights="plain" if h.base_weights == "auto" else h.base_weights,
         notes=tuple(notes),
     )
 
@@ -189,6 +196,12 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
             f"prior=dco: method={h.method} keeps no base model to compare with; set method to {beside}, or prior to "
             "images or output"
         )
+    quantises = any(rung.base_weights != "plain" for rung in METHODS[h.method].ladder)
+    if h.base_weights in ("int8", "nf4") and not quantises:
+        problems.append(
+            f"base_weights={h.base_weights}: method={h.method} computes with the base model as it is; set base_weights "
+            "to auto"
+        )
     if (h.use_cpu or card.is_cpu) and h.optimizer == "adamw8bit":
         problems.append(
             "optimizer=adamw8bit or use_8bit_adam=true needs a GPU; set optimizer to auto, or use_8bit_adam to false"
@@ -208,6 +221,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
         "use_ema": True,
         "optimizer": h.optimizer if h.optimizer in ("adamw", "auto16", *ON_MASTERS) else object(),
         "mixed_precision": "no",
+        "base_weights": "plain",
         "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
     }
     asked = {name: "auto" for name, value in wishes.items() if getattr(h, name) == value}

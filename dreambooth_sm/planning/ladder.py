@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Weights = Literal["fp32", "master", "residual", "stochastic"]
+BaseWeights = Literal["plain", "int8", "nf4"]
 Optimizer = Literal["adamw", "adamw8bit", "blockwise", "adafactor", "lion", "prodigy", "schedule_free"]
 
 
@@ -21,7 +22,7 @@ class Rung:
         state_bits: bits of each of Adam's two moments.
         keeps_gradients: gradients are kept until the end of the backward pass, and can be clipped; otherwise each
             parameter is updated, and its gradient dropped, inside the backward pass.
-        optimizer: see :class:`~dreambooth_sm.planning.plan.Plan`.
+        optimizer, base_weights: see :class:`~dreambooth_sm.planning.plan.Plan`.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Rung:
     train_text_encoder: bool
     use_ema: bool
     optimizer: Optimizer = "blockwise"
+    base_weights: BaseWeights = "plain"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families import FAMILIES, ModelFootprint
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS, asks_base_of_classes, encodes_in_steps
 from dreambooth_sm.planning.figures import figure
@@ -15,6 +15,8 @@ OUTPUTS_PER_IMAGE = 8
 _OVERHEAD_GB = figure("shared", "overhead_gb")
 # Gradients grow while activations go: their peaks add up in part.
 _OVERLAP = figure("shared", "overlap")
+# Billions of values of the largest linear layer, which is made whole while it computes.
+_LAYER_VALUES = 0.0132
 # The VAE's activations for a picture of 512 pixels: in 32 bits while it encodes, and for each byte of its values' width
 # while it decodes.
 _ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "decoding_gb")
@@ -26,9 +28,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     method = METHODS[h.method]
     millions = method.trained_millions(model, h, plan.train_text_encoder)
     encodes = encodes_in_steps(plan, h)
-    # What only computes, in the precision that is computed in.
-    computing = model.unet + (model.text_encoder if encodes else 0)
-    frozen = computing * (4e-3 if plan.precision == "fp32" else 2e-3) if method.leaves_base else 0.0
+    frozen = frozen_gb(plan, model, encodes) if method.leaves_base else 0.0
     scales = 8 / (128 if plan.state_bits == 4 else 256)  # two of fp32 a block
     on_masters = ON_MASTERS.get(plan.optimizer)
     state = on_masters.state if on_masters else 2 * plan.state_bits / 8
@@ -66,6 +66,22 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
         held = passing if plan.cuda_graph else gradients
         peak = max(peak, stays + held + drawing_gb(plan.precision, h))
     return round(peak, 2)
+
+
+def frozen_gb(plan: Plan, model: ModelFootprint, encodes: bool) -> float:
+    """GB of a base model that only computes, in the precision that is computed in but for layers in fewer bits.
+
+    Args:
+        encodes: whether its text encoders compute as well.
+    """
+    width = 4 if plan.precision == "fp32" else 2
+    computing = model.unet + (model.text_encoder if encodes else 0)
+    linear = model.unet_linear + (model.text_linear if encodes else 0)
+    if plan.base_weights == "plain":
+        return 1e-3 * width * computing
+    # A scale of each row counts for nothing, and one of each block of 64 values for its share.
+    codes = 1.0 if plan.base_weights == "int8" else 0.5 + width / 64
+    return 1e-3 * (width * (computing - linear) + codes * linear) + width * _LAYER_VALUES
 
 
 def draws_while_training(h: Hyperparameters) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from dreambooth_sm.planning.ladder import Optimizer, Weights
+from dreambooth_sm.planning.ladder import BaseWeights, Optimizer, Weights
 
 Precision = Literal["fp32", "fp16", "bf16"]
 EmaPlace = Literal["no", "device", "cpu"]
@@ -36,6 +36,8 @@ class Plan:
         cache_latents: pictures are encoded once, before training.
         sample_batch_size: class images generated at a time.
         max_grad_norm: gradients are clipped to this global norm; None: not at all.
+        base_weights: how the linear layers of a base model that stays as it is are kept: ``plain``, in the precision
+            that is computed in; ``int8`` or ``nf4``, in 8 or 4 bits (:mod:`dreambooth_sm.training.quantised`).
         predicted_peak_gb: highest allocation that is expected, in GB (1e9 bytes); 0 on a CPU.
         notes: one line for every choice that a reader may wonder about.
     """
@@ -57,6 +59,7 @@ class Plan:
     cache_latents: bool
     sample_batch_size: int
     max_grad_norm: float | None
+    base_weights: BaseWeights = "plain"
     predicted_peak_gb: float = 0.0
     notes: tuple[str, ...] = ()
 

@@ -19,11 +19,17 @@ def place(module: Any, plan: Plan, device: torch.device, *, trained: bool) -> No
         trained: whether its own parameters are; the frozen ones of others need no more than the precision that is
             computed in.
     """
-    # On the CPU pictures are drawn with the modules themselves.
-    dtype = weights_dtype(plan) if trained or plan.device == "cpu" else compute_dtype(plan)
-    module.to(device=device, dtype=dtype).requires_grad_(trained).train()
+    module.to(device=device, dtype=weights_dtype(plan) if trained else frozen_dtype(plan)).requires_grad_(
+        trained
+    ).train()
     if plan.gradient_checkpointing:
         checkpoint_activations(module)
+
+
+def frozen_dtype(plan: Plan) -> torch.dtype:
+    """The type of what is not trained."""
+    # On the CPU pictures are drawn with the modules themselves.
+    return weights_dtype(plan) if plan.device == "cpu" else compute_dtype(plan)
 
 
 def speed_up(denoiser: Any, plan: Plan) -> None:

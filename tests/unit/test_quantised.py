@@ -1,0 +1,262 @@
+"""Frozen layers in 8 and 4 bits: what their codes stand for, and that adapters train, resume and are exported beside
+them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dreambooth_sm.adapters.peft_layers import inject, parameters_of
+from dreambooth_sm.errors import StopRequested, UserError
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.planning.cards import find_card
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.stored.model import empty_module
+from dreambooth_sm.training import quantised
+from dreambooth_sm.training.checkpoint import latest_checkpoint
+from dreambooth_sm.training.quantised import LEVELS, QuantisedLinear, dequantised, quantise, quantise_linears
+from tests.helpers.patience import PATIENCE
+from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, same, weights
+from tests.unit.test_lora import CONFIGS, PROMPTS, VALUES, VARIANTS
+
+CPU = torch.device("cpu")
+KINDS: tuple[quantised.CodeKind, ...] = ("int8", "nf4")
+
+
+def matrix(rows: int = 24, columns: int = 128) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def test_levels_are_those_of_nf4() -> None:
+    """The first three and the last of the published table."""
+    assert len(LEVELS) == 16
+    assert list(LEVELS) == sorted(LEVELS)
+    assert LEVELS[:3] == pytest.approx([-1, -0.6961928, -0.52507305], abs=1e-6)
+    assert LEVELS[7] == 0
+    assert LEVELS[-2:] == pytest.approx([0.72295684, 1], abs=1e-6)
+
+
+def test_each_value_becomes_the_nearest_that_there_is() -> None:
+    weight = matrix()
+    integers = dequantised(*quantise(weight, "int8", torch.float32))
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((integers - weight).abs() <= step / 2 + 1e-6).all()
+    blocks = weight.view(-1, 64)
+    choices = blocks.abs().amax(1, keepdim=True)[..., None] * torch.tensor(LEVELS)
+    nearest = (choices - blocks[..., None]).abs().amin(-1)
+    found = dequantised(*quantise(weight, "nf4", torch.float32)).view(-1, 64)
+    torch.testing.assert_close((found - blocks).abs(), nearest, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zeros_stay_and_the_type_is_that_of_the_scales(kind: quantised.CodeKind, dtype: torch.dtype) -> None:
+    weight = matrix()
+    weight[:2] = 0
+    found = dequantised(*quantise(weight, kind, dtype))
+    assert found.dtype == dtype
+    assert found.shape == weight.shape
+    assert not found[:2].any()
+    assert (found - weight).norm() / weight.norm() < (0.012 if kind == "int8" else 0.1)
+
+
+def test_bitsandbytes_makes_the_same_codes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    codes, scales = quantise(matrix(), "nf4", torch.float32)
+    theirs, state = functional.quantize_4bit(matrix(), blocksize=64, quant_type="nf4")
+    assert torch.equal(codes.flatten(), theirs.flatten())
+    torch.testing.assert_close(dequantised(codes, scales), functional.dequantize_4bit(theirs, state))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["lora", "dora", "lokr"])
+def test_layers_compute_with_what_the_codes_stand_for(kind: quantised.CodeKind, name: str) -> None:
+    """Outputs and gradients are those of a layer with the same values in full."""
+    h = hyperparameters(**VALUES, **({} if name == "lora" else VARIANTS[name]))
+    found = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 64, bias=False)).requires_grad_(False)
+        quantise_linears(module, kind, torch.float32, CPU)
+        if whole:
+            for number, layer in ((0, module[0]), (2, module[2])):
+                module[number] = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                module[number].weight = nn.Parameter(layer.weight, requires_grad=False)
+                module[number].bias = layer.bias
+        inject(module, h, ("0", "2"))
+        torch.manual_seed(1)
+        for parameter in parameters_of(module).values():
+            nn.init.normal_(parameter.requires_grad_())
+        states = torch.randn(3, 5, 64, requires_grad=True)
+        result = module(states)
+        result.square().sum().backward()
+        found.append([result, states.grad, *(p.grad for p in parameters_of(module).values())])
+    torch.testing.assert_close(*found)
+
+
+def test_layers_of_odd_shapes_stay() -> None:
+    module = nn.Sequential(nn.Linear(7, 64), nn.Linear(10, 3), nn.Linear(64, 64), nn.Conv2d(64, 64, 1))
+    quantise_linears(module, "nf4", torch.float32, CPU)
+    assert [type(layer) for layer in module] == [nn.Linear, nn.Linear, QuantisedLinear, nn.Conv2d]
+
+
+@pytest.fixture(scope="module")
+def plain(loaded_base: PretrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(loaded_base, tmp_path_factory.mktemp("plain"), **VALUES, train_text_encoder=True).train()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_near_that_beside_whole_weights_and_resumes_to_the_bit(
+    kind: str, base: PretrainedModel, plain: Run, tmp_path: Path
+) -> None:
+    options = VALUES | {"train_text_encoder": True, "base_weights": kind}
+    run = Run(base, tmp_path / "run", **options).train()
+    layers = [module for module in run.base.unet.modules() if isinstance(module, QuantisedLinear)]
+    assert len(layers) > 10
+    assert any(isinstance(module, QuantisedLinear) for module in run.base.text_encoder.modules())
+    assert run.trainable.parameters.keys() == plain.trainable.parameters.keys()
+    assert run.losses != plain.losses
+    for mine, theirs in zip(run.losses, plain.losses, strict=True):
+        assert mine == pytest.approx(theirs, rel=0.01 if kind == "int8" else 0.1)
+    stopped = Run(base, tmp_path / "stopped", **options)
+    with pytest.raises(StopRequested):
+        stopped.train(stop_at=2)
+    resumed = Run(base, tmp_path / "stopped", **options)
+    checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
+    assert checkpoint is not None
+    resumed.trainer.resume(checkpoint)
+    resumed.train()
+    assert stopped.losses + resumed.losses == run.losses
+    mine, theirs = ({name: p.detach() for name, p in each.trainable.parameters.items()} for each in (resumed, run))
+    assert same(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["dora", "loha", "oft"])
+def test_other_variants_train_beside_it(name: str, base: PretrainedModel, tmp_path: Path) -> None:
+    run = Run(base, tmp_path, **VALUES | VARIANTS[name] | {"base_weights": "nf4", "max_train_steps": 2}).train()
+    assert all(torch.isfinite(torch.tensor(loss)).all() for loss in run.losses)
+
+
+def test_files_are_of_the_whole_base(base: PretrainedModel, tmp_path: Path) -> None:
+    """What is merged is merged with the base model as it is, not with what its codes stand for."""
+    before = weights(base.unet)
+    run = Run(base, tmp_path / "run", **VALUES | {"base_weights": "nf4", "max_train_steps": 1, "export": "merged"})
+    run.train()
+    run.trainable.export(tmp_path, run.h, torch.float32)
+    merged = {name: value.read() for name, value in _stored(tmp_path, run.h).weights("unet").items()}
+    changed = {name for name, value in merged.items() if not torch.equal(value, before[name])}
+    adapted = {name.removeprefix("unet.").rpartition(".lora_")[0] for name in run.trainable.parameters}
+    assert changed == {f"{name}.weight" for name in adapted}
+
+
+def _stored(directory: Path, h: Hyperparameters) -> PretrainedModel:
+    from dreambooth_sm.models import open_base
+
+    return open_base(h.model_copy(update={"pretrained_model_name_or_path": str(directory)}))
+
+
+def test_a_model_that_draws_while_another_trains_shares_its_codes(base: PretrainedModel) -> None:
+    h = hyperparameters(**VALUES, base_weights="int8")
+    trainable = attach(base, h, cpu_plan(h))
+    before = weights(base.unet)
+    drawn = trainable.drawable(torch.float32)
+    assert same(weights(base.unet), before)
+    trainable.place(cpu_plan(h), CPU)
+    codes = [
+        {p.data_ptr() for name, p in each.model.unet.named_parameters() if name.endswith(".codes")}
+        for each in (drawn, trainable)
+    ]
+    assert codes[0] == codes[1]
+    assert codes[0]
+    assert drawn.model.part("unet", "cpu", torch.float32) is drawn.model.unet
+    half = drawn.model.part("unet", "cpu", torch.float16)
+    assert {p.dtype for p in half.parameters()} == {torch.int8, torch.float16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_footprints_count_the_linear_layers(family: str) -> None:
+    footprint = FAMILIES[family].facts.footprint
+    modules = {part: empty_module(part, config) for part, config in CONFIGS[family].items()}
+    found: dict[bool, float] = {True: 0, False: 0}
+    for part, module in modules.items():
+        linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+        found[part == "unet"] += sum(layer.weight.numel() for layer in linear) * 1e-6
+        assert all(not layer.in_features % quantised.BLOCK for layer in linear)
+    assert footprint.unet_linear == pytest.approx(found[True], rel=3e-3)
+    assert footprint.text_linear == pytest.approx(found[False], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_count_the_bits_of_a_weight(kind: quantised.CodeKind) -> None:
+    """Beside the adapters, what differs is what the same layers take, and one layer made whole."""
+    h = Hyperparameters.parse({**PROMPTS, "base_architecture": "sdxl", "method": "lora"})
+    card = find_card("24GB")
+    plans = [make_plan(h.model_copy(update={"base_weights": each}), card) for each in ("plain", kind)]
+    codes, scales = quantise(matrix(64, 1280), kind, torch.bfloat16)
+    each = (codes.nbytes + scales.nbytes) / (64 * 1280)
+    saved = 2232.7e-3 * (2 - each) - 2 * 10240 * 1280e-9
+    difference = plans[0].predicted_peak_gb - plans[1].predicted_peak_gb
+    assert difference == pytest.approx(saved, abs=0.02)
+    assert any(f"base_weights={kind}" in note for note in plans[1].notes)
+    assert not plans[0].notes
+
+
+def test_small_cards_keep_the_base_in_fewer_bits() -> None:
+    chosen = {}
+    for family, size in itertools.product(FAMILIES, ("4GB", "6GB", "8GB")):
+        values: dict[str, Any] = {**PROMPTS, "base_architecture": family, "method": "lora"}
+        if size == "4GB":
+            values["with_prior_preservation"] = False
+        plan = make_plan(Hyperparameters.parse(values), find_card(size))
+        assert plan.predicted_peak_gb <= find_card(size).budget_gb
+        chosen[family, size] = plan.base_weights
+        assert any("no room" in note for note in plan.notes) == (plan.base_weights != "plain")
+    assert {size: chosen["sd", size] for size in ("4GB", "6GB", "8GB")} == dict.fromkeys(("4GB", "6GB", "8GB"), "plain")
+    assert [chosen["sdxl", size] for size in ("4GB", "6GB", "8GB")] == ["nf4", "int8", "plain"]
+
+
+def test_a_card_that_is_too_small_for_what_was_asked_for_says_so() -> None:
+    values = {**PROMPTS, "base_architecture": "sdxl", "method": "lora", "base_weights": "plain"}
+    with pytest.raises(UserError, match="it fits with base_weights=auto"):
+        make_plan(Hyperparameters.parse(values), find_card("6GB"))
+    with pytest.raises(UserError, match="method=full computes with the base model as it is; set base_weights to auto"):
+        make_plan(Hyperparameters.parse({**PROMPTS, "base_weights": "int8"}), find_card("24GB"))
+
+
+@pytest.mark.slow
+def test_the_kernel_in_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("compared") == 1
+
+
+def compare_kernel() -> None:
+    """Of the types that the interpreter rounds as cards do."""
+    for dtype, shape in itertools.product((torch.float32, torch.float16), ((24, 128), (50, 96 * 2), (32, 66))):
+        codes, scales = quantise(matrix(*shape), "nf4", dtype)
+        kernels = quantised._kernels(CPU)
+        assert kernels is not None
+        pairs = F.embedding(codes.int(), quantised._pairs(CPU, dtype))
+        expected = pairs.view(-1, 64).mul_(scales).view(shape)
+        assert torch.equal(dequantised(codes, scales), expected)
+    print("compared")
+
+
+if __name__ == "__main__":
+    compare_kernel()
