@@ -8,16 +8,16 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.optimizer import OptimizerKnobs
 from dreambooth_sm.knobs.output import OutputKnobs
 from dreambooth_sm.knobs.ranges import NonNegativeFloat, PositiveFloat
-from dreambooth_sm.knobs.training import TrainingKnobs
 
 LORA = "lora"
 _RANK = 16
 _EXPORTS = {"full": ("diffusers", "single_file", "both"), LORA: ("adapter", "merged", "both")}
 
 
-class LoraKnobs(TrainingKnobs, OutputKnobs):
+class LoraKnobs(OptimizerKnobs, OutputKnobs):
     """The matrices that an adapter is made of, and the layers that they lie beside."""
 
     group = "LoRA"
@@ -79,6 +79,14 @@ class LoraKnobs(TrainingKnobs, OutputKnobs):
                     f"{name} is for lora_variant={' or '.join(variants)}, and this job's is {self.lora_variant}; leave "
                     f"{name} out"
                 )
+
+    @rule("lora_plus_ratio", "optimizer")
+    def _one_rate_is_found(self) -> Iterator[str]:
+        if self.optimizer == "prodigy" and self.lora_plus_ratio != 1:
+            yield (
+                f"lora_plus_ratio={self.lora_plus_ratio:g}: optimizer=prodigy finds one learning rate for all; leave it "
+                "out, or take another optimizer"
+            )
 
     @rule("method", "export")
     def _export_is_one_of_the_methods(self) -> Iterator[str]:
