@@ -84,8 +84,8 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
     def _one_rate_is_found(self) -> Iterator[str]:
         if self.optimizer == "prodigy" and self.lora_plus_ratio != 1:
             yield (
-                f"lora_plus_ratio={self.lora_plus_ratio:g}: optimizer=prodigy finds one learning rate for all; leave it "
-                "out, or take another optimizer"
+                f"lora_plus_ratio={self.lora_plus_ratio:g}: optimizer=prodigy finds one learning rate for all; leave "
+                "it out, or take another optimizer"
             )
 
     @rule("method", "export")
