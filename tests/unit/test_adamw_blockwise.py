@@ -410,9 +410,12 @@ def test_update_in_backward_is_the_same_update(dtype: torch.dtype, master: Any) 
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
-def start_values(dtype: torch.dtype) -> list[Tensor]:
+SHAPES: tuple[tuple[int, ...], ...] = ((7,), (640,), (5, 300), (4, 2, 3, 30))
+
+
+def start_values(dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES) -> list[Tensor]:
     random = torch.Generator().manual_seed(5)
-    return [(torch.randn(s, generator=random) * 0.02).to(dtype) for s in ((7,), (640,), (5, 300), (4, 2, 3, 30))]
+    return [(torch.randn(s, generator=random) * 0.02).to(dtype) for s in shapes]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -722,8 +725,10 @@ def test_foreign_state() -> None:
 
 def compare_kernel_with_reference() -> None:
     """Run by `test_kernel_in_the_interpreter`, in a process where kernels run on the CPU."""
-    adamw_blockwise.SMALL_PARAMETER = 700  # so that the largest go alone and the others in a bundle
-    adamw_reference.REFERENCE_CHUNK = 4
+    # Few elements, which the interpreter takes a millisecond each for; each parameter ends within a block.
+    shapes = ((7,), (260,), (5, 120), (2, 2, 3, 25))
+    adamw_blockwise.SMALL_PARAMETER = 290  # so that the largest go alone and the others in a bundle
+    adamw_reference.REFERENCE_CHUNK = 2  # less than the largest has of any size of block
     for dtype, master, bits, in_backward in itertools.product(
         DTYPES, ("residual", "stochastic"), BLOCK_FORMATS, (False, True)
     ):
@@ -731,7 +736,7 @@ def compare_kernel_with_reference() -> None:
             continue
         optimizers = []
         for backend in ("torch", "triton"):
-            params = [nn.Parameter(p) for p in start_values(dtype)]
+            params = [nn.Parameter(p) for p in start_values(dtype, shapes)]
             optimizers.append(
                 BlockwiseAdamW(
                     [{"params": params[:2]}, {"params": params[2:], "lr": 5e-6, "weight_decay": 0.1}],
@@ -744,8 +749,8 @@ def compare_kernel_with_reference() -> None:
                     backend=backend,  # type: ignore[arg-type]
                 )
             )
-        streams = [noise(tuple(p.shape), 2.0, seed=i) for i, p in enumerate(start_values(dtype))]
-        for step in range(4):
+        streams = [noise(shape, 2.0, seed=i) for i, shape in enumerate(shapes)]
+        for step in range(3):
             grads = [next(s) for s in streams]
             if step == 1:
                 grads[2][2, 5] = float("nan")

@@ -30,7 +30,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "master": {"precision": "bf16", "weights": "master"},
     "tiny": {**FAST, "precision": "bf16", "weights": "stochastic", "gradient_checkpointing": True, "state_bits": 4},
 }
-JOB: dict[str, Any] = {"max_train_steps": 40, "learning_rate": 3e-4, "with_prior_preservation": True}
+JOB: dict[str, Any] = {"max_train_steps": 12, "learning_rate": 3e-4, "with_prior_preservation": True}
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,13 @@ def test_learns_as_the_reference_does(name: str, base: PretrainedModel, tmp_path
     """Same data, order and noise, so the curves may be compared step by step.
 
     The measure: the mean distance of the curves, as a share of what the reference has learned. A plan whose updates
-    are lost, doubled or of the wrong sign is off by a third and more.
+    are lost, doubled or of the wrong sign is off by a third and more, also after so few steps.
     """
-    steps = 12 if PLANS[name]["precision"] == "fp16" else 40  # fp16 is slow on a CPU
-    run = Run(base, tmp_path, plan=PLANS[name], **JOB | {"max_train_steps": steps}).train()
+    run = Run(base, tmp_path, plan=PLANS[name], **JOB).train()
     losses = [loss[0] for loss in run.losses]
-    learned = reference[0] - sum(reference[-10:]) / 10
+    learned = reference[0] - sum(reference[-5:]) / 5
     assert learned > 0.3
-    distance = sum(abs(a - b) for a, b in zip(losses, reference[:steps], strict=True)) / steps
+    distance = sum(abs(a - b) for a, b in zip(losses, reference, strict=True)) / len(reference)
     assert distance / learned < (0.06 if PLANS[name]["weights"] == "stochastic" else 0.04)
 
 
@@ -63,7 +62,7 @@ def test_a_base_that_waits_in_half_precision_trains_the_same_to_the_bit(
 ) -> None:
     base.save(tmp_path / "half")
     h = hyperparameters(pretrained_model_name_or_path=str(tmp_path / "half"))
-    options = JOB | {"max_train_steps": 3, "train_text_encoder": text_encoder}
+    options = JOB | {"max_train_steps": 2, "train_text_encoder": text_encoder}
     full, half = (
         Run(load_base(h, dtype), tmp_path / str(dtype), plan=PLANS[name], **options).train()
         for dtype in (torch.float32, None)
@@ -77,12 +76,12 @@ def test_a_base_that_waits_in_half_precision_trains_the_same_to_the_bit(
 def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(
     name: str, base: PretrainedModel, tmp_path: Path
 ) -> None:
-    options = JOB | {"max_train_steps": 9, "use_ema": True}
+    options = JOB | {"max_train_steps": 5, "use_ema": True}
     changes = PLANS[name] | {"ema": "device"}
     whole = Run(base, tmp_path / "whole", plan=changes, **options).train()
     first = Run(base, tmp_path / "parts", plan=changes, **options)
     with pytest.raises(StopRequested):
-        first.train(stop_at=4)
+        first.train(stop_at=2)
     second = Run(base, tmp_path / "parts", plan=changes, **options)
     checkpoint = latest_checkpoint(tmp_path / "parts" / "checkpoints")
     assert checkpoint is not None
