@@ -1,15 +1,12 @@
-"""Runs Python blocks of the README as they stand, one after the other in one interpreter.
+"""Python blocks of the documents; ``python readme_blocks.py`` runs those of the README that need the SageMaker SDK 2.
 
-``python readme_blocks.py launcher``: those of the launcher, inside local services; ``... estimator``: those that need
-the SageMaker SDK 2, with the services that the environment leads to.
+They run as they stand, with the services that the environment leads to.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -22,17 +19,6 @@ def blocks(kind: str) -> list[str]:
     return [block for block in python_blocks(README) if ("launcher.estimator(" in block) == (kind == "estimator")]
 
 
-def run(kind: str) -> None:
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks(kind):
-        exec(compile(block, "README.md", "exec"), namespace)
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "estimator":
-        run("estimator")
-    else:
-        import launcher
-
-        with launcher.local_services():
-            run("launcher")
+    for block in blocks("estimator"):
+        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
