@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ SETTINGS: dict[str, Any] = {
     "sample_batch_size": 8,
     "seed": 0,
 }
+WITHOUT = {"with_prior_preservation": False}
 
 
 @pytest.fixture(scope="module")
@@ -66,42 +70,70 @@ def subject(toybox_base: PretrainedModel, tmp_path_factory: pytest.TempPathFacto
     return images.complete(photos, [(128, 128)] * 24)
 
 
-def learn(base: PretrainedModel, subject: Subject, root: Path, **settings: object) -> tuple[Fidelity, Fidelity, str]:
-    """Figures before and after training, and the verdict's word."""
-    h = Hyperparameters.parse(SETTINGS | settings)
-    plan = make_plan(h, CPU)
-    own = copy.deepcopy(base)
-    if not h.prior_preservation:
-        trained_on = Subject(subject.pictures, subject.prompt, None, subject.class_directory, ())
-    else:
-        trained_on = subject
-    report = Reporter(io.StringIO())
-    encoders = load_encoders("judge")
-    trainable = METHODS[h.method].attach(own, plan, h, 0)
-    examiner = Examiner(trainable, (subject,), encoders, h, plan, report)
-    before = examiner.examine(0).fidelities[0]
-    device = torch.device("cpu")
-    data = encode_training_set(own, (trained_on,), h, plan, device=device, seed=0)
-    schedule = Schedule(STEPS, 0, h.learning_rate)
-    Trainer(trainable, data, plan, h, schedule, device=device, identity={"seed": 0}, report=report).train(
-        root, threading.Event()
-    )
-    after = examiner.examine(STEPS).fidelities[0]
-    real = measure_real(encoders, [paint.paint(scene) for scene in toys.scenes_of(toys.HELD_OUT["teal_hatter"], 5, 0)])
-    return before, after, verdict(after, before, real).word
+@dataclass
+class Student:
+    """A copy of the base model to train on the subject, with or without class pictures, as settings say."""
+
+    base: PretrainedModel
+    subject: Subject
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.h = Hyperparameters.parse({**SETTINGS, **self.settings})
+        self.plan = make_plan(self.h, CPU)
+        self.own = copy.deepcopy(self.base)
+        self.trainable = METHODS[self.h.method].attach(self.own, self.plan, self.h, 0)
+        self.report = Reporter(io.StringIO())
+
+    def learn(self, steps: int, root: Path) -> Student:
+        photos = Subject(self.subject.pictures, self.subject.prompt, None, self.subject.class_directory, ())
+        trained_on = self.subject if self.h.prior_preservation else photos
+        device = torch.device("cpu")
+        data = encode_training_set(self.own, (trained_on,), self.h, self.plan, device=device, seed=0)
+        schedule = Schedule(steps, 0, self.h.learning_rate)
+        Trainer(
+            self.trainable,
+            data,
+            self.plan,
+            self.h,
+            schedule,
+            device=device,
+            identity={"seed": 0},
+            report=self.report,
+        ).train(root, threading.Event())
+        return self
+
+    def examine(self) -> Fidelity:
+        """The figures of the model as it is now."""
+        encoders = load_encoders("judge")
+        examiner = Examiner(self.trainable, (self.subject,), encoders, self.h, self.plan, self.report)
+        return examiner.examine(0).fidelities[0]
+
+
+def word_for(after: Fidelity, before: Fidelity) -> str:
+    """The verdict's word."""
+    painted = [paint.paint(scene) for scene in toys.scenes_of(toys.HELD_OUT["teal_hatter"], 5, 0)]
+    return verdict(after, before, measure_real(load_encoders("judge"), painted)).word
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fewer_pictures() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "PLACES", ("", "on the beach", "in the snow", "at night"))
+        patch.setattr(selection, "draw", partial(selection.draw, steps=10))
         yield
 
 
+@pytest.fixture(scope="module")
+def before(toybox_base: PretrainedModel, subject: Subject) -> Fidelity:
+    """The figures of the base model."""
+    return Student(toybox_base, subject).examine()
+
+
 def test_the_subject_is_learned_and_the_class_is_kept(
-    toybox_base: PretrainedModel, subject: Subject, tmp_path: Path
+    toybox_base: PretrainedModel, subject: Subject, before: Fidelity, tmp_path: Path
 ) -> None:
-    before, after, word = learn(toybox_base, subject, tmp_path)
+    after = Student(toybox_base, subject).learn(STEPS, tmp_path).examine()
     assert before.subject < 0.3
     assert after.subject > before.subject + 0.5
     assert before.diversity is not None
@@ -109,14 +141,13 @@ def test_the_subject_is_learned_and_the_class_is_kept(
     assert after.diversity >= 0.85 * before.diversity
     assert after.prompt is not None
     assert after.prompt >= 0.75
-    assert word == "good"
+    assert word_for(after, before) == "good"
 
 
-@pytest.mark.parametrize("settings", [{"with_prior_preservation": False}, {"prior_loss_weight": 0.0}])
 def test_without_the_prior_loss_the_class_becomes_the_subject(
-    settings: dict[str, object], toybox_base: PretrainedModel, subject: Subject, tmp_path: Path
+    toybox_base: PretrainedModel, subject: Subject, before: Fidelity, tmp_path: Path
 ) -> None:
-    before, after, word = learn(toybox_base, subject, tmp_path, **settings)
+    after = Student(toybox_base, subject, WITHOUT).learn(STEPS, tmp_path).examine()
     assert after.subject > before.subject + 0.5
     assert before.diversity is not None
     assert after.diversity is not None
@@ -124,4 +155,17 @@ def test_without_the_prior_loss_the_class_becomes_the_subject(
     assert before.prior is not None
     assert after.prior is not None
     assert after.prior > before.prior + 0.25
-    assert word == "overfit"
+    assert word_for(after, before) == "overfit"
+
+
+def test_a_prior_loss_without_weight_is_none(toybox_base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
+    """The same weights, up to rounding, and so the same fate."""
+    without, weightless, with_prior = (
+        Student(toybox_base, subject, settings).learn(3, tmp_path / str(number)).trainable.parameters
+        for number, settings in enumerate((WITHOUT, {"prior_loss_weight": 0.0}, {}))
+    )
+
+    def distance(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+        return sum((one[name] - other[name]).abs().sum().item() for name in one)
+
+    assert distance(weightless, without) < 1e-3 * distance(weightless, with_prior)
