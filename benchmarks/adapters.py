@@ -1,7 +1,7 @@
 """Speed and memory of adapters: kinds, layers, and recomputation, at the model's resolution with one class image.
 
     python -m benchmarks.adapters [--model sdxl] [--steps 20] [--variants lora dora ...] [--targets attention ...]
-        [--text-encoder] [--write dreambooth_sm/planning/measured]
+        [--base-weights plain int8 nf4] [--text-encoder] [--write dreambooth_sm/planning/measured]
 
 One JSON line each, all in one process. ``implied_gb`` is the figure of activations with which the plan would have
 predicted the peak; ``--write`` writes it down.
@@ -55,17 +55,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--variants", nargs="+", default=list(get_args(FIELDS["lora_variant"].annotation)))
     parser.add_argument("--targets", nargs="+", default=list(get_args(FIELDS["lora_targets"].annotation)))
+    parser.add_argument("--base-weights", nargs="+", default=["plain"])
     parser.add_argument("--text-encoder", action="store_true", help="adapters of the text encoders as well")
     add_write_option(parser)
     options = parser.parse_args()
     base = MODELS[options.model]()
     family = base.family.facts.name
-    for variant, targets, checkpoints in itertools.product(options.variants, options.targets, (False, True)):
+    runs = itertools.product(options.variants, options.targets, options.base_weights, (False, True))
+    for variant, targets, base_weights, checkpoints in runs:
         wishes = {"lora_variant": variant, "lora_targets": targets, "train_text_encoder": options.text_encoder}
+        wishes["base_weights"] = base_weights
         try:
             result = run(base, options.model, options.steps, checkpoints, **wishes)
             emit(model=options.model, **{**wishes, **result})
-            if options.write and not options.text_encoder:
+            if options.write and not options.text_encoder and base_weights == "plain":
                 command = f"python -m benchmarks.adapters --model {options.model} --variants {variant}"
                 command += f" --targets {targets}"
                 write_figures(options.write, family, {result["figure"]: result["implied_gb"]}, by=command)
