@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     BitImageProcessorPil,
-    CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
-    Dinov2Config,
     Dinov2Model,
 )
 
@@ -40,6 +38,7 @@ from dreambooth_sm.fidelity import (
     verdict,
 )
 from dreambooth_sm.toybox.judge import Judge, load_judge
+from tests.helpers.encoders import save_clip, save_dino
 from tests.helpers.tiny import byte_tokenizer
 from toybox.paint import paint
 from toybox.toys import HELD_OUT, random_scene, scenes_of
@@ -265,37 +264,12 @@ def test_the_judge_reads_the_background_wherever_it_is_named(judge: Judge) -> No
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=14)
-    Dinov2Model(config).save_pretrained(directory)
-    processor = BitImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    processor.save_pretrained(directory)
-    return directory
+    return save_dino(tmp_path_factory.mktemp("dino"))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={
-            **sizes,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 32,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
-        vision_config={**sizes, "image_size": SIDE, "patch_size": 14},
-        projection_dim=8,
-    )
-    CLIPModel(config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    processor.save_pretrained(directory)
-    return directory
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_both_encoders_by_one_spec(dino: Path, clip: Path) -> None:
