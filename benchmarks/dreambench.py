@@ -9,8 +9,8 @@ subject that was trained, by the same name, with what its job left: a pipeline, 
 is the rare word that they were trained with. Four pictures a prompt, as in the paper.
 
 One JSON line a subject, then their mean: ``dino`` and ``clip_i`` say how like the subject's pictures they are,
-``clip_t`` how well they show their prompts (without the rare word, which CLIP does not know), ``prior`` and ``diversity`` what
-became of the class. The paper's DINO is ViT-S/16 of the first DINO; DINOv2 gives other values.
+``clip_t`` how well they show their prompts (without the rare word, which CLIP does not know), ``prior`` and
+``diversity`` what became of the class. The paper's DINO is ViT-S/16 of the first DINO; DINOv2 gives other values.
 """
 
 from __future__ import annotations
