@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreambooth_sm.adapters.rank_mask import RankMask, TrainedRows
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.training.quantised import QuantisedLinear, dequantised
 
@@ -31,7 +33,33 @@ def inject(module: nn.Module, h: Hyperparameters, layers: Iterable[str]) -> None
     inject_adapter_in_model(_configuration(h, list(layers)), module, _ADAPTER)
     for layer in module.modules():
         if _is_plain(layer):
-            layer.forward = functools.partial(_forward, layer)
+            layer.forward = functools.partial(_forward, layer, None)
+
+
+def mask_ranks(module: nn.Module, part: str, h: Hyperparameters, rows: TrainedRows, *, by_time: bool) -> None:
+    """Makes LoRA's layers of a module, which is a part of a model, mask the activations between their matrices.
+
+    Args:
+        rows: those that are trained on; to be kept up to date.
+        by_time: whether the ranks of a row may depend on its time.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    least = h.lora_min_rank if by_time else None
+    if not h.lora_dropout and least is None:
+        return
+    for name, layer in module.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        mask = RankMask(zlib.crc32(f"{part}.{name}".encode()), h.lora_dropout, least, rows)
+        layer.lora_A[_ADAPTER].register_forward_hook(functools.partial(_masked, mask))
+        if _is_plain(layer):
+            layer.forward = functools.partial(_forward, layer, mask)  # type: ignore[attr-defined]
+
+
+def _masked(mask: RankMask, matrix: nn.Module, inputs: Any, low: Tensor) -> Tensor:
+    factors = mask(low.shape, low.dtype, 1 if low.dim() == 4 else -1)  # of convolutions they are channels
+    return low if factors is None else low * factors
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -102,7 +130,7 @@ def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is Linear and type(layer.base_layer) in (nn.Linear, QuantisedLinear) and not layer.lora_variant
 
 
-def _forward(layer: Any, states: Tensor) -> Tensor:
+def _forward(layer: Any, mask: RankMask | None, states: Tensor) -> Tensor:
     base, down, up = layer.base_layer, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     if layer._disable_adapters:
         result: Tensor = base(states)
@@ -111,7 +139,8 @@ def _forward(layer: Any, states: Tensor) -> Tensor:
     if not states.dtype == down.dtype == (weight if scales is None else scales).dtype:  # fp32 adapters under autocast
         result = type(layer).forward(layer, states)
         return result
-    result = _LinearWithLora.apply(states, weight, scales, base.bias, down, up, layer.scaling[_ADAPTER])
+    factors = mask(torch.Size((*states.shape[:-1], len(down))), down.dtype, -1) if mask else None
+    result = _LinearWithLora.apply(states, weight, scales, base.bias, down, up, factors, layer.scaling[_ADAPTER])
     return result
 
 
@@ -120,7 +149,7 @@ def _whole(weight: Tensor, scales: Tensor | None) -> Tensor:
 
 
 class _LinearWithLora(torch.autograd.Function):
-    """``x W^T + b + scale (x A^T) B^T`` with a frozen W.
+    """``x W^T + b + scale (x A^T * mask) B^T`` with a frozen W.
 
     The sums are part of the matrix products, in both directions: none is a pass of its own over the activations. Where
     W has scales, it is quantised, and made whole in both directions.
@@ -135,24 +164,29 @@ class _LinearWithLora(torch.autograd.Function):
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
+        mask: Tensor | None,
         scale: float,
     ) -> Tensor:
         rows = states.reshape(-1, states.shape[-1])
         low = rows @ down.t()
+        if mask is not None:
+            low.view(*states.shape[:-1], -1).mul_(mask)
         result = F.linear(rows, _whole(weight, scales), bias).addmm_(low, up.t(), alpha=scale)
-        ctx.save_for_backward(rows, weight, scales, down, up, low)
+        ctx.save_for_backward(rows, weight, scales, down, up, mask, low)
         ctx.scale = scale
         return result.view(*states.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, scales, down, up, low = ctx.saved_tensors
+        rows, weight, scales, down, up, mask, low = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         for_low = grad @ up
+        if mask is not None:
+            for_low.view(*grads[0].shape[:-1], -1).mul_(mask)
         if ctx.scale != 1:
             for_low *= ctx.scale
             low = low * ctx.scale
         for_states = None
         if ctx.needs_input_grad[0]:
             for_states = (grad @ _whole(weight, scales)).addmm_(for_low, down).view(*grads[0].shape[:-1], -1)
-        return for_states, None, None, None, for_low.t() @ rows, grad.t() @ low, None
+        return for_states, None, None, None, for_low.t() @ rows, grad.t() @ low, None, None

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.optimizer import OptimizerKnobs
 from dreambooth_sm.knobs.output import OutputKnobs
-from dreambooth_sm.knobs.ranges import NonNegativeFloat, PositiveFloat
+from dreambooth_sm.knobs.ranges import Fraction, NonNegativeFloat, PositiveFloat
 
 LORA = "lora"
 _RANK = 16
@@ -56,6 +56,17 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
         methods=(LORA,),
     )
 
+    lora_dropout: Fraction = knob(
+        0.0,
+        "Share of the values between an adapter's two matrices that are left out in training, other ones in each step.",
+        methods=(LORA,),
+    )
+    lora_min_rank: Annotated[int, Ge(0), Le(512)] | None = knob(
+        None,
+        "Ranks that the noisiest rows are trained with, and the others with the more, up to lora_rank, the less noise "
+        "they have (T-LoRA, arXiv 2507.05964); None: all are trained with all.",
+        methods=(LORA,),
+    )
     distance_penalty: NonNegativeFloat = knob(
         0.0,
         "Add this many times the squared distance of the model's weights from the base model's to the loss "
@@ -63,7 +74,16 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
         methods=(LORA,),
     )
 
-    @rule("lora_variant", "lora_alpha", "lora_rank_stabilised", "lora_init", "lora_plus_ratio", "distance_penalty")
+    @rule(
+        "lora_variant",
+        "lora_alpha",
+        "lora_rank_stabilised",
+        "lora_init",
+        "lora_plus_ratio",
+        "distance_penalty",
+        "lora_dropout",
+        "lora_min_rank",
+    )
     def _variant_has_what_is_set(self) -> Iterator[str]:
         products = ("lora", "dora")
         owners = {
@@ -72,6 +92,8 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
             "lora_plus_ratio": products,
             "lora_alpha": (*products, "loha", "lokr"),
             "distance_penalty": ("lora",),
+            "lora_dropout": ("lora",),
+            "lora_min_rank": ("lora",),
         }
         for name, variants in owners.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.lora_variant not in variants:
@@ -86,6 +108,14 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
             yield (
                 f"lora_plus_ratio={self.lora_plus_ratio:g}: optimizer=prodigy finds one learning rate for all; leave "
                 "it out, or take another optimizer"
+            )
+
+    @rule("lora_rank", "lora_min_rank")
+    def _ranks_are_in_order(self) -> Iterator[str]:
+        if self.lora_min_rank is not None and self.lora_min_rank > self.lora_rank:
+            yield (
+                f"lora_min_rank={self.lora_min_rank} is more than lora_rank={self.lora_rank}; set lora_min_rank to "
+                f"{self.lora_rank} or less"
             )
 
     @rule("method", "export")

@@ -89,6 +89,20 @@ class Measurable(Protocol):
         its graph."""
 
 
+@runtime_checkable
+class Watching(Protocol):
+    """What is trained in a way that depends on the rows of a step."""
+
+    def watch(self, noise: torch.Tensor, times: torch.Tensor, count: int) -> None:
+        """Is told the rows of each forward pass of training before it; on the device, and they stay until the backward
+        pass is over.
+
+        Args:
+            noise: ``(rows, channels, height, width)`` float32.
+            times: int64 ``(rows,)``, below ``count``.
+        """
+
+
 class Method(Protocol):
     """One way of teaching.
 

@@ -117,9 +117,12 @@ class Adapters:
             adapted: the modules that adapters are in, by part.
             seed: that they begin with; None where they have values.
         """
+        from dreambooth_sm.adapters.rank_mask import TrainedRows
+
         self.model = model
         self._base = model.with_parts({})  # keeps what its weights come from, while those of the model are placed
         self._plan, self._h, self._adapted, self._seed = plan, h, dict(adapted), seed
+        self._rows = TrainedRows()
 
     @classmethod
     def of(cls, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Adapters:
@@ -177,12 +180,13 @@ class Adapters:
         return module
 
     def _inject(self) -> None:
-        from dreambooth_sm.adapters.peft_layers import inject
+        from dreambooth_sm.adapters.peft_layers import inject, mask_ranks
 
         layers = self.model.family.facts.adapted[self._h.lora_targets]
         for part, module in self._adapted.items():
             is_text = part in self.model.text_parts
             inject(module, self._h, layers.text_encoder if is_text else layers.denoiser)
+            mask_ranks(module, part, self._h, self._rows, by_time=not is_text)  # prompts have no time
 
     def place(self, plan: Plan, device: torch.device) -> None:
         from dreambooth_sm.adapters.peft_layers import parameters_of
@@ -203,6 +207,9 @@ class Adapters:
         from dreambooth_sm.adapters.peft_layers import switched_off
 
         return switched_off(self._adapted.values())
+
+    def watch(self, noise: torch.Tensor, times: torch.Tensor, count: int) -> None:
+        self._rows.noise, self._rows.times, self._rows.count = noise, times, count
 
     def distance(self) -> torch.Tensor:
         from dreambooth_sm.adapters.peft_layers import squared_distance

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Measurable, Removable, Trainable, asks_base, encodes_in_steps
+from dreambooth_sm.methods import Measurable, Removable, Trainable, Watching, asks_base, encodes_in_steps
 from dreambooth_sm.objectives import Objective
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.losses import Loss, consistency_loss, dreambooth_loss
@@ -49,6 +49,7 @@ class BatchLoss:
         if asks_base(h):
             assert isinstance(trained, Removable)
             self._untrained = trained.untrained
+        self._watch = trained.watch if isinstance(trained, Watching) else None
         self._distance: Callable[[], Tensor] | None = None
         if h.distance_penalty:
             assert isinstance(trained, Measurable)
@@ -56,6 +57,8 @@ class BatchLoss:
 
     def __call__(self, inputs: Inputs) -> Loss:
         """The loss of one batch, with its graph."""
+        if self._watch:
+            self._watch(inputs.noise, inputs.timesteps, self.objective.times)
         loss = self._loss_of(inputs)
         if self._distance:
             loss = loss._replace(total=loss.total + self._h.distance_penalty * self._distance())
