@@ -181,11 +181,14 @@ class Networks:
 
     @contextlib.contextmanager
     def untrained(self) -> Iterator[None]:
+        attentions = list(_cross_attentions(self.model.unet))
+        inserted = [(attention, before, getattr(attention, before)) for attention in attentions for before in _BEFORE]
         _remove(self.model.unet)
         try:
             yield
-        finally:
-            _insert(self.model.unet, self._networks)
+        finally:  # the same modules as before: compiled blocks know them
+            for attention, before, module in inserted:
+                setattr(attention, before, module)
 
     def drawable(self, dtype: torch.dtype) -> Networks:
         self.load()

@@ -18,6 +18,16 @@ from tests.helpers.training import Run, paint_pictures, same
 
 VALUES: dict[str, Any] = {"method": "hypernetwork", "max_train_steps": 6, "center_crop": False, "bucket_step": 8}
 
+# What a step computes beside its forward pass, of its own rows.
+MASKED: dict[str, Any] = {
+    "method": "lora",
+    "prior": "dco",
+    "lora_dropout": 0.2,
+    "lora_min_rank": 2,
+    "distance_penalty": 0.1,
+    "learning_rate": 1e-3,
+}
+
 
 class Graph:
     """Computes once more what was captured, into the same tensors, as a replay does."""
@@ -58,8 +68,14 @@ def _no_card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_no_card")
 @pytest.mark.slow
-@pytest.mark.parametrize(("optimizer", "parts"), [("lion", 1), ("schedule_free", 2)])
-def test_an_update_follows_the_graph(base: PretrainedModel, tmp_path: Path, optimizer: str, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "parts", "values"),
+    [("lion", 1, VALUES), ("schedule_free", 2, VALUES), ("lion", 2, VALUES | MASKED)],
+    ids=["lion", "schedule_free", "masked"],
+)
+def test_an_update_follows_the_graph(
+    base: PretrainedModel, tmp_path: Path, optimizer: str, parts: int, values: dict[str, Any]
+) -> None:
     """To the bit as without one, with pictures of two shapes, an average, and masters."""
     sizes = [(120, 80), (80, 120), (120, 80)]
     pictures = [paint_pictures(tmp_path / str(n), 1, size=size, seed=n)[0] for n, size in enumerate(sizes)]
@@ -72,7 +88,7 @@ def test_an_update_follows_the_graph(base: PretrainedModel, tmp_path: Path, opti
             subject=subject,
             plan=plan | {"cuda_graph": graph},
             gradient_accumulation_steps=parts,
-            **VALUES,
+            **values,
         )
         for graph in (False, True)
     ]

@@ -90,6 +90,16 @@ def test_the_estimate_agrees_with_what_was_measured_on_the_h200() -> None:
     assert 5 + 40 / 60 < found.minutes < 5 + 80.5 / 60
 
 
+def test_a_live_base_takes_longer_steps_and_no_class_images() -> None:
+    def seconds(prior: str, steps: int) -> float:
+        values = {"method": "lora", "prior": prior, "num_class_images": 200}
+        return 60 * minutes("ml.g5.xlarge", max_train_steps=steps, **values)
+
+    assert seconds("output", 1) < seconds("images", 1) - 60
+    longer, shorter = (seconds(prior, 4001) - seconds(prior, 1) for prior in ("output", "images"))
+    assert 1.1 < longer / shorter < 1.3
+
+
 def test_epochs_are_counted_as_the_job_counts_them() -> None:
     h = parse(num_train_epochs=100)
     instance = find_instance("ml.g5.xlarge")
