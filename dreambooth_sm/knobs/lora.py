@@ -61,7 +61,7 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
         "Share of the values between an adapter's two matrices that are left out in training, other ones in each step.",
         methods=(LORA,),
     )
-    lora_min_rank: Annotated[int, Ge(0), Le(512)] | None = knob(
+    lora_min_rank: Annotated[int, Ge(1), Le(512)] | None = knob(
         None,
         "Ranks that the noisiest rows are trained with, and the others with the more, up to lora_rank, the less noise "
         "they have (T-LoRA, arXiv 2507.05964); None: all are trained with all.",
