@@ -16,6 +16,7 @@ from dreambooth_sm.families import Conditioning, family_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.model import Pipeline
+from dreambooth_sm.training.quantised import is_quantised, quantise_linears
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
@@ -63,10 +64,17 @@ def make_sampler(
 
 
 def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
-    """A module of the base model on the plan's device, in the precision that is drawn in."""
+    """A module of the base model on the plan's device, in the precision that is drawn in; in fewer bits where it is
+    trained beside in fewer."""
     half = base.vae_dtype if part == "vae" else torch.float16
+    dtype = half if _in_half(plan) else torch.float32
+    quantised = (base.family.facts.denoiser, *(base.text_parts if plan.train_text_encoder else ()))
     # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
-    return base.part(part, plan.device, half if _in_half(plan) else torch.float32)
+    if plan.base_weights == "plain" or part not in quantised or is_quantised(getattr(base, part)):
+        return base.part(part, plan.device, dtype)
+    module = base.copy_of(part, "cpu", None)
+    quantise_linears(module, plan.base_weights, dtype, torch.device(plan.device))
+    return module.to(plan.device, dtype)
 
 
 def _in_half(plan: Plan) -> bool:

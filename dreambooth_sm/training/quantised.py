@@ -149,3 +149,8 @@ def quantise_linears(module: nn.Module, kind: CodeKind, dtype: torch.dtype, devi
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and not (child.in_features % 2 or child.weight.numel() % BLOCK):
                 setattr(parent, name, QuantisedLinear(child, kind, dtype, device))
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether layers of a module are."""
+    return any(isinstance(layer, QuantisedLinear) for layer in module.modules())

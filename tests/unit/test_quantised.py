@@ -23,10 +23,18 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.sampling import drawing_part
 from dreambooth_sm.stored.model import empty_module
 from dreambooth_sm.training import quantised
 from dreambooth_sm.training.checkpoint import latest_checkpoint
-from dreambooth_sm.training.quantised import LEVELS, QuantisedLinear, dequantised, quantise, quantise_linears
+from dreambooth_sm.training.quantised import (
+    LEVELS,
+    QuantisedLinear,
+    dequantised,
+    is_quantised,
+    quantise,
+    quantise_linears,
+)
 from tests.helpers.patience import PATIENCE
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, same, weights
 from tests.unit.test_lora import CONFIGS, PROMPTS, VALUES, VARIANTS
@@ -183,6 +191,23 @@ def test_a_model_that_draws_while_another_trains_shares_its_codes(base: Pretrain
     assert drawn.model.part("unet", "cpu", torch.float32) is drawn.model.unet
     half = drawn.model.part("unet", "cpu", torch.float16)
     assert {p.dtype for p in half.parameters()} == {torch.int8, torch.float16}
+
+
+def test_what_is_drawn_before_training_is_drawn_with_the_same_codes(base: PretrainedModel) -> None:
+    h = hyperparameters(**VALUES, base_weights="int8")
+    plan, before = cpu_plan(h), weights(base.unet)
+    drawn = drawing_part(base, plan, "unet")
+    assert same(weights(base.unet), before)
+    assert not is_quantised(drawing_part(base, plan, "text_encoder"))
+    trainable = attach(base, h, plan)
+    trainable.load()
+    trainable.place(plan, CPU)
+    trained = drawing_part(trainable.model, plan, "unet")
+    assert trained is trainable.model.unet
+    names = {name.replace(".base_layer", ""): value for name, value in weights(trained).items()}
+    codes = {name: value for name, value in weights(drawn).items() if name.endswith(".codes")}
+    assert codes
+    assert same({name: names[name] for name in codes}, codes)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
