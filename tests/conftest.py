@@ -8,11 +8,13 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+from botocore.loaders import JSONFileLoader
 
 # Before torch is imported, here or in a job: a core is shared by workers and jobs, and sums keep their order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -44,6 +46,14 @@ def pytest_unconfigure() -> None:
 def forked_jobs() -> Iterator[None]:
     """The embedded SageMaker forks its jobs."""
     with patch.object(training_job, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": forks.Popen})):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def descriptions_of_aws() -> Iterator[None]:
+    """botocore reads each of its files once a process, and not for each of the sessions that tests make."""
+    read = cache(partial(JSONFileLoader.load_file, JSONFileLoader()))
+    with patch.object(JSONFileLoader, "load_file", lambda _, path: read(path)):
         yield
 
 
