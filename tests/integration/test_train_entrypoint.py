@@ -539,10 +539,8 @@ def test_the_best_of_several_checkpoints_is_exported(lay_out_job: Callable[..., 
         "max_train_steps": "3",
         "save_steps": "1",
         "checkpoints_total_limit": "3",
-        "fidelity_encoders": "judge",
-        "select_best": "true",
     }
-    job = lay_out_job(**settings)
+    job = lay_out_job(**settings, fidelity_encoders="judge", select_best="true")
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
     lines = [parse_metrics(line) for line in ended.log.splitlines()]
@@ -553,7 +551,7 @@ def test_the_best_of_several_checkpoints_is_exported(lay_out_job: Callable[..., 
     assert scores[best] == max(scores.values())
     assert "verdict: " in ended.log
     # A job that ends at the best step, with nothing to choose from, exports the same.
-    short = lay_out_job("short", **settings | {"max_train_steps": str(best), "select_best": "false", "save_steps": "0"})
+    short = lay_out_job("short", **settings | {"max_train_steps": str(best), "save_steps": "0"})
     assert short.run("train").code == EXIT_OK
     assert same_weights(read_weights(job.model, "unet"), read_weights(short.model, "unet"))
 
