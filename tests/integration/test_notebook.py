@@ -20,7 +20,13 @@ from tests.helpers.patience import PATIENCE
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 ENGLISH, CHINESE = NOTEBOOKS / "dreambooth.ipynb", NOTEBOOKS / "dreambooth_zh.ipynb"
 STEPS = 20
-SHORT: dict[str, Any] = {"max_train_steps": STEPS, "num_class_images": 2, "fidelity_encoders": None, "resolution": 64}
+SHORT: dict[str, Any] = {
+    "max_train_steps": STEPS,
+    "num_class_images": 2,
+    "num_validation_images": 1,
+    "fidelity_encoders": None,
+    "resolution": 64,
+}
 SIDE = 128
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 
@@ -104,6 +110,20 @@ def test_the_pictures_are_shown(cells: list[nbformat.NotebookNode]) -> None:
     assert picture_of(cell_with(cells, "in a meadow")).size == (3 * SIDE, SIDE)
 
 
+def test_the_adapters_weight_is_a_slider(cells: list[nbformat.NotebookNode]) -> None:
+    shown = text_of(cell_with(cells, "adapter_job.download"))
+    assert re.findall(r"\S+\.safetensors", shown) == [
+        "aws-trained-dreambooth-model.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ]
+    row = picture_of(cell_with(cells, "before.set_adapters"))
+    assert row.size == (3 * SIDE, SIDE)
+    none, half, whole = (row.crop((SIDE * place, 0, SIDE * (place + 1), SIDE)).tobytes() for place in range(3))
+    drawn = picture_of(cell_with(cells, "before = pipeline_of"))
+    assert none == drawn.crop((0, SIDE, SIDE, 2 * SIDE)).tobytes()  # the base model's own
+    assert len({none, half, whole}) == 3
+
+
 def test_nothing_is_noise(cells: list[nbformat.NotebookNode]) -> None:
     """No warnings and no progress bars, which would be the first thing that a reader sees."""
     assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
@@ -131,6 +151,7 @@ def test_it_is_stored_with_the_outputs_of_a_whole_run(path: Path) -> None:
         "contact_sheet(pictures, **settings)",
         "before = pipeline_of",
         "in a meadow",
+        "before.set_adapters",
     ):
         picture_of(cell_with(cells, source))
 
