@@ -26,6 +26,7 @@ SMALL = {
     "resolution": "64",
     "center_crop": "true",
     "num_class_images": "2",
+    "sample_batch_size": "2",
     "max_train_steps": "2",
     "logging_steps": "1",
     "learning_rate": "1e-3",
