@@ -68,9 +68,10 @@ def convert(
     if found := find_adapter(path):
         adapter = read_adapter(found)
         other: AdapterLayout = "kohya" if adapter.layout == "diffusers" else "diffusers"
-        _write_adapter(adapter, guessed_configs(adapter), target, layout or other, source, precision)
+        to = layout or other
+        _write_adapter(adapter, guessed_configs(adapter), target, to, source, precision)
         told = () if base_model(adapter) else (f"{source} does not say what base model it is for",)
-        return (*told, *_left_out(adapter, source))
+        return (*told, *_left_out(adapter, source, with_words=to == "kohya"))
     if layout:
         raise UserError(f"--layout is for adapters, and {source} is a model; leave it out")
     model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
@@ -165,11 +166,18 @@ def _adapter(source: str) -> Adapter:
     return read_adapter(found or path)
 
 
-def _left_out(adapter: Adapter, source: str) -> tuple[str, ...]:
-    if not adapter.unknown:
-        return ()
-    count, first = len(adapter.unknown), adapter.unknown[0]
-    return (f"{source}: {count} tensors are of no layer known here and are left out, such as {first}",)
+def _left_out(adapter: Adapter, source: str, *, with_words: bool = False) -> tuple[str, ...]:
+    """
+    Args:
+        with_words: whether its learned words are written.
+    """
+    told = []
+    if adapter.words and not with_words:
+        told.append(f"{source}: its learned words are left out: {', '.join(adapter.words)}")
+    if adapter.unknown:
+        count, first = len(adapter.unknown), adapter.unknown[0]
+        told.append(f"{source}: {count} tensors are of no layer known here and are left out, such as {first}")
+    return tuple(told)
 
 
 def _merged(layer: Layer, weight: Stored, strength: float) -> Stored:

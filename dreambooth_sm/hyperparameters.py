@@ -24,6 +24,7 @@ from dreambooth_sm.knobs.lora import LoraKnobs
 from dreambooth_sm.knobs.memory import MemoryKnobs
 from dreambooth_sm.knobs.messages import readable
 from dreambooth_sm.knobs.pictures import DEFAULT_INSTANCE_DATA_DIR
+from dreambooth_sm.knobs.pivotal import PivotalKnobs
 from dreambooth_sm.knobs.prior import PriorKnobs
 from dreambooth_sm.knobs.textual_inversion import TextualInversionKnobs
 from dreambooth_sm.knobs.training import TrainingKnobs
@@ -32,7 +33,14 @@ from dreambooth_sm.knobs.validation import ValidationKnobs
 
 # pydantic lists the fields of the last base first.
 class Hyperparameters(
-    ValidationKnobs, MemoryKnobs, LoraKnobs, HypernetworkKnobs, TextualInversionKnobs, TrainingKnobs, PriorKnobs
+    ValidationKnobs,
+    MemoryKnobs,
+    PivotalKnobs,
+    LoraKnobs,
+    HypernetworkKnobs,
+    TextualInversionKnobs,
+    TrainingKnobs,
+    PriorKnobs,
 ):
     """The hyperparameters of one DreamBooth job (Ruiz et al. 2023, "DreamBooth: Fine Tuning Text-to-Image
     Diffusion Models for Subject-Driven Generation").

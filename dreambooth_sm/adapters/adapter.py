@@ -29,12 +29,14 @@ class Adapter:
         notes: what the file says about itself.
         unknown: names of tensors in the file that are of no layer known here.
         layout: of the file.
+        words: that were learned with it: ``(vectors, width)`` by word and text encoder.
     """
 
     parts: Mapping[str, Layers]
     notes: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     layout: str = ""
+    words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[tuple[str, str, Layer]]:
         """Each layer with its part and its name."""

@@ -74,6 +74,9 @@ def described(adapter: Adapter) -> Iterator[tuple[str, str]]:
     for part, layers in adapter.parts.items():
         kinds = sorted({_short(name) for name in layers})
         yield part, f"{len(layers)} layers: {', '.join(kinds)}"
+    if adapter.words:
+        counts = {word: len(next(iter(vectors.values()))) for word, vectors in adapter.words.items()}
+        yield "learned words", ", ".join(f"{word} ({count} vectors)" for word, count in counts.items())
     for title, field in (("title", "modelspec.title"), ("trigger phrase", "modelspec.trigger_phrase")):
         if said := adapter.notes.get(field):
             yield title, said

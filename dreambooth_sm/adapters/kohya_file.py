@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter, with_projections
+from dreambooth_sm.adapters.embedding_file import bundled
 from dreambooth_sm.adapters.layers import Hadamard, Kronecker, Layer, LowRank
 from dreambooth_sm.adapters.names import LAYERS, LAYERS_FIELD, find_layer, flat_names
 from dreambooth_sm.errors import UserError
@@ -39,6 +40,7 @@ def write_kohya(
     """Writes a file that WebUI, ComfyUI and diffusers read, with the metadata of sd-scripts and ModelSpec 1.0.1
     (github.com/Stability-AI/ModelSpec). Scales are in the weights and alpha is the rank, so that readers that know no
     alpha are right as well; lower ranks of a LoRA are filled up with zeros, as diffusers takes several for others.
+    diffusers refuses files with learned words in them.
 
     Args:
         path: ends in ``.safetensors``.
@@ -51,7 +53,7 @@ def write_kohya(
         OutOfRange: where values are too large for ``dtype``; nothing is written.
     """
     check_carried(adapter)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = bundled(adapter.words)
     rank = max((layer.rank for _, _, layer in adapter if isinstance(layer, LowRank)), default=0)
     for part, trained in adapter.parts.items():
         layers = with_projections(trained)

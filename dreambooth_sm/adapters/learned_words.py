@@ -103,6 +103,11 @@ class LearnedWords:
             setattr(plain, name, getattr(self.model, name).plain)
         return LearnedWords(plain, copies)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The words."""
+        return tuple(next(iter(self._vectors.values())))
+
     def tensors(self, word: str) -> dict[str, Tensor]:
         """What a word means to each text encoder, ``(vectors, width)``."""
         return {part: of_words[word].detach() for part, of_words in self._vectors.items()}

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter
+from dreambooth_sm.adapters.embedding_file import split_bundle
 from dreambooth_sm.adapters.kohya_file import from_kohya
 from dreambooth_sm.adapters.layers import Layer
 from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, from_peft
@@ -50,6 +51,7 @@ def read_adapter(path: Path) -> Adapter:
     tensors = {key: value.read() for key, value in file.tensors.items()} if is_adapter(file) else {}
     if not tensors:
         raise UserError(f"{path} is {kind_of(file)}; name the file of a LoRA or of another adapter")
+    words, tensors = split_bundle(tensors)
     try:
         if any(_FLAT.match(key) for key in tensors):
             parts, unknown = from_kohya(tensors, file.notes)
@@ -71,7 +73,8 @@ def read_adapter(path: Path) -> Adapter:
     if not parts:
         kind = next((words for pattern, words in _FOREIGN if any(re.search(pattern, key) for key in tensors)), None)
         raise UserError(f"{path} is {kind or 'an adapter'}, of a kind that is not known here, with {min(tensors)}")
-    return Adapter(parts, {key: str(value) for key, value in file.notes.items()}, tuple(sorted(unknown)), layout)
+    notes = {key: str(value) for key, value in file.notes.items()}
+    return Adapter(parts, notes, tuple(sorted(unknown)), layout, words)
 
 
 def find_adapter(path: Path) -> Path | None:

@@ -25,6 +25,7 @@ TEXT_LINEAR = (*TEXT_ATTENTION, "fc1", "fc2")
 
 # Defaults of hyperparameters.
 LORA_DEFAULTS = {"learning_rate": 1e-4, "export": "adapter"}
+PIVOTAL_DEFAULTS = {**LORA_DEFAULTS, "adam_weight_decay": 0.0}
 
 
 class StableDiffusion:
@@ -50,6 +51,7 @@ class StableDiffusion:
             "lora": LORA_DEFAULTS,
             "hypernetwork": {"learning_rate": 1e-4},
             "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0, "with_prior_preservation": False},
+            "pivotal": PIVOTAL_DEFAULTS,
         },
         adapted={
             "attention": AdaptedLayers(ATTENTION, TEXT_ATTENTION, width=199_296, text_width=73_728),

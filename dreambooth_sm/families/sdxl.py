@@ -15,6 +15,7 @@ from dreambooth_sm.families.sd import (
     ATTENTION,
     LINEAR,
     LORA_DEFAULTS,
+    PIVOTAL_DEFAULTS,
     TEXT_ATTENTION,
     TEXT_LINEAR,
     StableDiffusion,
@@ -55,6 +56,7 @@ class StableDiffusionXL(StableDiffusion):
             "full": {},
             "lora": LORA_DEFAULTS,
             "textual_inversion": {"learning_rate": 5e-4, "adam_weight_decay": 0.0, "with_prior_preservation": False},
+            "pivotal": PIVOTAL_DEFAULTS,
         },
         adapted={
             "attention": AdaptedLayers(ATTENTION, TEXT_ATTENTION, width=1_451_520, text_width=401_408),

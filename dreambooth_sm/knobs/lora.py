@@ -12,9 +12,14 @@ from dreambooth_sm.knobs.optimizer import OptimizerKnobs
 from dreambooth_sm.knobs.output import OutputKnobs
 from dreambooth_sm.knobs.ranges import Fraction, NonNegativeFloat, PositiveFloat
 
-LORA = "lora"
+LORA, PIVOTAL = "lora", "pivotal"
+# Those that train adapters.
+_METHODS = (LORA, PIVOTAL)
 _RANK = 16
-_EXPORTS = {"full": ("diffusers", "single_file", "both"), LORA: ("adapter", "merged", "both")}
+_EXPORTS = {
+    "full": ("diffusers", "single_file", "both"),
+    **dict.fromkeys(_METHODS, ("adapter", "merged", "both")),
+}
 
 
 class LoraKnobs(OptimizerKnobs, OutputKnobs):
@@ -27,51 +32,51 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
         "What an adapter computes. lora: a product of two matrices (Hu et al. 2021); dora: the same, and the length of "
         "each output (Liu et al. 2024); loha, lokr: a Hadamard, a Kronecker product (Yeh et al. 2023); oft: rotations "
         "(Qiu et al. 2023).",
-        methods=(LORA,),
+        methods=_METHODS,
     )
     lora_rank: Annotated[int, Ge(1), Le(512)] = knob(
-        _RANK, "Rank of an adapter; with lora_variant=oft, the size of a rotation.", common=True, methods=(LORA,)
+        _RANK, "Rank of an adapter; with lora_variant=oft, the size of a rotation.", common=True, methods=_METHODS
     )
     lora_alpha: PositiveFloat | None = knob(
-        None, "An adapter's output is multiplied by lora_alpha / lora_rank; None: by 1.", methods=(LORA,)
+        None, "An adapter's output is multiplied by lora_alpha / lora_rank; None: by 1.", methods=_METHODS
     )
     lora_rank_stabilised: bool = knob(
         False,
         "Multiply by lora_alpha / sqrt(lora_rank) instead, so that high ranks learn as much (Kalajdzievski 2023).",
-        methods=(LORA,),
+        methods=_METHODS,
     )
     lora_targets: Literal["attention", "linear", "all"] = knob(
         "attention",
         "The layers that have adapters: of the attention; linear: of the feed-forward layers and the projections "
         "around them as well; all: the convolutions of the UNet as well.",
-        methods=(LORA,),
+        methods=_METHODS,
     )
     lora_init: Literal["kaiming", "gaussian", "orthogonal"] = knob(
-        "kaiming", "How an adapter's first matrix begins; the second one begins at zero.", methods=(LORA,)
+        "kaiming", "How an adapter's first matrix begins; the second one begins at zero.", methods=_METHODS
     )
 
     lora_plus_ratio: Annotated[float, Ge(1), Le(64)] = knob(
         1.0,
         "Train the matrices that begin at zero this many times as fast as learning_rate (LoRA+, Hayou et al. 2024).",
-        methods=(LORA,),
+        methods=_METHODS,
     )
 
     lora_dropout: Fraction = knob(
         0.0,
         "Share of the values between an adapter's two matrices that are left out in training, other ones in each step.",
-        methods=(LORA,),
+        methods=_METHODS,
     )
     lora_min_rank: Annotated[int, Ge(1), Le(512)] | None = knob(
         None,
         "Ranks that the noisiest rows are trained with, and the others with the more, up to lora_rank, the less noise "
         "they have (T-LoRA, arXiv 2507.05964); None: all are trained with all.",
-        methods=(LORA,),
+        methods=_METHODS,
     )
     distance_penalty: NonNegativeFloat = knob(
         0.0,
         "Add this many times the squared distance of the model's weights from the base model's to the loss "
         "(arXiv 2505.19519).",
-        methods=(LORA,),
+        methods=_METHODS,
     )
 
     @rule(

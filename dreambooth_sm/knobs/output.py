@@ -36,10 +36,10 @@ class OutputKnobs(ModelKnobs):
     export: Literal["diffusers", "single_file", "adapter", "merged", "both"] = knob(
         "diffusers",
         "What the trained model is written as. With method=full: a diffusers directory, one `.safetensors` file in the "
-        "original layout for WebUI and ComfyUI (single_file), or both. With method=lora: files of the adapter, a "
-        "diffusers directory of the base model with the adapter in it (merged), or both.",
+        "original layout for WebUI and ComfyUI (single_file), or both. With method=lora or pivotal: files of the "
+        "adapter, a diffusers directory of the base model with the adapter in it (merged), or both.",
         resume="free",
-        methods=("full", "lora"),
+        methods=("full", "lora", "pivotal"),
     )
     export_precision: Literal["fp16", "bf16", "fp32"] = knob(
         "fp16",

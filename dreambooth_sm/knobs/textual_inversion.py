@@ -9,6 +9,7 @@ from typing import Annotated
 from annotated_types import Ge, Le
 
 from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.lora import PIVOTAL
 from dreambooth_sm.knobs.messages import short
 from dreambooth_sm.knobs.pictures import FILEWORDS
 from dreambooth_sm.knobs.prior import PriorKnobs
@@ -16,7 +17,7 @@ from dreambooth_sm.knobs.training import TrainingKnobs
 
 TEXTUAL_INVERSION = "textual_inversion"
 # Those that learn words.
-_METHODS = (TEXTUAL_INVERSION,)
+_METHODS = (TEXTUAL_INVERSION, PIVOTAL)
 # What names a file everywhere, and is a word to every program that draws.
 _WORD = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -101,7 +102,7 @@ class TextualInversionKnobs(TrainingKnobs, PriorKnobs):
 
     @rule("method", "caption_dropout")
     def _words_are_learned_from_prompts(self) -> Iterator[str]:
-        if self.method in _METHODS and self.caption_dropout:
+        if self.method == TEXTUAL_INVERSION and self.caption_dropout:
             yield (
                 f"caption_dropout={self.caption_dropout:g}: method={self.method} learns nothing from pictures without "
                 "their prompt; leave it out"

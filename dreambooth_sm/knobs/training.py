@@ -19,11 +19,12 @@ class TrainingKnobs(Knobs):
 
     group = "Training"
 
-    method: Literal["full", "lora", "hypernetwork", "textual_inversion"] = knob(
+    method: Literal["full", "lora", "hypernetwork", "textual_inversion", "pivotal"] = knob(
         "full",
         "What is trained. full: all parameters of the model; lora: small matrices beside its layers; hypernetwork: two "
         "small networks before the keys and the values of its cross attention; textual_inversion: the meaning of a new "
-        "word, and nothing else. Also accepted as `use_lora=true`, which is lora.",
+        "word, and nothing else; pivotal: such a word and an adapter as of lora together. Also accepted as "
+        "`use_lora=true`, which is lora.",
         common=True,
         # The seed's name.
         aliases=(Alias("use_lora", takes=bool, means={True: ("lora",), False: ()}),),

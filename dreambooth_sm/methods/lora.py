@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # The file that `load_lora_weights` of diffusers looks for.
 FILE = "pytorch_lora_weights.safetensors"
 # The kinds that diffusers loads, and those of files for WebUI and ComfyUI.
-_DIFFUSERS, _FLAT = ("lora", "dora"), ("lora", "loha", "lokr")
+DIFFUSERS_VARIANTS, FLAT_VARIANTS = ("lora", "dora"), ("lora", "loha", "lokr")
 # Parameters of an adapter, as a multiple of those of LoRA of that rank; a little more than there are, for some.
 _PARAMETERS = {"loha": 2.0}
 
@@ -63,7 +63,7 @@ class Lora:
     def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
         variant, export = hyperparameters["lora_variant"], hyperparameters["export"]
         told = []
-        if export != "merged" and variant in _DIFFUSERS:
+        if export != "merged" and variant in DIFFUSERS_VARIANTS:
             told.append(f"""```python
 from diffusers import {pipeline}
 
@@ -71,7 +71,7 @@ pipeline = {pipeline}.from_pretrained({base!r})
 pipeline.load_lora_weights('.')  # this directory
 picture = pipeline({prompt!r}).images[0]  # cross_attention_kwargs={{'scale': 0.5}}: half as much of it
 ```""")
-        if export != "merged" and variant in _FLAT:
+        if export != "merged" and variant in FLAT_VARIANTS:
             file, call = f"{hyperparameters['model_name']}.safetensors", f"<lora:{hyperparameters['model_name']}:1>"
             told.append(
                 f"In WebUI, `{file}` goes to `models/Lora`, and prompts call it as `{call}`; in ComfyUI to "
@@ -111,24 +111,29 @@ class Adapters:
         h: Hyperparameters,
         adapted: Mapping[str, torch.nn.Module],
         seed: int | None,
+        base: PretrainedModel | None = None,
     ) -> None:
         """
         Args:
             adapted: the modules that adapters are in, by part.
             seed: that they begin with; None where they have values.
+            base: the model that they are merged into; None: ``model``.
         """
         from dreambooth_sm.adapters.rank_mask import TrainedRows
 
         self.model = model
-        self._base = model.with_parts({})  # keeps what its weights come from, while those of the model are placed
+        # Keeps what its weights come from, while those of the model are placed.
+        self._base = (base or model).with_parts({})
         self._plan, self._h, self._adapted, self._seed = plan, h, dict(adapted), seed
         self._rows = TrainedRows()
 
     @classmethod
-    def of(cls, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Adapters:
+    def of(
+        cls, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int, base: PretrainedModel | None = None
+    ) -> Adapters:
         """Adapters beside the layers that are asked for, without values yet."""
         parts = (model.family.facts.denoiser, *(model.text_parts if plan.train_text_encoder else ()))
-        adapters = cls(model, plan, h, {part: model.skeleton_of(part) for part in parts}, seed)
+        adapters = cls(model, plan, h, {part: model.skeleton_of(part) for part in parts}, seed, base)
         adapters._inject()
         return adapters
 
@@ -232,11 +237,11 @@ class Adapters:
         from dreambooth_sm.adapters.kohya_file import write_kohya
         from dreambooth_sm.adapters.peft_file import write_peft
 
-        adapter = self._adapter()
+        adapter = self.adapter()
         if h.export != "merged":
             notes = {"modelspec.trigger_phrase": h.instance_prompt or ""}
             write_peft(directory / FILE, adapter, dtype=dtype, notes=notes)
-            if h.lora_variant in _FLAT:
+            if h.lora_variant in FLAT_VARIANTS:
                 path = directory / f"{h.model_name}.safetensors"
                 write_kohya(path, adapter, self.model.configs, dtype=dtype, notes=notes)
         if h.export != "adapter":
@@ -244,7 +249,7 @@ class Adapters:
             merged = {part: merge_stored(layers, base.weights(part)) for part, layers in adapter.parts.items()}
             base.with_weights(merged).save(directory, dtype)
 
-    def _adapter(self) -> Adapter:
+    def adapter(self) -> Adapter:
         """What was trained, apart from the model."""
         from dreambooth_sm.adapters.adapter import Adapter
         from dreambooth_sm.adapters.peft_file import from_peft

@@ -4,7 +4,7 @@ Inversion"): a new word is learned, and nothing else."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from dreambooth_sm.hyperparameters import Hyperparameters
     from dreambooth_sm.models import PretrainedModel
     from dreambooth_sm.planning.plan import Plan
-
-# Names of the tensors in files for models with several text encoders, in their order.
-_KEYS = ("clip_l", "clip_g")
 
 
 class TextualInversion:
@@ -51,33 +48,11 @@ class TextualInversion:
     def attach(self, model: PretrainedModel, plan: Plan, h: Hyperparameters, seed: int) -> Embeddings:
         from dreambooth_sm.adapters.learned_words import LearnedWords
 
-        return Embeddings(LearnedWords.make(model, h.placeholders, h.num_vectors), tuple(h.placeholders))
+        return Embeddings(LearnedWords.make(model, h.placeholders, h.num_vectors))
 
     def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
-        from dreambooth_sm.families import FAMILIES
-        from dreambooth_sm.hyperparameters import Hyperparameters
-
-        (parts,) = (family.facts.parts for family in FAMILIES.values() if family.facts.pipeline == pipeline)
-        encoders = [part for part in parts if part.startswith("text_encoder")]
-        tokenizers = [part.replace("text_encoder", "tokenizer") for part in encoders]
-        words = Hyperparameters.model_validate(dict(hyperparameters)).placeholders
-        for word in words:  # diffusers knows it in small letters
-            prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", word, prompt, flags=re.IGNORECASE)
-        lines = [f"from diffusers import {pipeline}", "", f"pipeline = {pipeline}.from_pretrained({base!r})"]
-        for word in words:
-            file = f"{word}.safetensors"
-            if len(encoders) == 1:
-                lines.append(f"pipeline.load_textual_inversion({file!r}, token={word!r})")
-                continue
-            lines.append(f"vectors = load_file({file!r})")
-            for key, part, tokenizer in zip(_KEYS, encoders, tokenizers, strict=True):
-                places = f"tokenizer=pipeline.{tokenizer}, text_encoder=pipeline.{part}"
-                lines.append(f"pipeline.load_textual_inversion(vectors[{key!r}], token={word!r}, {places})")
-        if len(encoders) > 1:
-            lines.insert(1, "from safetensors.torch import load_file")
-            # Some configurations name another end of prompts, and then the largest id is taken for it: the new word's.
-            lines.append(f"pipeline.{encoders[-1]}.text_model.eos_token_id = pipeline.{tokenizers[-1]}.eos_token_id")
-        code = "\n".join([*lines, f"picture = pipeline({prompt!r}).images[0]"])
+        words = words_of(hyperparameters)
+        code = drawing_code(pipeline, base, prompt, words)
         called = ", ".join(f"`embedding:{word}`" for word in words)
         return f"""In diffusers:
 
@@ -92,17 +67,56 @@ ComfyUI, it goes to `models/embeddings`, and prompts call it {called}."""
 METHOD = TextualInversion()
 
 
-class Embeddings:
-    """A model that reads some words more, and their vectors.
+def words_of(hyperparameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """The words that a job learns.
 
     Args:
-        names: the words.
+        hyperparameters: by name.
     """
+    from dreambooth_sm.hyperparameters import Hyperparameters
+
+    return tuple(Hyperparameters.model_validate(dict(hyperparameters)).placeholders)
+
+
+def drawing_code(pipeline: str, base: str, prompt: str, words: Sequence[str], load: Sequence[str] = ()) -> str:
+    """Lines of Python that draw with the files of words, in diffusers.
+
+    Args:
+        pipeline, base, prompt: see :meth:`dreambooth_sm.methods.Method.usage`.
+        load: lines that load what else there is.
+    """
+    from dreambooth_sm.adapters.embedding_file import KEYS
+    from dreambooth_sm.families import FAMILIES
+
+    (parts,) = (family.facts.parts for family in FAMILIES.values() if family.facts.pipeline == pipeline)
+    encoders = [part for part in parts if part.startswith("text_encoder")]
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in encoders]
+    for word in words:  # diffusers knows it in small letters
+        prompt = re.sub(rf"(?<!\w){re.escape(word)}(?!\w)", word, prompt, flags=re.IGNORECASE)
+    lines = [f"from diffusers import {pipeline}", "", f"pipeline = {pipeline}.from_pretrained({base!r})"]
+    for word in words:
+        file = f"{word}.safetensors"
+        if len(encoders) == 1:
+            lines.append(f"pipeline.load_textual_inversion({file!r}, token={word!r})")
+            continue
+        lines.append(f"vectors = load_file({file!r})")
+        for key, part, tokenizer in zip(KEYS, encoders, tokenizers, strict=True):
+            places = f"tokenizer=pipeline.{tokenizer}, text_encoder=pipeline.{part}"
+            lines.append(f"pipeline.load_textual_inversion(vectors[{key!r}], token={word!r}, {places})")
+    if len(encoders) > 1:
+        lines.insert(1, "from safetensors.torch import load_file")
+        # Some configurations name another end of prompts, and then the largest id is taken for it: the new word's.
+        lines.append(f"pipeline.{encoders[-1]}.text_model.eos_token_id = pipeline.{tokenizers[-1]}.eos_token_id")
+    return "\n".join([*lines, *load, f"picture = pipeline({prompt!r}).images[0]"])
+
+
+class Embeddings:
+    """A model that reads some words more, and their vectors."""
 
     rates: Mapping[str, float] = MappingProxyType({})
 
-    def __init__(self, words: LearnedWords, names: tuple[str, ...]) -> None:
-        self._words, self._names = words, names
+    def __init__(self, words: LearnedWords) -> None:
+        self._words = words
 
     @property
     def model(self) -> PretrainedModel:
@@ -124,21 +138,14 @@ class Embeddings:
 
     def drawable(self, dtype: torch.dtype) -> Embeddings:
         self.model.load(self.model.family.facts.denoiser)  # which stays the same one
-        return Embeddings(self._words.copy(dtype), self._names)
+        return Embeddings(self._words.copy(dtype))
 
     def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
-        from dreambooth_sm.stored.files import Stored, write_safetensors
+        from dreambooth_sm.adapters.embedding_file import write_embedding
 
-        for word in self._names:
-            found = list(self._words.tensors(word).values())
-            # The only tensor of a file may have any name: diffusers takes it for the word.
-            named = {word: found[0]} if len(found) == 1 else dict(zip(_KEYS, found, strict=True))
-            write_safetensors(
-                directory / f"{word}.safetensors",
-                {name: Stored.of(tensor) for name, tensor in named.items()},
-                dtype=dtype,
-                notes={"modelspec.trigger_phrase": h.instance_prompt or word},
-            )
+        for word in self._words.names:
+            path, vectors = directory / f"{word}.safetensors", self._words.tensors(word)
+            write_embedding(path, word, vectors, dtype=dtype, trigger=h.instance_prompt or word)
 
     def exported_values(self, h: Hyperparameters) -> int:
         return sum(parameter.numel() for parameter in self.parameters.values())

@@ -30,10 +30,15 @@ def read_hypernetwork(exported: Path, base: Any) -> Any:
     return base
 
 
-def read_embedding(exported: Path, base: Any) -> Any:
+def read_lora(exported: Path, base: Any) -> Any:
+    base.load_lora_weights(str(exported))
+    return base
+
+
+def read_by_card(exported: Path, base: Any, method: str) -> Any:
     """By the lines of its model card."""
-    values = {**PROMPTS, "method": "textual_inversion"}
-    text = METHODS["textual_inversion"].usage(type(base).__name__, "base", PROMPTS["instance_prompt"], values)
+    values = Hyperparameters.parse({**PROMPTS, "method": method}).model_dump(mode="json")
+    text = METHODS[method].usage(type(base).__name__, "base", PROMPTS["instance_prompt"], values)
     lines = text.split("```python\n")[1].split("```")[0].splitlines()
     names = {"pipeline": base, "load_file": load_file}
     with contextlib.chdir(exported):
@@ -48,7 +53,9 @@ BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base"}
 READERS: dict[str, Callable[[Path, Any], Any]] = {
     "full": lambda exported, base: DiffusionPipeline.from_pretrained(exported),
     "hypernetwork": read_hypernetwork,
-    "textual_inversion": read_embedding,
+    "lora": read_lora,
+    "textual_inversion": lambda exported, base: read_by_card(exported, base, "textual_inversion"),
+    "pivotal": lambda exported, base: read_by_card(exported, base, "pivotal"),
 }
 ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
 

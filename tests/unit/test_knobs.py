@@ -70,7 +70,7 @@ def test_a_new_knob_is_in_the_schema() -> None:
 
 
 def test_the_table_names_defaults_that_are_a_methods_own() -> None:
-    rates = ("2e-06`", "lora `0.0001`", "hypernetwork `0.0001`", "textual_inversion `0.0005`")
+    rates = ("2e-06`", "lora `0.0001`", "hypernetwork `0.0001`", "textual_inversion `0.0005`", "pivotal `0.0001`")
     assert f"| `learning_rate` | `{', with method='.join(rates)} |" in markdown_table(Hyperparameters)
 
 

@@ -166,5 +166,5 @@ def test_its_plan_is_made_of_its_own_ladder_and_footprint() -> None:
 
 
 def test_knobs_of_other_methods_are_refused_with_its_name() -> None:
-    with pytest.raises(UserError, match="export belongs to method=full or lora, and this job's is biases"):
+    with pytest.raises(UserError, match="export belongs to method=full or lora or pivotal, and this job's is biases"):
         Knobs.parse({"instance_prompt": "photo of zwx toy", "method": "biases", "export": "both"})
