@@ -600,9 +600,18 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
 
 
 def of_its_method(values: dict[str, Any]) -> dict[str, Any]:
-    """Without what belongs to other methods."""
+    """Without what belongs to other methods, or to other choices of priors and variants."""
     method = values.get("method", FIELDS["method"].default)
-    return {name: value for name, value in values.items() if method in (meaning(FIELDS[name]).methods or (method,))}
+    without = {"with_prior_preservation"} if values.get("prior") == "dco" else {"dco_beta"}
+    if values.get("lora_variant", "lora") != "lora":
+        without |= {"distance_penalty", "lora_dropout", "lora_min_rank"}
+    if (values.get("lora_min_rank") or 0) > values.get("lora_rank", FIELDS["lora_rank"].default):
+        without |= {"lora_min_rank"}
+    return {
+        name: value
+        for name, value in values.items()
+        if method in (meaning(FIELDS[name]).methods or (method,)) and name not in without
+    }
 
 
 valid = (
