@@ -35,7 +35,7 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
         methods=_METHODS,
     )
     lora_rank: Annotated[int, Ge(1), Le(512)] = knob(
-        _RANK, "Rank of an adapter; with lora_variant=oft, the size of a rotation.", common=True, methods=_METHODS
+        _RANK, "Rank of an adapter; with lora_variant=oft, the size of a rotation.", methods=_METHODS
     )
     lora_alpha: PositiveFloat | None = knob(
         None, "An adapter's output is multiplied by lora_alpha / lora_rank; None: by 1.", methods=_METHODS

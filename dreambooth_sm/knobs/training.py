@@ -21,10 +21,8 @@ class TrainingKnobs(Knobs):
 
     method: Literal["full", "lora", "hypernetwork", "textual_inversion", "pivotal"] = knob(
         "full",
-        "What is trained. full: all parameters of the model; lora: small matrices beside its layers; hypernetwork: two "
-        "small networks before the keys and the values of its cross attention; textual_inversion: the meaning of a new "
-        "word, and nothing else; pivotal: such a word and an adapter as of lora together. Also accepted as "
-        "`use_lora=true`, which is lora.",
+        "What is trained. full: all parameters; lora: matrices beside layers; hypernetwork: networks before the cross "
+        "attention; textual_inversion: a new word; pivotal: a word and lora. `use_lora=true` is accepted for lora.",
         common=True,
         # The seed's name.
         aliases=(Alias("use_lora", takes=bool, means={True: ("lora",), False: ()}),),

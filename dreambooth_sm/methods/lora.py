@@ -72,10 +72,9 @@ pipeline.load_lora_weights('.')  # this directory
 picture = pipeline({prompt!r}).images[0]  # cross_attention_kwargs={{'scale': 0.5}}: half as much of it
 ```""")
         if export != "merged" and variant in FLAT_VARIANTS:
-            file, call = f"{hyperparameters['model_name']}.safetensors", f"<lora:{hyperparameters['model_name']}:1>"
             told.append(
-                f"In WebUI, `{file}` goes to `models/Lora`, and prompts call it as `{call}`; in ComfyUI to "
-                "`models/loras`, for the node Load LoRA."
+                f"In WebUI, the other file, not `{FILE}`, goes to `models/Lora`, and prompts call it by its name "
+                "without the ending: `<lora:NAME:1>`. In ComfyUI, it goes to `models/loras`, for the node Load LoRA."
             )
         if export != "adapter":
             told.append(

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from dreambooth_sm.planning.plan import Plan
 
 
+# Ends the name of the file that has adapter and words in it. diffusers refuses such files, so that it is not the
+# adapter's own.
+BUNDLED = "-bundled.safetensors"
+
+
 class PivotalTuning:
     """Trains adapters beside layers of the denoiser, and the vectors of words before frozen text encoders."""
 
@@ -67,12 +72,12 @@ class PivotalTuning:
             code = textual_inversion.drawing_code(pipeline, base, prompt, words, load)
             told.append(f"In diffusers, both the adapter and the word:\n\n```python\n{code}\n```")
         if export != "merged" and variant in lora.FLAT_VARIANTS:
-            stem = bundle_name(hyperparameters["model_name"])
             called = ", ".join(f"`embedding:{word}`" for word in words)
             told.append(
-                f"`{stem}.safetensors` has both in it. In WebUI, it goes to `models/Lora`, and prompts call it as "
-                f"`<lora:{stem}:1>`, with the word as it is. In ComfyUI, it goes to `models/loras`, for the node Load "
-                f"LoRA, and the word's own file to `models/embeddings`, which prompts call {called}."
+                f"The file whose name ends with `{BUNDLED}` has both in it. In WebUI, it goes to `models/Lora`, and "
+                "prompts call it by its name without the ending, `<lora:NAME:1>`, with the word as it is. In ComfyUI, "
+                "it goes to `models/loras`, for the node Load LoRA, and the word's own file to `models/embeddings`, "
+                f"which prompts call {called}."
             )
         if export == "both":
             told.append(
@@ -86,12 +91,6 @@ class PivotalTuning:
 
 
 METHOD = PivotalTuning()
-
-
-def bundle_name(name: str) -> str:
-    """Of the file that has adapter and words in it, without its ending. diffusers refuses such files, so that it is not
-    the adapter's own."""
-    return f"{name}-bundled"
 
 
 class WordsAndAdapters:
@@ -148,7 +147,7 @@ class WordsAndAdapters:
             path = directory / f"{word}.safetensors"
             write_embedding(path, word, vectors, dtype=dtype, trigger=h.instance_prompt or word)
         if _bundles(h):
-            path = directory / f"{bundle_name(h.model_name)}.safetensors"
+            path = directory / f"{h.model_name}{BUNDLED}"
             both = dataclasses.replace(self._adapters.adapter(), words=words)
             notes = {"modelspec.trigger_phrase": h.instance_prompt or ""}
             write_kohya(path, both, self.model.configs, dtype=dtype, notes=notes)

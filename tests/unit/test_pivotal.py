@@ -144,7 +144,7 @@ def test_the_code_of_its_card_draws_as_the_trained_model_does(
     assert run.trainable.exported_values(run.h) == pytest.approx(values, rel=0.02)  # alphas
     kind = run.base.family.facts.pipeline
     text = METHODS["pivotal"].usage(kind, str(directory), "Photo of ZWX toy", run.h.model_dump(mode="json"))
-    assert "<lora:toy-bundled:1>" in text
+    assert "<lora:NAME:1>" in text
     assert "`embedding:zwx`" in text
     monkeypatch.chdir(root)
     for other in ("", ", weight_name='toy.safetensors'"):

@@ -15,7 +15,9 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.families import DEFAULT, FAMILIES
 from dreambooth_sm.gallery import SUBJECT_FILE, write_subjects
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.results import model_card, page
 
@@ -32,7 +34,12 @@ def facts(text: str, method: str = "full", export: str = "diffusers") -> dict[st
         "base_architecture": "sd",
         "base_model_licence": None,
         "subjects": [{"instance_prompt": text, "class_prompt": text, "pictures": 2, "class_pictures": 2}],
-        "hyperparameters": {"instance_prompt": text, "model_name": text, "method": method, "export": export},
+        "hyperparameters": {
+            **{name: field.default for name, field in Hyperparameters.model_fields.items()},
+            **{"export": export, "placeholder_token": "zwx"},
+            **FAMILIES[DEFAULT].facts.methods[method],
+            **{"instance_prompt": text, "model_name": text, "method": method},
+        },
         "plan": {},
         "plan_notes": [],
         "attempts": [{**attempt, "peak_host_memory_gb": 1.0}],
