@@ -189,7 +189,7 @@ def _layer(tensors: Mapping[str, Tensor]) -> Layer | None:
         ]
         if len(halves) == 2:
             product = Kronecker(halves[0], halves[1], core=tensors.get("lokr_t2"))
-            # Without a product of low rank there is no rank that alpha could be a part of.
+            # Both halves are whole matrices: alpha has no rank to be divided by.
             whole = all(len(half) == 1 for half in halves)
             return Kronecker(halves[0], halves[1], 1.0 if whole else scale(product.rank), product.core)
     return None

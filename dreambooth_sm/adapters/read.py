@@ -90,7 +90,7 @@ def find_adapter(path: Path) -> Path | None:
 
 
 def is_adapter(file: TensorFile) -> bool:
-    """Whether a file has the names of an adapter's tensors, and is no whole model."""
+    """Whether a file has the names of an adapter's tensors, and is not a whole model."""
     whole = any(key.startswith("model.diffusion_model.") for key in file.tensors)
     return not whole and any(_FLAT.match(key) or _ENDS.search(key) for key in file.tensors)
 
@@ -98,7 +98,7 @@ def is_adapter(file: TensorFile) -> bool:
 def _from_dotted(file: TensorFile, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Layer]], list[str]]:
     configs: dict[str, Any] = json.loads(file.notes.get(CONFIG_FIELD) or "{}")
     if not isinstance(configs, dict):
-        raise ValueError(f"its {CONFIG_FIELD} is no mapping")
+        raise ValueError(f"its {CONFIG_FIELD} is not a mapping")
     states: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, dict[str, float]] = {}
     names: dict[tuple[str, str], str] = {}
