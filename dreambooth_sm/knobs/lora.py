@@ -123,6 +123,14 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
                 f"{self.lora_rank} or less"
             )
 
+    @rule("method", "model_name")
+    def _adapters_files_are_apart(self) -> Iterator[str]:
+        if self.method in _METHODS and self.model_name == "pytorch_lora_weights":
+            yield (
+                "model_name=pytorch_lora_weights is the name of the adapter's file for diffusers; model_name is of "
+                "the file for WebUI and ComfyUI; set another model_name"
+            )
+
     @rule("method", "export")
     def _export_is_one_of_the_methods(self) -> Iterator[str]:
         exports = _EXPORTS.get(self.method, (self.export,))

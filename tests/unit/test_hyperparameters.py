@@ -434,6 +434,7 @@ def test_values_out_of_range(name: str, bad: list[object], good: list[object]) -
         ),
         ({"method": "lora", "lora_variant": "oft", "lora_alpha": 8}, "leave lora_alpha out"),
         ({"method": "lora", "model_name": "a/b"}, "can't be a file's name"),
+        ({"method": "lora", "model_name": "pytorch_lora_weights"}, "set another model_name"),
         ({"method": "lora", "optimizer": "prodigy", "lora_plus_ratio": 4}, "finds one learning rate for all"),
         ({"lora_rank": 8}, "belongs to method=lora"),
         ({"use_cpu": "1", "mixed_precision": "fp16"}, "can't train in fp16"),
