@@ -256,7 +256,16 @@ def measure_steps(trainer: Trainer, steps: int, *, profile: bool = True) -> dict
 
 
 def describe(plan: Plan) -> dict[str, object]:
-    keys = ("tier", "precision", "weights", "optimizer", "state_bits", "update_in_backward", "gradient_checkpointing")
+    keys = (
+        "tier",
+        "precision",
+        "base_weights",
+        "weights",
+        "optimizer",
+        "state_bits",
+        "update_in_backward",
+        "gradient_checkpointing",
+    )
     extra = ("train_text_encoder", "ema", "compile", "predicted_peak_gb")
     return {key: dataclasses.asdict(plan)[key] for key in keys + extra}
 

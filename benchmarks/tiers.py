@@ -1,7 +1,7 @@
 """Each tier's plan under that card's memory: does it run, how fast, and how good is the predicted peak.
 
     python -m benchmarks.tiers [CARD ...] [--steps 100] [--model sdxl] [--method hypernetwork]
-        [--write dreambooth_sm/planning/measured]
+        [--text-encoder] [--write dreambooth_sm/planning/measured]
 
 A large card stands in for the small ones: PyTorch's allocator is capped at what such a card leaves to a process, and
 cards before Ampere get fp16 and neither flash nor cuDNN attention. Speeds are those of the card that it runs on. A
@@ -63,11 +63,11 @@ def sampling_peak(base: PretrainedModel, plan: Plan, h: Hyperparameters) -> dict
     }
 
 
-def run_tier(name: str, model: str, method: str, steps: int, work: Path) -> dict[str, object]:
+def run_tier(name: str, model: str, wishes: dict[str, object], steps: int, work: Path) -> dict[str, object]:
     base = MODELS[model]()  # before the cap: a job would load it on the CPU
     card = find_card(name)
     cap_gb = limit_memory(card)
-    h = hyperparameters(model, method=method)
+    h = hyperparameters(model, **wishes)
     plan = make_plan(h, card)
     sampling = sampling_peak(base, plan, h)
     reset_peaks()
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--method", choices=METHODS, default="full")
+    parser.add_argument("--text-encoder", action="store_true", help="train it as well, whatever the plan would do")
     add_write_option(parser)
     options = parser.parse_args()
     cards = options.cards or CARDS[options.model]
@@ -109,14 +110,18 @@ def main() -> None:
             f"--steps={options.steps}",
             f"--model={options.model}",
             f"--method={options.method}",
+            *(["--text-encoder"] if options.text_encoder else []),
             *write,
         )
     name = cards[0]
+    wishes: dict[str, object] = {"method": options.method}
+    if options.text_encoder:
+        wishes["train_text_encoder"] = True
     with tempfile.TemporaryDirectory() as folder:
         try:
-            result = run_tier(name, options.model, options.method, options.steps, Path(folder))
-            emit(card=name, model=options.model, method=options.method, **result)
-            if options.write:
+            result = run_tier(name, options.model, wishes, options.steps, Path(folder))
+            emit(card=name, model=options.model, **wishes, **result)
+            if options.write and not options.text_encoder:
                 h = hyperparameters(options.model)
                 command = f"python -m benchmarks.tiers {name} --model {options.model} --steps {options.steps}"
                 command += "" if options.method == "full" else f" --method {options.method}"

@@ -16,7 +16,7 @@ from dreambooth_sm.families import Conditioning, family_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.model import Pipeline
-from dreambooth_sm.training.quantised import is_quantised, quantise_linears
+from dreambooth_sm.training.quantised import is_quantised, quantise_layers
 
 # DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
 STEPS = 25
@@ -73,7 +73,7 @@ def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     if plan.base_weights == "plain" or part not in quantised or is_quantised(getattr(base, part)):
         return base.part(part, plan.device, dtype)
     module = base.copy_of(part, "cpu", None)
-    quantise_linears(module, plan.base_weights, dtype, torch.device(plan.device))
+    quantise_layers(module, plan.base_weights, dtype, torch.device(plan.device))
     return module.to(plan.device, dtype)
 
 

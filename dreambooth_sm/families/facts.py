@@ -14,7 +14,7 @@ class ModelFootprint:
     Attributes:
         unet, text_encoder, vae: millions of parameters; of all text encoders together.
         text_width: of the text encoders' states, side by side.
-        unet_linear, text_linear: those of their linear layers' matrices.
+        unet_coded, text_coded: those that can be kept in fewer bits (``base_weights``).
         vae_bytes: width of the VAE's values while pictures are drawn.
         trains_text_encoder: whether its text encoders are trained beside the UNet where nobody says otherwise.
     """
@@ -23,8 +23,8 @@ class ModelFootprint:
     text_encoder: float
     vae: float
     text_width: int
-    unet_linear: float = 0.0
-    text_linear: float = 0.0
+    unet_coded: float = 0.0
+    text_coded: float = 0.0
     vae_bytes: int = 2
     trains_text_encoder: bool = True
 

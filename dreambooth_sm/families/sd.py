@@ -42,7 +42,7 @@ class StableDiffusion:
         listed="Stable Diffusion 1 and 2",
         resolution=512,
         footprint=ModelFootprint(
-            unet=859.5, text_encoder=123.1, vae=83.7, text_width=768, unet_linear=270.0, text_linear=84.9
+            unet=859.5, text_encoder=123.1, vae=83.7, text_width=768, unet_coded=859.1, text_coded=84.9
         ),
         pipeline="StableDiffusionPipeline",
         parts=("unet", "vae", "text_encoder"),

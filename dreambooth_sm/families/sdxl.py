@@ -45,8 +45,8 @@ class StableDiffusionXL(StableDiffusion):
             text_encoder=817.7,
             vae=83.7,
             text_width=2048,
-            unet_linear=2232.7,
-            text_linear=714.7,
+            unet_coded=2560.6,
+            text_coded=714.7,
             vae_bytes=4,  # its VAE overflows in 16 bits
             trains_text_encoder=False,
         ),

@@ -28,7 +28,7 @@ class MemoryKnobs(OptimizerKnobs):
     )
     base_weights: Literal["auto", "plain", "int8", "nf4"] = knob(
         "auto",
-        "How the linear layers of a base model are kept that adapters are trained beside. plain: in the precision that "
+        "How the weights of a base model are kept that adapters are trained beside. plain: in the precision that "
         "is computed in; int8, nf4: in 8 or 4 bits a weight, for small cards (nf4: Dettmers et al. 2023). auto: plain "
         "where the card has room.",
     )

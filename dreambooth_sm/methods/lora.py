@@ -173,14 +173,14 @@ class Adapters:
 
         from dreambooth_sm.models import frame_of
         from dreambooth_sm.training.placement import frozen_dtype
-        from dreambooth_sm.training.quantised import quantise_linears
+        from dreambooth_sm.training.quantised import quantise_layers
 
         if self._plan.base_weights == "plain":
             self.model.load(part)
             return frame_of(getattr(self.model, part))
         # A copy, which goes once its layers are quantised: neither host nor card holds both of the whole.
         module: torch.nn.Module = self._base.copy_of(part, "cpu", None)
-        quantise_linears(module, self._plan.base_weights, frozen_dtype(self._plan), torch.device(self._plan.device))
+        quantise_layers(module, self._plan.base_weights, frozen_dtype(self._plan), torch.device(self._plan.device))
         return module
 
     def _inject(self) -> None:

@@ -15,8 +15,8 @@ OUTPUTS_PER_IMAGE = 8
 _OVERHEAD_GB = figure("shared", "overhead_gb")
 # Gradients grow while activations go: their peaks add up in part.
 _OVERLAP = figure("shared", "overlap")
-# Billions of values of the largest linear layer, which is made whole while it computes.
-_LAYER_VALUES = 0.0132
+# Billions of values of the largest layer in fewer bits, which is made whole while it computes.
+_LAYER_VALUES = 0.0295
 # The VAE's activations for a picture of 512 pixels: in 32 bits while it encodes, and for each byte of its values' width
 # while it decodes.
 _ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "decoding_gb")
@@ -76,12 +76,12 @@ def frozen_gb(plan: Plan, model: ModelFootprint, encodes: bool) -> float:
     """
     width = 4 if plan.precision == "fp32" else 2
     computing = model.unet + (model.text_encoder if encodes else 0)
-    linear = model.unet_linear + (model.text_linear if encodes else 0)
+    coded = model.unet_coded + (model.text_coded if encodes else 0)
     if plan.base_weights == "plain":
         return 1e-3 * width * computing
     # A scale of each row counts for nothing, and one of each block of 64 values for its share.
     codes = 1.0 if plan.base_weights == "int8" else 0.5 + width / 64
-    return 1e-3 * (width * (computing - linear) + codes * linear) + width * _LAYER_VALUES
+    return 1e-3 * (width * (computing - coded) + codes * coded) + width * _LAYER_VALUES
 
 
 def draws_while_training(h: Hyperparameters) -> bool:

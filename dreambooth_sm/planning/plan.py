@@ -36,7 +36,7 @@ class Plan:
         cache_latents: pictures are encoded once, before training.
         sample_batch_size: class images generated at a time.
         max_grad_norm: gradients are clipped to this global norm; None: not at all.
-        base_weights: how the linear layers of a base model that stays as it is are kept: ``plain``, in the precision
+        base_weights: how the weights of a base model that stays as it is are kept: ``plain``, in the precision
             that is computed in; ``int8`` or ``nf4``, in 8 or 4 bits (:mod:`dreambooth_sm.training.quantised`).
         predicted_peak_gb: highest allocation that is expected, in GB (1e9 bytes); 0 on a CPU.
         notes: one line for every choice that a reader may wonder about.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreambooth_sm.training.group_norm import group_norm, serves
+from dreambooth_sm.training.quantised import QuantisedConv2d
 
 
 def keep_channels_last(denoiser: Any) -> None:
@@ -66,7 +67,7 @@ def _residual_block(block: Any, input_tensor: Tensor, temb: Tensor) -> Tensor:
         if block.time_emb_proj is not None:
             hidden = hidden + temb[:, :, None, None]
     else:  # the norm adds the convolution's bias as well
-        hidden = block.conv1._conv_forward(hidden, block.conv1.weight, None)
+        hidden = _without_bias(block.conv1, hidden)
         added = {"shift": temb, "offset": block.conv1.bias}
     hidden = block.conv2(block.dropout(_norm(block.norm2, hidden, silu=True, **added)))
     shortcut = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
@@ -75,18 +76,28 @@ def _residual_block(block: Any, input_tensor: Tensor, temb: Tensor) -> Tensor:
 
 
 def _is_fused(conv: Any, norm: nn.GroupNorm, image: Tensor) -> bool:
-    """Whether a norm of the project's own follows on a convolution of torch's, and can add its bias."""
-    return type(conv) is nn.Conv2d and conv.bias is not None and serves(image, norm.num_groups, norm.weight, norm.bias)
+    """Whether a norm of the project's own follows on a plain convolution, and can add its bias."""
+    is_plain = type(conv) in (nn.Conv2d, QuantisedConv2d) and conv.bias is not None
+    return is_plain and serves(image, norm.num_groups, norm.weight, norm.bias)
+
+
+def _without_bias(conv: Any, image: Tensor) -> Tensor:
+    is_whole = type(conv) is nn.Conv2d
+    result: Tensor = conv._conv_forward(image, conv.weight, None) if is_whole else conv.convolve(image, None)
+    return result
 
 
 def _pointwise(conv: Any, image: Tensor) -> Tensor:
     """A convolution of single pixels, as the matrix product that it is: which adds the bias on its way."""
-    if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or _layout(image) != torch.channels_last:
+    is_plain = type(conv) in (nn.Conv2d, QuantisedConv2d) and conv.kernel_size == (1, 1)
+    if not is_plain or _layout(image) != torch.channels_last:
         result: Tensor = conv(image)
         return result
-    rows = image.permute(0, 2, 3, 1)
-    product = F.linear(rows.flatten(0, 2), conv.weight.flatten(1), conv.bias)
-    return product.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)
+    pixels = image.permute(0, 2, 3, 1)
+    rows = pixels.flatten(0, 2)
+    whole = type(conv) is nn.Conv2d
+    product = F.linear(rows, conv.weight.flatten(1), conv.bias) if whole else conv.product(rows)
+    return product.unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
 
 
 def _transformer_input(model: Any, hidden_states: Tensor) -> tuple[Tensor, int]:

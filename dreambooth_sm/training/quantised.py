@@ -1,4 +1,4 @@
-"""Frozen linear layers in 8 or 4 bits a weight, beside which adapters are trained.
+"""Frozen linear layers and convolutions in 8 or 4 bits a weight, beside which adapters are trained.
 
 ``int8``: rows of integers, each row with a scale. ``nf4``: blocks of 64 values, each the nearest of 16 levels times the
 block's largest value; the levels are quantiles of a normal distribution (Dettmers et al. 2023, "QLoRA: Efficient
@@ -17,10 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 CodeKind = Literal["int8", "nf4"]
 # Values that share a scale in nf4.
 BLOCK = 64
+# Convolutions of no more channels read or make latents: few weights, on which all others depend.
+_LATENT_CHANNELS = 16
 _LARGEST = 127
 # Probability of the outermost levels, between that of 15 and that of 16 levels.
 _TAIL = 1 - (1 / 30 + 1 / 32) / 2
@@ -95,12 +98,30 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return kernels if device.type == "cuda" or INTERPRETED else None
 
 
-class QuantisedLinear(nn.Linear):
-    """A frozen linear layer whose weights are codes and scales.
+class QuantisedLayer(nn.Module):
+    """A frozen layer whose weights are codes and scales.
 
     Attributes:
         codes, scales: see :func:`quantise`; parameters, as those stay shared where a module is moved.
+        bias: the layer's own.
     """
+
+    bias: Any
+
+    def _quantise(self, layer: Any, matrix: Tensor, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
+        codes, scales = quantise(matrix.to(device), kind, dtype)
+        self.codes = nn.Parameter(codes.to(matrix.device), requires_grad=False)
+        self.scales = nn.Parameter(scales.to(matrix.device), requires_grad=False)
+        self.bias = layer.bias
+
+    def product(self, rows: Tensor) -> Tensor:
+        """Multiplies ``(..., in)`` with the matrix that the codes stand for, and adds the bias."""
+        result: Tensor = _QuantisedProduct.apply(rows, self.codes, self.scales, self.bias)
+        return result
+
+
+class QuantisedLinear(QuantisedLayer, nn.Linear):
+    """A frozen linear layer; ``codes`` are of its matrix."""
 
     def __init__(self, linear: nn.Linear, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
         """
@@ -109,20 +130,49 @@ class QuantisedLinear(nn.Linear):
         """
         nn.Module.__init__(self)  # a linear layer's own makes weights
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        home = linear.weight.device
-        codes, scales = quantise(linear.weight.detach().to(device), kind, dtype)
-        self.codes = nn.Parameter(codes.to(home), requires_grad=False)
-        self.scales = nn.Parameter(scales.to(home), requires_grad=False)
+        self._quantise(linear, linear.weight.detach(), kind, dtype, device)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The whole weights, made anew."""
+        """The whole weights, made each time."""
         return dequantised(self.codes, self.scales)
 
     def forward(self, states: Tensor) -> Tensor:
-        result: Tensor = _QuantisedProduct.apply(states, self.codes, self.scales, self.bias)
+        return self.product(states)
+
+
+class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
+    """A frozen convolution; ``codes`` are of its weights as ``(out, height * width * in)``: channels_last."""
+
+    def __init__(self, conv: nn.Conv2d, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
+        """
+        Args:
+            conv: of one group, padded with zeros.
+            device: that quantises; the layer stays where ``conv`` is.
+        """
+        nn.Module.__init__(self)  # a convolution's own makes weights
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, 1
+        self.kernel_size, self.stride, self.dilation = conv.kernel_size, conv.stride, conv.dilation
+        self.padding, self.padding_mode = conv.padding, "zeros"
+        matrix = conv.weight.detach().permute(0, 2, 3, 1).reshape(conv.out_channels, -1)
+        self._quantise(conv, matrix, kind, dtype, device)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The whole weights, made each time."""
+        return _as_kernel(dequantised(self.codes, self.scales), self.kernel_size)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.convolve(image, self.bias)
+
+    def convolve(self, image: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with another bias, or without one."""
+        result: Tensor = _QuantisedConvolution.apply(image, self.codes, self.scales, bias, self)
         return result
+
+
+def _as_kernel(matrix: Tensor, size: tuple[int, ...]) -> Tensor:
+    return matrix.view(len(matrix), *size, -1).permute(0, 3, 1, 2)
 
 
 class _QuantisedProduct(torch.autograd.Function):
@@ -138,8 +188,30 @@ class _QuantisedProduct(torch.autograd.Function):
         return grads[0] @ dequantised(*ctx.saved_tensors), None, None, None
 
 
-def quantise_linears(module: nn.Module, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the linear layers of a module, one after another; layers of odd shapes stay as they are.
+class _QuantisedConvolution(torch.autograd.Function):
+    """A convolution, which keeps codes instead of its weights for the gradient of the image."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, conv: QuantisedConv2d
+    ) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        ctx.conv, ctx.shape = conv, image.shape
+        weight = _as_kernel(dequantised(codes, scales), conv.kernel_size)
+        return F.conv2d(image, weight, bias, conv.stride, conv.padding, conv.dilation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        conv = ctx.conv
+        weight = _as_kernel(dequantised(*ctx.saved_tensors), conv.kernel_size)
+        grad = conv2d_input(ctx.shape, weight, grads[0], conv.stride, conv.padding, conv.dilation)
+        return grad, None, None, None, None
+
+
+def quantise_layers(module: nn.Module, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
+    """Replaces the linear layers and convolutions of a module, one after another.
+
+    Those of odd shapes stay as they are, and convolutions that read or make latents.
 
     Args:
         dtype: that is computed in.
@@ -147,10 +219,21 @@ def quantise_linears(module: nn.Module, kind: CodeKind, dtype: torch.dtype, devi
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and not (child.in_features % 2 or child.weight.numel() % BLOCK):
+            if type(child) is nn.Linear and _has_whole_blocks(child.weight):
                 setattr(parent, name, QuantisedLinear(child, kind, dtype, device))
+            elif type(child) is nn.Conv2d and _has_whole_blocks(child.weight) and _is_inner(child):
+                setattr(parent, name, QuantisedConv2d(child, kind, dtype, device))
+
+
+def _has_whole_blocks(weight: Tensor) -> bool:
+    return not (weight[0].numel() % 2 or weight.numel() % BLOCK)
+
+
+def _is_inner(conv: nn.Conv2d) -> bool:
+    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return plain and min(conv.in_channels, conv.out_channels) > _LATENT_CHANNELS
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether layers of a module are."""
-    return any(isinstance(layer, QuantisedLinear) for layer in module.modules())
+    return any(isinstance(layer, QuantisedLayer) for layer in module.modules())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dreambooth_sm.adapters.peft_layers import inject, parameters_of
 from dreambooth_sm.training import quantised
-from dreambooth_sm.training.quantised import CodeKind, dequantised, quantise, quantise_linears
+from dreambooth_sm.training.quantised import CodeKind, QuantisedConv2d, dequantised, quantise, quantise_layers
 from tests.helpers.training import hyperparameters
 
 pytestmark = [
@@ -44,7 +44,7 @@ def test_graph_replays_what_eager_steps_compute(kind: CodeKind, variant: str) ->
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(320, 640), nn.GELU(), nn.Linear(640, 320, bias=False)).to(torch.bfloat16)
     module.requires_grad_(False)
-    quantise_linears(module, kind, torch.bfloat16, CUDA)
+    quantise_layers(module, kind, torch.bfloat16, CUDA)
     inject(module, hyperparameters(method="lora", lora_rank=16, lora_variant=variant), ("0", "2"))
     module.to(CUDA, torch.bfloat16)
     parameters = list(parameters_of(module).values())
@@ -70,3 +70,36 @@ def test_graph_replays_what_eager_steps_compute(kind: CodeKind, variant: str) ->
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(captured, step(), rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 1, "padding": 0}, {"stride": 2}])
+def test_convolutions_in_channels_last(kind: CodeKind, options: dict[str, int]) -> None:
+    """Those of a layer with the values that the codes stand for; in a graph as well."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(320, 640, **{"kernel_size": 3, "padding": 1} | options).requires_grad_(False)
+    module = nn.Sequential(conv)
+    quantise_layers(module, kind, torch.bfloat16, CUDA)
+    module.to(CUDA, torch.bfloat16)
+    assert type(module[0]) is QuantisedConv2d
+    whole = conv.to(CUDA, torch.bfloat16, memory_format=torch.channels_last)
+    whole.weight.data = module[0].weight
+    image = torch.randn(2, 320, 24, 16, device=CUDA, dtype=torch.bfloat16)
+    image = image.to(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for layer in (whole, module[0]):
+
+        def step(layer: nn.Module = layer) -> list[Tensor]:
+            result = layer(image)
+            return [result.detach(), *torch.autograd.grad(result.float().square().mean(), [image])]
+
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert captured[0].is_contiguous(memory_format=torch.channels_last)
+        found.append([tensor.clone() for tensor in captured])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-4)

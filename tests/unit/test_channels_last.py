@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dreambooth_sm.training import channels_last, group_norm
 from dreambooth_sm.training.channels_last import keep_channels_last
 from dreambooth_sm.training.placement import speed_up
+from dreambooth_sm.training.quantised import QuantisedConv2d, QuantisedLayer, quantise_layers
 from dreambooth_sm.training.recomputation import checkpoint_activations
 from tests.helpers.training import cpu_plan, hyperparameters
 
@@ -32,17 +33,17 @@ def _as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def unet(**options: Any) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        **options,
-    )
+    shape: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 8,
+    }
+    model = UNet2DConditionModel(**shape | options)
     return model.to(memory_format=torch.channels_last).train()
 
 
@@ -94,10 +95,36 @@ def test_same_loss_and_gradients(linear: bool, checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["sd1", "sdxl"])
-def test_no_image_is_copied_but_gradients_of_concatenations(linear: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_in_fewer_bits_take_the_same_ways(linear: bool) -> None:
+    """Prediction and gradient are those of a UNet that is made of the values that codes stand for."""
+    coded = unet(use_linear_projection=linear, block_out_channels=(32, 64), time_embedding_dim=64).requires_grad_(False)
+    quantise_layers(coded, "int8", torch.float32, torch.device("cpu"))
+    whole = unet(use_linear_projection=linear, block_out_channels=(32, 64), time_embedding_dim=64).requires_grad_(False)
+    modules = dict(coded.named_modules())
+    for name, module in whole.named_modules():
+        if isinstance(modules[name], QuantisedLayer):
+            module.weight.data = modules[name].weight
+    assert sum(type(module) is QuantisedConv2d for module in coded.modules()) > 5
+    results = []
+    for model in (whole, coded):
+        model.conv_in.requires_grad_(True)
+        keep_channels_last(model)
+        result = prediction(model)
+        result.square().mean().backward()
+        results.append([result, model.conv_in.weight.grad])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["whole", "coded"])
+@pytest.mark.parametrize("linear", [False, True], ids=["sd1", "sdxl"])
+def test_no_image_is_copied_but_gradients_of_concatenations(
+    linear: bool, coded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(group_norm, "reference_forward", kernel_like_forward)
     monkeypatch.setattr(group_norm, "reference_backward", lambda grad, *_: (grad.clone(), None, None, None))
-    model = unet(use_linear_projection=linear).requires_grad_(False)
+    model = unet(use_linear_projection=linear, block_out_channels=(32, 64)).requires_grad_(False)
+    if coded:
+        quantise_layers(model, "nf4", torch.float32, torch.device("cpu"))
     model.conv_in.requires_grad_(True)
     keep_channels_last(model)
     with Layouts() as layouts:

@@ -29,11 +29,12 @@ from dreambooth_sm.training import quantised
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.quantised import (
     LEVELS,
+    QuantisedConv2d,
     QuantisedLinear,
     dequantised,
     is_quantised,
     quantise,
-    quantise_linears,
+    quantise_layers,
 )
 from tests.helpers.patience import PATIENCE
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, same, weights
@@ -97,7 +98,7 @@ def test_layers_compute_with_what_the_codes_stand_for(kind: quantised.CodeKind, 
     for whole in (False, True):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(64, 32), nn.SiLU(), nn.Linear(32, 64, bias=False)).requires_grad_(False)
-        quantise_linears(module, kind, torch.float32, CPU)
+        quantise_layers(module, kind, torch.float32, CPU)
         if whole:
             for number, layer in ((0, module[0]), (2, module[2])):
                 module[number] = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -114,10 +115,37 @@ def test_layers_compute_with_what_the_codes_stand_for(kind: quantised.CodeKind, 
     torch.testing.assert_close(*found)
 
 
-def test_layers_of_odd_shapes_stay() -> None:
-    module = nn.Sequential(nn.Linear(7, 64), nn.Linear(10, 3), nn.Linear(64, 64), nn.Conv2d(64, 64, 1))
-    quantise_linears(module, "nf4", torch.float32, CPU)
-    assert [type(layer) for layer in module] == [nn.Linear, nn.Linear, QuantisedLinear, nn.Conv2d]
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"kernel_size": 1, "padding": 0}, {"stride": 2, "bias": False}])
+def test_convolutions_compute_with_what_the_codes_stand_for(
+    kind: quantised.CodeKind, layout: torch.memory_format, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    whole = nn.Conv2d(32, 64, **{"kernel_size": 3, "padding": 1} | options).requires_grad_(False)
+    module = nn.Sequential(whole)
+    quantise_layers(module, kind, torch.float32, CPU)
+    before = whole.weight.clone()
+    assert type(module[0]) is QuantisedConv2d
+    with torch.no_grad():
+        whole.weight.copy_(module[0].weight)
+    assert 0 < (whole.weight - before).norm() / before.norm() < (0.012 if kind == "int8" else 0.1)
+    found = []
+    for layer in (whole, module[0]):
+        image = torch.randn(2, 32, 9, 8, generator=torch.Generator().manual_seed(1))
+        image = image.to(memory_format=layout).requires_grad_()
+        result = layer(image)
+        result.square().sum().backward()
+        found.append([result, image.grad])
+    torch.testing.assert_close(*found)
+
+
+def test_layers_of_odd_shapes_stay_and_those_that_read_and_make_latents() -> None:
+    convolutions = [nn.Conv2d(4, 64, 3), nn.Conv2d(64, 16, 3), nn.Conv2d(64, 64, 3, groups=2), nn.Conv2d(64, 64, 1)]
+    module = nn.Sequential(nn.Linear(7, 64), nn.Linear(10, 3), nn.Linear(64, 64), *convolutions)
+    quantise_layers(module, "nf4", torch.float32, CPU)
+    kinds = [nn.Linear, nn.Linear, QuantisedLinear, nn.Conv2d, nn.Conv2d, nn.Conv2d, QuantisedConv2d]
+    assert [type(layer) for layer in module] == kinds
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +159,9 @@ def test_training_is_near_that_beside_whole_weights_and_resumes_to_the_bit(
 ) -> None:
     options = VALUES | {"train_text_encoder": True, "base_weights": kind}
     run = Run(base, tmp_path / "run", **options).train()
-    layers = [module for module in run.base.unet.modules() if isinstance(module, QuantisedLinear)]
-    assert len(layers) > 10
+    layers = [type(module) for module in run.base.unet.modules()]
+    assert layers.count(QuantisedLinear) > 10
+    assert layers.count(QuantisedConv2d) > 3
     assert any(isinstance(module, QuantisedLinear) for module in run.base.text_encoder.modules())
     assert run.trainable.parameters.keys() == plain.trainable.parameters.keys()
     assert run.losses != plain.losses
@@ -211,16 +240,17 @@ def test_what_is_drawn_before_training_is_drawn_with_the_same_codes(base: Pretra
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_footprints_count_the_linear_layers(family: str) -> None:
+def test_footprints_count_the_layers_in_fewer_bits(family: str) -> None:
     footprint = FAMILIES[family].facts.footprint
-    modules = {part: empty_module(part, config) for part, config in CONFIGS[family].items()}
     found: dict[bool, float] = {True: 0, False: 0}
-    for part, module in modules.items():
-        linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        found[part == "unet"] += sum(layer.weight.numel() for layer in linear) * 1e-6
-        assert all(not layer.in_features % quantised.BLOCK for layer in linear)
-    assert footprint.unet_linear == pytest.approx(found[True], rel=3e-3)
-    assert footprint.text_linear == pytest.approx(found[False], rel=1e-3)
+    for part, config in CONFIGS[family].items():
+        module = empty_module(part, config)
+        whole = {name: parameter.numel() for name, parameter in module.named_parameters()}
+        quantise_layers(module, "nf4", torch.bfloat16, torch.device("meta"))
+        kept = {name for name, parameter in module.named_parameters() if parameter.dtype != torch.uint8}
+        found[part == "unet"] += sum(count for name, count in whole.items() if name not in kept) * 1e-6
+    assert footprint.unet_coded == pytest.approx(found[True], rel=1e-3)
+    assert footprint.text_coded == pytest.approx(found[False], rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +261,7 @@ def test_plans_count_the_bits_of_a_weight(kind: quantised.CodeKind) -> None:
     plans = [make_plan(h.model_copy(update={"base_weights": each}), card) for each in ("plain", kind)]
     codes, scales = quantise(matrix(64, 1280), kind, torch.bfloat16)
     each = (codes.nbytes + scales.nbytes) / (64 * 1280)
-    saved = 2232.7e-3 * (2 - each) - 2 * 10240 * 1280e-9
+    saved = 2560.6e-3 * (2 - each) - 2 * 9 * 2560 * 1280e-9
     difference = plans[0].predicted_peak_gb - plans[1].predicted_peak_gb
     assert difference == pytest.approx(saved, abs=0.02)
     assert any(f"base_weights={kind}" in note for note in plans[1].notes)
