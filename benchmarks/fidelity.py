@@ -29,7 +29,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,9 +37,19 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.common import DEVICE, PROMPTS, emit, plan_of_rung
+from benchmarks.studio import (
+    CLASS_GUIDANCE,
+    Case,
+    Drawn,
+    figures,
+    make_case,
+    prompts,
+    save_pictures,
+    seeds_of_class,
+    seeds_to_train_on,
+    train_on,
+)
 from dreambooth_sm import sampling, toybox
-from dreambooth_sm.data.assemble import encode_training_set
-from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.fidelity import Fidelity, load_encoders, measure, measure_real, score, verdict
 from dreambooth_sm.gallery import grid
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -48,18 +57,13 @@ from dreambooth_sm.methods import METHODS
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.planning.ladder import Rung
 from dreambooth_sm.quiet import quiet_libraries
-from dreambooth_sm.report import Reporter
 from dreambooth_sm.toybox import SIDE
 from dreambooth_sm.toybox.labels import BACKGROUNDS
 from dreambooth_sm.training.loop import Trainer
-from dreambooth_sm.training.schedule import Schedule
 from toybox import examine
 from toybox.paint import paint
 from toybox.toys import HELD_OUT, scenes_of
 
-TRAINING_PICTURES = 5
-# One a background of the toybox, in its order.
-PLACES = ("in the meadow", "on the beach", "in the snow", "on the street", "in a room", "on a table", "at night")
 # Pictures that are judged: of the subject in each place, and of the class.
 A_PLACE, OF_CLASS = (4, 64) if DEVICE.type == "cuda" else (2, 24)
 # A variant is a rung of the ladder in a precision, or AdamW in fp32. Rungs that differ in the text encoder and EMA
@@ -76,25 +80,6 @@ PEERS_AT_A_TIME, PEER_THREADS = 2, {"OMP_NUM_THREADS": "2"}
 FIGURES = tuple(field.name for field in dataclasses.fields(Fidelity))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A subject and a seed, with what every variant trains on, as pictures and as files."""
-
-    subject: str
-    seed: int
-    training: list[Image.Image]
-    pictures: tuple[Path, ...]
-    class_pictures: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a model draws: the subject in all places, and the class."""
-
-    subject: list[Image.Image]
-    of_class: list[Image.Image]
-
-
 class Studio:
     """Draws with the base model, or with other weights of its UNet."""
 
@@ -105,13 +90,13 @@ class Studio:
     def draw(self, seed: int, weights: Iterable[Tensor] | None = None) -> Drawn:
         """The same noise for every model; :meth:`class_pictures` of other seeds."""
         self._put(weights)
-        subject = examine.draw(self._pipeline, prompts(), seed, batch=256)
-        return Drawn(subject, self._draw_class([10**6 * (seed + 1) + number for number in range(OF_CLASS)]))
+        subject = examine.draw(self._pipeline, prompts(A_PLACE), seed, batch=256)
+        return Drawn(subject, self._draw_class(seeds_of_class(seed, OF_CLASS)))
 
     def class_pictures(self, seed: int, count: int) -> list[Image.Image]:
-        """The base model's, to train on: with little guidance they are nearer to what it knows of the class."""
+        """The base model's, to train on."""
         self._put(None)
-        return self._draw_class([10**8 * (seed + 1) + number for number in range(count)], guidance=1.5)
+        return self._draw_class(seeds_to_train_on(seed, count), guidance=CLASS_GUIDANCE)
 
     @torch.no_grad()
     def _put(self, weights: Iterable[Tensor] | None) -> None:
@@ -132,24 +117,6 @@ class Studio:
         return [picture for batch in batches for picture in batch]
 
 
-def prompts() -> list[str]:
-    """The subject in every place; place after place, so that the first ones make a row of the grid."""
-    return [f"{PROMPTS['instance_prompt']} {place}" for _ in range(A_PLACE) for place in PLACES]
-
-
-def make_case(subject: str, seed: int, class_pictures: tuple[Path, ...], work: Path) -> Case:
-    training = [paint(scene) for scene in scenes_of(HELD_OUT[subject], TRAINING_PICTURES, seed)]
-    return Case(subject, seed, training, save_pictures(training, work / f"{subject}-{seed}"), class_pictures)
-
-
-def save_pictures(pictures: Sequence[Image.Image], directory: Path) -> tuple[Path, ...]:
-    directory.mkdir(parents=True)
-    paths = tuple(directory / f"{number:03d}.png" for number in range(len(pictures)))
-    for path, picture in zip(paths, pictures, strict=True):
-        picture.save(path)
-    return paths
-
-
 def make_trainer(variant: str, case: Case, base: PretrainedModel, options: argparse.Namespace, steps: int) -> Trainer:
     """Trains a copy of the base's UNet; the same data, order and noise for every variant of a case."""
     has_prior = variant != "no_prior"
@@ -166,26 +133,8 @@ def make_trainer(variant: str, case: Case, base: PretrainedModel, options: argpa
             "seed": case.seed,
         }
     )
-    subject = Subject(
-        pictures=case.pictures,
-        prompt=str(h.instance_prompt),
-        class_prompt=h.class_prompt,
-        class_directory=case.class_pictures[0].parent,
-        class_pictures=case.class_pictures if has_prior and h.prior == "images" else (),
-    )
     plan = plan_of_rung(h, *VARIANTS[variant])
-    trainable = METHODS[h.method].attach(copy.deepcopy(base), plan, h, 0)
-    data = encode_training_set(trainable.model, (subject,), h, plan, device=DEVICE, seed=case.seed)
-    return Trainer(
-        trainable,
-        data,
-        plan,
-        h,
-        Schedule(steps, 0, h.learning_rate),
-        device=DEVICE,
-        identity={"seed": case.seed},
-        report=Reporter(stream=sys.stderr),
-    )
+    return train_on(case, METHODS[h.method].attach(copy.deepcopy(base), plan, h, 0), h, plan, steps)
 
 
 def trained_weights(trainer: Trainer, until: int) -> list[Tensor]:
@@ -265,13 +214,9 @@ class Record:
             self._encoders,
             training=case.training,
             generated=drawn.subject,
-            prompts=prompts(),
+            prompts=prompts(A_PLACE),
             class_pictures=drawn.of_class,
         )
-
-
-def figures(found: Fidelity) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in dataclasses.asdict(found).items() if value is not None}
 
 
 def _means(found: Sequence[Fidelity]) -> Iterator[tuple[str, list[float]]]:
