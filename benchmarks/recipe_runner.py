@@ -204,8 +204,9 @@ def main() -> None:
             except Exception as error:
                 traceback.print_exc()
                 answer["broken"] = f"{type(error).__name__}: {error}"[:500]
+                answer["ends"] = isinstance(error, RuntimeError)  # the device may be in any state
             print(json.dumps(answer), file=answers)
-            if "broken" in answer:  # the device may be in any state: another process goes on
+            if answer.get("ends"):
                 raise SystemExit(1)
 
 

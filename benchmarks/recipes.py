@@ -22,6 +22,7 @@ subjects and seeds, and the mean of the differences to ``lora`` on the same subj
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -95,8 +96,9 @@ class Worker:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer: dict[str, Any] = json.loads(line) if line else {"rows": [], "broken": f"it ended; see {self._log}"}
-        if "broken" in answer:
+        ended = {"rows": [], "broken": f"it ended; see {self._log}", "ends": True}
+        answer: dict[str, Any] = json.loads(line) if line else ended
+        if answer.get("ends"):
             self.close()
         return answer
 
@@ -114,17 +116,20 @@ class Worker:
 
     def close(self) -> None:
         if self._process:
-            self._process.communicate()
+            assert self._process.stdin
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
             self._process = None
 
 
 def run_all(runs: Sequence[Run], workers: Sequence[Worker], file: Path, minutes: float | None) -> None:
-    """Appends the rows of all runs to a file; starts none after so many minutes."""
+    """Appends the rows of all runs to a file; starts none after so many minutes, or where all that ran broke."""
     until = time.monotonic() + 60 * (minutes or float("inf"))
     waiting, lock, told = iter(runs), threading.Lock(), Counter[str]()
 
     def work(worker: Worker) -> None:
-        while time.monotonic() < until:
+        while time.monotonic() < until and (told.keys() != {"broken"} or told["broken"] < 2 * len(workers)):
             with lock:
                 run = next(waiting, None)
             if run is None:

@@ -37,6 +37,7 @@ def row(recipe: str, toy: str, score: float, *, rate: float = 1.0, steps: int = 
 # The list
 
 
+@pytest.mark.slow
 def test_all_recipes_are_hyperparameters_that_a_card_can_run() -> None:
     for recipe in recipes_to_try(2):
         make_plan(Hyperparameters.parse({**COMMON, **recipe.values}), CARDS["H200"])
@@ -179,6 +180,11 @@ def test_runs_that_are_written_down_are_not_run_again(tmp_path: Path, capsys: py
 def test_no_run_starts_after_its_time(tmp_path: Path) -> None:
     run_all([Run(RECIPE, "cat", 0)], [Fake()], tmp_path / "compare.jsonl", 1e-9)  # type: ignore[list-item]
     assert read_rows(tmp_path / "compare.jsonl") == []
+
+
+def test_nothing_more_is_run_where_all_that_ran_broke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_all([Run(RECIPE, "cup", seed) for seed in range(9)], [Fake()], tmp_path / "compare.jsonl", None)  # type: ignore[list-item]
+    assert "7 not started" in capsys.readouterr().err
 
 
 @pytest.mark.slow
