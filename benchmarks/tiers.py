@@ -120,7 +120,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = run_tier(name, options.model, wishes, options.steps, Path(folder))
-            emit(card=name, model=options.model, **wishes, **result)
+            emit(card=name, model=options.model, **{**wishes, **result})
             if options.write and not options.text_encoder:
                 h = hyperparameters(options.model)
                 command = f"python -m benchmarks.tiers {name} --model {options.model} --steps {options.steps}"

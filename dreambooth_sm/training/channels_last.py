@@ -6,7 +6,7 @@ connections, whose gradients are slices.
 
 Fewer passes over images are made as well: the second norm of a residual block adds what comes before it (the first
 convolution's bias and the embedding of the time step), and has its gradient without another pass; convolutions of
-single pixels are matrix products, which add their bias.
+single pixels are matrix products, which add their bias. Convolutions that are not trained don't keep their images.
 
 What is computed stays the same. Images in another layout, as pipelines that draw may have them, are computed in theirs.
 """
@@ -21,16 +21,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreambooth_sm.training.group_norm import group_norm, serves
-from dreambooth_sm.training.quantised import QuantisedConv2d
+from dreambooth_sm.training.quantised import QuantisedConv2d, convolve_frozen, is_plain_convolution
 
 
 def keep_channels_last(denoiser: Any) -> None:
-    """Makes a denoiser's residual blocks, transformers and last norm keep the layout; other kinds of blocks stay."""
+    """Makes a denoiser's residual blocks, transformers and last norm keep the layout; other kinds of blocks stay.
+
+    Args:
+        denoiser: what is not trained of it requires no gradients.
+    """
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
     for module in denoiser.modules():
-        if type(module) is ResnetBlock2D and _is_plain(module):
+        if is_plain_convolution(module) and not module.weight.requires_grad:
+            setattr(module, "forward", functools.partial(_frozen_convolution, module))  # noqa: B010 - typed otherwise
+        elif type(module) is ResnetBlock2D and _is_plain(module):
             module.forward = functools.partial(_residual_block, module)
         elif type(module) is Transformer2DModel and module.is_input_continuous:
             module.norm.forward = functools.partial(_norm, module.norm)
@@ -82,9 +88,14 @@ def _is_fused(conv: Any, norm: nn.GroupNorm, image: Tensor) -> bool:
 
 
 def _without_bias(conv: Any, image: Tensor) -> Tensor:
-    is_whole = type(conv) is nn.Conv2d
-    result: Tensor = conv._conv_forward(image, conv.weight, None) if is_whole else conv.convolve(image, None)
-    return result
+    if conv.bias.requires_grad:
+        result: Tensor = conv._conv_forward(image, conv.weight, None)
+        return result
+    return convolve_frozen(conv, image, None)
+
+
+def _frozen_convolution(conv: Any, image: Tensor) -> Tensor:
+    return convolve_frozen(conv, image, conv.bias)
 
 
 def _pointwise(conv: Any, image: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import pairwise
 from statistics import NormalDist
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -160,19 +160,29 @@ class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The whole weights, made each time."""
-        return _as_kernel(dequantised(self.codes, self.scales), self.kernel_size)
+        return _kernel(self.codes, self.scales, self)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.convolve(image, self.bias)
-
-    def convolve(self, image: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with another bias, or without one."""
-        result: Tensor = _QuantisedConvolution.apply(image, self.codes, self.scales, bias, self)
-        return result
+        return convolve_frozen(self, image, self.bias)
 
 
-def _as_kernel(matrix: Tensor, size: tuple[int, ...]) -> Tensor:
-    return matrix.view(len(matrix), *size, -1).permute(0, 3, 1, 2)
+def convolve_frozen(conv: nn.Conv2d, image: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution that is not trained, quantised or not; the image is not kept, as torch's own keeps it.
+
+    Args:
+        conv: of one group, padded with zeros.
+        bias: that is added, whatever the layer's own.
+    """
+    is_quantised = isinstance(conv, QuantisedConv2d)
+    weight, scales = (conv.codes, conv.scales) if is_quantised else (conv.weight, None)
+    result: Tensor = _FrozenConvolution.apply(image, weight, scales, bias, conv)
+    return result
+
+
+def _kernel(weight: Tensor, scales: Tensor | None, conv: nn.Conv2d) -> Tensor:
+    if scales is None:
+        return weight
+    return dequantised(weight, scales).view(len(weight), *conv.kernel_size, -1).permute(0, 3, 1, 2)
 
 
 class _QuantisedProduct(torch.autograd.Function):
@@ -188,22 +198,21 @@ class _QuantisedProduct(torch.autograd.Function):
         return grads[0] @ dequantised(*ctx.saved_tensors), None, None, None
 
 
-class _QuantisedConvolution(torch.autograd.Function):
-    """A convolution, which keeps codes instead of its weights for the gradient of the image."""
+class _FrozenConvolution(torch.autograd.Function):
+    """A convolution with a gradient for its image alone; of weights in fewer bits it keeps the codes."""
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, conv: QuantisedConv2d
+        ctx: Any, image: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, conv: nn.Conv2d
     ) -> Tensor:
-        ctx.save_for_backward(codes, scales)
+        ctx.save_for_backward(weight, scales)
         ctx.conv, ctx.shape = conv, image.shape
-        weight = _as_kernel(dequantised(codes, scales), conv.kernel_size)
-        return F.conv2d(image, weight, bias, conv.stride, conv.padding, conv.dilation)
+        return F.conv2d(image, _kernel(weight, scales, conv), bias, conv.stride, conv.padding, conv.dilation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        conv = ctx.conv
-        weight = _as_kernel(dequantised(*ctx.saved_tensors), conv.kernel_size)
+        conv, (weight, scales) = ctx.conv, ctx.saved_tensors
+        weight = _kernel(weight, scales, conv)
         grad = conv2d_input(ctx.shape, weight, grads[0], conv.stride, conv.padding, conv.dilation)
         return grad, None, None, None, None
 
@@ -221,7 +230,7 @@ def quantise_layers(module: nn.Module, kind: CodeKind, dtype: torch.dtype, devic
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and _has_whole_blocks(child.weight):
                 setattr(parent, name, QuantisedLinear(child, kind, dtype, device))
-            elif type(child) is nn.Conv2d and _has_whole_blocks(child.weight) and _is_inner(child):
+            elif is_plain_convolution(child) and _has_whole_blocks(child.weight) and _is_inner(child):
                 setattr(parent, name, QuantisedConv2d(child, kind, dtype, device))
 
 
@@ -229,9 +238,15 @@ def _has_whole_blocks(weight: Tensor) -> bool:
     return not (weight[0].numel() % 2 or weight.numel() % BLOCK)
 
 
+def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether a module is torch's own convolution, of one group and padded with zeros."""
+    if type(module) is not nn.Conv2d:
+        return False
+    return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
 def _is_inner(conv: nn.Conv2d) -> bool:
-    plain = conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return plain and min(conv.in_channels, conv.out_channels) > _LATENT_CHANNELS
+    return min(conv.in_channels, conv.out_channels) > _LATENT_CHANNELS
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -29,8 +29,9 @@ def test_values_are_those_of_the_cpu(
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for kind in ("int8", "nf4"):
         codes, scales = quantise(weight, kind, dtype)
-        for mine, theirs in zip(quantise(weight.to(CUDA), kind, dtype), (codes, scales), strict=True):
-            assert (mine.cpu() != theirs).float().mean() < 1e-5  # divisions round otherwise, between two codes
+        found_codes, found_scales = (tensor.cpu() for tensor in quantise(weight.to(CUDA), kind, dtype))
+        torch.testing.assert_close(found_scales, scales)
+        assert (found_codes != codes).float().mean() < 1e-4  # divisions round otherwise, between two codes
         found = dequantised(codes.to(CUDA), scales.to(CUDA)).cpu()
         assert torch.equal(found, dequantised(codes, scales))
     assert quantised._kernels(CUDA) is not None

@@ -37,7 +37,7 @@ def test_every_family_method_and_card_has_its_figures(family: str, method: str, 
     if plan.channels_last:
         assert plan.predicted_peak_gb == pytest.approx(measured, rel=0.03)
     else:  # nothing was measured in another layout, which keeps more
-        assert measured * 0.97 <= plan.predicted_peak_gb <= measured * 1.15
+        assert measured * 0.97 <= plan.predicted_peak_gb <= measured * 1.25
     assert figure(family, f"{method}.{plan.tier}.{plan.precision}.steps_per_s") > 0
     estimate = estimate_on(h, Instance("a type", CARDS[card], 1, 1.0))
     assert estimate.minutes is not None
