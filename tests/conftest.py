@@ -8,13 +8,11 @@ import signal
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
-from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-from botocore.loaders import JSONFileLoader
 
 # Before torch is imported, here or in a job: a core is shared by workers and jobs, and sums keep their order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,6 +24,7 @@ from launcher.local import training_job
 from launcher.local.s3 import EmbeddedS3, embedded_s3
 from launcher.local.services import EmbeddedServices
 from tests.helpers import forks
+from tests.helpers.aws_descriptions import remembered
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 
@@ -51,9 +50,7 @@ def forked_jobs() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def descriptions_of_aws() -> Iterator[None]:
-    """botocore reads each of its files once a process, and not for each of the sessions that tests make."""
-    read = cache(partial(JSONFileLoader.load_file, JSONFileLoader()))
-    with patch.object(JSONFileLoader, "load_file", lambda _, path: read(path)):
+    with remembered():
         yield
 
 

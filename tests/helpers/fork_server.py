@@ -1,8 +1,8 @@
 """The process that jobs are forked from: see :mod:`tests.helpers.forks`.
 
-Run as ``python -m tests.helpers.fork_server DESCRIPTOR``, of a socket: each message is a :class:`Job` in JSON, with the
-descriptors of its standard input, output and error and of a pipe, to which its process id goes and, when it has ended,
-its status.
+Run as ``python -m tests.helpers.fork_server DESCRIPTOR MODULE...``, of a socket, with what the jobs find imported: each
+message is a :class:`Job` in JSON, with the descriptors of its standard input, output and error and of a pipe, to which
+its process id goes and, when it has ended, its status.
 """
 
 from __future__ import annotations
@@ -24,19 +24,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# What a job imports, in its order: at its start, for its model, and what the libraries load for it later.
-MODULES = (
-    "dreambooth_sm.quiet",
-    "dreambooth_sm.job",
-    "dreambooth_sm.stored.classes",
-    "diffusers.optimization",
-    "diffusers.schedulers.scheduling_deis_multistep",
-    "diffusers.schedulers.scheduling_dpmsolver_singlestep",
-    "diffusers.schedulers.scheduling_edm_euler",
-    "diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete",
-    "diffusers.schedulers.scheduling_k_dpm_2_discrete",
-    "diffusers.schedulers.scheduling_unipc_multistep",
-)
+import boto3.session
+
+from dreambooth_sm.storage import s3_client
+from tests.helpers.aws_descriptions import remembered
+
 # What may be ignored from the start: a shell does so in the background, and ``nohup``.
 TERMINAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
@@ -147,16 +139,18 @@ def _run(script: str) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, whose end ends this process
     before = {*os.environ}
-    for module in MODULES:
+    for module in sys.argv[2:]:
         importlib.import_module(module)
     from_imports = {name: value for name, value in os.environ.items() if name not in before}
-    if len([*Path("/proc/self/task").iterdir()]) > 1:
-        raise RuntimeError("an import has started threads, which no fork would have")
-    gc.collect()
-    gc.freeze()  # what the forks share is not walked, and so not copied, by each of them
-    job, streams = _serve(socket.socket(fileno=int(sys.argv[1])))
-    _become(job, streams, from_imports)
-    _run(job.arguments[0])
+    with remembered():
+        s3_client(boto3.session.Session("key", "secret", region_name="us-east-1"))  # remembers for all forks
+        if len([*Path("/proc/self/task").iterdir()]) > 1:
+            raise RuntimeError("an import has started threads, which no fork would have")
+        gc.collect()
+        gc.freeze()  # what the forks share is not walked, and so not copied, by each of them
+        job, streams = _serve(socket.socket(fileno=int(sys.argv[1])))
+        _become(job, streams, from_imports)
+        _run(job.arguments[0])
 
 
 if __name__ == "__main__":

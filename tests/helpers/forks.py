@@ -35,6 +35,24 @@ _READ_ON_IMPORT = re.compile(
 )
 # The environment that the jobs' modules are imported in: as it is before tests change it.
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("AWS_")} | {"CUDA_VISIBLE_DEVICES": ""}
+# What a job imports, in its order: at its start, for its model, and what the libraries load for it later.
+_MODULES = (
+    "dreambooth_sm.quiet",
+    "dreambooth_sm.job",
+    "dreambooth_sm.stored.classes",
+    "diffusers.optimization",
+    "diffusers.schedulers.scheduling_deis_multistep",
+    "diffusers.schedulers.scheduling_dpmsolver_singlestep",
+    "diffusers.schedulers.scheduling_edm_euler",
+    "diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete",
+    "diffusers.schedulers.scheduling_k_dpm_2_discrete",
+    "diffusers.schedulers.scheduling_unipc_multistep",
+)
+_PATHS = (str(Path(__file__).parent / "without_torch"), os.environ.get("PYTHONPATH"))
+# Of a job that ends if it imports torch.
+WITHOUT_TORCH = {"PYTHONPATH": os.pathsep.join(filter(None, _PATHS))}
+# What is imported in each environment; in any other, jobs are not forked.
+_SERVERS = ((_ENVIRONMENT, _MODULES), (_ENVIRONMENT | WITHOUT_TORCH, ("container.train",)))
 
 
 class Popen(subprocess.Popen[Any]):
@@ -50,7 +68,8 @@ class Popen(subprocess.Popen[Any]):
         words = [] if special or isinstance(args, str | bytes | os.PathLike) else [os.fsdecode(word) for word in args]
         unbuffered = words[1:2] == ["-u"]
         python, script, *arguments = [*words[:1], *words[1 + unbuffered :], "", ""]
-        if [python, script] != [sys.executable, str(ENTRYPOINT)] or not _imports_alike(environment):
+        server = _server_like(environment)
+        if [python, script] != [sys.executable, str(ENTRYPOINT)] or server is None:
             super()._execute_child(args, *rest)
             return
         directory = os.fsdecode(cwd or Path.cwd())
@@ -60,7 +79,7 @@ class Popen(subprocess.Popen[Any]):
         ours, theirs = os.pipe()
         self._status = io.FileIO(ours)
         try:
-            socket.send_fds(_server(), [json.dumps(dataclasses.asdict(job)).encode()], [*streams, theirs])
+            socket.send_fds(_server(server), [json.dumps(dataclasses.asdict(job)).encode()], [*streams, theirs])
         finally:
             os.close(theirs)
             self._close_pipe_fds(*pipes)
@@ -101,23 +120,26 @@ class Popen(subprocess.Popen[Any]):
         return self.returncode
 
 
-def _imports_alike(environment: Mapping[str, str]) -> bool:
-    """Whether modules that are imported in the server's environment come out as in this one."""
+def _server_like(environment: Mapping[str, str]) -> int | None:
+    """The number of the server whose modules come out as if they were imported in this environment."""
     if sys.platform != "linux":
-        return False
-    read, ours = (
-        {k: v for k, v in each.items() if _READ_ON_IMPORT.fullmatch(k)} for each in (environment, _ENVIRONMENT)
-    )
-    return read == ours
+        return None
+    wanted = _read_on_import(environment)
+    return next((i for i, (theirs, _) in enumerate(_SERVERS) if _read_on_import(theirs) == wanted), None)
+
+
+def _read_on_import(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if _READ_ON_IMPORT.fullmatch(name)}
 
 
 @cache
-def _server() -> socket.socket:
-    """The socket of the process that forks, which is started first; it ends with this process."""
+def _server(number: int) -> socket.socket:
+    """The socket of a process that forks, which is started first; it ends with this process."""
+    environment, modules = _SERVERS[number]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        command = [sys.executable, "-m", "tests.helpers.fork_server", str(theirs.fileno())]
-        process = subprocess.Popen(command, env=_ENVIRONMENT, cwd=ROOT, pass_fds=[theirs.fileno()])
+        command = [sys.executable, "-m", "tests.helpers.fork_server", str(theirs.fileno()), *modules]
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, pass_fds=[theirs.fileno()])
     atexit.register(process.wait)
     atexit.register(ours.close)
     return ours

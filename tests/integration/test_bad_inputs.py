@@ -1,7 +1,7 @@
 """Bad inputs: each ends the job with exit code 2 and a reason that its reader can act on; nothing is uploaded.
 
-What the schema and the configuration files can tell runs as a process in which torch can't be imported, so that
-nobody waits for it to hear of a typing error. What needs torch runs in this process, to import it once, and one of
+What the schema and the configuration files can tell runs in processes in which torch can't be imported, so that nobody
+waits for it to hear of a typing error. What needs torch runs in this process, to import it once, and one of
 each kind as a process of its own.
 """
 
@@ -29,6 +29,7 @@ from dreambooth_sm.sagemaker import FAILURE_LENGTH
 from dreambooth_sm.storage import S3Uri, list_objects
 from launcher.local.program import ENTRYPOINT
 from launcher.local.s3 import EmbeddedS3
+from tests.helpers.forks import WITHOUT_TORCH
 from tests.helpers.jobs import WEIGHTS, Ended, JobTree
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "duck_toy"
@@ -247,19 +248,9 @@ def job(lay_out_job: Callable[..., JobTree], target: S3Uri) -> JobTree:
     return lay_out_job(manual_upload_model_path=str(target))
 
 
-@pytest.fixture
-def no_torch(tmp_path: Path) -> str:
-    """A folder for PYTHONPATH with a torch that fails to be imported."""
-    folder = tmp_path / "no-torch"
-    folder.mkdir()
-    (folder / "torch.py").write_text("raise SystemExit('torch was imported')")
-    return str(folder)
-
-
 @table(EARLY)
-def test_known_before_torch_is_imported(bad: Bad, job: JobTree, target: S3Uri, s3: EmbeddedS3, no_torch: str) -> None:
-    path = os.pathsep.join(filter(None, [no_torch, os.environ.get("PYTHONPATH")]))
-    bad = dataclasses.replace(bad, environment={"PYTHONPATH": path, **bad.environment})
+def test_known_before_torch_is_imported(bad: Bad, job: JobTree, target: S3Uri, s3: EmbeddedS3) -> None:
+    bad = dataclasses.replace(bad, environment={**WITHOUT_TORCH, **bad.environment})
     tree = bad.put_into(job)
     assert_refused(bad, tree, tree.run(*bad.arguments), target, s3)
 
