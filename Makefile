@@ -8,6 +8,9 @@ SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
 # Older versions of diffusers, which have to read what is written here (140 MB each; torch is .venv's).
 READERS := .venv-diffusers-0.27/.installed .venv-diffusers-0.32/.installed
 
+# Python keeps what it has compiled of the project and the tests, also where its environment says otherwise.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo check test test-quickly test-cuda-image lint docs lock clean
 
 demo: $(STAMP)

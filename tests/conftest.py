@@ -31,8 +31,14 @@ from tests.helpers.jobs import JobTree
 EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
 
 
+def pytest_configure() -> None:
+    """What is imported for the tests stays: to look for garbage in it takes seconds."""
+    gc.disable()
+
+
 def pytest_collection_finish() -> None:
     """Modules and tests stay to the end: trainers, which collect garbage, do not walk millions of their objects."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
