@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+from tests.helpers.half_convolutions import summed_in_fp32
 
 if TYPE_CHECKING:
     from dreambooth_sm.models import PretrainedModel
@@ -15,6 +18,12 @@ if TYPE_CHECKING:
 # The same examples in every run, and no clock: a failure comes from the change that it shows up with.
 settings.register_profile("unit", derandomize=True, deadline=None, max_examples=80)
 settings.load_profile("unit")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def half_convolutions() -> Iterator[None]:
+    with summed_in_fp32():
+        yield
 
 
 @pytest.fixture(scope="session")
