@@ -1,5 +1,4 @@
-"""Twenty steps on the CPU give the losses that are stored, and those of an independent re-implementation; so do six of
-each further optimizer.
+"""Twenty steps on the CPU, or six, give the losses that are stored, and those of an independent re-implementation.
 
 After a change that is meant to change them, renew them and show the difference in the change:
 
@@ -53,7 +52,12 @@ CASES: dict[str, dict[str, object]] = {
         "initial_text": "duck cat",
         "learning_rate": 1e-2,
     },
-    "xl": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_batch_size": 2},
+    "xl": {
+        "base_architecture": "sdxl",
+        "with_prior_preservation": True,
+        "train_batch_size": 2,
+        "max_train_steps": 6,
+    },
     "lora": {
         "method": "lora",
         "lora_alpha": 8,
@@ -63,6 +67,7 @@ CASES: dict[str, dict[str, object]] = {
         "train_text_encoder": True,
         "text_encoder_lr": 5e-4,
         "with_prior_preservation": True,
+        "max_train_steps": 6,
     },
     "pivotal": {
         "method": "pivotal",
@@ -75,7 +80,12 @@ CASES: dict[str, dict[str, object]] = {
         "placeholder_lr": 1e-2,
         "max_train_steps": 6,
     },
-    "xl_text_encoders": {"base_architecture": "sdxl", "with_prior_preservation": True, "train_text_encoder": True},
+    "xl_text_encoders": {
+        "base_architecture": "sdxl",
+        "with_prior_preservation": True,
+        "train_text_encoder": True,
+        "max_train_steps": 6,
+    },
 }
 
 
