@@ -65,10 +65,12 @@ def _not_zero(scales: Tensor) -> Tensor:
 
 def dequantised(codes: Tensor, scales: Tensor) -> Tensor:
     """The matrix that codes and scales stand for, in the type of the scales."""
+    kernels = _kernels(codes.device)
     if codes.dtype == torch.int8:
-        return codes * scales  # one pass: integers are converted as they are read
-    if kernels := _kernels(codes.device):
-        matrix: Tensor = kernels.dequantised(codes, scales, _levels(codes.device, scales.dtype))
+        matrix: Tensor = kernels.scaled(codes, scales) if kernels else codes * scales
+        return matrix
+    if kernels:
+        matrix = kernels.dequantised(codes, scales, _levels(codes.device, scales.dtype))
         return matrix
     pairs = F.embedding(codes.int(), _pairs(codes.device, scales.dtype))
     return pairs.view(-1, BLOCK).mul_(scales).view(codes.shape[0], -1)

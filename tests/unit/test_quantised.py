@@ -304,9 +304,10 @@ def test_the_kernel_in_the_interpreter() -> None:
 def compare_kernel() -> None:
     """Of the types that the interpreter rounds as cards do."""
     for dtype, shape in itertools.product((torch.float32, torch.float16), ((24, 128), (50, 96 * 2), (32, 66))):
+        assert quantised._kernels(CPU) is not None
+        codes, scales = quantise(matrix(*shape), "int8", dtype)
+        assert torch.equal(dequantised(codes, scales), codes * scales)
         codes, scales = quantise(matrix(*shape), "nf4", dtype)
-        kernels = quantised._kernels(CPU)
-        assert kernels is not None
         pairs = F.embedding(codes.int(), quantised._pairs(CPU, dtype))
         expected = pairs.view(-1, 64).mul_(scales).view(shape)
         assert torch.equal(dequantised(codes, scales), expected)
