@@ -15,6 +15,8 @@ for name, value in {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     # The container has few cores; tokenizers' threads and a forked process warn otherwise.
     "TOKENIZERS_PARALLELISM": "false",
+    # Triton 3.9 warns where nobody says it, and 3.10 will round kernels' sums otherwise.
+    "TRITON_DEFAULT_FP_FUSION": "1",
 }.items():
     os.environ.setdefault(name, value)
 # tqdm's, in a notebook without ipywidgets.
