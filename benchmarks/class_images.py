@@ -24,7 +24,6 @@ from diffusers import StableDiffusionPipeline
 
 from benchmarks.common import PROMPTS, emit, in_fresh_processes, peaks, reset_peaks, sd15
 from benchmarks.figures import add_write_option, write_figures
-from dreambooth_sm.data import prior
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -43,8 +42,10 @@ def run_ours(name: str, base: PretrainedModel, count: int, work: Path) -> dict[s
     plan = make_plan(Hyperparameters.parse(PROMPTS), detect_card())
     if name == "batch_16":
         plan = dataclasses.replace(plan, sample_batch_size=16)
+    facts = base.family.facts
     if name == "full_guidance":
-        prior.GUIDED_SIGMAS = EVERYWHERE
+        drawing = dataclasses.replace(facts.drawing, guided=EVERYWHERE)
+        setattr(type(base.family), "facts", dataclasses.replace(facts, drawing=drawing))  # noqa: B010 - a class's own
     subject = Subject((), "", PROMPTS["class_prompt"], work / "class", ())
     sizes = [(512, 512)] * count
     started = time.perf_counter()
@@ -67,7 +68,7 @@ def run_ours(name: str, base: PretrainedModel, count: int, work: Path) -> dict[s
     warm = time.perf_counter() - started
     return {
         "batch": plan.sample_batch_size,
-        "steps": prior.CLASS_IMAGE_STEPS,
+        "steps": facts.drawing.class_steps,
         "ready_s": round(ready, 2),
         **times(count, cold, warm),
     }

@@ -8,16 +8,25 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
 
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
@@ -32,7 +41,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.schedule import Schedule
-from tests.helpers.tiny import byte_tokenizer
+from tests.helpers.tiny import byte_tokenizer, chat_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
@@ -83,24 +92,69 @@ def sdxl() -> PretrainedModel:
     return _put_away(PretrainedModel("sdxl", FAMILIES["sdxl"], parts))
 
 
-# What `--model` takes.
-MODELS: dict[str, Callable[[], PretrainedModel]] = {"sd15": sd15, "sdxl": sdxl}
+def z_image(transformer: Mapping[str, Any] = MappingProxyType({}), **text: Any) -> PretrainedModel:
+    """Z-Image's architecture in bf16, likewise.
+
+    Args:
+        transformer, text: what differs from the true sizes.
+    """
+    torch.manual_seed(0)
+    tokenizer = chat_tokenizer()
+    sizes = {
+        "vocab_size": 151_936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40_960,
+    }
+    vae: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    parts = {
+        "transformer": _made(lambda: ZImageTransformer2DModel(**transformer)),
+        "vae": _made(lambda: _vae(**vae, use_quant_conv=False, use_post_quant_conv=False)),
+        "text_encoder": _made(lambda: Qwen3Model(Qwen3Config(**{**sizes, **text}))),
+        "tokenizer": tokenizer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
+    }
+    return _put_away(PretrainedModel("z_image", FAMILIES["z_image"], parts))
+
+
+def _made(make: Callable[[], torch.nn.Module]) -> Any:
+    """A module with random weights in bf16, made on the device in seconds; what is computed stays as it is."""
+    with init_empty_weights(include_buffers=False):
+        module = make()
+    for layer in module.modules():
+        for name, empty in list(layer.named_parameters(recurse=False)):
+            value = torch.empty(empty.shape, dtype=torch.bfloat16, device=DEVICE)
+            if value.dim() > 1:
+                value.normal_(std=0.02)
+            else:
+                value.fill_(0.0 if name == "bias" else 1.0)
+            setattr(layer, name, torch.nn.Parameter(value))
+    return module
+
+
+# What `--model` takes, and the families of these models.
+MODELS: dict[str, Callable[[], PretrainedModel]] = {"sd15": sd15, "sdxl": sdxl, "z_image": z_image}
+_FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "z_image": "z_image"}
 
 
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:
     """Those of a benchmark on one of ``MODELS``, at the model's own resolution."""
-    architecture = "sdxl" if model == "sdxl" else "sd"
+    architecture = _FAMILIES[model]
     shown = {**PROMPTS, "with_prior_preservation": True}  # also with methods that learn nothing from class pictures
     return Hyperparameters.parse({**shown, "seed": 0, "base_architecture": architecture, **wishes})
 
 
-def _vae(**options: Any) -> AutoencoderKL:
+def _vae(*, latent_channels: int = 4, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         **options,
     )
 

@@ -121,9 +121,7 @@ def draw_together(
     pipeline, family = sampler.pipeline, family_of(sampler.pipeline)
     pipeline.vae.disable_slicing()
     denoiser = getattr(pipeline, family.facts.denoiser)
-    scheduler = family.sampler(pipeline)
-    scheduler.set_timesteps(steps, device=DEVICE)
-    scheduler.set_begin_index(0)
+    scheduler = family.sampler(pipeline, steps, (SIDE, SIDE), DEVICE)
     # The empty prompt's rows, then those of the prompts.
     read = [sampler.embedded[prompt].text for prompt in prompts]
     text = {name: torch.cat([torch.stack([one[name][row] for one in read]) for row in (0, 1)]) for name in read[0]}
@@ -135,7 +133,7 @@ def draw_together(
     for time in scheduler.timesteps:
         both = torch.cat([latents, latents]).to(denoiser.dtype)
         without, asked = family.predict(denoiser, both, time, conditions).float().chunk(2)
-        latents = scheduler.step(without + guidance * (asked - without), time, latents, return_dict=False)[0]
+        latents = scheduler.step(family.guide(asked, without, guidance), time, latents, return_dict=False)[0]
     return sampling.decode(pipeline, latents)
 
 

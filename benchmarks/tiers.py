@@ -47,6 +47,7 @@ from dreambooth_sm.sampling import draw, make_sampler
 CARDS = {
     "sd15": ("H100", "A10G", "T4", "12GB", "10GB", "8GB", "6GB", "4GB"),
     "sdxl": ("H100", "A100-80", "A100-40", "L40S", "A10G", "L4", "T4", "12GB"),
+    "z_image": ("H100", "A100-40", "L40S", "A10G", "L4"),
 }
 
 

@@ -1,10 +1,12 @@
-"""Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, or SDXL at 1,024.
+"""Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, SDXL or Z-Image at
+1,024.
 
     python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
         [--write dreambooth_sm/planning/measured]
 
 One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures:
-``train_dreambooth.py``, ``train_dreambooth_lora.py`` or, with ``--model sdxl``, ``train_dreambooth_lora_sdxl.py``.
+``train_dreambooth.py``, ``train_dreambooth_lora.py`` or, with another model, ``train_dreambooth_lora_sdxl.py`` or
+``train_dreambooth_lora_z_image.py``.
 """
 
 from __future__ import annotations
@@ -95,8 +97,11 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "textual_inversion_small": (TEXTUAL_INVERSION, {"gradient_checkpointing": True}),
     "everything": ({"train_text_encoder": True, "use_ema": True}, {}),
 }
-# Those that SDXL is measured with.
-XL_VARIANTS = (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small")
+# Those that the others are measured with.
+OTHERS_VARIANTS = {
+    "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small"),
+    "z_image": ("lora", "lora_small", "lora_linear"),
+}
 # The variants that estimates are made from, and what their figures are called. `lean` is a rung that no card of
 # benchmarks.tiers gets.
 FIGURES = {
@@ -120,6 +125,10 @@ PEERS = {
     },
     "train_dreambooth_lora": {"diffusers_lora": _LORA, "diffusers_lora_small": [*_LORA, "--gradient_checkpointing"]},
     "train_dreambooth_lora_sdxl": {"diffusers_lora": _LORA},
+    "train_dreambooth_lora_z_image": {
+        "diffusers_lora": [*_LORA, "--cache_latents"],
+        "diffusers_lora_small": [*_LORA, "--cache_latents", "--gradient_checkpointing"],
+    },
 }
 
 
@@ -149,7 +158,8 @@ def run_peer(name: str, script: Path, model_name: str, steps: int, work: Path) -
     model = work / model_name
     h = hyperparameters(model_name)
     if not model.is_dir():
-        MODELS[model_name]().save(model, torch.float32)
+        base = MODELS[model_name]()
+        base.save(model, torch.bfloat16 if base.family.facts.overflows else torch.float32)
     make_pictures(work / "instance", 5, h.resolution)
     make_pictures(work / "class", 7, h.resolution)
     command = [sys.executable, "-m", "benchmarks.peer", name, str(script), str(steps)]
@@ -183,7 +193,7 @@ def main() -> None:
     add_write_option(parser)
     options = parser.parse_args()
     model = options.model
-    variants = options.variants or [name for name in VARIANTS if model == "sd15" or name in XL_VARIANTS]
+    variants = options.variants or OTHERS_VARIANTS.get(model, [*VARIANTS])
     if len(variants) > 1:
         write = [f"--write={options.write}"] if options.write else []
         in_fresh_processes("benchmarks.train_step", variants, f"--steps={options.steps}", f"--model={model}", *write)

@@ -10,13 +10,14 @@ SageMaker hands each hyperparameter over as a string, and some SDK versions enco
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 from pydantic import ValidationError
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.knobs.declare import rule
 from dreambooth_sm.knobs.decode import read_values, split_arguments
 from dreambooth_sm.knobs.docs import markdown_table
 from dreambooth_sm.knobs.hypernetwork import HypernetworkKnobs
@@ -58,6 +59,32 @@ class Hyperparameters(
             if name not in self.model_fields_set:
                 self._default(name, value)
         return super().fit_to_base()
+
+    @rule("pretrained_model_name_or_path", "base_architecture")
+    def _family_takes_what_is_set(self) -> Iterator[str]:
+        facts = FAMILIES[self.architecture].facts
+        for name, (values, why) in facts.takes.items():
+            value = getattr(self, name)
+            if value not in values:
+                usual = type(self).model_fields[name].default
+                others = " or ".join(str(each) for each in values if each != usual)
+                advice = f"leave {name} out" if usual in values else f"set it to {others}"
+                yield f"{name}={value} is not for {facts.title}: {why}; {advice}"
+
+    @rule("pretrained_model_name_or_path", "base_architecture", "time_sampling", "time_shift")
+    def _times_are_of_flow_matching(self) -> Iterator[str]:
+        facts = FAMILIES[self.architecture].facts
+        for name in ("time_sampling", "time_shift"):
+            if not facts.matches_flow and getattr(self, name) != type(self).model_fields[name].default:
+                others = ", ".join(each.facts.title for each in FAMILIES.values() if each.facts.matches_flow)
+                yield f"{name} is for models of flow matching ({others}), and this is {facts.title}; leave it out"
+
+    @rule("pretrained_model_name_or_path", "base_architecture", "resolution")
+    def _resolution_is_a_multiple_of_the_familys(self) -> Iterator[str]:
+        facts = FAMILIES[self.architecture].facts
+        if self.resolution % 8 == 0 and self.resolution % facts.multiple:
+            nearest = round(self.resolution / facts.multiple) * facts.multiple
+            yield f"resolution={self.resolution}: {facts.title} takes multiples of {facts.multiple}; set {nearest}"
 
     @classmethod
     def parse(

@@ -102,6 +102,11 @@ class PretrainedModel:
         return tuple(part for part in self.family.facts.parts if part.startswith("text_encoder"))
 
     @property
+    def half(self) -> torch.dtype:
+        """The 16-bit type that it draws in."""
+        return torch.bfloat16 if self.family.facts.overflows else torch.float16
+
+    @property
     def vae_dtype(self) -> torch.dtype:
         """The smallest type that the VAE computes in."""
         return self.family.vae_dtype(self.vae.config)
@@ -219,8 +224,10 @@ def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtyp
     for parameter in module.parameters():
         value = parameter.detach().to(device, dtype if parameter.is_floating_point() else None, copy=True)
         memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
-    for buffer in module.buffers():
-        memo[id(buffer)] = buffer.to(device, dtype if buffer.is_floating_point() else None, copy=True)
+    stored = {id(value) for value in module.state_dict(keep_vars=True).values()}
+    for buffer in module.buffers():  # what is not stored is computed: rotary frequencies, in full precision
+        cast = buffer.is_floating_point() and id(buffer) in stored
+        memo[id(buffer)] = buffer.to(device, dtype if cast else None, copy=True)
     return copy.deepcopy(module, memo)
 
 
@@ -375,11 +382,11 @@ def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
         )
     pipeline = stored.pipeline
     modules = parts_of(pipeline)
-    parts = (*modules, *tokenizers_of(modules), "scheduler", "feature_extractor")
+    parts = [*modules, *tokenizers_of(modules), "scheduler", "feature_extractor"]
     return PretrainedModel(
         name,
         family_of(pipeline),
-        {part: getattr(pipeline, part) for part in parts},
+        {part: getattr(pipeline, part) for part in parts if hasattr(pipeline, part)},
         config=pipeline.config,
         remarks=stored.remarks,
         files=stored.tensors,

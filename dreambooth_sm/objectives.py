@@ -30,6 +30,9 @@ class Objective(Protocol):
     def to(self, device: torch.device) -> Objective:
         """Itself, with its tensors on a device."""
 
+    def told(self, times: Tensor) -> Tensor:
+        """What denoisers are told of times, ``(rows,)``."""
+
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """Makes what the denoiser is shown."""
 
@@ -81,6 +84,9 @@ class Diffusion:
     def to(self, device: torch.device) -> Diffusion:
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
 
+    def told(self, times: Tensor) -> Tensor:
+        return times
+
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         signal = self._signal(times)
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -116,3 +122,61 @@ class Diffusion:
 
     def _signal(self, times: Tensor) -> Tensor:
         return self.alphas_cumprod[times].view(-1, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Straight ways between pictures and noise (Lipman et al. 2022, "Flow Matching for Generative Modeling"; Liu et al.
+    2022, "Flow Straight and Fast").
+
+    A time is a quantile: each is drawn as often as another, and ``sigmas`` say how they are spread.
+
+    Attributes:
+        sigmas: float32 ``(times,)``, the share of noise at each time, rising.
+    """
+
+    sigmas: Tensor
+
+    @classmethod
+    def of(cls, shift: float, sampling: str, times: int) -> FlowMatching:
+        """With times of which a share is drawn above and below any sigma.
+
+        Args:
+            shift: more than 1 shows noisy pictures more often; 1 leaves them as ``sampling`` has them.
+            sampling: ``uniform``, or ``logit_normal`` (Esser et al. 2024, "Scaling Rectified Flow Transformers for
+                High-Resolution Image Synthesis").
+        """
+        if sampling == "uniform":
+            sigmas = torch.arange(1, times + 1, dtype=torch.float32) / times
+        else:
+            middles = (torch.arange(times, dtype=torch.float64) + 0.5) / times
+            sigmas = torch.special.ndtri(middles).sigmoid().float()
+        return cls(shift * sigmas / (1 + (shift - 1) * sigmas))
+
+    @property
+    def times(self) -> int:
+        return len(self.sigmas)
+
+    def to(self, device: torch.device) -> FlowMatching:
+        return replace(self, sigmas=self.sigmas.to(device))
+
+    def told(self, times: Tensor) -> Tensor:
+        """Sigmas from 0 to the number of times, as schedulers of diffusers have them."""
+        return self.sigmas[times] * self.times
+
+    def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        sigma = self._sigma(times)
+        return (1 - sigma) * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        return noise - latents
+
+    def row_weights(self, times: Tensor) -> Tensor | None:
+        return None
+
+    def invert(self, seen: Tensor, prediction: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = self._sigma(times)
+        return seen - sigma * prediction, seen + (1 - sigma) * prediction
+
+    def _sigma(self, times: Tensor) -> Tensor:
+        return self.sigmas[times].view(-1, 1, 1, 1)

@@ -18,14 +18,8 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.model import Pipeline
 from dreambooth_sm.training.quantised import is_quantised, quantise_layers
 
-# DPM++ 2M (Lu et al. 2022) needs about half the steps of PNDM for the same picture.
-STEPS = 25
-GUIDANCE = 7.5
 # Side of the tiles, in pixels, that pictures are decoded in where they don't fit as a whole.
 _TILE = 256
-# Noise levels (sigma, from above to below) at which guidance is worth its second forward pass: at higher ones it takes
-# variety away, at lower ones it changes nothing (Kynkäänniemi et al. 2024, "Applying Guidance in a Limited Interval").
-GUIDED_SIGMAS = (5.42, 0.28)
 
 
 @dataclass(frozen=True)
@@ -42,14 +36,15 @@ class Sampler:
 
 
 def make_sampler(
-    base: PretrainedModel, plan: Plan, prompts: Iterable[str] | None = None, guidance: float = GUIDANCE
+    base: PretrainedModel, plan: Plan, prompts: Iterable[str] | None = None, guidance: float | None = None
 ) -> Sampler:
     """The base model ready to draw on the plan's device, in half precision on a GPU.
 
     Args:
         prompts: that it will draw: the text encoders are let go of before the other parts are read. None keeps them.
-        guidance: that it will draw these with.
+        guidance: that it will draw these with; None for the family's.
     """
+    guidance = base.family.facts.drawing.guidance if guidance is None else guidance
     parts = base.family.facts.parts
     embedded: dict[str, Conditioning] = {}
     if prompts is not None:
@@ -66,7 +61,7 @@ def make_sampler(
 def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     """A module of the base model on the plan's device, in the precision that is drawn in; in fewer bits where it is
     trained beside in fewer."""
-    half = base.vae_dtype if part == "vae" else torch.float16
+    half = base.vae_dtype if part == "vae" else base.half
     dtype = half if _in_half(plan) else torch.float32
     quantised = (base.family.facts.denoiser, *(base.text_parts if plan.train_text_encoder else ()))
     # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
@@ -88,14 +83,15 @@ def draw(
     *,
     resolution: int,
     batch_size: int = 1,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    steps: int | None = None,
+    guidance: float | None = None,
 ) -> Iterator[list[Image.Image]]:
     """Draws one picture a seed; a picture depends on its own seed alone, not on the batch it is drawn in.
 
     Args:
         resolution: side of the pictures in pixels.
         batch_size: pictures drawn at a time; halved where the device has no memory for so many.
+        steps, guidance: None for the family's.
 
     Yields:
         the pictures of each batch, in the order of ``seeds``.
@@ -113,8 +109,8 @@ def draw_latents(
     *,
     size: tuple[int, int],
     batch_size: int = 1,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    steps: int | None = None,
+    guidance: float | None = None,
     guided: tuple[float, float] = (float("inf"), 0.0),
 ) -> Iterator[torch.Tensor]:
     """Draws as :func:`draw` does, without decoding.
@@ -127,6 +123,8 @@ def draw_latents(
         the scaled latents of each batch, float32 ``(pictures, 4, height / 8, width / 8)`` on the pipeline's device.
     """
     sampler = model if isinstance(model, Sampler) else Sampler(model)
+    usual = family_of(sampler.pipeline).facts.drawing
+    steps, guidance = usual.steps if steps is None else steps, usual.guidance if guidance is None else guidance
     done = 0
     while done < len(seeds):
         # Batches of one size, as far as that goes: each size costs a warm-up.
@@ -174,22 +172,20 @@ def _denoise(
     family = family_of(pipeline)
     denoiser = getattr(pipeline, family.facts.denoiser)
     device = denoiser.device
-    scheduler = family.sampler(pipeline)
-    scheduler.set_timesteps(steps, device=device)
-    scheduler.set_begin_index(0)
+    scheduler = family.sampler(pipeline, steps, size, device)
     conditions = _conditions(sampler, prompt, size, guided=guidance > 1)
     numbers = torch.arange(len(conditions), device=device)
     together, alone = (conditions.of(rows.repeat_interleave(len(seeds))) for rows in (numbers, numbers[-1:]))
     width, height = (side // pipeline.vae_scale_factor for side in size)
     shape = (pipeline.vae.config.latent_channels, height, width)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents = torch.stack(noise).to(device) * scheduler.init_noise_sigma
+    latents = torch.stack(noise).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):
         used = together if guided[1] < sigma <= guided[0] else alone
         count = len(used) // len(seeds)
         model_input = torch.cat([latents] * count).to(denoiser.dtype)
         outputs = family.predict(denoiser, model_input, timestep, used).float().chunk(count)
-        output = outputs[0] if count == 1 else outputs[0] + guidance * (outputs[1] - outputs[0])
+        output = outputs[0] if count == 1 else family.guide(outputs[1], outputs[0], guidance)
         latents = scheduler.step(output, timestep, latents, return_dict=False)[0]
     return latents
 

@@ -86,7 +86,8 @@ class Validator:
         self.on_draw: Callable[[Sequence[ValidationPicture]], object] | None = None
         if prompts and h.validation_steps:
             # In half precision where pictures are drawn so: host memory is short where cards are small.
-            dtype = torch.float16 if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
+            half = trained.model.half
+            dtype = half if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
             self._copy = trained.drawable(dtype)
 
     def is_due(self, step: int) -> bool:

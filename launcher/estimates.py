@@ -109,6 +109,15 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     return Estimate(instance, instance_count, h.method, plan, minutes, usd)
 
 
+def cheapest_that_fits(h: Hyperparameters, instance_count: int, pictures: int) -> str:
+    """Names the instance type that a job would get, after one that it does not fit; empty where there is none."""
+    try:
+        found = choose_instance(h, instance_count=instance_count, pictures=pictures).name
+    except UserError:
+        return ""
+    return f"; instance_type='auto' takes {found}"
+
+
 def slowdown(card: Card) -> float:
     """Estimates by how much a card is slower than an H200: by 16-bit arithmetic (no sparsity) and memory bandwidth."""
     tflops, bandwidth = (

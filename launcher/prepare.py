@@ -22,7 +22,7 @@ from launcher.aws.clients import Clients
 from launcher.aws.lookup import MANIFEST_FILE, Listed, Lookup
 from launcher.channels import MANIFEST, Channel
 from launcher.draft import Draft, read_draft
-from launcher.estimates import Estimate, choose_instance, estimate_on
+from launcher.estimates import Estimate, cheapest_that_fits, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
 from launcher.jobs.job import Job
 from launcher.local.program import CONTAINER
@@ -327,7 +327,11 @@ def _choose_instance(draft: Draft) -> Estimate | None:
             instance = choose_instance(h, max_minutes=limit, instance_count=count, pictures=draft.pictures)
         else:
             instance = find_instance(resources.instance_type)
-        chosen = estimate_on(h, instance, instance_count=count, pictures=draft.pictures)
+        try:
+            chosen = estimate_on(h, instance, instance_count=count, pictures=draft.pictures)
+        except UserError as error:
+            more = cheapest_that_fits(h, count, draft.pictures)
+            raise UserError([*error.problems[:-1], error.problems[-1] + more]) from None
         if limit is not None and chosen.minutes is not None and chosen.minutes > limit:
             raise UserError(
                 f"max_minutes={limit}: the job is expected to take about {chosen.minutes:.0f} minutes on "

@@ -88,6 +88,14 @@ def tiny_xl_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Z-Image pipeline of 0.7 M parameters; not to be written to."""
+    from tests.helpers.tiny import save_tiny_z_image_pipeline
+
+    return save_tiny_z_image_pipeline(tmp_path_factory.mktemp("base") / "tiny-z-image")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pictures of the example subject, scaled down; not to be written to."""
     from PIL import Image

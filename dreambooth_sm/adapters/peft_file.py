@@ -44,7 +44,7 @@ def write_peft(
     for part, trained in adapter.parts.items():
         layers = with_projections(trained)
         for name, layer in layers.items():
-            tensors |= {f"{part}.{_old(part, name)}.{key}": value for key, value in _tensors(layer).items()}
+            tensors |= {f"{part}.{_old(part, name)}.{key}": value for key, value in tensors_of(layer).items()}
         configs |= {f"{part}.{key}": value for key, value in peft_config(layers).items()}
     header = {**(notes or {}), CONFIG_FIELD: json.dumps(configs, indent=2, sort_keys=True)}
     write_safetensors(path, {key: Stored.of(value) for key, value in tensors.items()}, dtype=dtype, notes=header)
@@ -54,7 +54,7 @@ def _old(part: str, name: str) -> str:
     return _CLIP + name if part == "text_encoder" and not name.startswith(_CLIP) else name
 
 
-def _tensors(layer: Layer) -> dict[str, Tensor]:
+def tensors_of(layer: Layer) -> dict[str, Tensor]:
     """A layer's tensors by the ends of their names, with its scale in them."""
     if isinstance(layer, LowRank):
         if layer.middle is not None:

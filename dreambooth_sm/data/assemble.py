@@ -76,7 +76,7 @@ def encode_training_set(
         views=len(views[0]),
         channels=base.vae.config.latent_channels,
         latent_scale=base.latent_scale,
-        timesteps=base.family.objective(base).times,
+        timesteps=base.family.objective(base, h).times,
         empty_prompt=empty,
         caption_dropout=h.caption_dropout,
         noise_offset=h.noise_offset,
@@ -105,7 +105,7 @@ def encode_training_set(
     if encodes_in_steps(plan, h):
         prompts = {name: value.to(device) for name, value in table.tokens(base).items()}
     else:
-        prompts = dict(table.embeddings(base.with_parts(_text_encoders(base, device))).text)
+        prompts = dict(table.embeddings(base.with_parts(_text_encoders(base, plan, device))).text)
         free_memory()
     batch_sampler = make_batch_sampler(instances, classes, seed=seed)
     weights = None
@@ -116,8 +116,11 @@ def encode_training_set(
     return TrainingSet(batch_sampler, latents, prompts, extras, weights)
 
 
-def _text_encoders(base: PretrainedModel, device: torch.device) -> dict[str, Any]:
-    return {part: base.part(part, device, torch.float32) for part in base.text_parts}
+def _text_encoders(base: PretrainedModel, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """In full precision, where that is not a language model of gigabytes on a card."""
+    large = base.family.facts.footprint.has_language_model and plan.precision != "fp32"
+    dtype = base.half if large else torch.float32
+    return {part: base.part(part, device, dtype) for part in base.text_parts}
 
 
 def outputs_of_base(
@@ -137,7 +140,7 @@ def outputs_of_base(
     outputs = base_outputs(
         drawing_part(base, plan, base.family.facts.denoiser),
         base.family,
-        base.family.objective(base),
+        base.family.objective(base, h),
         batch_sampler,
         latents,
         lambda batch: conditions.of(batch.pictures).beside(extras(batch)),

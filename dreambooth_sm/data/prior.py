@@ -17,17 +17,17 @@ from dreambooth_sm.data.concepts import Subject, shapes_of
 from dreambooth_sm.data.pictures import Shape
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.families import family_of
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.outputs import scratch_directory
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.sampling import GUIDED_SIGMAS, Sampler, decode, draw_latents, drawing_part, make_sampler
+from dreambooth_sm.sampling import Sampler, decode, draw_latents, drawing_part, make_sampler
 from dreambooth_sm.storage import S3Options, S3Uri
 from dreambooth_sm.stored.model import Pipeline, parts_of
 
-CLASS_IMAGE_STEPS = 20
 # Pictures of those made that are decoded, for people to look at; training needs the latents alone.
 SHOWN = 4
 # Far from the seeds that people draw with: what a trained model draws from noise that it was trained on proves little.
@@ -77,7 +77,8 @@ class ClassImages:
         self._weights = weights or fingerprint({part: getattr(pipeline, part) for part in shaping(parts_of(pipeline))})
         software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
         schedule = sorted(pipeline.scheduler.config.items())
-        self._manner = f"whole prompts, DPM++ 2M, Karras sigmas, seeds from {_FIRST_SEED}, {software}, {schedule}"
+        self._drawing = family_of(pipeline).facts.drawing
+        self._manner = f"{self._drawing.manner}, seeds from {_FIRST_SEED}, {software}, {schedule}"
 
     def complete(self, subject: Subject, shapes: Sequence[Shape], first: int = 0) -> Subject:
         """The subject with all class pictures: its own first, generated ones for the rest.
@@ -157,9 +158,9 @@ class ClassImages:
             weights=self._weights,
             sampler=self._manner,
             prompt=prompt,
-            steps=CLASS_IMAGE_STEPS,
+            steps=self._drawing.class_steps,
             guidance=self._guidance,
-            guided=GUIDED_SIGMAS,
+            guided=self._drawing.guided,
             size=size,
         )
 

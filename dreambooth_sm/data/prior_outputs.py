@@ -67,7 +67,7 @@ def base_outputs(
         prediction = family.predict(
             denoiser,
             seen.to(denoiser.device, denoiser.dtype),
-            batch.timesteps.to(denoiser.device),
+            objective.told(batch.timesteps).to(denoiser.device),
             conditions_of(batch).to(denoiser.device, denoiser.dtype),
         )
         latents, noise = objective.invert(seen, prediction.float().cpu(), batch.timesteps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -12,21 +13,28 @@ class ModelFootprint:
     """The sizes that memory depends on, beside measured figures (``planning/measured``).
 
     Attributes:
-        unet, text_encoder, vae: millions of parameters; of all text encoders together.
+        denoiser, text_encoder, vae: millions of parameters; of all text encoders together.
         text_width: of the text encoders' states, side by side.
-        unet_coded, text_coded: those that can be kept in fewer bits (``base_weights``).
+        denoiser_coded, text_coded: those that can be kept in fewer bits (``base_weights``).
+        largest_coded: those of the largest layer of them, which is made whole while it computes.
         vae_bytes: width of the VAE's values while pictures are drawn.
-        trains_text_encoder: whether its text encoders are trained beside the UNet where nobody says otherwise.
+        trains_text_encoder: whether its text encoders are trained beside the denoiser where nobody says otherwise.
     """
 
-    unet: float
+    denoiser: float
     text_encoder: float
     vae: float
     text_width: int
-    unet_coded: float = 0.0
+    denoiser_coded: float = 0.0
     text_coded: float = 0.0
+    largest_coded: float = 29.5
     vae_bytes: int = 2
     trains_text_encoder: bool = True
+
+    @property
+    def has_language_model(self) -> bool:
+        """Whether its text encoders take gigabytes, and other precautions than CLIP."""
+        return self.text_encoder > 1000
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,27 @@ class AdaptedLayers:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn where nobody says otherwise.
+
+    Attributes:
+        manner: solver and schedule, in words by which class images of earlier jobs are told apart.
+        steps, class_steps: of pictures to look at, and of class images.
+        batch: most class images at a time; more are not faster, and delay the end of a job that is to stop.
+        guidance: classifier-free guidance of pictures to look at; 1 is none.
+        guided: noise levels (sigma, from above to below) at which guidance is worth its second forward pass, in class
+            images.
+    """
+
+    manner: str
+    steps: int
+    class_steps: int
+    guidance: float
+    guided: tuple[float, float]
+    batch: int = 64
+
+
+@dataclass(frozen=True)
 class Facts:
     """One family.
 
@@ -56,6 +85,7 @@ class Facts:
         listed: how a list of all families calls it, after those before it.
         resolution: side of the pictures that it was trained on last, in pixels; what users expect where they name none.
         pipeline: the class of diffusers that draws with it.
+        drawing: how that is done here.
         parts: its modules with weights, by their names in the pipeline; the denoiser comes first.
         tags: what the hub calls its models.
         methods: that can train it, each with the defaults of hyperparameters that are others for it.
@@ -63,6 +93,13 @@ class Facts:
         licences: by the start of a base model's name, as the hub gives them.
         folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has.
         names: found in what makers call their models, and ``hint``, the one to tell users of.
+        adapters: the layout of adapters' files beside diffusers' own: ``kohya`` or ``comfyui``.
+        distilled: found in the names of models that were distilled into fewer steps, which training undoes.
+        overflows: whether fp16 is too small for its values, so that it needs a card with bf16.
+        multiple: of which pictures' sides have to be, in pixels.
+        longest_prompt: in tokens; None where a hyperparameter says it.
+        matches_flow: whether it is trained by flow matching.
+        takes: hyperparameters that have to have one of some values, each with these and the reason.
     """
 
     name: str
@@ -73,6 +110,7 @@ class Facts:
     resolution: int
     footprint: ModelFootprint
     pipeline: str
+    drawing: Drawing
     parts: tuple[str, ...]
     tags: tuple[str, ...]
     methods: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"full": {}})
@@ -82,6 +120,13 @@ class Facts:
     tensor: bytes | None = None
     names: re.Pattern[str] | None = None
     hint: str | None = None
+    adapters: Literal["kohya", "comfyui"] = "kohya"
+    distilled: re.Pattern[str] | None = None
+    overflows: bool = False
+    multiple: int = 8
+    longest_prompt: int | None = None
+    matches_flow: bool = False
+    takes: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> str:

@@ -18,6 +18,25 @@ if TYPE_CHECKING:
 Pair = tuple[int, int]
 
 
+class LossKnobs(Protocol):
+    """The hyperparameters that objectives are made by."""
+
+    @property
+    def snr_gamma(self) -> float | None: ...
+
+    @property
+    def debiased_loss(self) -> bool: ...
+
+    @property
+    def time_sampling(self) -> str: ...
+
+    @property
+    def time_shift(self) -> float | str: ...
+
+    @property
+    def resolution(self) -> int: ...
+
+
 class Family(Protocol):
     """One kind of model.
 
@@ -60,13 +79,26 @@ class Family(Protocol):
         """The denoiser's answer, of the shape of ``noised``.
 
         Args:
-            times: int64 ``(rows,)``, or one for all rows.
+            times: as the objective tells them (:meth:`~dreambooth_sm.objectives.Objective.told`), and the sampler:
+                ``(rows,)``, or one for all rows.
         """
 
-    def sampler(self, model: Any) -> Any:
-        """A scheduler of diffusers that pictures are drawn with, whatever the model comes with."""
+    def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
+        """A scheduler of diffusers that pictures are drawn with, whatever the model comes with, before its first step.
 
-    def objective(self, model: Any, snr_gamma: float | None = None, debiased: bool = False) -> Objective:
+        Args:
+            size: of the pictures.
+        """
+
+    def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
+        """Classifier-free guidance (Ho and Salimans 2022): what is drawn with.
+
+        Args:
+            predicted, without: the denoiser's answers for the prompt, and for the empty one.
+            guidance: 1 leaves it to the prompt's.
+        """
+
+    def objective(self, model: Any, h: LossKnobs) -> Objective:
         """Makes the objective that the model was trained with; its tensors are on the CPU."""
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:

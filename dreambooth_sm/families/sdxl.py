@@ -13,6 +13,7 @@ from dreambooth_sm.families.family import Pair
 from dreambooth_sm.families.sd import (
     ALL,
     ATTENTION,
+    DRAWING,
     LINEAR,
     LORA_DEFAULTS,
     PIVOTAL_DEFAULTS,
@@ -41,16 +42,17 @@ class StableDiffusionXL(StableDiffusion):
         listed="XL",
         resolution=1024,
         footprint=ModelFootprint(
-            unet=2567.5,
+            denoiser=2567.5,
             text_encoder=817.7,
             vae=83.7,
             text_width=2048,
-            unet_coded=2560.6,
+            denoiser_coded=2560.6,
             text_coded=714.7,
             vae_bytes=4,  # its VAE overflows in 16 bits
             trains_text_encoder=False,
         ),
         pipeline="StableDiffusionXLPipeline",
+        drawing=DRAWING,
         parts=("unet", "vae", "text_encoder", "text_encoder_2"),
         methods={
             "full": {},

@@ -25,8 +25,15 @@ def markdown_table(knobs: type[Knobs]) -> str:
 def _defaults_of_methods(name: str) -> list[str]:
     """Those that are others for some method."""
     facts = [family.facts for family in FAMILIES.values()]
-    methods = [item for each in facts for item in each.methods.items()]
-    said = [f"with method={method} `{defaults[name]}`" for method, defaults in methods if name in defaults]
+    values: dict[str, dict[str, object]] = {}  # by method and family, where there are any
+    for each in facts:
+        for method, defaults in each.methods.items():
+            values.setdefault(method, {})[each.title] = defaults.get(name)
+    said = []
+    for method, by_family in values.items():
+        own = {title: value for title, value in by_family.items() if value is not None}
+        alike = len({*own.values()}) == 1 and len(own) == len(by_family)
+        said += [f"with method={method}{'' if alike else f' of {title}'} `{value}`" for title, value in own.items()]
     return list(dict.fromkeys(said))
 
 

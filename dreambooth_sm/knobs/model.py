@@ -61,6 +61,11 @@ class ModelKnobs(Knobs):
     use_ema_weights: bool = knob(
         False, "Start from the average (EMA) that a single-file checkpoint carries beside its weights."
     )
+    train_distilled: bool = knob(
+        False,
+        "Train a model that was distilled to draw in a few steps (Turbo) all the same: it unlearns that. What is "
+        "trained beside its base model can usually be drawn with beside it.",
+    )
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = knob(
         "auto", "What the base model's UNet predicts. auto: as the model says."
     )
@@ -79,6 +84,17 @@ class ModelKnobs(Knobs):
             near = near_name(name.lower(), [TOYBOX])
             hint = f"did you mean {near}?" if near else _WHAT_TO_WRITE
             yield f"pretrained_model_name_or_path: {short(name)} {_NO_MODEL}; {hint}"
+
+    @rule("pretrained_model_name_or_path", "base_architecture", "train_distilled")
+    def _base_is_not_distilled(self) -> Iterator[str]:
+        facts, name = FAMILIES[self.architecture].facts, self.pretrained_model_name_or_path
+        last = "/".join(name.rstrip("/").split("/")[-2:])
+        if facts.distilled and facts.distilled.search(last) and not self.train_distilled:
+            yield (
+                f"pretrained_model_name_or_path: {short(name)} is distilled to draw in a few steps, which training "
+                f"undoes; train {facts.title} itself, whose adapters can be drawn with beside it, or set "
+                "train_distilled=true"
+            )
 
     @rule("pretrained_vae_name_or_path")
     def _vae_can_be_found(self) -> Iterator[str]:

@@ -69,6 +69,16 @@ class TrainingKnobs(Knobs):
         "Weigh times by 1 / sqrt(SNR), so that noisy ones, which decide on shapes, count more (Yu et al. 2023); "
         "instead of snr_gamma.",
     )
+    time_sampling: Literal["uniform", "logit_normal"] = knob(
+        "uniform",
+        "With models of flow matching: how often each share of noise is trained on, before time_shift. logit_normal: "
+        "middle ones more often (Esser et al. 2024).",
+    )
+    time_shift: PositiveFloat | Literal["auto", "resolution"] = knob(
+        "auto",
+        "With models of flow matching: more than 1 trains more on noisy pictures, which decide on shapes. auto: as the "
+        "model is drawn with; resolution: more for larger pictures.",
+    )
     loss: Literal["squared", "huber"] = knob(
         "squared",
         "Loss of each latent value. huber: errors beyond huber_delta count by their size and not by its square, so "

@@ -45,7 +45,7 @@ class Full:
     )
 
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
-        return footprint.unet + (footprint.text_encoder if text_encoder else 0)
+        return footprint.denoiser + (footprint.text_encoder if text_encoder else 0)
 
     def activations(self, h: Hyperparameters) -> str:
         return ""

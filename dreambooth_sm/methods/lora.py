@@ -62,6 +62,9 @@ class Lora:
 
     def usage(self, pipeline: str, base: str, prompt: str, hyperparameters: Mapping[str, Any]) -> str:
         variant, export = hyperparameters["lora_variant"], hyperparameters["export"]
+        facts = next((each.facts for each in FAMILIES.values() if each.facts.pipeline == pipeline), None)
+        comfyui = facts is not None and facts.adapters == "comfyui"
+        scale = f"{'joint' if comfyui else 'cross'}_attention_kwargs={{'scale': 0.5}}"
         told = []
         if export != "merged" and variant in DIFFUSERS_VARIANTS:
             told.append(f"""```python
@@ -69,13 +72,17 @@ from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained({base!r})
 pipeline.load_lora_weights('.')  # this directory
-picture = pipeline({prompt!r}).images[0]  # cross_attention_kwargs={{'scale': 0.5}}: half as much of it
+picture = pipeline({prompt!r}).images[0]  # {scale}: half as much of it
 ```""")
         if export != "merged" and variant in FLAT_VARIANTS:
-            told.append(
+            webui = (
                 f"In WebUI, the other file, not `{FILE}`, goes to `models/Lora`, and prompts call it by its name "
                 "without the ending: `<lora:NAME:1>`. In ComfyUI, it goes to `models/loras`, for the node Load LoRA."
             )
+            nodes = (
+                f"In ComfyUI, the other file, not `{FILE}`, goes to `models/loras`, for the node LoraLoaderModelOnly."
+            )
+            told.append(nodes if comfyui else webui)
         if export != "adapter":
             told.append(
                 f"""{"Base model and adapter as one:" if told else ""}
@@ -233,6 +240,7 @@ class Adapters:
 
     def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
         from dreambooth_sm.adapters.adapter import merge_stored
+        from dreambooth_sm.adapters.comfy_file import write_comfy
         from dreambooth_sm.adapters.kohya_file import write_kohya
         from dreambooth_sm.adapters.peft_file import write_peft
 
@@ -242,7 +250,10 @@ class Adapters:
             write_peft(directory / FILE, adapter, dtype=dtype, notes=notes)
             if h.lora_variant in FLAT_VARIANTS:
                 path = directory / f"{h.model_name}.safetensors"
-                write_kohya(path, adapter, self.model.configs, dtype=dtype, notes=notes)
+                if self.model.family.facts.adapters == "comfyui":
+                    write_comfy(path, adapter, self.model.family.facts, dtype=dtype, notes=notes)
+                else:
+                    write_kohya(path, adapter, self.model.configs, dtype=dtype, notes=notes)
         if h.export != "adapter":
             base = self._base
             merged = {part: merge_stored(layers, base.weights(part)) for part, layers in adapter.parts.items()}

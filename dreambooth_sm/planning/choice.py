@@ -144,7 +144,8 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
     # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
     sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= _FAST_FROM_GIB else (16, 8, 4, 2, 1)
-    batches = [n for n in sizes if sampling_peak_gb(n, h) <= card.budget_gb]
+    most = FAMILIES[h.architecture].facts.drawing.batch
+    batches = [n for n in sizes if n <= most and sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
 
 
@@ -208,6 +209,12 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
         )
     if not card.is_cpu and not h.use_cpu and h.mixed_precision == "bf16" and not card.has_bf16:
         problems.append(f"mixed_precision=bf16: {card.name} has no bf16; set mixed_precision to fp16 or auto")
+    if facts.overflows and not (card.is_cpu or h.use_cpu or card.has_bf16 or h.mixed_precision == "no"):
+        able = next(name for name, other in CARDS.items() if other.has_bf16)
+        problems.append(
+            f"{card.name} has no bf16, and {facts.title} computes values beyond the range of fp16; use a card with "
+            f"bf16, such as {able}"
+        )
     if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
         problems.append(f"attention=flash_attention: {card.name} can't run it; set attention to default or auto")
     return problems
@@ -238,7 +245,9 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
             relaxed = h.model_copy(update=change)
             if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card)):
                 return [f"{text}; it fits with {' '.join(f'{k}={v}' for k, v in change.items())}"]
-    needed = [c for c in CARDS.values() if c.budget_gb >= smallest.predicted_peak_gb]
+    overflows = FAMILIES[h.architecture].facts.overflows
+    able = [c for c in CARDS.values() if c.has_bf16 or not overflows]
+    needed = [c for c in able if c.budget_gb >= smallest.predicted_peak_gb]
     return [f"{text}; use a larger card{f', such as {needed[0].name}' if needed else ''}"]
 
 

@@ -15,8 +15,6 @@ OUTPUTS_PER_IMAGE = 8
 _OVERHEAD_GB = figure("shared", "overhead_gb")
 # Gradients grow while activations go: their peaks add up in part.
 _OVERLAP = figure("shared", "overlap")
-# Billions of values of the largest layer in fewer bits, which is made whole while it computes.
-_LAYER_VALUES = 0.0295
 # The VAE's activations for a picture of 512 pixels: in 32 bits while it encodes, and for each byte of its values' width
 # while it decodes.
 _ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "decoding_gb")
@@ -78,13 +76,13 @@ def frozen_gb(plan: Plan, model: ModelFootprint, encodes: bool) -> float:
         encodes: whether its text encoders compute as well.
     """
     width = 4 if plan.precision == "fp32" else 2
-    computing = model.unet + (model.text_encoder if encodes else 0)
-    coded = model.unet_coded + (model.text_coded if encodes else 0)
+    computing = model.denoiser + (model.text_encoder if encodes else 0)
+    coded = model.denoiser_coded + (model.text_coded if encodes else 0)
     if plan.base_weights == "plain":
         return 1e-3 * width * computing
     # A scale of each row counts for nothing, and one of each block of 64 values for its share.
     codes = 1.0 if plan.base_weights == "int8" else 0.5 + width / 64
-    return 1e-3 * (width * (computing - coded) + codes * coded) + width * _LAYER_VALUES
+    return 1e-3 * (width * (computing - coded) + codes * coded) + 1e-3 * width * model.largest_coded
 
 
 def draws_while_training(h: Hyperparameters) -> bool:
@@ -94,12 +92,17 @@ def draws_while_training(h: Hyperparameters) -> bool:
 
 def drawing_gb(precision: Precision, h: Hyperparameters) -> float:
     """Predicts what a validation picture takes beside training: a pipeline with its VAE, only while it draws."""
-    return sampling_peak_gb(1, h) * (2 if precision == "fp32" else 1)
+    facts = FAMILIES[h.architecture].facts
+    peak = sampling_peak_gb(1, h)
+    if METHODS[h.method].leaves_base and facts.overflows and precision == "bf16":
+        peak -= 2e-3 * facts.footprint.denoiser  # training's own draws, in the same type
+    return peak * (2 if precision == "fp32" else 1)
 
 
 def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
     model = FAMILIES[h.architecture].facts.footprint
-    models = 2e-3 * (model.unet + model.text_encoder) + 1e-3 * model.vae_bytes * model.vae
+    text = 0.0 if model.has_language_model else model.text_encoder  # which is let go of before the denoiser is read
+    models = 2e-3 * (model.denoiser + text) + 1e-3 * model.vae_bytes * model.vae
     decoding = _DECODING_GB * model.vae_bytes
     return models + max(figure(h.architecture, "drawn_gb") * batch_size, decoding) * (h.resolution / 512) ** 2

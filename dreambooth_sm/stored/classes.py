@@ -16,10 +16,13 @@ with importing():
         DDPMScheduler,
         DPMSolverMultistepScheduler,
         EulerDiscreteScheduler,
+        FlowMatchEulerDiscreteScheduler,
         SchedulerMixin,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
+        ZImagePipeline,
+        ZImageTransformer2DModel,
     )
     from transformers import (
         CLIPImageProcessor,
@@ -27,6 +30,9 @@ with importing():
         CLIPTextModel,
         CLIPTextModelWithProjection,
         CLIPTokenizer,
+        PreTrainedModel,
+        Qwen2Tokenizer,
+        Qwen3Model,
     )
 
 __all__ = [
@@ -39,10 +45,16 @@ __all__ = [
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "PreTrainedModel",
+    "Qwen2Tokenizer",
+    "Qwen3Model",
     "SchedulerMixin",
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "UNet2DConditionModel",
+    "ZImagePipeline",
+    "ZImageTransformer2DModel",
     "diffusers",
     "init_empty_weights",
 ]

@@ -15,10 +15,11 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.stored.model import CLASSES, empty_module
+from dreambooth_sm.stored import z_image
+from dreambooth_sm.stored.model import USUAL, class_of, empty_module
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 _BOM = b"\xef\xbb\xbf"
 _COPY = "copy it again"
@@ -32,6 +33,9 @@ _MANY = (
 )
 _MOST_LAYERS, _MOST = 1000, 1_000_000
 # A UNet that wants more than a picture, a time and a prompt can't be trained on pictures and prompts.
+# Text encoders' own names of their kinds, by their classes.
+_MODEL_TYPES = {"Qwen3Model": ("qwen3",)}
+_CLIP_TYPES = ("clip_text_model", "clip")
 _CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim", "time_cond_proj_dim")
 
 
@@ -78,21 +82,23 @@ def make(kind: Callable[..., Any], config: Mapping[str, Any], where: str, name: 
         raise UserError(f"{where} makes no {name} ({reason}); {advice}") from None
 
 
-def make_module(part: str, config: Mapping[str, Any], where: str) -> nn.Module:
+def make_module(part: str, config: Mapping[str, Any], where: str, pipeline: str = USUAL) -> nn.Module:
     """A module of a pipeline with its weights on the meta device.
 
     Args:
         part: one of those that ``PARTS`` names.
         where: what messages call its configuration.
+        pipeline: name of the pipeline's class.
 
     Raises:
         UserError: where the configuration is of another kind of module, or of none.
     """
-    name = CLASSES[part]
+    name = class_of(pipeline, part)
     said = class_name(config) or name
     if part.startswith("text_encoder"):
-        model_type = config.get("model_type", "clip_text_model")
-        said = name if model_type in ("clip_text_model", "clip") else f"{model_type} model"
+        types = _MODEL_TYPES.get(name, _CLIP_TYPES)
+        model_type = config.get("model_type", types[0])
+        said = name if model_type in types else f"{model_type} model"
     if said != name:
         raise UserError(f"{where} is of a {said}; this project takes a {name} there")
     if config.get("auto_map"):
@@ -114,13 +120,15 @@ def make_module(part: str, config: Mapping[str, Any], where: str) -> nn.Module:
         if type(size) is not int and not pair:
             config = {**config, "sample_size": 128 if config.get("addition_embed_type") else 64}
     if part == "vae":
-        problems += _vae_problems(config, where)
+        problems += _vae_problems(config, where, shifts=pipeline in z_image.PIPELINES)
+    if part == "transformer":
+        problems += z_image.transformer_problems(config, where)
     if problems:
         raise UserError(problems)
     config = {**config, "_class_name": said} if "_class_name" in config else config
     if not _is_version(config.get("_diffusers_version")):  # pipelines compare it
         config = {key: value for key, value in config.items() if key != "_diffusers_version"}
-    module: nn.Module = make(lambda values: empty_module(part, values), config, where, name)
+    module: nn.Module = make(lambda values: empty_module(part, values, pipeline), config, where, name)
     return module
 
 
@@ -138,11 +146,19 @@ def _largest(value: Any) -> float:
     return abs(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0
 
 
-def _vae_problems(config: Mapping[str, Any], where: str) -> list[str]:
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _vae_problems(config: Mapping[str, Any], where: str, *, shifts: bool) -> list[str]:
     problems = []
     scale = config.get("scaling_factor", 0.18215)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale <= 0:
+    if not is_number(scale) or scale <= 0:
         problems.append(f"{where}: scaling_factor is {plainly(scale)} and should be a number such as 0.18215")
+    if shifts:
+        shift = config.get("shift_factor")
+        wrong = [] if is_number(shift) else [f"shift_factor is {plainly(shift)} and should be a number such as 0.1159"]
+        return problems + [f"{where}: {each}" for each in wrong]
     problems += [
         f"{where}: {key} is {plainly(config[key])}: latents that are shifted are of other models than Stable Diffusion"
         for key in ("shift_factor", "latents_mean", "latents_std")
@@ -151,28 +167,30 @@ def _vae_problems(config: Mapping[str, Any], where: str) -> list[str]:
     return problems
 
 
-def read_tokenizer_directory(directory: Path, positions: int) -> CLIPTokenizer:
+def read_tokenizer_directory(directory: Path, positions: int, name: str = "CLIPTokenizer") -> PreTrainedTokenizerBase:
     """A tokenizer whose prompts are no longer than its text encoder's positions, where it says nothing else.
 
     Args:
         positions: of the text encoder.
+        name: of its class.
 
     Raises:
         UserError: where files are damaged or of another kind of tokenizer.
     """
-    from dreambooth_sm.stored.classes import CLIPTokenizer
+    from dreambooth_sm.stored import classes
 
+    kind: Any = getattr(classes, name)
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     length = config.get("model_max_length")
     if length is not None and (isinstance(length, bool) or not isinstance(length, int | float) or length < 3):
         raise UserError(f"{path}: model_max_length is {plainly(length)} and should be a number such as {positions}")
     with _without_marks(directory) as readable:
-        tokenizer: CLIPTokenizer = make(
-            lambda _: CLIPTokenizer.from_pretrained(readable, local_files_only=True, trust_remote_code=False),
+        tokenizer: PreTrainedTokenizerBase = make(
+            lambda _: kind.from_pretrained(readable, local_files_only=True, trust_remote_code=False),
             config,
             str(directory),
-            "CLIPTokenizer",
+            name,
             "copy the directory again",
         )
     tokenizer.model_max_length = int(min(length or positions, positions))
@@ -182,7 +200,7 @@ def read_tokenizer_directory(directory: Path, positions: int) -> CLIPTokenizer:
 @contextmanager
 def _without_marks(directory: Path) -> Iterator[Path]:
     """The directory, or where its files have byte order marks, which the libraries don't take, a copy without."""
-    files = [path for path in directory.iterdir() if path.suffix in (".json", ".txt") and path.is_file()]
+    files = [path for path in directory.iterdir() if path.suffix in (".json", ".txt", ".jinja") and path.is_file()]
     marked = [path for path in files if path.read_bytes().startswith(_BOM)]
     if not marked:
         yield directory

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.stored import z_image
 from dreambooth_sm.stored.configs import class_name, make, make_module, read_json, read_tokenizer_directory
 from dreambooth_sm.stored.files import Stored, write_safetensors
 from dreambooth_sm.stored.layout import PARTS, today
 from dreambooth_sm.stored.locate import INDEX
 from dreambooth_sm.stored.model import (
     CLASSES,
+    USUAL,
     VAE_SCALES,
     Pipeline,
     StoredModel,
     StoredPart,
     WriteProgress,
     check_complete,
+    class_of,
     make_pipeline,
     no_progress,
     tokenizers_of,
@@ -35,12 +39,13 @@ if TYPE_CHECKING:
 
 # Transformers wrote and read this prefix until 5.6, and still reads it; with a projection it is there in all versions.
 _TEXT_PREFIX = "text_model."
+_TITLES = [family.facts.title for family in FAMILIES.values()]
 # Of CLIP, in all of Stable Diffusion.
 _POSITIONS = 77
 # What whole CLIP models and older versions of transformers have beside the text encoder's weights.
 _KNOWN_OTHERS = re.compile(
     r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection)\..*|"
-    r"text_projection\.weight"
+    r"text_projection\.weight|lm_head\.weight"
 )
 
 
@@ -62,6 +67,7 @@ def read_directory(
         UserError: where it is damaged, or of another kind.
     """
     index, names = check_parts(directory, with_vae=vae is None)
+    kind = class_name(index)
     own = [name for name in names if name != "vae" or vae is None]
     scheduler_file = directory / "scheduler" / "scheduler_config.json"
     if vae:
@@ -73,20 +79,22 @@ def read_directory(
     left_out: list[str] = []
     for part in names:
         with problems.collected():
-            read = vae if part == "vae" and vae else read_part(directory / part, part, variant)
+            read = vae if part == "vae" and vae else read_part(directory / part, part, variant, kind)
             parts[part], tensors[part] = read.module, read.tensors
             left_out += _left_out(directory / part, read)
     with problems.collected():
         config = read_json(scheduler_file) | ({"prediction_type": prediction_type} if prediction_type else {})
         parts["scheduler"], remarks = make_scheduler(config, str(scheduler_file))
-        check_schedule(parts["scheduler"], str(scheduler_file))
+        check = z_image.check_schedule if kind in z_image.PIPELINES else check_schedule
+        check(parts["scheduler"], str(scheduler_file))
     for name in tokenizers_of(names):
         with problems.collected():
             encoder = parts.get(name.replace("tokenizer", "text_encoder"))
             positions = encoder.config.max_position_embeddings if encoder else _POSITIONS
-            parts[name] = read_tokenizer_directory(directory / name, positions)
-    with problems.collected():
-        parts["feature_extractor"] = _feature_extractor(directory / "feature_extractor")
+            parts[name] = read_tokenizer_directory(directory / name, positions, class_of(kind, name))
+    if kind not in z_image.PIPELINES:
+        with problems.collected():
+            parts["feature_extractor"] = _feature_extractor(directory / "feature_extractor")
     problems.raise_any()
     if variant and not any(find_files(directory / part, part, variant)[1] for part in own):
         raise UserError(f"variant={variant}: {directory} has no files of it; leave variant out")
@@ -108,10 +116,10 @@ def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, An
     if not name:
         raise UserError(f"{where} can't be read: it names no pipeline (_class_name); copy it again")
     if name not in PARTS:
-        raise UserError(f"{directory} holds a {name}; this project takes Stable Diffusion 1, 2 and XL base models")
+        raise UserError(f"{directory} holds a {name}; this project takes base models of {', '.join(_TITLES)}")
     names = PARTS[name]
-    wanted = {part: CLASSES[part] for part in names if part != "vae" or with_vae}
-    wanted |= dict.fromkeys(tokenizers_of(names), "CLIPTokenizer")
+    wanted = {part: class_of(name, part) for part in names if part != "vae" or with_vae}
+    wanted |= {part: class_of(name, part) for part in tokenizers_of(names)}
     problems = [
         f"{where}: its {part} is a {entry[1]}; this project takes a {kind} there"
         for part, kind in wanted.items()
@@ -127,17 +135,18 @@ def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, An
     return index, names
 
 
-def read_part(directory: Path, part: str, variant: str | None = None) -> StoredPart:
+def read_part(directory: Path, part: str, variant: str | None = None, pipeline: str = USUAL) -> StoredPart:
     """A module's directory, without reading its weights.
 
     Args:
         part: one of those that ``PARTS`` names.
+        pipeline: name of the pipeline's class.
 
     Raises:
         UserError: where it is damaged, or of another kind of module.
     """
     path = directory / "config.json"
-    module = make_module(part, read_json(path), str(path))
+    module = make_module(part, read_json(path), str(path), pipeline)
     files, _ = find_files(directory, part, variant)
     tensors = {today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
     check_complete(str(directory), part, module, tensors)
@@ -210,20 +219,20 @@ def write_directory(
             write_json(folder / "config.json", _text_config(getattr(pipeline, part)))
         else:
             getattr(pipeline, part).save_config(folder)
-        prefix = _TEXT_PREFIX if part == "text_encoder" else ""
+        prefix = _TEXT_PREFIX if type(getattr(pipeline, part)).__name__ == CLASSES["text_encoder"] else ""
         tensors = {prefix + name: tensor for name, tensor in stored.items()}
         write_safetensors(folder / f"{_weights_name(part)}.safetensors", tensors, dtype=dtype, progress=progress)
     for name in tokenizers_of(model.tensors):
         write_tokenizer(getattr(pipeline, name), directory / name)
     for name in ("scheduler", "feature_extractor"):
-        if (part_of := getattr(pipeline, name)) is not None:
+        if (part_of := getattr(pipeline, name, None)) is not None:
             part_of.save_pretrained(directory / name)
     _write_index(pipeline, directory)
 
 
 def _write_index(pipeline: Pipeline, directory: Path) -> None:
     pipeline.save_config(directory)
-    if pipeline.feature_extractor is not None:
+    if getattr(pipeline, "feature_extractor", None) is not None:
         # Where torchvision is missing, transformers 5 calls its class by a name that transformers 4 does not know.
         path = directory / "model_index.json"
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -233,8 +242,7 @@ def _write_index(pipeline: Pipeline, directory: Path) -> None:
 def _text_config(text_encoder: Any) -> dict[str, Any]:
     """Returns a configuration by which the text encoder is loaded as the rest is where no type is asked for: diffusers
     loads its own modules in float32, and transformers 5 in the type named there (4 calls it ``torch_dtype``)."""
-    from dreambooth_sm.stored.classes import CLIPTextConfig
-
+    kind = type(text_encoder.config)
     values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__], "dtype": "float32"}
-    said: dict[str, Any] = json.loads(CLIPTextConfig.from_dict(values).to_json_string())
+    said: dict[str, Any] = json.loads(kind.from_dict(values).to_json_string())
     return said

@@ -10,6 +10,7 @@ import torch
 
 from dreambooth_sm.data.prompts import encode, encode_two
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.stored import z_image
 from dreambooth_sm.stored.configs import plainly
 from dreambooth_sm.stored.model import Pipeline
 
@@ -27,6 +28,10 @@ def check_fit(pipeline: Pipeline, name: str) -> None:
         pipeline: its modules' weights may lie on the meta device.
         name: what messages call the model.
     """
+    if hasattr(pipeline, "transformer"):
+        if problems := z_image.fit_problems(pipeline):
+            raise UserError(f"{name}: {problem}" for problem in problems)
+        return
     xl = hasattr(pipeline, "text_encoder_2")
     encoders = [pipeline.text_encoder, *([pipeline.text_encoder_2] if xl else [])]
     tokenizers = [pipeline.tokenizer, *([pipeline.tokenizer_2] if xl else [])]

@@ -17,6 +17,7 @@ from dreambooth_sm.stored.files import Stored
 PARTS = {
     "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
     "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2"),
+    "ZImagePipeline": ("transformer", "vae", "text_encoder"),
 }
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -107,7 +108,8 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
 def today(name: str, part: str) -> str:
     """Renames a tensor that earlier versions of diffusers and transformers wrote as today's call it."""
     if part == "text_encoder":
-        return name.removeprefix("text_model.")
+        # Of language models with their head, everything else is in a module of its own.
+        return name.removeprefix("text_model.").removeprefix("model.")
     if part == "vae" and ".attentions." in name:
         for old, new in _OLD_ATTENTION.items():
             name = name.replace(old, new)

@@ -94,7 +94,7 @@ def look_for_model(path: Path) -> Path | None:
 def _models(directory: Path, depth: int) -> list[Path]:
     if (directory / INDEX).is_file():
         return [directory]
-    if (directory / "unet").is_dir():  # a pipeline that lost its index
+    if any((directory / denoiser).is_dir() for denoiser in ("unet", "transformer")):  # a pipeline that lost its index
         return []
     seen = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
     files = {path: find_kind(path) for path in seen if path.is_file()}

@@ -34,7 +34,19 @@ CLASSES = {
     "vae": "AutoencoderKL",
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "CLIPTextModelWithProjection",
+    "tokenizer": "CLIPTokenizer",
+    "tokenizer_2": "CLIPTokenizer",
 }
+# Those of a pipeline that has others.
+_OTHER_CLASSES = {
+    "ZImagePipeline": {
+        "transformer": "ZImageTransformer2DModel",
+        "text_encoder": "Qwen3Model",
+        "tokenizer": "Qwen2Tokenizer",
+    }
+}
+# The pipeline that a part is taken to be of where nobody knows.
+USUAL = "StableDiffusionPipeline"
 # How latents are scaled and whether decoding them overflows in half precision, of Stable Diffusion 1 and 2, and XL.
 VAE_SCALES: dict[bool, dict[str, Any]] = {
     False: {"scaling_factor": 0.18215},
@@ -123,21 +135,27 @@ def configs_of(pipeline: Pipeline) -> Configs:
     }
 
 
-def empty_module(part: str, config: Mapping[str, Any]) -> nn.Module:
+def class_of(pipeline: str, part: str) -> str:
+    """The name of a part's class in a pipeline of that name."""
+    return _OTHER_CLASSES.get(pipeline, {}).get(part) or CLASSES[part]
+
+
+def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) -> nn.Module:
     """A module of a pipeline with its weights on the meta device.
 
     Args:
         part: one of those that ``PARTS`` names.
         config: as in the part's ``config.json``.
+        pipeline: name of the pipeline's class.
     """
     from dreambooth_sm.stored import classes
 
-    kind: Any = getattr(classes, CLASSES[part])
+    kind: Any = getattr(classes, class_of(pipeline, part))
     with classes.init_empty_weights(include_buffers=False):
-        if part.startswith("text_encoder"):
+        if issubclass(kind, classes.PreTrainedModel):
             # The stored weights say their types themselves.
             values = {key: value for key, value in config.items() if key not in _TYPES}
-            return kind(classes.CLIPTextConfig.from_dict(values))
+            return kind(kind.config_class.from_dict(values))
         return kind.from_config(dict(config))
 
 
@@ -194,8 +212,10 @@ def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingPr
     Args:
         index: what else its ``model_index.json`` says.
     """
-    from dreambooth_sm.stored.classes import StableDiffusionPipeline, StableDiffusionXLPipeline
+    from dreambooth_sm.stored.classes import StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline
 
+    if "transformer" in parts:
+        return ZImagePipeline(**parts)
     if "text_encoder_2" in parts:
         zeros = bool(index.get(ZEROS, True))
         return StableDiffusionXLPipeline(force_zeros_for_empty_prompt=zeros, add_watermarker=False, **parts)

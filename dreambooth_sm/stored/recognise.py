@@ -29,6 +29,7 @@ _FOREIGN = (
     (r"lora_(unet|te\d?)_|\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|^lycoris_", "a LoRA, not a whole model"),
     (r"^(string_to_param|emb_params|clip_[lg])$", "a textual inversion embedding, not a whole model"),
     (r"^to_[kv]\.linear\.\d+\.", "a hypernetwork, which goes beside a model; name the model that it was trained with"),
+    (r"(^|\.)(noise|context)_refiner\.\d+\.", "a Z-Image model; name its diffusers directory, or a hub id"),
     (r"(^|\.)double_blocks\.\d+\.", "a Flux model"),
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 model"),
     (r"^control_model\.|^(input_hint_block|zero_convs|controlnet_\w+)\.", "a ControlNet, not a whole model"),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 # Of a token that was added to a vocabulary, what its configuration says.
 _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -26,7 +26,7 @@ def bpe_tokenizer(merges: Sequence[str], length: int = 77) -> CLIPTokenizer:
     """
     from dreambooth_sm.stored.classes import CLIPTokenizer
 
-    letters = _byte_letters()
+    letters = byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
     vocabulary = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     with tempfile.TemporaryDirectory() as folder:
@@ -36,17 +36,21 @@ def bpe_tokenizer(merges: Sequence[str], length: int = 77) -> CLIPTokenizer:
         return CLIPTokenizer(vocab=str(vocabulary_file), merges=str(merges_file), model_max_length=length)
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """One printable letter for each byte, as GPT-2's byte-level BPE assigns them."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = (byte for byte in range(256) if byte not in printable)
     return [chr(byte) for byte in printable] + [chr(256 + number) for number, _ in enumerate(others)]
 
 
-def write_tokenizer(tokenizer: CLIPTokenizer, directory: Path) -> None:
-    """Writes a tokenizer that transformers 4 reads as well: it wants the vocabulary and the merges as files of their
-    own, and tokens that were added in the configuration."""
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Writes a tokenizer. CLIP's is one that transformers 4 reads as well: it wants the vocabulary and the merges as
+    files of their own, and tokens that were added in the configuration."""
+    from dreambooth_sm.stored.classes import CLIPTokenizer
+
     tokenizer.save_pretrained(directory)
+    if not isinstance(tokenizer, CLIPTokenizer):
+        return
     tokenizer.backend_tokenizer.model.save(str(directory))
     path = directory / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ class BatchLoss:
         has_classes: bool,
         attention: Callable[[], contextlib.AbstractContextManager[Any]],
     ) -> None:
-        self.objective: Objective = trained.model.family.objective(trained.model, h.snr_gamma, h.debiased_loss)
+        self.objective: Objective = trained.model.family.objective(trained.model, h)
         self.objective = self.objective.to(device)
         self._base, self._prompts, self._plan, self._h = trained.model, prompts, plan, h
         self._device, self._dtype = device, compute_dtype(plan)
@@ -97,7 +97,7 @@ class BatchLoss:
             else:
                 conditioning = Conditioning(prompts).to(self._device, noised.dtype)
             conditioning = conditioning.beside(inputs.extras)
-            return family.predict(self._base.denoiser, noised, inputs.timesteps, conditioning)
+            return family.predict(self._base.denoiser, noised, self.objective.told(inputs.timesteps), conditioning)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._plan.precision == "fp32" or self._plan.weights != "fp32":

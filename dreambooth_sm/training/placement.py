@@ -9,7 +9,7 @@ import torch
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.channels_last import keep_channels_last
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
-from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates
+from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates, repeated_blocks
 
 
 def place(module: Any, plan: Plan, device: torch.device, *, trained: bool) -> None:
@@ -46,6 +46,6 @@ def speed_up(denoiser: Any, plan: Plan) -> None:
 
 def _compile_blocks(denoiser: torch.nn.Module) -> None:
     """Compiles each kind of block once instead of the whole denoiser: minutes instead of many."""
-    for module in denoiser.modules():
-        if type(module).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
-            module.compile(dynamic=False)
+    resnets = [module for module in denoiser.modules() if type(module).__name__ == "ResnetBlock2D"]
+    for module in (*repeated_blocks(denoiser), *resnets):
+        module.compile(dynamic=False)

@@ -60,18 +60,28 @@ def recompute_gates(unet: torch.nn.Module) -> None:
 
 
 def checkpoint_activations(module: Any) -> None:
-    """Makes a UNet or text encoder recompute its activations in the backward pass.
+    """Makes a denoiser or text encoder recompute its activations in the backward pass: transformers block by block.
 
     Random states are not kept: there is no dropout, and CUDA graphs bar them.
     """
-    if not hasattr(module, "up_blocks"):
+    if hasattr(module, "gradient_checkpointing_enable"):  # of transformers
         module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        return
+    if not hasattr(module, "up_blocks"):
+        for block in repeated_blocks(module):
+            block.forward = functools.partial(_recomputed, functools.partial(type(block).forward, block))
         return
     module.enable_gradient_checkpointing(_recomputed)  # the middle block, and kinds of blocks not known here
     for block in (*module.down_blocks, *module.up_blocks):
         forward = _FORWARDS.get(type(block).__name__)
         if forward is not None:
             block.forward = functools.partial(forward, block)
+
+
+def repeated_blocks(module: Any) -> list[Any]:
+    """The blocks that a module of diffusers is made of, as it names their classes."""
+    names = getattr(module, "_repeated_blocks", None) or ()
+    return [block for block in module.modules() if type(block).__name__ in names]
 
 
 def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:

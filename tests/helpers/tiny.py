@@ -1,4 +1,4 @@
-"""Stable Diffusion pipelines small enough for a laptop: the true classes, random weights, a tokenizer of their own.
+"""Pipelines small enough for a laptop: the true classes, random weights, a tokenizer of their own.
 
 They show that a job runs end to end; they draw noise.
 """
@@ -13,13 +13,24 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
 
-from dreambooth_sm.stored.tokenizer import bpe_tokenizer, write_tokenizer
+from dreambooth_sm.stored.tokenizer import bpe_tokenizer, byte_letters, write_tokenizer
 
 _NOISE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -102,6 +113,71 @@ def save_tiny_xl_pipeline(
     return _save(pipeline, directory)
 
 
+def save_tiny_z_image_pipeline(directory: Path, *, shift: float = 6.0, seed: int = 0) -> Path:
+    """Writes a diffusers directory of a Z-Image pipeline of some 0.7 M parameters.
+
+    Args:
+        shift: of its scheduler.
+        seed: of the weights.
+    """
+    tokenizer = chat_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ZImageTransformer2DModel(
+            dim=64,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[8, 12, 12],
+            axes_lens=[1024, 64, 64],
+        )
+        for token in (transformer.x_pad_token, transformer.cap_pad_token):  # which begin at zero
+            torch.nn.init.normal_(token)
+        text_encoder = Qwen3Model(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=3,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                max_position_embeddings=1024,
+            )
+        )
+        vae = _vae(
+            32,
+            latent_channels=16,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        pipeline = ZImagePipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    return _save(pipeline, directory)
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer of Qwen's kind that spells byte by byte, with the marks of a conversation."""
+    letters = byte_letters()
+    tokenizer = Qwen2Tokenizer(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.model_max_length = 1024
+    return tokenizer
+
+
 def _save(pipeline: Any, directory: Path) -> Path:
     """With the files that models on the hub have."""
     pipeline.save_pretrained(directory, safe_serialization=True)
@@ -124,13 +200,13 @@ def byte_tokenizer() -> CLIPTokenizer:
     return bpe_tokenizer(merges)
 
 
-def _vae(width: int, **options: Any) -> AutoencoderKL:
+def _vae(width: int, *, latent_channels: int = 4, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(width, width),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         **options,
     )
 

@@ -44,6 +44,22 @@ def loaded_xl_base(tiny_xl_base: Path) -> PretrainedModel:
     return load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_xl_base)))
 
 
+@pytest.fixture(scope="session")
+def loaded_z_image(tiny_z_image: Path) -> PretrainedModel:
+    """The tiny Z-Image pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    values = {"pretrained_model_name_or_path": str(tiny_z_image), "method": "lora"}
+    return load_base(hyperparameters(**values))
+
+
+@pytest.fixture
+def z_image(loaded_z_image: PretrainedModel) -> PretrainedModel:
+    """The tiny Z-Image pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_z_image)
+
+
 @pytest.fixture
 def xl_base(loaded_xl_base: PretrainedModel) -> PretrainedModel:
     """The tiny SDXL pipeline's parts, the test's own."""

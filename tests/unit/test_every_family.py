@@ -48,7 +48,7 @@ def read_by_card(exported: Path, base: Any, method: str) -> Any:
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 # A tiny model of the family's true classes.
-BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base"}
+BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base", "z_image": "loaded_z_image"}
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
     "full": lambda exported, base: DiffusionPipeline.from_pretrained(exported),

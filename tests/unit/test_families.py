@@ -29,12 +29,12 @@ def test_the_parts_are_those_of_the_model_files() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_loaded_model_knows_its_family(name: str, tiny_base: Path, tiny_xl_base: Path) -> None:
-    path = {"sd": tiny_base, "sdxl": tiny_xl_base}[name]
+def test_a_loaded_model_knows_its_family(name: str, tiny_base: Path, tiny_xl_base: Path, tiny_z_image: Path) -> None:
+    path = {"sd": tiny_base, "sdxl": tiny_xl_base, "z_image": tiny_z_image}[name]
     model = load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=name))
     assert model.family is FAMILIES[name] is family_of(model.pipeline())
     assert tuple(model.modules) == model.family.facts.parts
-    assert model.denoiser is model.unet
+    assert model.denoiser is getattr(model, model.family.facts.parts[0])
     with pytest.raises(LookupError, match="no family draws with a PretrainedModel"):
         family_of(model)
 
@@ -47,6 +47,9 @@ def test_a_loaded_model_knows_its_family(name: str, tiny_base: Path, tiny_xl_bas
         ("RunDiffusion/Juggernaut-XL-v9", "sdxl"),
         ("/models/ponyDiffusionV6.safetensors", "sdxl"),
         ("sd_xl_base_1.0.safetensors", "sdxl"),
+        ("Tongyi-MAI/Z-Image", "z_image"),
+        ("Tongyi-MAI/Z-Image-Turbo", "z_image"),
+        ("s3://models/zimage/", "z_image"),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),
         ("stabilityai/stable-diffusion-2-1", "sd"),
         ("s3://xl-bucket/models/anything/v5.safetensors", "sd"),

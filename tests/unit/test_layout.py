@@ -197,7 +197,8 @@ def family_names() -> re.Pattern[str]:
     words = [r"\bis_xl\b", *(rf"""["']{name}["']""" for name in FAMILIES)]
     shared = set(FAMILIES[DEFAULT].facts.parts)
     for facts in (family.facts for family in FAMILIES.values() if family.facts.name != DEFAULT):
-        words += map(re.escape, (facts.name, facts.title, facts.short, facts.pipeline, *{*facts.parts} - shared))
+        words += map(re.escape, (facts.name, facts.title, facts.short, facts.pipeline))
+        words += [rf"""["'.]{part}\b""" for part in {*facts.parts} - shared]
     return re.compile("|".join(words), re.IGNORECASE)
 
 

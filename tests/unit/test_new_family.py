@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.families import Conditioning, Facts, Family, ModelFootprint
+from dreambooth_sm.families.facts import Drawing
+from dreambooth_sm.families.family import LossKnobs
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from tests.helpers.training import Run, same, weights
@@ -29,6 +31,9 @@ class FlowMatching:
 
     def to(self, device: torch.device) -> FlowMatching:
         return self
+
+    def told(self, times: Tensor) -> Tensor:
+        return (times + 1) / self.times
 
     def noised(self, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         share = (times + 1).view(-1, 1, 1, 1) / self.times
@@ -76,8 +81,9 @@ class Flow:
         article="a",
         listed="Flow",
         resolution=64,
-        footprint=ModelFootprint(unet=1, text_encoder=1, vae=1, text_width=8),
+        footprint=ModelFootprint(denoiser=1, text_encoder=1, vae=1, text_width=8),
         pipeline="FlowPipeline",
+        drawing=Drawing("Euler", steps=2, class_steps=2, guidance=1.0, guided=(1.0, 0.0)),
         parts=("transformer", "vae", "text_encoder"),
         tags=(),
     )
@@ -102,13 +108,16 @@ class Flow:
         height, width = (side // 2 for side in noised.shape[2:])
         patches = nn.functional.pixel_unshuffle(noised, 2).flatten(2).transpose(1, 2)
         text = conditioning.text
-        made = denoiser(patches, (times + 1) / TIMES, text["states"], text["mask"])
+        made = denoiser(patches, times, text["states"], text["mask"])
         return nn.functional.pixel_shuffle(made.transpose(1, 2).unflatten(2, (height, width)), 2)
 
-    def sampler(self, model: Any) -> Any:
+    def sampler(self, model: Any, steps: int, size: tuple[int, int], device: torch.device) -> Any:
         raise NotImplementedError
 
-    def objective(self, model: Any, snr_gamma: float | None = None, debiased: bool = False) -> FlowMatching:
+    def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
+        raise NotImplementedError
+
+    def objective(self, model: Any, h: LossKnobs) -> FlowMatching:
         return FlowMatching()
 
     def normalise(self, vae: Any, latents: Tensor) -> Tensor:

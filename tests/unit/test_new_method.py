@@ -47,7 +47,7 @@ class Biases:
     ladder = (Rung("only", 0, "residual", 8, True, True, False, False),)
 
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
-        return 1e-3 * footprint.unet
+        return 1e-3 * footprint.denoiser
 
     def activations(self, h: Hyperparameters) -> str:
         return ""

@@ -24,6 +24,7 @@ from dreambooth_sm.data.class_cache import Recipe, fingerprint, read_latents, un
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.errors import StopRequested
+from dreambooth_sm.families.sd import StableDiffusion
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import S3Uri, get_object, list_objects, put_object
@@ -34,9 +35,15 @@ WANTED = 3
 CACHE = S3Uri("classes", "toys")
 
 
+def draw_otherwise(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
+    facts = StableDiffusion.facts
+    drawing = dataclasses.replace(facts.drawing, **changes)  # type: ignore[arg-type]
+    monkeypatch.setattr(StableDiffusion, "facts", dataclasses.replace(facts, drawing=drawing))
+
+
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 2)
+    draw_otherwise(monkeypatch, class_steps=2)
     monkeypatch.setattr(prior, "SHOWN", 2)
 
 
@@ -227,11 +234,11 @@ def other_scheduler(base: PretrainedModel) -> PretrainedModel:
         pytest.param(lambda base, subject, patch: (base, subject, {"sizes": [(96, 64)] * WANTED}), id="size"),
         pytest.param(lambda base, subject, patch: (base, subject, {"first": WANTED}), id="seed"),
         pytest.param(
-            lambda base, subject, patch: (patch.setattr(prior, "CLASS_IMAGE_STEPS", 3), (base, subject, {}))[1],
+            lambda base, subject, patch: (draw_otherwise(patch, class_steps=3), (base, subject, {}))[1],
             id="steps",
         ),
         pytest.param(
-            lambda base, subject, patch: (patch.setattr(prior, "GUIDED_SIGMAS", (9.0, 0.1)), (base, subject, {}))[1],
+            lambda base, subject, patch: (draw_otherwise(patch, guided=(9.0, 0.1)), (base, subject, {}))[1],
             id="guided",
         ),
         pytest.param(

@@ -242,14 +242,15 @@ def test_what_is_drawn_before_training_is_drawn_with_the_same_codes(base: Pretra
 @pytest.mark.parametrize("family", FAMILIES)
 def test_footprints_count_the_layers_in_fewer_bits(family: str) -> None:
     footprint = FAMILIES[family].facts.footprint
+    facts = FAMILIES[family].facts
     found: dict[bool, float] = {True: 0, False: 0}
     for part, config in CONFIGS[family].items():
-        module = empty_module(part, config)
+        module = empty_module(part, config, facts.pipeline)
         whole = {name: parameter.numel() for name, parameter in module.named_parameters()}
         quantise_layers(module, "nf4", torch.bfloat16, torch.device("meta"))
         kept = {name for name, parameter in module.named_parameters() if parameter.dtype != torch.uint8}
-        found[part == "unet"] += sum(count for name, count in whole.items() if name not in kept) * 1e-6
-    assert footprint.unet_coded == pytest.approx(found[True], rel=1e-3)
+        found[part == facts.denoiser] += sum(count for name, count in whole.items() if name not in kept) * 1e-6
+    assert footprint.denoiser_coded == pytest.approx(found[True], rel=1e-3)
     assert footprint.text_coded == pytest.approx(found[False], rel=1e-3)
 
 
@@ -270,7 +271,8 @@ def test_plans_count_the_bits_of_a_weight(kind: quantised.CodeKind) -> None:
 
 def test_small_cards_keep_the_base_in_fewer_bits() -> None:
     chosen = {}
-    for family, size in itertools.product(FAMILIES, ("4GB", "6GB", "8GB")):
+    large = [("z_image", size) for size in ("12GB", "16GB", "24GB")]
+    for family, size in (*itertools.product(("sd", "sdxl"), ("4GB", "6GB", "8GB")), *large):
         values: dict[str, Any] = {**PROMPTS, "base_architecture": family, "method": "lora"}
         if size == "4GB":
             values["with_prior_preservation"] = False
@@ -280,6 +282,7 @@ def test_small_cards_keep_the_base_in_fewer_bits() -> None:
         assert any("no room" in note for note in plan.notes) == (plan.base_weights != "plain")
     assert {size: chosen["sd", size] for size in ("4GB", "6GB", "8GB")} == dict.fromkeys(("4GB", "6GB", "8GB"), "plain")
     assert [chosen["sdxl", size] for size in ("4GB", "6GB", "8GB")] == ["nf4", "int8", "plain"]
+    assert [chosen[each] for each in large] == ["nf4", "int8", "plain"]
 
 
 def test_a_card_that_is_too_small_for_what_was_asked_for_says_so() -> None:

@@ -244,7 +244,7 @@ def test_masters_take_the_memory_that_is_predicted_for_them() -> None:
     residual = make_plan(h, CARDS["H100"])
     assert (residual.weights, residual.state_bits, residual.update_in_backward) == ("residual", 8, False)
     master = dataclasses.replace(residual, weights="master", optimizer="adamw", state_bits=32)
-    billions = FAMILIES[h.architecture].facts.footprint.unet * 1e-3
+    billions = FAMILIES[h.architecture].facts.footprint.denoiser * 1e-3
     more = predict_peak_gb(master, h) - predict_peak_gb(residual, h)
     least = (2 + 4 + 8 - (2 + 2 + 2 + 8 / 256)) * billions
     assert least - 0.01 < more < least + 4 * billions

@@ -1,0 +1,275 @@
+"""Z-Image (Alibaba 2025, "Z-Image: An Efficient Image Generation Foundation Model with Single-Stream Diffusion
+Transformer")."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_sm.families.conditioning import Conditioning
+from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint
+from dreambooth_sm.families.family import LossKnobs, Pair
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dreambooth_sm.objectives import Objective
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_LINEAR = (*_ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+# The transformer's sequences are multiples of this; words of its own fill them up.
+_MULTIPLE = 32
+_PATCH, _TIMES = 2, 1000
+# The longest prompt with its template, as the pipeline reads it.
+_WINDOW = 512
+# How the shift of times grows with the words of a picture, of schedules that say nothing else (Esser et al. 2024,
+# "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis").
+_SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+_FROZEN = "its text encoder is a language model, which stays as it is"
+_NO_SCHEDULE = "it is trained by flow matching, which has no such schedule of noise"
+
+
+class ZImage:
+    """A transformer on one sequence of a picture's patches and a prompt's words.
+
+    Text: ``states`` ``(rows, words, width)`` of a language model's last layer but one, filled up to a multiple of 32;
+    ``lengths``, int64 ``(rows,)``, of each prompt's own; ``kept`` ``(rows, words)``, those that are looked at, where
+    prompts are not filled up to the same length.
+    """
+
+    facts = Facts(
+        name="z_image",
+        title="Z-Image",
+        short="Z-Image",
+        article="a",
+        listed="Z-Image",
+        resolution=1024,
+        footprint=ModelFootprint(
+            denoiser=6154.9,
+            text_encoder=4022.5,
+            vae=83.8,
+            text_width=2560,
+            denoiser_coded=6153.9,
+            text_coded=3633.3,
+            largest_coded=39.3,
+            trains_text_encoder=False,
+        ),
+        pipeline="ZImagePipeline",
+        drawing=Drawing(
+            manner="Euler steps of flow matching",
+            steps=28,
+            class_steps=28,
+            guidance=5.0,
+            guided=(float("inf"), 0.0),
+            batch=2,
+        ),
+        parts=("transformer", "vae", "text_encoder"),
+        methods={
+            "lora": {
+                "learning_rate": 1e-4,
+                "export": "adapter",
+                "export_precision": "bf16",
+                "sample_guidance_scale": 5.0,
+                "validation_guidance_scale": 5.0,
+            }
+        },
+        adapted={
+            "attention": AdaptedLayers(_ATTENTION, (), width=1_044_480, text_width=0),
+            "linear": AdaptedLayers(_LINEAR, (), width=2_480_640, text_width=0),
+        },
+        adapters="comfyui",
+        tags=("z-image",),
+        licences={"Tongyi-MAI/Z-Image": "apache-2.0"},
+        names=re.compile(r"z[-_ ]?image", re.IGNORECASE),
+        distilled=re.compile(r"turbo", re.IGNORECASE),
+        hint="z-image",
+        overflows=True,
+        multiple=16,
+        longest_prompt=_WINDOW,
+        matches_flow=True,
+        takes={
+            "train_text_encoder": (("auto", False), _FROZEN),
+            "text_encoder_lr": ((None,), _FROZEN),
+            "max_token_length": ((75,), f"it reads prompts of up to {_WINDOW} tokens at once"),
+            "pad_tokens": ((True,), "how prompts are filled up is the model's own"),
+            "prediction_type": (("auto",), _NO_SCHEDULE),
+            "snr_gamma": ((None,), _NO_SCHEDULE),
+            "debiased_loss": ((False,), _NO_SCHEDULE),
+            "use_ema_weights": ((False,), "it comes as a directory, without an average"),
+            "pretrained_vae_name_or_path": ((None,), "its latents are those of its own VAE"),
+            "mixed_precision": (("auto", "bf16", "no"), "its values are beyond the range of fp16"),
+            "attention": (("auto", "default", "flash_attention"), "xformers does not know its rotary positions"),
+            "lora_variant": (("lora",), "programs that draw with it read LoRA alone"),
+            "lora_targets": (("attention", "linear"), "it has no convolutions"),
+            "bucket_step": ((64,), "sides are multiples of 16"),
+        },
+    )
+
+    def tokenize(
+        self, model: Any, prompts: Sequence[str], *, max_tokens: int | None = 75, pad: bool = True
+    ) -> dict[str, Tensor]:
+        """Puts prompts into the chat template; all are filled up to the pipeline's length.
+
+        Args:
+            max_tokens: None cuts longer ones off, as the pipeline does; otherwise they are refused.
+        """
+        from dreambooth_sm.errors import UserError
+
+        texts = [_in_template(model.tokenizer, prompt) for prompt in prompts]
+        if max_tokens is not None:
+            counts = [len(ids) for ids in model.tokenizer(texts, verbose=False).input_ids]
+            problems = {
+                f"the prompt {prompt!r} has {count} tokens with its template, and {self.facts.title} reads {_WINDOW}; "
+                "shorten it"
+                for prompt, count in zip(prompts, counts, strict=True)
+                if count > _WINDOW
+            }
+            if problems:
+                raise UserError(sorted(problems))
+        read = model.tokenizer(
+            texts, padding="max_length", max_length=_WINDOW, truncation=True, return_tensors="pt", verbose=False
+        )
+        return {"ids": read.input_ids, "mask": read.attention_mask.bool()}
+
+    def encode(self, model: Any, tokens: Mapping[str, Tensor]) -> Conditioning:
+        import torch
+
+        words = []
+        for ids, mask in zip(tokens["ids"], tokens["mask"], strict=True):  # one by one: all layers' states are kept
+            read = model.text_encoder(input_ids=ids[None], attention_mask=mask[None], output_hidden_states=True)
+            words.append(read.hidden_states[-2][0][mask])
+        counts = [len(each) for each in words]
+        filled = [-(-count // _MULTIPLE) * _MULTIPLE for count in counts]
+        states = torch.stack([torch.nn.functional.pad(each, (0, 0, 0, max(filled) - len(each))) for each in words])
+        text = {"states": states, "lengths": torch.tensor(counts, device=states.device)}
+        if len(set(filled)) > 1:
+            text["kept"] = torch.arange(max(filled), device=states.device) < torch.tensor(
+                filled, device=states.device
+            ).unsqueeze(1)
+        return Conditioning(text)
+
+    def extras(self, size: Pair, crop: Pair, target: Pair) -> Mapping[str, Sequence[float]]:
+        return {}
+
+    def predict(self, denoiser: Any, noised: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Computes what the transformer's own forward does, without a step for each row: nothing here waits for the
+        device, so that it can be captured. The model tells how to go from noise to the picture, and is asked for the
+        other way."""
+        import torch
+
+        text = conditioning.text
+        rows, channels, height, width = noised.shape
+        high, wide = height // _PATCH, width // _PATCH
+        count = high * wide
+        told = denoiser.t_embedder((_TIMES - times.expand(rows)) / _TIMES * denoiser.t_scale).type_as(noised)
+        filled = (text["lengths"] + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
+
+        patches = noised.reshape(rows, channels, high, _PATCH, wide, _PATCH)
+        patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(rows, count, -1)
+        more = -count % _MULTIPLE
+        picture = denoiser.all_x_embedder[f"{_PATCH}-1"](torch.nn.functional.pad(patches, (0, 0, 0, more)))
+        if more:
+            is_more = torch.arange(count + more, device=noised.device) >= count
+            picture = torch.where(is_more[:, None], denoiser.x_pad_token, picture)
+        turns = _turns(denoiser, _places_of_picture(filled, high, wide, more))
+        for block in denoiser.noise_refiner:
+            picture = block(picture, None, turns, told)
+
+        words = denoiser.cap_embedder(text["states"])
+        numbers = torch.arange(words.shape[1], device=words.device)
+        words = torch.where((numbers >= text["lengths"][:, None])[..., None], denoiser.cap_pad_token, words)
+        turns_of_words = _turns(denoiser, _places_of_words(numbers, rows))
+        kept = text.get("kept")
+        for block in denoiser.context_refiner:
+            words = block(words, kept, turns_of_words)
+
+        together = torch.cat([picture, words], dim=1)
+        turns = torch.cat([turns, turns_of_words], dim=1)
+        if kept is not None:
+            kept = torch.nn.functional.pad(kept, (picture.shape[1], 0), value=True)
+        for block in denoiser.layers:
+            together = block(together, kept, turns, told)
+        made = denoiser.all_final_layer[f"{_PATCH}-1"](together, c=told)[:, :count]
+        made = made.reshape(rows, high, wide, _PATCH, _PATCH, channels)
+        result: Tensor = -made.permute(0, 5, 1, 3, 2, 4).reshape(noised.shape)
+        return result
+
+    def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
+        import torch
+
+        scheduler = type(model.scheduler).from_config(model.scheduler.config)
+        pixels = _PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
+        shift = _shift(scheduler.config, size[0] // pixels * (size[1] // pixels))
+        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=shift, device=device)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
+        """The pipeline's ``guidance_scale`` is what is added to the prompt's own: one less."""
+        return predicted + (guidance - 1) * (predicted - without)
+
+    def objective(self, model: Any, h: LossKnobs) -> Objective:
+        """With the shift that pictures are drawn with, where no other is asked for."""
+        import math
+
+        from dreambooth_sm.objectives import FlowMatching
+
+        config = model.scheduler.config
+        pixels = _PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
+        by_size = math.exp(_shift(config, (h.resolution // pixels) ** 2))
+        own = by_size if config.get("use_dynamic_shifting") else float(config.shift)
+        shift = {"auto": own, "resolution": by_size}[h.time_shift] if isinstance(h.time_shift, str) else h.time_shift
+        return FlowMatching.of(shift, h.time_sampling, _TIMES)
+
+    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
+        return (latents - float(vae.shift_factor)) * float(vae.scaling_factor)
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        return latents / float(vae.scaling_factor) + float(vae.shift_factor)
+
+    def vae_dtype(self, vae: Any) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16
+
+
+def _in_template(tokenizer: Any, prompt: str) -> str:
+    said = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    return text
+
+
+def _shift(config: Any, words: int) -> float:
+    """The logarithm of the shift of pictures of so many words."""
+    least, most, low, high = (float(config.get(name, usual)) for name, usual in _SHIFTS.items())
+    slope = (high - low) / (most - least)
+    return words * slope + (low - slope * least)
+
+
+def _places_of_picture(filled: Tensor, high: int, wide: int, more: int) -> Tensor:
+    """Where patches are: behind the words of their row, by rows and columns; those that fill up at the start. int64
+    ``(rows, patches, 3)``."""
+    import torch
+
+    grid = torch.cartesian_prod(*(torch.arange(side, device=filled.device) for side in (high, wide)))
+    behind = (filled + 1)[:, None, None].expand(-1, len(grid), 1)
+    places = torch.cat([behind, grid.expand(len(filled), -1, -1)], dim=-1)
+    return torch.nn.functional.pad(places, (0, 0, 0, more))
+
+
+def _places_of_words(numbers: Tensor, rows: int) -> Tensor:
+    """Where words are: one behind the other, from 1 on."""
+    import torch
+
+    return torch.nn.functional.pad((numbers + 1)[:, None], (0, 2)).expand(rows, -1, -1)
+
+
+def _turns(denoiser: Any, places: Tensor) -> Tensor:
+    """The rotary embedding of places, complex ``(rows, words, numbers)``."""
+    turns: Tensor = denoiser.rope_embedder(places.flatten(0, 1))
+    return turns.view(*places.shape[:2], -1)
+
+
+FAMILY = ZImage()

@@ -1,0 +1,156 @@
+"""Whole jobs on a small Z-Image base model: class images, captions, buckets, masks, and what the launcher gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ZImagePipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import launcher
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
+from dreambooth_sm.methods.lora import FILE
+from launcher.local.services import EmbeddedServices
+from tests.helpers.jobs import Ended, JobTree, end, read_until
+
+PROMPT = "photo of zwx toy"
+FULL = {
+    "method": "lora",
+    "model_name": "zwx",
+    "validation_prompt": f"{PROMPT} on the beach",
+    "validation_steps": "1",
+    "export_precision": "fp32",
+    "use_ema": "true",
+    "center_crop": "false",
+    "background_weight": "0.1",
+}
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def captioned(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pictures with a long caption, a short one, and a mask."""
+    folder = tmp_path_factory.mktemp("captioned")
+    first, second = (Path(shutil.copy(path, folder)) for path in sorted(pictures.iterdir())[:2])
+    first.with_suffix(".txt").write_text(f"{PROMPT} " + "in the grass " * 8)
+    second.with_suffix(".txt").write_text(PROMPT)
+    with Image.open(first) as picture:
+        mask = Image.new("L", picture.size)
+        mask.paste(255, (20, 20, 60, 60))
+    mask.save(folder / f"{first.stem}-mask.png")
+    return folder
+
+
+def lay_out(base: Path, pictures: Path, model: Path, **hyperparameters: str) -> JobTree:
+    return JobTree.lay_out(base, hyperparameters, {"images": pictures, "model": model}, {})
+
+
+@pytest.fixture(scope="module")
+def done(tiny_z_image: Path, captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[JobTree, Ended]:
+    job = lay_out(tmp_path_factory.mktemp("job") / "opt-ml", captioned, tiny_z_image, **FULL)
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    return job, ended
+
+
+def test_the_adapter_loads_in_diffusers(done: tuple[JobTree, Ended], tiny_z_image: Path) -> None:
+    job, _ = done
+    pictures = []
+    for file in (None, FILE, "zwx.safetensors"):
+        pipeline = ZImagePipeline.from_pretrained(tiny_z_image)
+        pipeline.set_progress_bar_config(disable=True)
+        if file:
+            pipeline.load_lora_weights(str(job.model), weight_name=file)
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
+        pictures.append(pipeline(PROMPT, generator=generator, **options).images)
+    before, one, other = pictures
+    assert torch.allclose(one, other, atol=1e-5)
+    assert not torch.allclose(one, before, atol=1e-5)
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(job.model / FILE).values())
+
+
+def test_class_images_and_validation_pictures_are_made(done: tuple[JobTree, Ended]) -> None:
+    job, ended = done
+    assert all("prior_loss" in step for step in ended.steps)
+    names = sorted(path.name for path in (job.model / "samples").glob("*.png"))
+    for step in (0, 1, 2):
+        assert sum(name.startswith(f"step-{step:06}") for name in names) == 2  # the prompt's and the class'
+    assert any(name.startswith("class-") for name in names)
+
+
+def test_the_report_and_the_card_name_family_and_licence(done: tuple[JobTree, Ended]) -> None:
+    job, _ = done
+    facts = json.loads((job.model / "report.json").read_text())
+    assert facts["base_architecture"] == "z_image"
+    card = (job.model / "README.md").read_text()
+    assert "ZImagePipeline.from_pretrained" in card
+    assert "LoraLoaderModelOnly" in card
+    assert "joint_attention_kwargs" in card
+
+
+@pytest.mark.parametrize("prior", ["images", "output"])
+def test_an_interrupted_job_ends_as_an_uninterrupted_one(
+    tiny_z_image: Path, pictures: Path, tmp_path: Path, prior: str
+) -> None:
+    values = {"method": "lora", "prior": prior, "max_train_steps": str(STEPS), "export_precision": "fp32"}
+    whole = lay_out(tmp_path / "whole", pictures, tiny_z_image, **values)
+    reference = whole.run("train")
+    assert reference.code == EXIT_OK, reference.log
+    values["pretrained_model_name_or_path"] = str(whole.base / "input/data/model")
+    job = lay_out(tmp_path / "stopped", pictures, tiny_z_image, **values)
+    process = job.start("train")
+    log = read_until(process, r"^step=3 ")
+    process.send_signal(signal.SIGTERM)
+    stopped = end(process, log)
+    assert stopped.code == EXIT_STOPPED, stopped.log
+    ended = job.run("train")
+    assert ended.code == EXIT_OK, ended.log
+    losses = [{step["step"]: step["loss"] for step in each.steps} for each in (stopped, ended, reference)]
+    assert losses[0] | losses[1] == losses[2]
+    assert len(losses[0]) < STEPS
+    ours, theirs = (load_file(each.model / FILE) for each in (job, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_what_the_family_does_not_take_ends_the_job_before_it_begins(
+    tiny_z_image: Path, pictures: Path, tmp_path: Path
+) -> None:
+    job = lay_out(tmp_path / "opt-ml", pictures, tiny_z_image)
+    ended = job.run("train")
+    assert ended.code == EXIT_BAD_INPUT
+    assert job.failure is not None
+    assert "method=full: the base model is a Z-Image model; set method to lora" in job.failure
+
+
+@pytest.mark.slow
+def test_the_launcher_chooses_an_instance_and_gets_the_adapter(
+    services: EmbeddedServices, tiny_z_image: Path, pictures: Path, tmp_path: Path
+) -> None:
+    services.client().create_bucket(Bucket="z-images")
+    options: dict[str, Any] = {
+        "instance_prompt": PROMPT,
+        "resolution": 64,
+        "max_train_steps": 2,
+        "learning_rate": 1e-2,
+        "method": "lora",
+        "log": lambda line: None,
+    }
+    job = launcher.fit(
+        pictures,
+        base_model=tiny_z_image,
+        instance_type="auto",
+        role=services.role,
+        output="s3://z-images/zwx",
+        **options,
+    )
+    assert job.status == "Completed"
+    assert (job.download(tmp_path / "zwx") / FILE).is_file()
