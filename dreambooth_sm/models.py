@@ -153,6 +153,11 @@ class PretrainedModel:
         self._files.pop(name, None)
         setattr(self, name, module)
 
+    def forget(self, name: str) -> None:
+        """Lets go of a part's weights where they are in files as well: they are read again when they are needed."""
+        if name in self._files:
+            setattr(self, name, self.skeleton_of(name))
+
     def with_parts(self, parts: Mapping[str, Any]) -> PretrainedModel:
         """A model with other modules in place of some; all else is shared."""
         other = copy.copy(self)

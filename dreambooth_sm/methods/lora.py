@@ -132,6 +132,7 @@ class Adapters:
         self._base = (base or model).with_parts({})
         self._plan, self._h, self._adapted, self._seed = plan, h, dict(adapted), seed
         self._rows = TrainedRows()
+        self._drawn: list[Adapters] = []
 
     @classmethod
     def of(
@@ -204,6 +205,8 @@ class Adapters:
         from dreambooth_sm.training.placement import place, speed_up
         from dreambooth_sm.training.precision import weights_dtype
 
+        if plan.base_weights != self._plan.base_weights:
+            self._quantise_again(plan, device)
         for part, module in self._adapted.items():
             trained = parameters_of(module).values()
             values = [parameter.detach() for parameter in trained]
@@ -213,6 +216,22 @@ class Adapters:
                 parameter.requires_grad_(True)
             self.model.put(part, module)
         speed_up(self.model.denoiser, plan)
+
+    def _quantise_again(self, plan: Plan, device: torch.device) -> None:
+        """Keeps the base model in fewer bits than before; whoever draws with it shares the codes."""
+        from dreambooth_sm.models import frame_of
+        from dreambooth_sm.training.placement import frozen_dtype
+        from dreambooth_sm.training.quantised import QuantisedLayer, quantise_layers
+
+        assert plan.base_weights != "plain"
+        self._plan = plan
+        for part, module in self._adapted.items():
+            self._base.forget(part)
+            quantise_layers(module, plan.base_weights, frozen_dtype(plan), device)
+            for name, layer in module.named_modules():
+                if isinstance(layer, QuantisedLayer):
+                    for drawn in self._drawn:
+                        drawn._adapted[part].set_submodule(name, frame_of(layer))
 
     def untrained(self) -> AbstractContextManager[None]:
         from dreambooth_sm.adapters.peft_layers import switched_off
@@ -236,7 +255,8 @@ class Adapters:
         for module in adapted.values():
             for parameter in parameters_of(module).values():
                 parameter.data = parameter.detach().to(dtype)
-        return Adapters(self.model.with_parts(adapted), self._plan, self._h, adapted, None)
+        self._drawn.append(Adapters(self.model.with_parts(adapted), self._plan, self._h, adapted, None))
+        return self._drawn[-1]
 
     def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
         from dreambooth_sm.adapters.adapter import merge_stored

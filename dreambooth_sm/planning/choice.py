@@ -10,7 +10,7 @@ from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card
-from dreambooth_sm.planning.ladder import Optimizer, Rung, Weights
+from dreambooth_sm.planning.ladder import BaseWeights, Optimizer, Rung, Weights
 from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
 from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import EmaPlace, Plan, Precision
@@ -48,6 +48,8 @@ def smaller_plan(plan: Plan, h: Hyperparameters) -> Plan | None:
         steps.append({"ema": "cpu"} if plan.ema == "device" else {})
     if h.gradient_checkpointing == "auto":
         steps.append({"gradient_checkpointing": True})
+    if fewer := _fewer_bits(plan, h):
+        steps.append({"base_weights": fewer})
     if plan.optimizer == "blockwise":
         if _may_drop_gradients(h):
             steps.append({"update_in_backward": True, "max_grad_norm": None})
@@ -59,6 +61,13 @@ def smaller_plan(plan: Plan, h: Hyperparameters) -> Plan | None:
             smaller = dataclasses.replace(plan, **change, tier=f"{plan.tier.removesuffix('-')}-")  # type: ignore[arg-type]
             return dataclasses.replace(smaller, predicted_peak_gb=predict_peak_gb(smaller, h))
     return None
+
+
+def _fewer_bits(plan: Plan, h: Hyperparameters) -> BaseWeights | None:
+    """What the method's ladder keeps a base model in after what it is in; None where that is all, or was asked for."""
+    kinds = list(dict.fromkeys(rung.base_weights for rung in METHODS[h.method].ladder))
+    after = kinds[kinds.index(plan.base_weights) + 1 :] if h.base_weights == "auto" else []
+    return after[0] if after else None
 
 
 def _candidates(h: Hyperparameters, card: Card) -> list[Plan]:
@@ -116,7 +125,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if base_weights != "plain":
         why = "the card has no room for more: " if h.base_weights == "auto" else ""
         bits = 8 if base_weights == "int8" else 4
-        notes.append(f"{why}the base model's linear layers take {bits} bits a weight (base_weights={base_weights})")
+        notes.append(f"{why}the base model takes {bits} bits a weight (base_weights={base_weights})")
     plan = Plan(
         tier=rung.name if weights == rung.weights else "reference",
         device="cuda",

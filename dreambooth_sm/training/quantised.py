@@ -110,6 +110,10 @@ class QuantisedLayer(nn.Module):
 
     bias: Any
 
+    @property
+    def kind(self) -> CodeKind:
+        return "int8" if self.codes.dtype == torch.int8 else "nf4"
+
     def _quantise(self, layer: Any, matrix: Tensor, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
         codes, scales = quantise(matrix.to(device), kind, dtype)
         self.codes = nn.Parameter(codes.to(matrix.device), requires_grad=False)
@@ -222,7 +226,8 @@ class _FrozenConvolution(torch.autograd.Function):
 def quantise_layers(module: nn.Module, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
     """Replaces the linear layers and convolutions of a module, one after another.
 
-    Those of odd shapes stay as they are, and convolutions that read or make latents.
+    Those that are trained or of odd shapes stay as they are, and convolutions that read or make latents. Layers with
+    other codes get these.
 
     Args:
         dtype: that is computed in.
@@ -230,14 +235,17 @@ def quantise_layers(module: nn.Module, kind: CodeKind, dtype: torch.dtype, devic
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and _has_whole_blocks(child.weight):
+            if isinstance(child, QuantisedLayer) and child.kind == kind:
+                continue
+            if isinstance(child, QuantisedLinear) or (type(child) is nn.Linear and _is_whole(child.weight)):
                 setattr(parent, name, QuantisedLinear(child, kind, dtype, device))
-            elif is_plain_convolution(child) and _has_whole_blocks(child.weight) and _is_inner(child):
+            elif isinstance(child, QuantisedConv2d) or (is_plain_convolution(child) and _is_inner(child)):
                 setattr(parent, name, QuantisedConv2d(child, kind, dtype, device))
 
 
-def _has_whole_blocks(weight: Tensor) -> bool:
-    return not (weight[0].numel() % 2 or weight.numel() % BLOCK)
+def _is_whole(weight: Tensor) -> bool:
+    """Whether a weight is frozen, and of whole blocks."""
+    return not (weight.requires_grad or weight[0].numel() % 2 or weight.numel() % BLOCK)
 
 
 def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
@@ -248,7 +256,7 @@ def is_plain_convolution(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_inner(conv: nn.Conv2d) -> bool:
-    return min(conv.in_channels, conv.out_channels) > _LATENT_CHANNELS
+    return min(conv.in_channels, conv.out_channels) > _LATENT_CHANNELS and _is_whole(conv.weight)
 
 
 def is_quantised(module: nn.Module) -> bool:

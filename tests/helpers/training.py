@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -177,3 +178,16 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     """Bitwise."""
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, at_steps: set[int]) -> None:
+    """Each of these steps fails once, before it has changed anything."""
+    step = Trainer.optimizer_step
+
+    def failing(self: Trainer, rate: float) -> Any:
+        if self.step in at_steps:
+            at_steps.remove(self.step)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return step(self, rate)
+
+    monkeypatch.setattr(Trainer, "optimizer_step", failing)

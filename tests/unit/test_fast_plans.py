@@ -13,9 +13,8 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.training.checkpoint import latest_checkpoint
-from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.train import train
-from tests.helpers.training import SEED, Run, hyperparameters, same, weights
+from tests.helpers.training import SEED, Run, hyperparameters, run_out_of_memory, same, weights
 
 pytestmark = pytest.mark.slow
 
@@ -104,19 +103,6 @@ def test_a_checkpoint_of_a_smaller_plan_can_be_continued(base: PretrainedModel, 
     assert "start from zero" in successor.recorder.stream.getvalue()  # type: ignore[attr-defined]
     assert [step["step"] for step in successor.recorder.steps] == [11, 12]
     assert all(loss[0] < 0.8 * stepped_down.losses[0][0] for loss in successor.losses)
-
-
-def run_out_of_memory(monkeypatch: pytest.MonkeyPatch, at_steps: set[int]) -> None:
-    """Each of these steps fails once, before it has changed anything."""
-    step = Trainer.optimizer_step
-
-    def failing(self: Trainer, rate: float) -> Any:
-        if self.step in at_steps:
-            at_steps.remove(self.step)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-        return step(self, rate)
-
-    monkeypatch.setattr(Trainer, "optimizer_step", failing)
 
 
 @pytest.mark.parametrize("name", ["reference", "master", "medium"])

@@ -8,6 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,30 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreambooth_sm.adapters.peft_layers import inject, parameters_of
+from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import find_card
-from dreambooth_sm.planning.choice import make_plan
-from dreambooth_sm.sampling import drawing_part
+from dreambooth_sm.planning.choice import make_plan, smaller_plan
+from dreambooth_sm.sampling import draw, drawing_part
 from dreambooth_sm.stored.model import empty_module
 from dreambooth_sm.training import quantised
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from dreambooth_sm.training.quantised import (
     LEVELS,
     QuantisedConv2d,
+    QuantisedLayer,
     QuantisedLinear,
     dequantised,
     is_quantised,
     quantise,
     quantise_layers,
 )
+from dreambooth_sm.training.train import train
 from tests.helpers.patience import PATIENCE
-from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, same, weights
+from tests.helpers.training import SEED, Run, attach, cpu_plan, hyperparameters, run_out_of_memory, same, weights
 from tests.unit.test_lora import CONFIGS, PROMPTS, VALUES, VARIANTS
 
 CPU = torch.device("cpu")
@@ -140,11 +144,12 @@ def test_convolutions_compute_with_what_the_codes_stand_for(
     torch.testing.assert_close(*found)
 
 
-def test_layers_of_odd_shapes_stay_and_those_that_read_and_make_latents() -> None:
+def test_layers_of_odd_shapes_stay_and_those_that_are_trained_or_read_and_make_latents() -> None:
     convolutions = [nn.Conv2d(4, 64, 3), nn.Conv2d(64, 16, 3), nn.Conv2d(64, 64, 3, groups=2), nn.Conv2d(64, 64, 1)]
-    module = nn.Sequential(nn.Linear(7, 64), nn.Linear(10, 3), nn.Linear(64, 64), *convolutions)
+    linears = [nn.Linear(7, 64), nn.Linear(10, 3), nn.Linear(64, 64)]
+    module = nn.Sequential(*linears, *convolutions).requires_grad_(False).append(nn.Linear(64, 64))
     quantise_layers(module, "nf4", torch.float32, CPU)
-    kinds = [nn.Linear, nn.Linear, QuantisedLinear, nn.Conv2d, nn.Conv2d, nn.Conv2d, QuantisedConv2d]
+    kinds = [nn.Linear, nn.Linear, QuantisedLinear, nn.Conv2d, nn.Conv2d, nn.Conv2d, QuantisedConv2d, nn.Linear]
     assert [type(layer) for layer in module] == kinds
 
 
@@ -178,6 +183,51 @@ def test_training_is_near_that_beside_whole_weights_and_resumes_to_the_bit(
     assert stopped.losses + resumed.losses == run.losses
     mine, theirs = ({name: p.detach() for name, p in each.trainable.parameters.items()} for each in (resumed, run))
     assert same(mine, theirs)
+
+
+def test_out_of_memory_keeps_the_base_in_fewer_bits(
+    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What draws while the adapter is trained shares the codes: nobody holds the whole weights."""
+    options = VALUES | {"gradient_checkpointing": True, "max_train_steps": 6}
+    whole = Run(base, tmp_path / "whole", **options).train()
+    run = Run(base, tmp_path / "stepped", **options)
+    drawn = run.trainable.drawable(torch.float32)
+    run_out_of_memory(monkeypatch, {2, 4})
+    train(
+        run.trainable,
+        run.data,
+        run.plan,
+        run.h,
+        run.schedule,
+        {"seed": SEED},
+        None,
+        tmp_path / "checkpoints",
+        report=run.recorder,
+        stop=threading.Event(),
+        world=World(),
+    )
+    log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    assert log.index("base_weights=int8") < log.index("base_weights=nf4")
+    assert run.losses[:2] == whole.losses[:2]
+    for stepped, uninterrupted in zip(run.losses, whole.losses, strict=True):
+        assert stepped == pytest.approx(uninterrupted, rel=0.1)
+    codes = [
+        {name: p.data_ptr() for name, p in each.model.unet.named_parameters() if name.endswith(".codes")}
+        for each in (drawn, run.trainable)
+    ]
+    assert codes[0] == codes[1]
+    assert len(codes[0]) > 10
+    layers = [layer for layer in run.base.unet.modules() if isinstance(layer, QuantisedLayer)]
+    assert {layer.kind for layer in layers} == {"nf4"}
+    (picture,) = next(draw(drawn.model.pipeline(), "photo of zwx toy", [0], resolution=64, steps=2))
+    assert picture.size == (64, 64)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bits_that_were_asked_for_stay(kind: str) -> None:
+    h = Hyperparameters.parse({**PROMPTS, "method": "lora", "base_weights": kind, "gradient_checkpointing": True})
+    assert smaller_plan(make_plan(h, find_card("24GB")), h) is None
 
 
 @pytest.mark.parametrize("name", ["dora", "loha", "oft"])
@@ -245,7 +295,7 @@ def test_footprints_count_the_layers_in_fewer_bits(family: str) -> None:
     facts = FAMILIES[family].facts
     found: dict[bool, float] = {True: 0, False: 0}
     for part, config in CONFIGS[family].items():
-        module = empty_module(part, config, facts.pipeline)
+        module = empty_module(part, config, facts.pipeline).requires_grad_(False)
         whole = {name: parameter.numel() for name, parameter in module.named_parameters()}
         quantise_layers(module, "nf4", torch.bfloat16, torch.device("meta"))
         kept = {name for name, parameter in module.named_parameters() if parameter.dtype != torch.uint8}
