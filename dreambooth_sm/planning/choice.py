@@ -26,6 +26,7 @@ def make_plan(h: Hyperparameters, card: Card) -> Plan:
         UserError: where an explicit value can't work on this card, or what was asked for can't fit; the error names
             what would.
     """
+    h = h.model_copy(update={"base_architecture": h.architecture})  # is looked for once, and not for each figure
     problems = _impossible(h, card)
     if problems:
         raise UserError(problems)
