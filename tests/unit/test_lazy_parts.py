@@ -28,34 +28,41 @@ KINDS: dict[str, Any] = {
 }
 
 
-def in_memory() -> set[str]:
-    """The kinds of parts of which a module with values exists."""
-    modules = [found for found in gc.get_objects() if isinstance(found, torch.nn.Module)]
-    return {
-        kind
-        for kind, classes in KINDS.items()
-        for module in modules
-        if isinstance(module, classes) and not next(module.parameters()).is_meta
-    }
+class Watch:
+    """Which kinds of parts are in memory with values, beside those of models that tests share.
+
+    Attributes:
+        seen: what was there whenever a part was read.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._shared = self._parts()
+        self.seen: list[set[str]] = []
+
+    def _parts(self) -> list[tuple[str, torch.nn.Module]]:
+        modules = [found for found in gc.get_objects() if isinstance(found, torch.nn.Module)]
+        parts = [(kind, m) for m in modules for kind, classes in KINDS.items() if isinstance(m, classes)]
+        return [(kind, module) for kind, module in parts if not next(module.parameters()).is_meta]
+
+    def now(self) -> set[str]:
+        return {kind for kind, module in self._parts() if all(module is not shared for _, shared in self._shared)}
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """What is in memory whenever a part was read."""
-    gc.collect()
-    assert not in_memory(), "another test keeps a model"
-    seen: list[set[str]] = []
-    fill = models.fill
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    watch, fill = Watch(), models.fill
 
     def filling(*arguments: Any) -> None:
         fill(*arguments)
-        seen.append(in_memory())
+        watch.seen.append(watch.now())
 
     monkeypatch.setattr(models, "fill", filling)
-    return seen
+    return watch
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_drawing")
 @pytest.mark.parametrize(
     "values",
     [
@@ -68,7 +75,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
 )
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_a_job_never_has_all_parts_in_memory(
-    family: str, values: dict[str, object], request: pytest.FixtureRequest, tmp_path: Path, watched: list[set[str]]
+    family: str, values: dict[str, object], request: pytest.FixtureRequest, tmp_path: Path, watched: Watch
 ) -> None:
     if values.get("method", "full") not in FAMILIES[family].facts.methods:
         pytest.skip("the method is not for this family")
@@ -88,10 +95,10 @@ def test_a_job_never_has_all_parts_in_memory(
         **values,
     )
     job.run(h, Contract(tmp_path / "opt-ml"), report=Reporter(io.StringIO()), stop=threading.Event())
-    assert set().union(*watched) == set(KINDS), "every kind of part was read"
-    assert all(len(kinds) < len(KINDS) for kinds in watched)
+    assert set().union(*watched.seen) == set(KINDS), "every kind of part was read"
+    assert all(len(kinds) < len(KINDS) for kinds in watched.seen)
     gc.collect()
-    assert not in_memory()
+    assert not watched.now()
 
 
 def test_a_part_is_read_for_whoever_computes_with_it_and_stays_in_its_files(tiny_base: Path) -> None:
