@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,16 @@ settings.load_profile("unit")
 def half_convolutions() -> Iterator[None]:
     with summed_in_fp32():
         yield
+
+
+@pytest.fixture
+def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are drawn in five steps: they show what those of 25 show."""
+    from dreambooth_sm import sampling, validation
+    from dreambooth_sm.data import prior
+
+    monkeypatch.setattr(validation, "draw", partial(sampling.draw, steps=5))
+    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 5)
 
 
 @pytest.fixture(scope="session")

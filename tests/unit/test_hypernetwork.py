@@ -127,6 +127,7 @@ def test_a_model_that_draws_while_another_trains_shares_what_is_frozen(base: Pre
     assert not {p.data_ptr() for p in drawn.parameters.values()} & theirs
 
 
+@pytest.mark.usefixtures("quick_drawing")
 def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: PretrainedModel, tmp_path: Path) -> None:
     options = VALUES | {"validation_prompt": "photo of zwx toy", "validation_steps": 2, "use_ema": True}
     with_ = Run(base, tmp_path / "with", **options)

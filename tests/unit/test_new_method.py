@@ -135,6 +135,7 @@ def run(root: Path, base: Path, family: str, stop_at: int | None = None, **value
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_drawing")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_runs_whole_jobs_and_is_resumed(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     base = request.getfixturevalue({"sd": "tiny_base", "sdxl": "tiny_xl_base"}[family])

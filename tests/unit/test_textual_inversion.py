@@ -209,6 +209,7 @@ def test_a_model_that_draws_while_another_trains_shares_what_is_frozen(base: Pre
     assert not torch.equal(states(drawn.model, PROMPT)["states"], states(trainable.model, PROMPT)["states"])
 
 
+@pytest.mark.usefixtures("quick_drawing")
 def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: PretrainedModel, tmp_path: Path) -> None:
     options = VALUES | {"validation_prompt": PROMPT, "validation_steps": 2, "use_ema": True}
     with_ = Run(base, tmp_path / "with", **options)

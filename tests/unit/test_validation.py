@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_sm import validation
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter, ValidationPicture
 from dreambooth_sm.validation import Validator, take_over_pictures, validation_prompts
 from tests.helpers.training import Run, attach, hyperparameters, make_subject, same, weights
+
+pytestmark = pytest.mark.usefixtures("quick_drawing")
 
 PLANS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -68,10 +68,7 @@ def pixels(path: Path) -> np.ndarray:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
-def test_training_is_the_same_and_pictures_are_the_models(
-    name: str, base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(validation, "draw", functools.partial(validation.draw, steps=5))  # shows what 25 show
+def test_training_is_the_same_and_pictures_are_the_models(name: str, base: PretrainedModel, tmp_path: Path) -> None:
     with_ = train(base, tmp_path / "with", PLANS[name], steps=4, validate=True)
     without = train(base, tmp_path / "without", PLANS[name], steps=4, validate=False)
     assert with_.losses == without.losses
