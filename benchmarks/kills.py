@@ -13,6 +13,7 @@ everything: a moment of a job is one of its phases, not of Python's start. Linux
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -28,6 +29,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, read_manifest, verify
+from tests.helpers.aws_descriptions import remembered
 
 STEPS = 16
 SETTINGS = {
@@ -116,7 +118,7 @@ def main() -> None:
     os.environ |= json.loads(server.stdout.readline())
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
-        with tempfile.TemporaryDirectory(prefix="kills-") as work:
+        with tempfile.TemporaryDirectory(prefix="kills-") as work, remembered():
             print(json.dumps(run(Path(work), options.kills, chance)))
     finally:
         server.terminate()
@@ -134,6 +136,8 @@ def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
     make_pictures(work / "pictures", 2, 96)
     channels = {"images": str(work / "pictures"), "model": str(save_tiny_pipeline(work / "tiny"))}
     base = work / "opt-ml"
+    gc.collect()
+    gc.freeze()  # what the forks share is not walked, and so not copied, by each of them
 
     started = time.monotonic()
     reference = S3Uri("kills", "reference")
