@@ -36,26 +36,37 @@ class Sampler:
 
 
 def make_sampler(
-    base: PretrainedModel, plan: Plan, prompts: Iterable[str] | None = None, guidance: float | None = None
+    base: PretrainedModel,
+    plan: Plan,
+    prompts: Iterable[str] | None = None,
+    guidance: float | None = None,
+    embedded: Mapping[str, Conditioning] | None = None,
 ) -> Sampler:
     """The base model ready to draw on the plan's device, in half precision on a GPU.
 
     Args:
         prompts: that it will draw: the text encoders are let go of before the other parts are read. None keeps them.
         guidance: that it will draw these with; None for the family's.
+        embedded: prompts of another sampler of the same text encoders, in place of ``prompts``.
     """
     guidance = base.family.facts.drawing.guidance if guidance is None else guidance
     parts = base.family.facts.parts
-    embedded: dict[str, Conditioning] = {}
-    if prompts is not None:
-        encoding = base.with_parts({part: drawing_part(base, plan, part) for part in base.text_parts})
-        embedded = {prompt: _embed(encoding, prompt, guided=guidance > 1) for prompt in prompts}
-        del encoding
+    if embedded is None and prompts is not None:
+        embedded = embed_prompts(base, plan, prompts, guidance)
+    if embedded is not None:
         parts = tuple(part for part in parts if part not in base.text_parts)
     pipeline = base.with_parts({part: drawing_part(base, plan, part) for part in parts}).pipeline()
     if _in_half(plan):
         pipeline.vae.enable_slicing()  # pictures are decoded one by one: the VAE's activations are the largest
-    return Sampler(pipeline, embedded)
+    return Sampler(pipeline, embedded or {})
+
+
+def embed_prompts(
+    base: PretrainedModel, plan: Plan, prompts: Iterable[str], guidance: float
+) -> dict[str, Conditioning]:
+    """Prompts as a sampler of the base model keeps them; its text encoders are on the device only meanwhile."""
+    encoding = base.with_parts({part: drawing_part(base, plan, part) for part in base.text_parts})
+    return {prompt: _embed(encoding, prompt, guided=guidance > 1) for prompt in prompts}
 
 
 def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:

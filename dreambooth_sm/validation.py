@@ -14,12 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Trainable
+from dreambooth_sm.methods import Trainable, encodes_in_steps
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, ValidationPicture
-from dreambooth_sm.sampling import draw, make_sampler
+from dreambooth_sm.sampling import draw, embed_prompts, make_sampler
 
 SAMPLES = "samples"
 _NAMES = "step-*-prompt-*-seed-*.png"
@@ -82,6 +83,9 @@ class Validator:
         self._trained, self._prompts, self._h, self._plan, self._report = trained, prompts, h, plan, report
         self._directory = directory
         self._copy: Trainable | None = None
+        # What the text encoders make of the prompts, unless training changes that: they may be larger than what
+        # training leaves of a card.
+        self._embedded: dict[str, Conditioning] | None = None
         self._seeds = [_SEED + number for number in range(h.num_validation_images)]
         self.on_draw: Callable[[Sequence[ValidationPicture]], object] | None = None
         if prompts and h.validation_steps:
@@ -113,6 +117,9 @@ class Validator:
 
     def draw(self, step: int) -> None:
         """Draws with the model itself, before or after training, what an earlier attempt has not drawn."""
+        if self._copy is not None and not encodes_in_steps(self._plan, self._h) and self._embedded is None:
+            guidance = self._h.validation_guidance_scale
+            self._embedded = embed_prompts(self._trained.model, self._plan, self._prompts, guidance)
         self._draw(self._trained.model, step, batch_size=self._plan.sample_batch_size)
 
     def _draw(self, model: PretrainedModel, step: int, *, batch_size: int) -> None:
@@ -122,7 +129,8 @@ class Validator:
             return
         drawn: list[ValidationPicture] = []
         guidance = self._h.validation_guidance_scale
-        sampler = make_sampler(model, self._plan, [prompt for prompt, seeds in missing.items() if seeds], guidance)
+        wanted = [prompt for prompt, seeds in missing.items() if seeds]
+        sampler = make_sampler(model, self._plan, wanted, guidance, self._embedded)
         for prompt, seeds in missing.items():
             batches = draw(
                 sampler, prompt, seeds, resolution=self._h.resolution, batch_size=batch_size, guidance=guidance

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dreambooth_sm import sampling
+from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter, ValidationPicture
@@ -141,3 +143,21 @@ def test_the_class_is_drawn_as_well(tmp_path: Path) -> None:
     assert validation_prompts(hyperparameters(), (subject,)) == ()
     with pytest.raises(UserError, match="validation_prompt"):
         hyperparameters(validation_steps=5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_prompts_are_read_once_unless_their_reading_is_trained(
+    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    """A text encoder may be larger than what training leaves of a card."""
+    run = Run(base, tmp_path, train_text_encoder=trained, **JOB)
+    validator = Validator(
+        attach(base, run.h, run.plan), ("a cat",), run.h, run.plan, tmp_path / "samples", run.recorder
+    )
+    reads: list[object] = []
+    monkeypatch.setattr(sampling, "embed", lambda *rest, **named: reads.append(rest) or embed(*rest, **named))
+    validator.draw(0)
+    assert len(reads) == 1
+    validator.draw_from(run.trainer.weights_now(), 2)
+    assert len(reads) == 1 + trained
+    assert len(run.recorder.samples) == 4
