@@ -22,6 +22,7 @@ from dreambooth_sm.adapters.layers import Layer
 from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, write_peft
 from dreambooth_sm.adapters.read import find_adapter, read_adapter
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import family_of
 from dreambooth_sm.models import RENAMED, read_stored
 from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.files import HASH_FIELD, OutOfRange, Stored
@@ -75,6 +76,9 @@ def convert(
     if layout:
         raise UserError(f"--layout is for adapters, and {source} is a model; leave it out")
     model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
+    facts = family_of(model.pipeline).facts
+    if target.suffix == ".safetensors" and not facts.has_single_file:
+        raise UserError(f"{target}: {facts.title} models are written as directories; name one")
     _write_model(model, target, source, precision)
     return model.remarks
 
@@ -138,6 +142,9 @@ def extract_from(
     if rank < 1:
         raise UserError(f"--rank {rank}: the rank has to be at least 1")
     tuned, before = (read_stored(sources.fetch(RENAMED.get(name, name))) for name in (source, base))
+    facts = family_of(before.pipeline).facts
+    if facts.adapters != "kohya":
+        raise UserError(f"{base} is a {facts.title} model, of which no adapter is made here")
     count = sum(len(found) for part, found in before.tensors.items() if part != "vae")
     with tqdm(total=count, unit=" tensors", desc=target.name) as bar:
         adapter, remarks = extract(tuned, before, rank, bar.update)

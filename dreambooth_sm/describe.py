@@ -33,7 +33,7 @@ def describe(source: str) -> dict[str, str]:
         "file": str(file or path),
         "kind": "a whole model",
         "base model": family_of(model.pipeline).facts.title,
-        "predicts": model.configs["scheduler"]["prediction_type"],
+        "predicts": model.configs["scheduler"].get("prediction_type", "the way from pictures to noise"),
         "parts": ", ".join(model.tensors),
         "precision": ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in weights})),
         **({"remarks": "; ".join(model.remarks)} if model.remarks else {}),

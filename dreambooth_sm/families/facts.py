@@ -93,6 +93,7 @@ class Facts:
         licences: by the start of a base model's name, as the hub gives them.
         folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has.
         names: found in what makers call their models, and ``hint``, the one to tell users of.
+        has_single_file: whether its models are written as single files as well.
         adapters: the layout of adapters' files beside diffusers' own: ``kohya`` or ``comfyui``.
         distilled: found in the names of models that were distilled into fewer steps, which training undoes.
         overflows: whether fp16 is too small for its values, so that it needs a card with bf16.
@@ -120,6 +121,7 @@ class Facts:
     tensor: bytes | None = None
     names: re.Pattern[str] | None = None
     hint: str | None = None
+    has_single_file: bool = True
     adapters: Literal["kohya", "comfyui"] = "kohya"
     distilled: re.Pattern[str] | None = None
     overflows: bool = False

@@ -79,6 +79,7 @@ class ZImage:
             "attention": AdaptedLayers(_ATTENTION, (), width=1_044_480, text_width=0),
             "linear": AdaptedLayers(_LINEAR, (), width=2_480_640, text_width=0),
         },
+        has_single_file=False,
         adapters="comfyui",
         tags=("z-image",),
         licences={"Tongyi-MAI/Z-Image": "apache-2.0"},

@@ -165,6 +165,18 @@ def test_sdxl_takes_longer() -> None:
     assert large - 5 > 3 * (small - 5)  # without the minutes in which neither trains
 
 
+def test_a_model_that_overflows_gets_an_instance_with_bf16() -> None:
+    options = {**PROMPTS, "base_model": "Tongyi-MAI/Z-Image", "method": "lora"}
+    found = launcher.estimate(**options, instance_type="auto")
+    assert found.instance.card.has_bf16
+    assert found.plan.precision == "bf16"
+    assert found.minutes is not None
+    with pytest.raises(UserError, match=f"T4 has no bf16, .* instance_type='auto' takes {found.instance.name}"):
+        launcher.estimate(**options, instance_type="ml.g4dn.xlarge")
+    with pytest.raises(UserError, match="method=full: the base model is a Z-Image model; set method to lora"):
+        launcher.estimate(**{**options, "method": "full"}, instance_type="ml.p5.4xlarge")
+
+
 def test_an_sdxl_model_on_this_machine_is_seen_before_it_is_a_channel(tiny_base: Path, tiny_xl_base: Path) -> None:
     found = [
         launcher.estimate(**PROMPTS, base_model=base, instance_type="ml.g5.2xlarge").plan.predicted_peak_gb

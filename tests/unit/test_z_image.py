@@ -16,7 +16,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dreambooth_sm.convert import convert, extract_from
 from dreambooth_sm.data.conditioning import embed
+from dreambooth_sm.describe import describe
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES, Conditioning
 from dreambooth_sm.families.find import find_family
@@ -301,6 +303,19 @@ def test_a_single_file_is_told_what_it_is(loaded_z_image: PretrainedModel, tmp_p
     save_file({f"model.diffusion_model.{k}": v for k, v in weights(loaded_z_image.transformer).items()}, path)
     with pytest.raises(UserError, match="is a Z-Image model; name its diffusers directory, or a hub id"):
         load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
+
+
+def test_a_directory_is_described_and_written_again(
+    tiny_z_image: Path, loaded_z_image: PretrainedModel, tmp_path: Path
+) -> None:
+    assert describe(str(tiny_z_image))["base model"] == "Z-Image"
+    convert(str(tiny_z_image), tmp_path / "model")
+    written = load_base(hyperparameters(pretrained_model_name_or_path=str(tmp_path / "model"), method="lora"))
+    assert same(weights(written.transformer), weights(loaded_z_image.transformer))
+    with pytest.raises(UserError, match="Z-Image models are written as directories; name one"):
+        convert(str(tiny_z_image), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is a Z-Image model, of which no adapter is made here"):
+        extract_from(str(tmp_path / "model"), str(tiny_z_image), tmp_path / "lora.safetensors")
 
 
 def test_times_are_quantiles_of_the_share_of_noise() -> None:
