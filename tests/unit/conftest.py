@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,11 +29,9 @@ def half_convolutions() -> Iterator[None]:
 @pytest.fixture
 def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn in five steps: they show what those of 25 show."""
-    from dreambooth_sm import sampling, validation
-    from dreambooth_sm.data import prior
+    from tests.helpers.training import draw_otherwise
 
-    monkeypatch.setattr(validation, "draw", partial(sampling.draw, steps=5))
-    monkeypatch.setattr(prior, "CLASS_IMAGE_STEPS", 5)
+    draw_otherwise(monkeypatch, steps=5, class_steps=5)
 
 
 @pytest.fixture(scope="session")

@@ -24,21 +24,14 @@ from dreambooth_sm.data.class_cache import Recipe, fingerprint, read_latents, un
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import ClassImages
 from dreambooth_sm.errors import StopRequested
-from dreambooth_sm.families.sd import StableDiffusion
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import S3Uri, get_object, list_objects, put_object
 from launcher.local.s3 import EmbeddedS3, embedded_s3
-from tests.helpers.training import make_subject
+from tests.helpers.training import draw_otherwise, make_subject
 
 WANTED = 3
 CACHE = S3Uri("classes", "toys")
-
-
-def draw_otherwise(monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    facts = StableDiffusion.facts
-    drawing = dataclasses.replace(facts.drawing, **changes)  # type: ignore[arg-type]
-    monkeypatch.setattr(StableDiffusion, "facts", dataclasses.replace(facts, drawing=drawing))
 
 
 @pytest.fixture(autouse=True)
