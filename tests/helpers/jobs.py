@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dreambooth_sm.errors import EXIT_STOPPED
 from dreambooth_sm.report import parse_metrics
 from launcher.local.program import ENTRYPOINT
 from launcher.local.tree import lay_out
@@ -83,6 +85,11 @@ class Ended:
         """The metric line of each training step."""
         lines = [parse_metrics(line) for line in self.log.splitlines()]
         return [pairs for pairs in lines if "step" in pairs and "loss" in pairs]
+
+    @property
+    def losses(self) -> dict[int, str]:
+        """The loss of each step, as the log has it."""
+        return {int(step["step"]): step["loss"] for step in self.steps}
 
     @property
     def checkpoints(self) -> list[int]:
@@ -159,6 +166,15 @@ class JobTree:
 
     def run(self, *arguments: str) -> Ended:
         return end(self.start(*arguments))
+
+    def stop_after(self, step: int) -> Ended:
+        """Runs the job until it has told of a step, and asks it to stop: it ends with a checkpoint."""
+        process = self.start("train")
+        log = read_until(process, rf"^step={step} ")
+        process.send_signal(signal.SIGTERM)
+        stopped = end(process, log)
+        assert stopped.code == EXIT_STOPPED, stopped.log
+        return stopped
 
 
 def end(process: subprocess.Popen[str], log: str = "") -> Ended:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
+from dreambooth_sm.distributed import World
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS, Trainable
@@ -28,6 +29,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Trainer, TrainingSet
 from dreambooth_sm.training.schedule import make_schedule
+from dreambooth_sm.training.train import train
 
 CPU = torch.device("cpu")
 SEED = 7
@@ -174,6 +176,23 @@ class Run:
         self.recorder.stop_at = stop_at
         self.trainer.train(self.root / "checkpoints", self.recorder.stop)
         return self
+
+    def train_as_a_job(self) -> str:
+        """Trains as a job does, with smaller plans where memory runs out; the log."""
+        train(
+            self.trainable,
+            self.data,
+            self.plan,
+            self.h,
+            self.schedule,
+            {"seed": SEED},
+            None,
+            self.root / "checkpoints",
+            report=self.recorder,
+            stop=self.recorder.stop,
+            world=World(),
+        )
+        return self.recorder.stream.getvalue()  # type: ignore[attr-defined, no-any-return]
 
     @property
     def losses(self) -> list[tuple[float, ...]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import launcher
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK
 from dreambooth_sm.manifest import Manifest
 from dreambooth_sm.methods.hypernetwork import apply
 from dreambooth_sm.results import REPORT_FILES
 from dreambooth_sm.storage import S3Uri, list_objects
 from launcher.local.s3 import EmbeddedS3
-from tests.helpers.jobs import Ended, JobTree, end, read_until
+from tests.helpers.jobs import Ended, JobTree
 from tests.helpers.readme_blocks import python_blocks
 
 PROMPT = "photo of zwx toy"
@@ -117,17 +116,12 @@ def test_a_stopped_job_is_resumed_to_the_same_files(lay_out_job: Callable[..., J
     # WebUI's file names the base model.
     values["pretrained_model_name_or_path"] = str(whole.base / "input/data/model")
     job = lay_out_job("stopped", **values)
-    process = job.start("train")
-    log = read_until(process, r"^step=3 ")
-    process.send_signal(signal.SIGTERM)
-    stopped = end(process, log)
-    assert stopped.code == EXIT_STOPPED, stopped.log
+    stopped = job.stop_after(3)
     assert not FILES & names(job.model)
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
-    losses = [{step["step"]: step["loss"] for step in each.steps} for each in (stopped, ended, reference)]
-    assert losses[0] | losses[1] == losses[2]
-    assert len(losses[0]) < STEPS
+    assert stopped.losses | ended.losses == reference.losses
+    assert len(stopped.losses) < STEPS
     assert same_files(job.model, whole.model)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageOps
 
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
-from tests.helpers.jobs import Ended, JobTree, end, read_until, read_weights, same_weights
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK
+from tests.helpers.jobs import JobTree, read_weights, same_weights
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "duck_toy"
 SIZES = [(120, 80), (120, 90), (80, 120), (100, 100)]
@@ -54,30 +53,22 @@ def assert_same_model(job: JobTree, other: JobTree) -> None:
     assert same_weights(read_weights(job.model, "unet"), read_weights(other.model, "unet"))
 
 
-def losses(ended: Ended) -> dict[int, str]:
-    return {int(step["step"]): step["loss"] for step in ended.steps}
-
-
 def test_mixed_shapes_captions_and_dropout_stopped_and_resumed(mixed: Path, tmp_path: Path, tiny_base: Path) -> None:
     whole = lay_out(mixed, tmp_path / "whole", tiny_base)
     reference = whole.run("train")
     assert reference.code == EXIT_OK, reference.log
-    assert list(losses(reference)) == list(range(1, STEPS + 1))
+    assert list(reference.losses) == list(range(1, STEPS + 1))
     assert "warning" not in reference.log
 
     job = lay_out(
         mixed, tmp_path / "stopped", tiny_base, pretrained_model_name_or_path=str(whole.base / "input/data/model")
     )
-    process = job.start("train")
-    log = read_until(process, r"^step=3 ")
-    process.send_signal(signal.SIGTERM)
-    stopped = end(process, log)
-    assert stopped.code == EXIT_STOPPED, stopped.log
+    stopped = job.stop_after(3)
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
     first = int(ended.steps[0]["step"])
     assert 3 < first <= STEPS
-    assert {**losses(stopped), **losses(ended)} == losses(reference)
+    assert stopped.losses | ended.losses == reference.losses
     assert_same_model(job, whole)
 
 

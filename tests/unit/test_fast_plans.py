@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.training.checkpoint import latest_checkpoint
-from dreambooth_sm.training.train import train
-from tests.helpers.training import SEED, Run, hyperparameters, run_out_of_memory, same, weights
+from tests.helpers.training import Run, hyperparameters, run_out_of_memory, same, weights
 
 pytestmark = pytest.mark.slow
 
@@ -115,20 +112,7 @@ def test_out_of_memory_steps_down_and_continues(
     run = Run(base, tmp_path / "stepped", plan=changes, **options)
     run.trainer.finish()  # the job makes trainers of its own
     run_out_of_memory(monkeypatch, {0, 3})
-    train(
-        run.trainable,
-        run.data,
-        run.plan,
-        run.h,
-        run.schedule,
-        {"seed": SEED},
-        None,
-        tmp_path / "checkpoints",
-        report=run.recorder,
-        stop=threading.Event(),
-        world=World(),
-    )
-    log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    log = run.train_as_a_job()
     assert log.count("warning: out of memory") == 2
     assert "continuing after step 3" in log
     assert [step["step"] for step in run.recorder.steps] == [1, 2, 3, 4, 5, 6]

@@ -8,7 +8,6 @@ import itertools
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from dreambooth_sm.adapters.peft_layers import inject, parameters_of
-from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -39,9 +37,8 @@ from dreambooth_sm.training.quantised import (
     quantise,
     quantise_layers,
 )
-from dreambooth_sm.training.train import train
 from tests.helpers.patience import PATIENCE
-from tests.helpers.training import SEED, Run, attach, cpu_plan, hyperparameters, run_out_of_memory, same, weights
+from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, run_out_of_memory, same, weights
 from tests.unit.test_lora import CONFIGS, PROMPTS, VALUES, VARIANTS
 
 CPU = torch.device("cpu")
@@ -194,20 +191,7 @@ def test_out_of_memory_keeps_the_base_in_fewer_bits(
     run = Run(base, tmp_path / "stepped", **options)
     drawn = run.trainable.drawable(torch.float32)
     run_out_of_memory(monkeypatch, {2, 4})
-    train(
-        run.trainable,
-        run.data,
-        run.plan,
-        run.h,
-        run.schedule,
-        {"seed": SEED},
-        None,
-        tmp_path / "checkpoints",
-        report=run.recorder,
-        stop=threading.Event(),
-        world=World(),
-    )
-    log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
+    log = run.train_as_a_job()
     assert log.index("base_weights=int8") < log.index("base_weights=nf4")
     assert run.losses[:2] == whole.losses[:2]
     for stepped, uninterrupted in zip(run.losses, whole.losses, strict=True):
