@@ -44,11 +44,8 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     # Of one 512-pixel sample in 16 bits: recomputed unit by unit, or everything kept.
     kept = "checkpointed_gb" if plan.gradient_checkpointing else "activations_gb"
     activations = figure(h.architecture, method.activations(h) + kept)
-    if method.leaves_base:
-        if plan.channels_last and not plan.compile:
-            activations -= figure(h.architecture, "conv_inputs_" + kept)
-        elif not plan.gradient_checkpointing:
-            activations += figure(h.architecture, "norm_outputs_gb")  # else computed again in the backward pass
+    if method.leaves_base and not _keeps_less(plan):
+        activations += figure(h.architecture, "elsewhere_" + kept)
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = 0.0
     if encodes and not plan.gradient_checkpointing:
@@ -67,6 +64,11 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
         held = passing if plan.cuda_graph else gradients
         peak = max(peak, stays + held + drawing_gb(plan.precision, h))
     return round(peak, 2)
+
+
+def _keeps_less(plan: Plan) -> bool:
+    """Whether norms are computed again in the backward pass, and convolutions that are not trained keep no images."""
+    return plan.channels_last and not plan.compile
 
 
 def frozen_gb(plan: Plan, model: ModelFootprint, encodes: bool) -> float:
