@@ -1,4 +1,4 @@
-"""What the runs of :mod:`benchmarks.recipes` come to: choices, means, differences with their errors, table, figure."""
+"""What the runs of :mod:`benchmarks.recipes` come to: choices, means, differences with their errors, tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 from benchmarks.recipe_list import Choice
 
@@ -167,94 +166,45 @@ def _or_none(value: float) -> float | None:
 
 
 def markdown(lines: Sequence[Line], reference: str) -> str:
-    """A table, a line a recipe: means and deviations, and differences to the reference with their standard errors."""
+    """A table, a line a recipe, the best score first: means, and differences to the reference with their standard
+    errors; those within noise are in brackets."""
     heads = ["recipe", "rate", "steps", "runs", "similarity", "prompts shown", "diversity kept", "score"]
-    heads += [f"{head}, difference" for head in ("similarity", "diversity kept", "score")]
+    heads += [f"{head}, difference" for head in ("similarity", "diversity", "score")]
     rows = [
         [
             line.recipe,
             f"{line.values['learning_rate']:g}" if "learning_rate" in line.values else "",
             str(line.steps),
             str(line.runs) + (f", {line.diverged} diverged" if line.diverged else ""),
-            *(_spread(line.figures[name]) for name in ("subject", "prompt", "kept", "score")),
+            *(f"{line.figures[name].mean:.3f}" for name in ("subject", "prompt", "kept", "score")),
             *(
                 "" if line.recipe == reference else _difference(line.figures[name])
                 for name in ("subject", "kept", "score")
             ),
         ]
-        for line in lines
+        for line in sorted(lines, key=lambda line: -line.figures["score"].mean)
     ]
+    return _table(heads, rows)
+
+
+def curves(lines: Sequence[Line]) -> str:
+    """A table, a line a recipe and a column for each number of steps: similarity; diversity kept."""
+    steps = sorted({line.steps for line in lines})
+    cells = {
+        (line.recipe, line.steps): "; ".join(f"{line.figures[name].mean:.3f}" for name in ("subject", "kept"))
+        for line in lines
+    }
+    recipes = dict.fromkeys(line.recipe for line in lines)
+    rows = [[recipe, *(cells.get((recipe, step), "") for step in steps)] for recipe in recipes]
+    return _table(["recipe", *map(str, steps)], rows)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
-
-
-def _spread(figure: Figure) -> str:
-    return f"{figure.mean:.3f} ± {figure.deviation:.3f}"
 
 
 def _difference(figure: Figure) -> str:
     if math.isnan(figure.error):
         return ""
-    return f"{figure.difference:+.3f} ± {figure.error:.3f}" + (", within noise" if figure.is_noise else "")
-
-
-# Pixels: the whole figure, and the room for the axes.
-_WIDTH, _HEIGHT, _MARGIN = 900, 640, 60
-
-
-def svg(lines: Sequence[Line], reference: str) -> str:
-    """Points of similarity to the subject (x) and kept diversity of the class (y), with their standard errors."""
-    xs = [line.figures["subject"].mean for line in lines]
-    ys = [line.figures["kept"].mean for line in lines]
-    across, up = _axis(xs), _axis(ys)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        right = (x - across[0]) / (across[-1] - across[0]) * (_WIDTH - 2 * _MARGIN)
-        above = (y - up[0]) / (up[-1] - up[0]) * (_HEIGHT - 2 * _MARGIN)
-        return round(_MARGIN + right, 1), round(_HEIGHT - _MARGIN - above, 1)
-
-    drawn = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" font-family="sans-serif" '
-        'font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
-    for value in across:
-        x, y = place(value, up[0])
-        drawn.append(f'<path d="M{x} {y}V{_MARGIN}" stroke="#ddd"/>')
-        drawn.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{value:.2f}</text>')
-    for value in up:
-        x, y = place(across[0], value)
-        drawn.append(f'<path d="M{x} {y}H{_WIDTH - _MARGIN}" stroke="#ddd"/>')
-        drawn.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{value:.0%}</text>')
-    drawn.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 14}" text-anchor="middle">similarity to the subject</text>')
-    drawn.append(
-        f'<text transform="translate(16 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">'
-        "diversity of the class, of the base model's</text>"
-    )
-    heights: list[tuple[float, float]] = []
-    for line, x_value, y_value in sorted(zip(lines, xs, ys, strict=True), key=lambda item: item[2], reverse=True):
-        x, y = place(x_value, y_value)
-        errors = [line.figures[name].deviation / math.sqrt(line.runs) for name in ("subject", "kept")]
-        (left, low), (right, high) = (place(x_value + sign * errors[0], y_value + sign * errors[1]) for sign in (-1, 1))
-        colour = "#c00" if line.recipe == reference else "#06c"
-        drawn.append(f'<path d="M{left} {y}H{right}M{x} {low}V{high}" stroke="{colour}" stroke-opacity="0.35"/>')
-        drawn.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colour}"/>')
-        beside = _free(heights, x, y)
-        anchor, shift = ("end", -7) if x > 0.75 * _WIDTH else ("start", 7)
-        drawn.append(f'<text x="{x + shift}" y="{beside + 4}" text-anchor="{anchor}">{escape(line.recipe)}</text>')
-    return "\n".join([*drawn, "</svg>\n"])
-
-
-def _free(taken: list[tuple[float, float]], x: float, y: float) -> float:
-    """A height near ``y`` where no other label stands near ``x``; it is taken then."""
-    while any(abs(x - other) < 150 and abs(y - height) < 11 for other, height in taken):
-        y = round(y + 3, 1)
-    taken.append((x, y))
-    return y
-
-
-def _axis(values: Sequence[float]) -> list[float]:
-    """Round numbers from below all values to above them, a twentieth or a tenth apart."""
-    low, high = min(values), max(values)
-    step = 0.05 if high - low < 0.5 else 0.1
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [number * step for number in range(first, max(last, first + 1) + 1)]
+    said = f"{figure.difference:+.3f} ± {figure.error:.3f}"
+    return f"({said})" if figure.is_noise else said

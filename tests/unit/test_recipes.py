@@ -15,9 +15,10 @@ import pytest
 
 from benchmarks import recipes
 from benchmarks.common import PROMPTS
+from benchmarks.recipe_figure import svg
 from benchmarks.recipe_list import COMMON, COMPARED, SEARCHES, Choice, Recipe, recipes_to_compare, recipes_to_try
 from benchmarks.recipe_runner import Runner
-from benchmarks.recipe_table import FIGURES, choose, final_lines, markdown, read_rows, summarise, svg
+from benchmarks.recipe_table import FIGURES, choose, curves, final_lines, markdown, read_rows, summarise
 from benchmarks.recipes import Run, missing, run_all
 from benchmarks.studio import draw_together
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -132,21 +133,55 @@ def test_table_and_figure_show_every_recipe(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "compare.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows) + '{"recipe": "cut')
     recipes.show(tmp_path, tmp_path / "figure.svg")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| lora", "| a & b"]
-    assert "+0.400 ± 0.000" in lines[3]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| a & b", "| lora"]
+    assert "+0.400 ± 0.000" in lines[2]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [line["score"]["mean"] for line in summary["recipes"]] == [0.5, 0.9]
     drawn = ElementTree.parse(tmp_path / "figure.svg").getroot()
-    assert len(drawn.findall("{*}circle")) == 2
     assert {"lora", "a & b"} <= {text.text for text in drawn.findall("{*}text")}
+    assert {title.text for title in drawn.findall(".//{*}title")} == {"lora", "a & b"}
 
 
-def test_what_is_higher_is_drawn_higher() -> None:
-    rows = [row("low", "cat", 0.5, kept=0.5), row("high", "cat", 0.5, kept=0.9)]
+def test_differences_within_noise_are_in_brackets() -> None:
+    rows = [row("lora", toy, 0.5) for toy in ("cat", "car")]
+    rows += [row("other", "cat", 0.9), row("other", "car", 0.2), row("better", "cat", 0.7), row("better", "car", 0.8)]
+    better, other, lora = markdown(final_lines(rows, "lora"), "lora").splitlines()[2:]
+    assert better.endswith("| +0.250 ± 0.050 | +0.250 ± 0.050 | +0.250 ± 0.050 |")
+    assert other.endswith("| (+0.050 ± 0.350) | (+0.050 ± 0.350) | (+0.050 ± 0.350) |")
+    assert lora.startswith("| lora")
+
+
+def test_curves_have_a_column_for_each_number_of_steps() -> None:
+    rows = [{**row("lora", "cat", 0.3, steps=50, kept=0.9), "is_last": False}, row("lora", "cat", 0.6, kept=0.8)]
+    rows += [row("full", "cat", 0.7, kept=0.5)]
+    assert curves(summarise(rows, "lora")).splitlines() == [
+        "| recipe | 50 | 100 |",
+        "| --- | --- | --- |",
+        "| lora | 0.300; 0.900 | 0.600; 0.800 |",
+        "| full |  | 0.700; 0.500 |",
+    ]
+
+
+def test_what_is_higher_is_drawn_higher_and_near_ones_twice() -> None:
+    rows = [row("low", "cat", 0.5, kept=0.5), row("near", "cat", 0.5, kept=0.51), row("high", "cat", 0.5, kept=0.9)]
     drawn = ElementTree.fromstring(svg(final_lines(rows, "low"), "low"))
-    high, low = (float(circle.attrib["cy"]) for circle in drawn.findall("{*}circle"))
-    assert high < low
-    assert "within noise" not in markdown(final_lines(rows, "low"), "low")
+    heights: dict[str | None, list[float]] = {}
+    for circle in drawn.findall("{*}circle"):
+        heights.setdefault(circle.findtext("{*}title"), []).append(float(circle.attrib["cy"]))
+    assert [len(heights[name]) for name in ("high", "near", "low")] == [1, 2, 2]
+    assert heights["high"][0] < heights["near"][0] < heights["low"][0]
+    assert heights["low"][1] - heights["near"][1] > 5 * (heights["low"][0] - heights["near"][0])
+
+
+def test_names_do_not_overlap() -> None:
+    rows = [row("lora", "cat", 0.5, kept=0.9)]
+    rows += [row(f"recipe {number}", "cat", 0.5, subject=0.5 + number / 1000, kept=0.9) for number in range(40)]
+    drawn = ElementTree.fromstring(svg(final_lines(rows, "lora"), "lora"))
+    named = [text for text in drawn.findall("{*}text") if (text.text or "").startswith("recipe ")]
+    assert 0 < len(named) < 80
+    places = [(float(text.attrib["x"]), float(text.attrib["y"])) for text in named]
+    for (x, y), (other, height) in itertools.combinations(places, 2):
+        assert abs(x - other) > 30 or abs(y - height) > 8
 
 
 # Runs
