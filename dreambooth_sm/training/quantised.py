@@ -150,6 +150,12 @@ class QuantisedLinear(QuantisedLayer, nn.Linear):
 class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
     """A frozen convolution; ``codes`` are of its weights as ``(out, height * width * in)``: channels_last."""
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Any:
+        # PEFT makes an adapter's matrices with the class of the convolution that they lie beside: they are torch's own.
+        if arguments and not isinstance(arguments[0], nn.Module):
+            return nn.Conv2d(*arguments, **options)
+        return super().__new__(cls)
+
     def __init__(self, conv: nn.Conv2d, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
         """
         Args:

@@ -141,6 +141,35 @@ def test_convolutions_compute_with_what_the_codes_stand_for(
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["lora", "dora", "loha", "lokr", "oft"])
+def test_adapters_beside_convolutions_compute_with_what_the_codes_stand_for(
+    kind: quantised.CodeKind, size: int, name: str
+) -> None:
+    h = hyperparameters(**VALUES, lora_variant=name)
+    found = []
+    for whole in (False, True):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(32, 64, size, padding=size // 2)).requires_grad_(False)
+        quantise_layers(module, kind, torch.float32, CPU)
+        if whole:
+            layer, module[0] = module[0], nn.Conv2d(32, 64, size, padding=size // 2).requires_grad_(False)
+            module[0].weight.copy_(layer.weight)
+            module[0].bias = layer.bias
+        inject(module, h, ("0",))
+        assert isinstance(module[0].base_layer, QuantisedConv2d) != whole
+        torch.manual_seed(1)
+        for parameter in parameters_of(module).values():
+            nn.init.normal_(parameter.requires_grad_(), std=0.1)
+        image = torch.randn(2, 32, 9, 8, requires_grad=True)
+        result = module(image)
+        result.square().sum().backward()
+        found.append([result, image.grad, *(p.grad for p in parameters_of(module).values())])
+    assert len(found[0]) > 2
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
 def test_layers_of_odd_shapes_stay_and_those_that_are_trained_or_read_and_make_latents() -> None:
     convolutions = [nn.Conv2d(4, 64, 3), nn.Conv2d(64, 16, 3), nn.Conv2d(64, 64, 3, groups=2), nn.Conv2d(64, 64, 1)]
     linears = [nn.Linear(7, 64), nn.Linear(10, 3), nn.Linear(64, 64)]
