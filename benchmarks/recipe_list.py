@@ -93,7 +93,7 @@ def _rates(*rates: float) -> dict[str, tuple[float, ...]]:
     return {"learning_rate": rates}
 
 
-_LORA: Values = {"method": "lora"}
+_LORA: Values = {"method": "lora", "lora_targets": "attention"}
 _ADAPTERS = _rates(5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 _FEWER = _rates(5e-4, 1e-3, 2e-3, 4e-3)
 _OF_WHOLE_MODELS = _rates(5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
@@ -107,7 +107,7 @@ SEARCHES = (
     Search("lora, rank 64", {**_LORA, "lora_rank": 64}, _rates(2.5e-4, 5e-4, 1e-3, 2e-3)),
     Search("textual inversion", {"method": "textual_inversion"}, _OF_WORDS),
     Search("textual inversion, 4 vectors", {"method": "textual_inversion", "num_vectors": 4}, _OF_WORDS),
-    Search("pivotal", {"method": "pivotal"}, _FEWER),
+    Search("pivotal", {**_LORA, "method": "pivotal"}, _FEWER),
     Search("dora", {**_LORA, "lora_variant": "dora"}, _FEWER),
     Search("oft", {**_LORA, "lora_variant": "oft"}, _rates(1e-3, 3e-3, 1e-2, 3e-2)),
     Search("lokr", {**_LORA, "lora_variant": "lokr"}, _rates(1e-3, 3e-3, 1e-2, 3e-2)),

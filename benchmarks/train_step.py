@@ -42,7 +42,9 @@ from dreambooth_sm.planning.memory import predict_peak_gb
 from dreambooth_sm.planning.plan import Plan
 
 UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
-LORA: dict[str, object] = {"method": "lora"}
+# The layers that diffusers' scripts train.
+LORA: dict[str, object] = {"method": "lora", "lora_targets": "attention"}
+LORA_LINEAR: dict[str, object] = {"method": "lora", "lora_targets": "linear"}
 HYPERNETWORK: dict[str, object] = {"method": "hypernetwork"}
 TEXTUAL_INVERSION: dict[str, object] = {"method": "textual_inversion"}
 BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}
@@ -88,7 +90,8 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     ),
     "lora": (LORA, {}),
     "lora_small": (LORA, {"gradient_checkpointing": True}),
-    "lora_linear": (LORA | {"lora_targets": "linear"}, {}),
+    "lora_linear": (LORA_LINEAR, {}),
+    "lora_linear_small": (LORA_LINEAR, {"gradient_checkpointing": True}),
     "lora_text_encoder": (LORA | {"train_text_encoder": True}, {}),
     "lora_text_encoder_small": (LORA | {"train_text_encoder": True}, {"gradient_checkpointing": True}),
     "hypernetwork": (HYPERNETWORK, {}),
@@ -99,11 +102,11 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 }
 # Those that the others are measured with.
 OTHERS_VARIANTS = {
-    "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small"),
+    "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small", "lora_linear"),
     "z_image": ("lora", "lora_small", "lora_linear"),
 }
-# The variants that estimates are made from, and what their figures are called. `lean` is a rung that no card of
-# benchmarks.tiers gets.
+# The variants that estimates are made from, and what their figures are called; of adapters, where they lie beside the
+# layers that a job adapts by default. `lean` is a rung that no card of benchmarks.tiers gets.
 FIGURES = {
     "unet": "unet",
     "both": "both",
@@ -113,6 +116,8 @@ FIGURES = {
     "hypernetwork_small": "small",
     "lora": "roomy",
     "lora_small": "small",
+    "lora_linear": "roomy",
+    "lora_linear_small": "small",
     "textual_inversion_small": "small",
 }
 _LORA = ["--mixed_precision=bf16", "--rank=16"]
@@ -202,8 +207,9 @@ def main() -> None:
             try:
                 result = run_variant(name, model, options.steps, Path(folder))
                 emit(variant=name, model=model, **result)
-                if options.write and name in FIGURES:
-                    h = hyperparameters(model, **VARIANTS[name][0])
+                h = hyperparameters(model, **VARIANTS[name][0])
+                usual = hyperparameters(model, method=h.method).lora_targets
+                if options.write and name in FIGURES and h.lora_targets == usual:
                     command = f"python -m benchmarks.train_step {name} --model {model} --steps {options.steps}"
                     figures = step_figures(h.method, FIGURES[name], result)
                     write_figures(options.write, h.architecture, figures, by=command)

@@ -69,6 +69,7 @@ class ZImage:
         methods={
             "lora": {
                 "learning_rate": 1e-4,
+                "lora_targets": "attention",  # more was compared on another family alone
                 "export": "adapter",
                 "export_precision": "bf16",
                 "sample_guidance_scale": 5.0,

@@ -46,7 +46,7 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
         methods=_METHODS,
     )
     lora_targets: Literal["attention", "linear", "all"] = knob(
-        "attention",
+        "linear",
         "The layers that have adapters: of the attention; linear: of the feed-forward layers and the projections "
         "around them as well; all: the convolutions of the UNet as well.",
         methods=_METHODS,

@@ -71,6 +71,7 @@ CASES: dict[str, dict[str, object]] = {
     },
     "pivotal": {
         "method": "pivotal",
+        "lora_targets": "attention",
         "class_prompt": "photo of a toy",
         "num_vectors": 2,
         "initial_text": "duck cat",
