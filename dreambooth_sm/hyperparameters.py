@@ -26,6 +26,7 @@ from dreambooth_sm.knobs.memory import MemoryKnobs
 from dreambooth_sm.knobs.messages import readable
 from dreambooth_sm.knobs.pictures import DEFAULT_INSTANCE_DATA_DIR
 from dreambooth_sm.knobs.pivotal import PivotalKnobs
+from dreambooth_sm.knobs.presets import PRESET_KNOBS, PRESETS, PresetValue
 from dreambooth_sm.knobs.prior import PriorKnobs
 from dreambooth_sm.knobs.textual_inversion import TextualInversionKnobs
 from dreambooth_sm.knobs.training import TrainingKnobs
@@ -50,15 +51,35 @@ class Hyperparameters(
     """
 
     def fit_to_base(self) -> Self:
-        """Takes what the family of the base model has in place of defaults, of itself and for the method, and what the
-        optimizer has."""
-        values = {"learning_rate": type(self).model_fields["learning_rate"].default}
+        """Takes what the family of the base model has in place of defaults, of itself and for the method, what the
+        optimizer has, and what the preset has."""
+        values = {name: type(self).model_fields[name].default for name in ("learning_rate", *PRESET_KNOBS)}
         values |= FAMILIES[self.architecture].facts.methods.get(self.method, {})
         values |= self.optimizer_defaults(values["learning_rate"])
         for name, value in values.items():
             if name not in self.model_fields_set:
                 self._default(name, value)
+        for preset in self._preset_values():
+            problems = len(self.conflicts())
+            self._default(preset.name, preset.value)
+            if len(self.conflicts()) > problems:  # with what is set, or what the model takes
+                self._default(preset.name, values[preset.name])
         return super().fit_to_base()
+
+    def _preset_values(self) -> list[PresetValue]:
+        """The preset's values for the method, where nothing that is set decides on the same."""
+        values = PRESETS[self.preset] if self.preset else ()
+        free = self.model_fields_set.isdisjoint
+        return [each for each in values if self.method in each.methods and free({each.name, *each.unless})]
+
+    @property
+    def preset_note(self) -> str | None:
+        """Says which values the preset set; None where there is none."""
+        if not self.preset:
+            return None
+        found = [each.setting for each in self._preset_values() if getattr(self, each.name) == each.value]
+        said = " ".join(found) if found else f"nothing with method={self.method} and the values that are set"
+        return f"preset={self.preset} sets {said}"
 
     @rule("pretrained_model_name_or_path", "base_architecture")
     def _family_takes_what_is_set(self) -> Iterator[str]:

@@ -96,7 +96,7 @@ def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
     moved = move(h.model_dump(include=set(paths)))
     if h.inline_concepts:
         moved["concepts_list"] = tuple(c.model_copy(update=move(c.model_dump())) for c in h.inline_concepts)
-    return h.model_copy(update=moved).fit_to_base()
+    return h.moved(moved)
 
 
 def plan_for_card(h: Hyperparameters, contract: Contract, world: World) -> Plan:

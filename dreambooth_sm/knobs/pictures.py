@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Literal, Self
 
@@ -102,6 +102,13 @@ class PictureKnobs(OutputKnobs):
         if "resolution" not in self.model_fields_set:
             self._default("resolution", FAMILIES[self.architecture].facts.resolution)
         return self
+
+    def moved(self, values: Mapping[str, object]) -> Self:
+        """A copy with paths that lie elsewhere, as explicit as they were; it may know its base model by now."""
+        copy = self.model_copy()
+        for name, value in values.items():
+            copy._default(name, value)
+        return copy.fit_to_base()
 
     def _default(self, name: str, value: object) -> None:
         """Sets a value that is as little explicit as a default."""

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from dreambooth_sm.knobs.declare import Alias, Knobs, Tunable, knob, rule
+from dreambooth_sm.knobs.presets import described
 from dreambooth_sm.knobs.ranges import Auto, Few, PositiveFloat, Seed, Steps, StepsOrNone
 
 DEFAULT_TRAIN_STEPS = 800
@@ -26,6 +27,12 @@ class TrainingKnobs(Knobs):
         common=True,
         # The seed's name.
         aliases=(Alias("use_lora", takes=bool, means={True: ("lora",), False: ()}),),
+    )
+    preset: Literal["object", "face", "style"] | None = knob(
+        None,
+        f"What is taught: sets values that are not set otherwise. {described()}.",
+        resume="free",
+        common=True,
     )
     max_train_steps: Steps | None = knob(
         None,
