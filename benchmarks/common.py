@@ -195,7 +195,7 @@ def make_trainer(base: PretrainedModel, plan: Plan, h: Hyperparameters, pictures
         prompt=str(h.instance_prompt),
         class_prompt=h.class_prompt,
         class_directory=pictures / "class",
-        class_pictures=make_pictures(pictures / "class", 7, h.resolution),
+        class_pictures=make_pictures(pictures / "class", 7, h.resolution) if h.prior_preservation else (),
     )
     trainable = METHODS[h.method].attach(base, plan, h, 0)
     data = encode_training_set(trainable.model, (subject,), h, plan, device=DEVICE, seed=0)

@@ -3,6 +3,7 @@ Transformer")."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -161,6 +162,9 @@ class ZImage:
         other way."""
         import torch
 
+        from dreambooth_sm.training.recomputation import recomputed
+
+        run = functools.partial(recomputed, _run) if denoiser.gradient_checkpointing else _run
         text = conditioning.text
         rows, channels, height, width = noised.shape
         high, wide = height // _PATCH, width // _PATCH
@@ -177,7 +181,7 @@ class ZImage:
             picture = torch.where(is_more[:, None], denoiser.x_pad_token, picture)
         turns = _turns(denoiser, _places_of_picture(filled, high, wide, more))
         for block in denoiser.noise_refiner:
-            picture = block(picture, None, turns, told)
+            picture = run(block, picture, None, turns, told)
 
         words = denoiser.cap_embedder(text["states"])
         numbers = torch.arange(words.shape[1], device=words.device)
@@ -185,14 +189,14 @@ class ZImage:
         turns_of_words = _turns(denoiser, _places_of_words(numbers, rows))
         kept = text.get("kept")
         for block in denoiser.context_refiner:
-            words = block(words, kept, turns_of_words)
+            words = run(block, words, kept, turns_of_words)
 
         together = torch.cat([picture, words], dim=1)
         turns = torch.cat([turns, turns_of_words], dim=1)
         if kept is not None:
             kept = torch.nn.functional.pad(kept, (picture.shape[1], 0), value=True)
         for block in denoiser.layers:
-            together = block(together, kept, turns, told)
+            together = run(block, together, kept, turns, told)
         made = denoiser.all_final_layer[f"{_PATCH}-1"](together, c=told)[:, :count]
         made = made.reshape(rows, high, wide, _PATCH, _PATCH, channels)
         result: Tensor = -made.permute(0, 5, 1, 3, 2, 4).reshape(noised.shape)
@@ -235,6 +239,70 @@ class ZImage:
         import torch
 
         return torch.bfloat16
+
+
+def _run(block: Any, hidden: Tensor, kept: Tensor | None, turns: Tensor, told: Tensor | None = None) -> Tensor:
+    """A block as the library computes it; on cards with kernels in fewer passes over its activations."""
+    from dreambooth_sm.training.rms_norm import norms_serve
+
+    if block._compiled_call_impl is None and norms_serve(hidden, *_frozen(block)):
+        return run_in_fewer_passes(block, hidden, kept, turns, told)
+    result: Tensor = block(hidden, kept, turns, told)
+    return result
+
+
+def _frozen(block: Any) -> list[Tensor]:
+    attention = block.attention
+    norms = (block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2)
+    modulations = block.adaLN_modulation.parameters() if block.modulation else ()
+    return [*(norm.weight for norm in (*norms, attention.norm_q, attention.norm_k)), *modulations]
+
+
+def run_in_fewer_passes(
+    block: Any, hidden: Tensor, kept: Tensor | None, turns: Tensor, told: Tensor | None = None
+) -> Tensor:
+    """What a ZImageTransformerBlock computes, but for rounding: norms, modulations and rotations in one pass each.
+
+    Args:
+        hidden: ``(rows, words, width)``.
+        kept: ``(rows, words)``, those that are looked at; None: all.
+        turns: rotary embeddings, complex ``(rows, words, pairs)``.
+        told: the time's embedding, ``(rows, width of it)``, where the block is modulated by it.
+    """
+    import torch
+
+    from dreambooth_sm.training.rms_norm import scaled_norm, swiglu, turned_norm
+
+    attention, feed_forward = block.attention, block.feed_forward
+    scales: list[Tensor | None] = [None, None]
+    gates: list[Tensor | None] = [None, None]
+    if block.modulation:
+        changes = block.adaLN_modulation(told).chunk(4, dim=1)
+        scales, gates = [1 + change for change in changes[::2]], [change.tanh() for change in changes[1::2]]
+
+    def norm(layer: Any, x: Tensor, factor: Tensor | None, added: Tensor | None = None) -> Tensor:
+        return scaled_norm(x, layer.weight, layer.eps, factor, added)
+
+    asked = norm(block.attention_norm1, hidden, scales[0])
+    query, key, value = (
+        project(asked).unflatten(-1, (attention.heads, -1))
+        for project in (attention.to_q, attention.to_k, attention.to_v)
+    )
+    query, key = (
+        turned_norm(heads, layer.weight, layer.eps, turns)
+        for heads, layer in ((query, attention.norm_q), (key, attention.norm_k))
+    )
+    seen = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=None if kept is None else kept[:, None, None],
+    )
+    seen = attention.to_out[0](seen.transpose(1, 2).flatten(2))
+    hidden = norm(block.attention_norm2, seen, gates[0], hidden)
+    asked = norm(block.ffn_norm1, hidden, scales[1])
+    made = feed_forward.w2(swiglu(feed_forward.w1(asked), feed_forward.w3(asked)))
+    return norm(block.ffn_norm2, made, gates[1], hidden)
 
 
 def _in_template(tokenizer: Any, prompt: str) -> str:

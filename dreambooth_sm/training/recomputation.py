@@ -68,10 +68,9 @@ def checkpoint_activations(module: Any) -> None:
         module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         return
     if not hasattr(module, "up_blocks"):
-        for block in repeated_blocks(module):
-            block.forward = functools.partial(_recomputed, functools.partial(type(block).forward, block))
+        module.gradient_checkpointing = True  # the family's predict reads it
         return
-    module.enable_gradient_checkpointing(_recomputed)  # the middle block, and kinds of blocks not known here
+    module.enable_gradient_checkpointing(recomputed)  # the middle block, and kinds of blocks not known here
     for block in (*module.down_blocks, *module.up_blocks):
         forward = _FORWARDS.get(type(block).__name__)
         if forward is not None:
@@ -84,7 +83,8 @@ def repeated_blocks(module: Any) -> list[Any]:
     return [block for block in module.modules() if type(block).__name__ in names]
 
 
-def _recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+def recomputed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a function, whose activations are recomputed in the backward pass."""
     if not torch.is_grad_enabled():
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
@@ -105,9 +105,9 @@ def _recomputed_unit(
     if attention is None or len(attention.transformer_blocks) <= _BLOCKS_OF_A_UNIT:
         if attention is not None:
             attention.gradient_checkpointing = False  # the unit around it is
-        result: Tensor = _recomputed(_unit, resnet, attention, hidden, skip, temb, prompts)
+        result: Tensor = recomputed(_unit, resnet, attention, hidden, skip, temb, prompts)
         return result
-    hidden = _recomputed(_unit, resnet, None, hidden, skip, temb, prompts)
+    hidden = recomputed(_unit, resnet, None, hidden, skip, temb, prompts)
     result = attention(hidden, encoder_hidden_states=prompts, return_dict=False)[0]  # checkpoints each of its blocks
     return result
 

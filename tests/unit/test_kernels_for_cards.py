@@ -70,6 +70,7 @@ def test_kernels_compile(card: int, compiled: list[Any], tmp_path: Path, monkeyp
     monkeypatch.setattr(driver, "_active", Driver(card))
     launch_quantised(dtype)
     launch_group_norm(dtype)
+    launch_rms_norm(dtype)
     every = [(fmt, residual) for fmt in BLOCK_FORMATS.values() for residual in (True, False)]
     launch_optimizer(dtype, every if card in WHOLE else [(BLOCK_FORMATS[8], True)])
     assert {kernel.metadata.name for kernel in compiled} == KERNELS
@@ -90,6 +91,7 @@ KERNELS |= {
     "_affine_grads",
     "_added_grads",
 }
+KERNELS |= {"_scaled", "_scaled_grad", "_turned", "_turned_grad", "_gated", "_gated_grad"}
 
 
 def launch_quantised(dtype: torch.dtype) -> None:
@@ -106,6 +108,24 @@ def launch_group_norm(dtype: torch.dtype) -> None:
     weight, bias, shift = torch.ones(64, dtype=dtype), torch.ones(64, dtype=dtype), torch.ones(2, 64, dtype=dtype)
     _, mean, rstd = kernels.forward(image, weight, bias, shift, bias, 32, 1e-5, True)
     kernels.backward(image, image, mean, rstd, weight, bias, shift, bias, True, True, True)
+
+
+def launch_rms_norm(dtype: torch.dtype) -> None:
+    """Of Z-Image's widths."""
+    from dreambooth_sm.training import rms_norm_triton as kernels
+
+    x, weight, factor = (
+        torch.ones(1, 2, 3840, dtype=dtype),
+        torch.ones(3840, dtype=dtype),
+        torch.ones(1, 3840, dtype=dtype),
+    )
+    kernels.scaled(x, weight, 1e-5, factor, x)
+    kernels.scaled_grad(x, x, weight, 1e-5, factor)
+    heads, turns = x.unflatten(-1, (30, 128)), torch.ones(1, 2, 64, 2)
+    kernels.turned(heads, weight[:128], 1e-5, turns)
+    kernels.turned_grad(heads, heads, weight[:128], 1e-5, turns)
+    kernels.gated(x, x)
+    kernels.gated_grad(x, x, x)
 
 
 def launch_optimizer(dtype: torch.dtype, formats: list[tuple[BlockFormat, bool]]) -> None:

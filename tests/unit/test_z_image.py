@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import shutil
@@ -22,6 +23,7 @@ from dreambooth_sm.describe import describe
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES, Conditioning
 from dreambooth_sm.families.find import find_family
+from dreambooth_sm.families.z_image import run_in_fewer_passes
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.models import PretrainedModel, load_base
@@ -171,6 +173,28 @@ def test_recomputed_gradients_are_the_same(z_image: PretrainedModel, tmp_path: P
     assert kept.losses == again.losses
     for name, value in kept.trainable.parameters.items():
         assert torch.equal(value, again.trainable.parameters[name]), name
+
+
+@pytest.mark.parametrize("part", ["noise_refiner", "context_refiner"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_in_fewer_passes_computes_the_same(z_image: PretrainedModel, part: str, masked: bool) -> None:
+    block = copy.deepcopy(getattr(z_image.modules["transformer"], part)[0]).float().requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        parameter.normal_(std=0.1, generator=random)
+    hidden, grad = torch.randn(2, 2, 6, block.dim, generator=random).unbind()
+    pairs = block.head_dim // 2
+    turns = torch.polar(torch.ones(2, 6, pairs), torch.randn(2, 6, pairs, generator=random))
+    told = torch.randn(2, block.adaLN_modulation[0].in_features, generator=random) if block.modulation else None
+    kept = torch.arange(6) < torch.tensor([[6], [4]]) if masked else None
+    found = []
+    for run in (block, functools.partial(run_in_fewer_passes, block)):
+        given = hidden.clone().requires_grad_()
+        made = run(given, kept, turns, told)
+        made.backward(grad)
+        found.append((made, given.grad))
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", ["int8", "nf4"])

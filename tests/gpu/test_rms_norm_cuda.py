@@ -1,0 +1,61 @@
+"""`rms_norm` on a CUDA device: the compiled kernels, and Z-Image's blocks in fewer passes, beside the library's."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
+
+from dreambooth_sm.families.z_image import run_in_fewer_passes
+from dreambooth_sm.training.rms_norm import norms_serve
+from tests.unit import test_rms_norm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_kernels_compute_what_torch_does() -> None:
+    test_rms_norm.compare_all("cuda", [*test_rms_norm.SHAPES, (2, 67, 30, 128)])
+
+
+def test_they_serve_where_norms_are_frozen_and_nothing_is_autocast() -> None:
+    x, weight = torch.ones(1, 2, 64, device="cuda", dtype=torch.bfloat16), torch.ones(64, device="cuda")
+    assert norms_serve(x, weight)
+    assert not norms_serve(x, weight.clone().requires_grad_())
+    assert not norms_serve(x.double(), weight)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert not norms_serve(x, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("modulated", [False, True], ids=["", "modulated"])
+def test_a_block(dtype: torch.dtype, modulated: bool) -> None:
+    """As near to fp64 as the library's own comes."""
+    random = torch.Generator().manual_seed(0)
+    exact = ZImageTransformerBlock(0, 384, 3, 3, 1e-5, True, modulation=modulated).double().requires_grad_(False)
+    for parameter in exact.parameters():
+        parameter.normal_(std=0.05, generator=random)
+    hidden, grad = torch.randn(2, 2, 33, 384, generator=random, dtype=torch.float64).cuda().unbind()
+    turns = torch.polar(torch.ones(2, 33, 64), torch.randn(2, 33, 64, generator=random)).cuda()
+    told = torch.randn(2, 256, generator=random, dtype=torch.float64).cuda() if modulated else None
+    exact.cuda()
+    rounded = copy.deepcopy(exact).to(dtype)
+    found = []
+    for run, kind in (
+        (exact, torch.float64),
+        (rounded, dtype),
+        (functools.partial(run_in_fewer_passes, rounded), dtype),
+    ):
+        given = hidden.to(kind, copy=True).requires_grad_()
+        made = run(given, None, turns, None if told is None else told.to(kind))
+        made.backward(grad.to(kind))
+        assert given.grad is not None
+        found.append(torch.cat([made.detach().double(), given.grad.double()]))
+    true, theirs, ours = found
+    assert (ours - true).norm() <= 1.3 * (theirs - true).norm()
+    assert (ours - true).norm() <= 0.05 * true.norm()

@@ -1,0 +1,119 @@
+"""`rms_norm` on the CPU: its definition, and the Triton kernels run by Triton's interpreter, beside torch's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreambooth_sm.training.rms_norm import norms_serve, scaled_norm, swiglu, turned_norm
+from tests.helpers.patience import PATIENCE
+
+EPS = 1e-5
+# Rows, words, heads, a head's width: none fills the kernels' blocks.
+SHAPES = [(2, 3, 3, 10), (1, 5, 4, 8), (3, 1, 1, 34)]
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
+
+
+def plain_turned(x: Tensor, weight: Tensor, turns: Tensor) -> Tensor:
+    one, other = plain_norm(x, weight).unflatten(-1, (-1, 2)).unbind(-1)
+    angle = turns.angle().to(x.dtype)[:, :, None]
+    return torch.stack(
+        [one * angle.cos() - other * angle.sin(), one * angle.sin() + other * angle.cos()], dim=-1
+    ).flatten(-2)
+
+
+def compare(ours: Callable[..., Tensor], exactly: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> None:
+    """Value and gradients, against torch's in float64 from the same numbers."""
+    mine = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = ours(*mine)
+    y.backward(grad)
+    true = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = exactly(*true)
+    expected.backward(grad.double())
+    assert y.dtype == inputs[0].dtype
+    for got, exact in ((y, expected), *((a.grad, b.grad) for a, b in zip(mine, true, strict=True))):
+        tolerance = 4e-6 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps
+        assert (got.double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def compare_all(device: str = "cpu", shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
+    random = torch.Generator().manual_seed(0)
+    for dtype in TYPES:
+        for rows, words, heads, width in shapes:
+
+            def draw(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.randn(size, generator=random).to(device, dtype)
+
+            x, added, grad = draw(3, rows, words, heads * width).unbind()
+            weight, factor = draw(heads * width), draw(rows, heads * width)
+            compare(
+                lambda x, w=weight: scaled_norm(x, w, EPS), lambda x, w=weight: plain_norm(x, w.double()), [x], grad
+            )
+            compare(
+                lambda x, added, w=weight, f=factor: scaled_norm(x, w, EPS, f, added),
+                lambda x, added, w=weight, f=factor: added + f.double()[:, None] * plain_norm(x, w.double()),
+                [x, added],
+                grad,
+            )
+            angles = draw(rows, words, width // 2).float()
+            turns = torch.polar(torch.ones_like(angles), angles)
+            of_head = draw(width)
+            compare(
+                lambda x, w=of_head, t=turns: turned_norm(x, w, EPS, t),
+                lambda x, w=of_head, t=turns: plain_turned(x, w.double(), t),
+                [x.unflatten(-1, (heads, width))],
+                grad.unflatten(-1, (heads, width)),
+            )
+            compare(swiglu, lambda gate, hidden: F.silu(gate) * hidden, [x, added], grad)
+    print("compared")
+
+
+def test_reference_computes_what_torch_does() -> None:
+    compare_all()
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    run = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("compared") == 1
+
+
+def test_gradients_are_the_derivatives() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, added = torch.randn(2, 2, 3, 4, dtype=torch.float64, generator=random).requires_grad_().unbind()
+    weight, factor = torch.randn(4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    turns = torch.polar(torch.ones(2, 3, 1), torch.randn(2, 3, 1)).to(torch.complex128)
+    assert torch.autograd.gradcheck(lambda x, added: scaled_norm(x, weight, EPS, factor, added), (x, added))
+    heads = x.detach().unflatten(-1, (2, 2)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: turned_norm(x, weight[:2], EPS, turns), (heads,))
+    assert torch.autograd.gradcheck(swiglu, (x, added))
+
+
+def test_on_the_cpu_the_library_serves() -> None:
+    assert not norms_serve(torch.ones(1, 2, 4))
+
+
+if __name__ == "__main__":
+    compare_all()
