@@ -1,7 +1,7 @@
 """Each tier's plan under that card's memory: does it run, how fast, and how good is the predicted peak.
 
     python -m benchmarks.tiers [CARD ...] [--steps 100] [--model sdxl] [--method hypernetwork]
-        [--text-encoder] [--write dreambooth_sm/planning/measured]
+        [--lora-targets attention] [--text-encoder] [--write dreambooth_sm/planning/measured]
 
 A large card stands in for the small ones: PyTorch's allocator is capped at what such a card leaves to a process, and
 cards before Ampere get fp16 and neither flash nor cuDNN attention. Speeds are those of the card that it runs on. A
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--method", choices=METHODS, default="full")
+    parser.add_argument("--lora-targets", help="other layers than jobs adapt by default, such as those of a peer")
     parser.add_argument("--text-encoder", action="store_true", help="train it as well, whatever the plan would do")
     add_write_option(parser)
     options = parser.parse_args()
@@ -111,18 +112,21 @@ def main() -> None:
             f"--steps={options.steps}",
             f"--model={options.model}",
             f"--method={options.method}",
+            *([f"--lora-targets={options.lora_targets}"] if options.lora_targets else []),
             *(["--text-encoder"] if options.text_encoder else []),
             *write,
         )
     name = cards[0]
     wishes: dict[str, object] = {"method": options.method}
+    if options.lora_targets:
+        wishes["lora_targets"] = options.lora_targets
     if options.text_encoder:
         wishes["train_text_encoder"] = True
     with tempfile.TemporaryDirectory() as folder:
         try:
             result = run_tier(name, options.model, wishes, options.steps, Path(folder))
             emit(card=name, model=options.model, **{**wishes, **result})
-            if options.write and not options.text_encoder:
+            if options.write and not options.text_encoder and not options.lora_targets:
                 h = hyperparameters(options.model)
                 command = f"python -m benchmarks.tiers {name} --model {options.model} --steps {options.steps}"
                 command += "" if options.method == "full" else f" --method {options.method}"
