@@ -67,7 +67,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
 
 
 def _keeps_less(plan: Plan) -> bool:
-    """Whether norms are computed again in the backward pass, and convolutions that are not trained keep no images."""
+    """Whether the kernels of norms serve, which keep less, and convolutions that are not trained keep no images."""
     return plan.channels_last and not plan.compile
 
 
