@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -134,18 +134,28 @@ class PretrainedModel:
         """A module like the model's, with its weights on the meta device."""
         return _copy(getattr(self, name), "meta", None)
 
-    def copy_of(self, name: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
+    def copy_of(
+        self,
+        name: str,
+        device: str | torch.device,
+        dtype: torch.dtype | None,
+        shrink: Callable[[torch.nn.Module], object] | None = None,
+    ) -> Any:
         """A module like the model's, which stays as it is.
 
         Args:
             dtype: of the copy; None leaves it to the weights, see :class:`PretrainedModel`.
+            shrink: see :func:`dreambooth_sm.stored.model.fill`.
         """
         module = getattr(self, name)
         if name not in self._files:
-            return _copy(module, device, dtype)
+            copied = _copy(module, device, dtype)
+            if shrink:
+                shrink(copied)
+            return copied
         read = copy.deepcopy(module)
         # With its number: threads read, and have a current device of their own.
-        fill(read, self._files[name], dtype, torch.empty(0, device=device).device)
+        fill(read, self._files[name], dtype, torch.empty(0, device=device).device, shrink)
         return read
 
     def put(self, name: str, module: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,9 +79,8 @@ def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
     if plan.base_weights == "plain" or part not in quantised or is_quantised(getattr(base, part)):
         return base.part(part, plan.device, dtype)
-    module = base.copy_of(part, "cpu", None)
-    quantise_layers(module, plan.base_weights, dtype, torch.device(plan.device))
-    return module.to(plan.device, dtype)
+    shrink = partial(quantise_layers, kind=plan.base_weights, dtype=dtype, device=torch.device(plan.device))
+    return base.copy_of(part, "cpu", None, shrink).to(plan.device, dtype)
 
 
 def _in_half(plan: Plan) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -186,9 +187,14 @@ class Adapters:
         if self._plan.base_weights == "plain":
             self.model.load(part)
             return frame_of(getattr(self.model, part))
-        # A copy, which goes once its layers are quantised: neither host nor card holds both of the whole.
-        module: torch.nn.Module = self._base.copy_of(part, "cpu", None)
-        quantise_layers(module, self._plan.base_weights, frozen_dtype(self._plan), torch.device(self._plan.device))
+        # Quantised while it is read: neither host nor card ever holds the whole of it.
+        shrink = partial(
+            quantise_layers,
+            kind=self._plan.base_weights,
+            dtype=frozen_dtype(self._plan),
+            device=torch.device(self._plan.device),
+        )
+        module: torch.nn.Module = self._base.copy_of(part, "cpu", None, shrink)
         return module
 
     def _inject(self) -> None:

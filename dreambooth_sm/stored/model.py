@@ -4,7 +4,8 @@ from."""
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from types import MappingProxyType
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
 _HALF = (torch.float16, torch.bfloat16)
+# Bytes that are read before layers are made smaller.
+_PIECE = 2**30
 _TYPES = ("dtype", "torch_dtype")  # of weights, as transformers 5 and 4 name them in a configuration
 # In SDXL's model_index.json: whether the empty prompt is embedded as zeros.
 ZEROS = "force_zeros_for_empty_prompt"
@@ -160,17 +163,42 @@ def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) ->
 
 
 def fill(
-    module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype | None, device: torch.device | str = "cpu"
+    module: nn.Module,
+    tensors: Mapping[str, Stored],
+    dtype: torch.dtype | None,
+    device: torch.device | str = "cpu",
+    shrink: Callable[[nn.Module], object] | None = None,
 ) -> None:
     """Reads a module's weights, all of which ``tensors`` has to hold; what is more is left out.
 
     Args:
         dtype: see :meth:`StoredModel.load`.
+        shrink: makes the layers smaller whose weights are not on the meta device any more. It is called for each
+            gigabyte, so that more is never in memory beside what it leaves.
     """
     wanted = weights_of(module, tensors, dtype)
-    dtypes = {name: tensor.dtype for name, tensor in wanted.items()}
-    module.load_state_dict(load_tensors(wanted, dtypes, torch.device(device)), assign=True)
+    for piece in _pieces(wanted) if shrink else [wanted]:
+        dtypes = {name: tensor.dtype for name, tensor in piece.items()}
+        module.load_state_dict(load_tensors(piece, dtypes, torch.device(device)), strict=False, assign=True)
+        module.requires_grad_(False)
+        if shrink:
+            shrink(module)
     module.to(device).requires_grad_(False).eval()  # buffers are not weights, and move here
+
+
+def _pieces(weights: Mapping[str, Stored]) -> Iterator[dict[str, Stored]]:
+    """Weights of whole layers, about as much as is read at a time."""
+    piece: dict[str, Stored] = {}
+    size = 0
+    for _, names in itertools.groupby(weights, key=lambda name: name.rpartition(".")[0]):
+        layer = {name: weights[name] for name in names}
+        piece |= layer
+        size += sum(tensor.numel * tensor.dtype.itemsize for tensor in layer.values())
+        if size >= _PIECE:
+            yield piece
+            piece, size = {}, 0
+    if piece:
+        yield piece
 
 
 def weights_of(module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dtype | None) -> dict[str, Stored]:

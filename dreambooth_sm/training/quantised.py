@@ -233,7 +233,7 @@ def quantise_layers(module: nn.Module, kind: CodeKind, dtype: torch.dtype, devic
     """Replaces the linear layers and convolutions of a module, one after another.
 
     Those that are trained or of odd shapes stay as they are, and convolutions that read or make latents. Layers with
-    other codes get these.
+    other codes get these. Those on the meta device wait for their weights.
 
     Args:
         dtype: that is computed in.
@@ -241,7 +241,10 @@ def quantise_layers(module: nn.Module, kind: CodeKind, dtype: torch.dtype, devic
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, QuantisedLayer) and child.kind == kind:
+            if isinstance(child, QuantisedLayer):
+                if child.kind == kind:
+                    continue
+            elif device.type != "meta" and any(weight.is_meta for weight in child.parameters(recurse=False)):
                 continue
             if isinstance(child, QuantisedLinear) or (type(child) is nn.Linear and _is_whole(child.weight)):
                 setattr(parent, name, QuantisedLinear(child, kind, dtype, device))

@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -24,6 +25,7 @@ from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan, smaller_plan
 from dreambooth_sm.sampling import draw, drawing_part
+from dreambooth_sm.stored import model as stored_model
 from dreambooth_sm.stored.model import empty_module
 from dreambooth_sm.training import quantised
 from dreambooth_sm.training.checkpoint import latest_checkpoint
@@ -300,6 +302,32 @@ def test_what_is_drawn_before_training_is_drawn_with_the_same_codes(base: Pretra
     codes = {name: value for name, value in weights(drawn).items() if name.endswith(".codes")}
     assert codes
     assert same({name: names[name] for name in codes}, codes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_are_quantised_while_they_are_read(
+    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: quantised.CodeKind
+) -> None:
+    """Beside codes there is never more than a piece of whole weights."""
+    base.save(tmp_path, torch.float16)
+    read = _stored(tmp_path, Hyperparameters.parse(PROMPTS))
+    whole: list[int] = []
+    shrink = functools.partial(quantise_layers, kind=kind, dtype=torch.float32, device=CPU)
+
+    def watched(module: nn.Module) -> None:
+        layers = [layer for layer in module.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+        shrink(module)
+        replaced = [layer for layer in layers if all(layer is not other for other in module.modules())]
+        whole.append(sum(layer.weight.numel() for layer in replaced) * 2)
+
+    monkeypatch.setattr(stored_model, "_PIECE", 20_000)
+    in_pieces = read.copy_of("unet", "cpu", None, watched)
+    largest = max(parameter.numel() for parameter in base.unet.parameters()) * 2
+    assert len(whole) > 5
+    assert max(whole) <= 20_000 + largest
+    at_once = read.copy_of("unet", "cpu", None)
+    shrink(at_once)
+    assert same(dict(in_pieces.state_dict()), dict(at_once.state_dict()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
