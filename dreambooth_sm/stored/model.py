@@ -27,7 +27,7 @@ Pipeline: TypeAlias = "StableDiffusionPipeline | StableDiffusionXLPipeline"
 
 _HALF = (torch.float16, torch.bfloat16)
 # Bytes that are read before layers are made smaller.
-_PIECE = 2**30
+_PIECE = 2**27
 _TYPES = ("dtype", "torch_dtype")  # of weights, as transformers 5 and 4 name them in a configuration
 # In SDXL's model_index.json: whether the empty prompt is embedded as zeros.
 ZEROS = "force_zeros_for_empty_prompt"
@@ -173,8 +173,8 @@ def fill(
 
     Args:
         dtype: see :meth:`StoredModel.load`.
-        shrink: makes the layers smaller whose weights are not on the meta device any more. It is called for each
-            gigabyte, so that more is never in memory beside what it leaves.
+        shrink: makes the layers smaller whose weights are not on the meta device any more. It is called after each
+            piece, so that more is never in memory beside what it leaves.
     """
     wanted = weights_of(module, tensors, dtype)
     for piece in _pieces(wanted) if shrink else [wanted]:
