@@ -72,10 +72,11 @@ def embed_prompts(
 
 def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     """A module of the base model on the plan's device, in the precision that is drawn in; in fewer bits where it is
-    trained beside in fewer."""
+    trained beside in fewer, and a language model beside a denoiser in 4."""
     half = base.vae_dtype if part == "vae" else base.half
     dtype = half if _in_half(plan) else torch.float32
-    quantised = (base.family.facts.denoiser, *(base.text_parts if plan.train_text_encoder else ()))
+    reads_in_few = base.family.facts.footprint.has_language_model and plan.base_weights == "nf4"
+    quantised = (base.family.facts.denoiser, *(base.text_parts if plan.train_text_encoder or reads_in_few else ()))
     # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
     if plan.base_weights == "plain" or part not in quantised or is_quantised(getattr(base, part)):
         return base.part(part, plan.device, dtype)

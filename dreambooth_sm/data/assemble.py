@@ -118,9 +118,9 @@ def encode_training_set(
 
 def _text_encoders(base: PretrainedModel, plan: Plan, device: torch.device) -> dict[str, Any]:
     """In full precision, where that is not a language model of gigabytes on a card."""
-    large = base.family.facts.footprint.has_language_model and plan.precision != "fp32"
-    dtype = base.half if large else torch.float32
-    return {part: base.part(part, device, dtype) for part in base.text_parts}
+    if base.family.facts.footprint.has_language_model:
+        return {part: drawing_part(base, plan, part) for part in base.text_parts}
+    return {part: base.part(part, device, torch.float32) for part in base.text_parts}
 
 
 def outputs_of_base(

@@ -28,10 +28,11 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.objectives import FlowMatching
-from dreambooth_sm.planning.cards import CARDS
+from dreambooth_sm.planning.cards import CARDS, CPU
 from dreambooth_sm.planning.choice import make_plan
-from dreambooth_sm.sampling import draw, draw_latents
+from dreambooth_sm.sampling import draw, draw_latents, drawing_part
 from dreambooth_sm.stored.model import empty_module
+from dreambooth_sm.training.quantised import is_quantised
 from tests.helpers.training import Run, hyperparameters, same, weights
 from tests.unit.test_lora import CONFIGS
 
@@ -203,6 +204,16 @@ def test_trains_beside_fewer_bits(z_image: PretrainedModel, tmp_path: Path, bits
     plain = train(z_image, tmp_path / "plain")
     assert run.losses[0] == pytest.approx(plain.losses[0], rel=0.05)
     assert run.losses[0] != plain.losses[0]
+
+
+@pytest.mark.parametrize(("bits", "in_few"), [("plain", False), ("int8", False), ("nf4", True)])
+def test_prompts_are_read_in_4_bits_beside_a_transformer_in_4(
+    z_image: PretrainedModel, bits: str, in_few: bool
+) -> None:
+    """There its 16-bit weights would have no room; beside 8 bits they have."""
+    plan = make_plan(parse(base_weights=bits), CPU)
+    assert is_quantised(drawing_part(z_image, plan, "text_encoder")) == in_few
+    assert is_quantised(drawing_part(z_image, plan, "transformer")) == (bits != "plain")
 
 
 @pytest.mark.parametrize(
