@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from tests.helpers.half_convolutions import summed_in_fp32
+from tests.helpers.half_precision import summed_in_fp32
 
 if TYPE_CHECKING:
     from dreambooth_sm.models import PretrainedModel
@@ -21,7 +21,7 @@ settings.load_profile("unit")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def half_convolutions() -> Iterator[None]:
+def half_precision() -> Iterator[None]:
     with summed_in_fp32():
         yield
 

@@ -1,10 +1,11 @@
-"""Convolutions of 16-bit tensors on the CPU, as a GPU computes them: summed in fp32, and rounded.
+"""Convolutions and matrix products of 16-bit tensors on the CPU, as a GPU computes them: summed in fp32, and rounded.
 
-torch's own take 50 times as long as those of fp32, unless the CPU has instructions for them.
+torch's own take 10 to 50 times as long as those of fp32, unless the CPU has instructions for them.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,14 +13,17 @@ from typing import Any
 
 import torch
 
+_NAMES = ("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm")
+
 
 @contextmanager
 def summed_in_fp32() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     try:
-        for name in ("convolution", "convolution_backward"):
+        for name in _NAMES:
             kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
-            library.impl(name, partial(_in_fp32, kernel), "CPU", with_keyset=True)
+            with warnings.catch_warnings(action="ignore"):  # that a kernel is replaced
+                library.impl(name, partial(_in_fp32, kernel), "CPU", with_keyset=True)
         yield
     finally:
         library._destroy()
