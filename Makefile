@@ -19,9 +19,10 @@ demo: $(STAMP)
 test: $(STAMP) $(SDKS) $(READERS)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
-# An answer in two minutes: all but tests that start jobs and servers, and those that are marked slow.
+# An answer in three minutes: all but tests that start jobs and servers, and those marked slow, of more than about a second.
+# hypothesis tries fewer examples.
 check: lint
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' tests/unit tests/contract
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' --hypothesis-profile=check tests/unit tests/contract
 
 # The image on the CUDA build of torch that the package index has: 2.7 GB to fetch, 6 GB of Docker's disk.
 test-cuda-image: $(STAMP)

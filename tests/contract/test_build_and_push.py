@@ -300,6 +300,7 @@ def test_what_does_not_go_into_the_image_makes_no_other_build(shell: Shell, chec
     assert tag_of(shell("--dry-run", script=script, GIT_SAYS=f"{REVISION}-dirty")) == before
 
 
+@pytest.mark.slow
 def test_build_arguments_make_another_build_of_the_same_code(shell: Shell) -> None:
     options: list[list[str]] = [
         [],

@@ -269,6 +269,7 @@ def awkward_values(dtype: torch.dtype) -> Tensor:
     return (base[:, None] + step[:, None] * fractions / 2).flatten()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
     [(torch.bfloat16, round_bfloat16), (torch.float16, round_float16)],
@@ -315,6 +316,7 @@ def test_follows_fp32_adamw(dtype: torch.dtype, magnitude: float, spread: float)
     assert slope(ours, exact) == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.slow
 def test_stays_unbiased_over_a_whole_job() -> None:
     """The second moment must neither freeze nor drift, which a few updates do not show."""
     ours, exact = accumulated_updates(torch.float32, steps=500, spread=1.0, elements=4096)

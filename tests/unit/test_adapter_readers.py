@@ -90,6 +90,7 @@ def adapter(family: str, kind: str) -> Adapter:
     return Adapter(parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["several ranks", "cores", "LoHa", "LoKr"])
 @pytest.mark.parametrize("family", UNETS)
 def test_comfyui_and_webui_read_all_of_a_flat_file(family: str, kind: str, tmp_path: Path) -> None:

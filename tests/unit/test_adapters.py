@@ -22,6 +22,7 @@ from dreambooth_sm.adapters.read import read_adapter
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.model import configs_of
 from tests.helpers.adapters import ATTENTION, CONVOLUTIONS, TEXT, answers, furthest, pipeline, trained
+from tests.helpers.marks import slow_except
 
 BASES = ("tiny_base", "tiny_xl_base")
 # Of the UNet, and of text encoders where there are any.
@@ -44,6 +45,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LORAS)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("text", [True, False], ids=["all parts", "UNet"])
@@ -72,6 +74,7 @@ def test_diffusers_draws_with_a_file_as_peft_does(
         assert_merges(read_adapter(tmp_path / f"{name}.safetensors"), directory, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["fc1", "fc2"], ["k_proj", "fc1", "fc2"]], ids="-".join)
 def test_diffusers_draws_with_text_encoders_that_lack_projections(
     targets: list[str], tiny_base: Path, tmp_path: Path
@@ -100,7 +103,7 @@ def assert_merges(adapter: Adapter, directory: Path, wanted: dict[str, torch.Ten
     assert furthest(answers(merged), wanted) < 1e-5
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("kind", slow_except(["lokr of one size"], OTHERS))
 def test_other_kinds_are_what_peft_makes_of_them(kind: str, tiny_base: Path, tmp_path: Path) -> None:
     config = OTHERS[kind]
     whole = pipeline(tiny_base)

@@ -19,6 +19,7 @@ from dreambooth_sm.models import check_base, load_base, read_stored
 from dreambooth_sm.stored.directory import read_directory
 from dreambooth_sm.stored.layout import to_original
 from dreambooth_sm.stored.single_file import write_single_file
+from tests.helpers.marks import slow_except
 from tests.helpers.training import hyperparameters, same, weights
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -106,7 +107,9 @@ KDPM2DiscreteScheduler TCDScheduler
 """
 
 
-@pytest.mark.parametrize("name", SCHEDULERS.split())
+@pytest.mark.parametrize(
+    "name", slow_except(["DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"], SCHEDULERS.split())
+)
 @pytest.mark.parametrize("betas", [BETAS, {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.02}])
 def test_a_schedule_is_trained_whatever_draws_with_it(name: str, betas: dict[str, Any], copied: Path) -> None:
     (copied / SCHEDULER).write_text(json.dumps({"_class_name": name, **betas, "prediction_type": "v_prediction"}))
@@ -154,6 +157,7 @@ def test_text_encoders_are_tried_before_anything_is_drawn(copied: Path) -> None:
         read_stored(copied)
 
 
+@pytest.mark.slow
 def test_notes_of_versions_and_types_decide_nothing(copied: Path) -> None:
     change(copied / "text_encoder" / "config.json", dtype=2.5, torch_dtype="nonsense", transformers_version=[])
     change(copied / "unet" / "config.json", _diffusers_version="seven")
@@ -181,6 +185,7 @@ def quantised(tensors: dict[str, torch.Tensor], scale: str, by_row: bool) -> tup
     return found, changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("by_row", [False, True])
 def test_weights_with_scales(scale: str, by_row: bool, copied: Path, single: Path, tmp_path: Path) -> None:
@@ -309,6 +314,7 @@ def test_archives_that_can_not_be_unpacked(tiny_base: Path, tmp_path: Path, kept
 # --- Parts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_without_a_vae_where_one_is_named(
     copied: Path, single: Path, tiny_base: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -333,6 +339,7 @@ def test_a_model_without_a_vae_where_one_is_named(
         assert "vae" in refusal(base)
 
 
+@pytest.mark.slow
 def test_configurations_as_people_have_them(copied: Path, expected: dict[str, Any]) -> None:
     change(copied / "model_index.json", _class_name=["diffusers", "StableDiffusionPipeline"])
     change(copied / SCHEDULER, _class_name=["diffusers", "DDPMScheduler"])
@@ -371,6 +378,7 @@ def test_parts_of_another_kind(file: str, values: dict[str, Any], said: str, cop
     assert str(copied / file) in line
 
 
+@pytest.mark.slow
 def test_stray_tensors_are_named(single: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -408,6 +416,7 @@ def test_knobs_that_would_do_nothing_are_named(
     assert said in refusal(tiny_base if which == "directory" else single, **values)
 
 
+@pytest.mark.slow
 def test_a_directorys_variants_can_be_chosen(copied: Path) -> None:
     other = {name: value + 1 for name, value in load_file(copied / UNET).items()}
     save_file(other, copied / UNET.replace(".safetensors", ".non_ema.safetensors"))

@@ -312,6 +312,7 @@ def test_without_the_package_for_heic_all_else_is_read(photos: Path, tmp_path: P
 # Large photos
 
 
+@pytest.mark.slow
 def test_a_photo_of_50_megapixels_is_decoded_at_a_fraction(tmp_path: Path) -> None:
     blocks(1, (8160, 6120)).save(tmp_path / "phone.jpg", quality=80)
     whole, part = open_picture(tmp_path / "phone.jpg"), open_picture(tmp_path / "phone.jpg", (512, 512))
@@ -323,6 +324,7 @@ def test_a_photo_of_50_megapixels_is_decoded_at_a_fraction(tmp_path: Path) -> No
     assert (picture.size, picture.shape) == ((8160, 6120), (576, 448))
 
 
+@pytest.mark.slow
 def test_phones_largest_photos_take_little_memory(tmp_path: Path) -> None:
     size = (16320, 12240)
     Image.linear_gradient("L").resize(size).save(tmp_path / "phone.jpg", quality=60)
@@ -339,6 +341,7 @@ def test_phones_largest_photos_take_little_memory(tmp_path: Path) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_draws_a_sheet(awkward: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(awkward / "plain.txt", "ente на столе".encode())
     sheet = awkward.parent / "sheet.png"

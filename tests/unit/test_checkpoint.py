@@ -127,6 +127,7 @@ def test_what_cannot_be_told_to_be_this_jobs_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000010", "step-00000020"]
 
 
+@pytest.mark.slow
 def test_a_job_that_draws_its_seed_is_the_same_with_another(base: PretrainedModel, tmp_path: Path) -> None:
     """Started again, it replaces what it had with the seed before; with a seed that is given it is another job."""
     root = tmp_path / "checkpoints"
@@ -262,6 +263,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: PretrainedModel, tmp_path: Path, kind: str) -> None:
     """Bitwise: losses of the steps that are left, and the weights that are saved in the end."""
@@ -285,6 +287,7 @@ def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: PretrainedModel
     assert same(weights(resumed.base.text_encoder), weights(whole.base.text_encoder))
 
 
+@pytest.mark.slow
 def test_metric_lines_cover_the_steps_before_an_interruption(base: PretrainedModel, tmp_path: Path) -> None:
     """Stopped between two lines: the next one is a mean over steps of both attempts."""
     values = {"max_train_steps": 8, "logging_steps": 3}
@@ -421,6 +424,7 @@ def test_pictures_and_what_there_is_to_tell_come_with_a_checkpoint(tmp_path: Pat
     assert latest_checkpoint(tmp_path / "c") == found, "a picture that is missing does not cost a checkpoint"
 
 
+@pytest.mark.slow
 def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(base: PretrainedModel, tmp_path: Path) -> None:
     Run(base, tmp_path / "a", max_train_steps=6, save_steps=2, checkpoints_total_limit=5).train()
     assert names(tmp_path / "a" / "checkpoints") == ["step-00000002", "step-00000004", "step-00000006"]
@@ -430,6 +434,7 @@ def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(base: Pretrained
     assert names(tmp_path / "c" / "checkpoints") == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_no_checkpoint_takes_the_room_of_the_model(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, max_train_steps=3, save_steps=2)
     run.trainer.train(tmp_path / "checkpoints", run.recorder.stop, keep_last=lambda: False)
@@ -447,6 +452,7 @@ def test_a_finished_job_does_no_step_again(base: PretrainedModel, tmp_path: Path
     assert same(weights(again.base.unet), weights(first.base.unet))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"])
 def test_a_longer_schedule_gives_the_rates_that_it_would_have_had_from_the_start(
     base: PretrainedModel, tmp_path: Path, scheduler: str
@@ -482,6 +488,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path: Path) -> None
 # --- Weights that are no longer numbers, disks that are full ---------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "weight", "average"])
 def test_no_checkpoint_of_weights_that_are_not_finite_replaces_a_good_one(
     base: PretrainedModel, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
@@ -573,6 +580,7 @@ def test_a_job_that_got_worse_says_so(base: PretrainedModel, tmp_path: Path) -> 
     assert Run(base, tmp_path / "b", max_train_steps=40, logging_steps=5).train().recorder.verdicts == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
     base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,7 @@ def test_a_job_that_an_earlier_version_began_ends_as_if_it_had_not_been_interrup
     assert (newest.step, newest.format) == (4, 2)
 
 
+@pytest.mark.slow
 def test_the_first_ones_had_nothing_to_tell(base: PretrainedModel, tmp_path: Path) -> None:
     values = {"max_train_steps": 4, "logging_steps": 3}
     whole = Run(base, tmp_path / "whole", **values).train()
@@ -146,6 +147,7 @@ def test_the_base_model_was_named_by_where_that_machine_had_it(
         check_resumable(saved, identity, SCHEDULE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format_1", [True, False])
 def test_a_line_says_what_cannot_be_compared(base: PretrainedModel, tmp_path: Path, format_1: bool) -> None:
     with pytest.raises(StopRequested):

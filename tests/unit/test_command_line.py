@@ -84,6 +84,7 @@ def test_what_is_mistyped_is_refused_with_the_nearest(
     assert shown.out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_no_flag_of_any_command_is_abbreviated_or_swallowed(
     tool: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -98,6 +98,7 @@ def test_a_generated_class_image_was_drawn_as_a_whole(tmp_path: Path) -> None:
     assert sizes._rows[0]["sizes"].tolist() == [[64, 96, 0, 0, 64, 96]]
 
 
+@pytest.mark.slow
 def test_each_row_of_a_batch_has_the_sizes_of_its_view(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, center_crop=False, aspect_ratio_buckets=False, with_prior_preservation=True, **XL)
     seen = set()
@@ -139,6 +140,7 @@ def test_a_captured_step_takes_over_all_of_a_batch(xl_base: PretrainedModel, tmp
     assert not torch.equal(first.extras["sizes"], second.extras["sizes"])
 
 
+@pytest.mark.slow
 def test_the_text_encoders_and_the_vae_are_left_bitwise(xl_base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(xl_base, tmp_path, use_ema=True, **XL).train()
     for part in ("vae", "text_encoder", "text_encoder_2"):
@@ -162,6 +164,7 @@ def test_resumed_training_is_bitwise_the_uninterrupted_one(xl_base: PretrainedMo
     assert same(weights(again.base.unet), weights(whole.base.unet))
 
 
+@pytest.mark.slow
 def test_the_base_models_own_output_as_prior(xl_base: PretrainedModel, tmp_path: Path) -> None:
     """Its sizes and pooled states are those that training tells: before the first update nothing is to be corrected."""
     values = {"prior": "output", "class_prompt": "photo of a toy", "with_prior_preservation": True, **XL}

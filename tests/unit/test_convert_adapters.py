@@ -46,6 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> tu
     return found.out, found.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "target"), [("diffusers", "kohya"), ("kohya", "diffusers")])
 def test_an_adapter_goes_into_the_other_layout(
     source: str, target: str, lora: dict[str, Any], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -73,6 +74,7 @@ def test_an_adapter_goes_into_the_same_layout_in_half_precision(
         assert half.metadata().keys() == whole.metadata().keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["merged", "merged.safetensors"])
 def test_an_adapter_goes_into_its_base_model(
     target: str, lora: dict[str, Any], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -84,6 +86,7 @@ def test_an_adapter_goes_into_its_base_model(
     assert furthest(answers(pipeline(tmp_path / "none")), answers(pipeline(tiny_base))) == 0
 
 
+@pytest.mark.slow
 def test_a_lora_is_extracted_from_what_a_model_was_trained_to(
     lora: dict[str, Any], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -177,6 +177,7 @@ def test_a_model_that_overflows_gets_an_instance_with_bf16() -> None:
         launcher.estimate(**{**options, "method": "full"}, instance_type="ml.p5.4xlarge")
 
 
+@pytest.mark.slow
 def test_an_sdxl_model_on_this_machine_is_seen_before_it_is_a_channel(tiny_base: Path, tiny_xl_base: Path) -> None:
     found = [
         launcher.estimate(**PROMPTS, base_model=base, instance_type="ml.g5.2xlarge").plan.predicted_peak_gb

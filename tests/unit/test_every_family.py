@@ -21,6 +21,7 @@ from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.training.checkpoint import latest_checkpoint
+from tests.helpers.marks import slow_except
 from tests.helpers.training import Run, same
 
 
@@ -58,6 +59,8 @@ READERS: dict[str, Callable[[Path, Any], Any]] = {
     "pivotal": lambda exported, base: read_by_card(exported, base, "pivotal"),
 }
 ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
+# One a family.
+QUICK = [("sd", "full"), ("sdxl", "textual_inversion"), ("z_image", "lora")]
 
 
 @pytest.fixture
@@ -83,7 +86,7 @@ def test_fits_a_card(family: str, method: str) -> None:
     assert any(fits(name) for name in CARDS)
 
 
-@pytest.mark.parametrize(("family", "method"), ALL)
+@pytest.mark.parametrize(("family", "method"), slow_except(QUICK, ALL))
 def test_trains_resumes_and_exports(family: str, method: str, model: PretrainedModel, tmp_path: Path) -> None:
     values = {**PROMPTS, "base_architecture": family, "method": method, "max_train_steps": 2, "use_ema": True}
     whole = Run(model, tmp_path / "whole", **values)

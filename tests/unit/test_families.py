@@ -64,6 +64,7 @@ def test_by_name(name: str, expected: str) -> None:
     assert find_family(name) == expected
 
 
+@pytest.mark.slow
 def test_what_lies_at_a_path_counts_for_more_than_its_name(tiny_base: Path, tiny_xl_base: Path, tmp_path: Path) -> None:
     for source, name in ((tiny_base, "sdxl-model"), (tiny_xl_base, "model")):
         shutil.copytree(source, tmp_path / name)
@@ -85,6 +86,7 @@ def test_what_is_wrong_with_a_damaged_file_is_told_when_it_is_read(tmp_path: Pat
             load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
 
 
+@pytest.mark.slow
 def test_another_vae_from_a_file_serves_sdxls_latents(tiny_xl_base: Path, tmp_path: Path) -> None:
     """The file says neither how the UNet's latents are scaled nor whether the VAE overflows."""
     convert(str(tiny_xl_base), tmp_path / "whole.safetensors")

@@ -213,6 +213,7 @@ def photos(subject: str, count: int, seed: int) -> list[Image.Image]:
     return [paint(scene) for scene in scenes_of(HELD_OUT[subject], count, seed)]
 
 
+@pytest.mark.slow
 def test_the_judge_tells_a_subject_from_all_others() -> None:
     encoders = load_encoders("judge")
     training = photos("teal_hatter", 5, 0)
@@ -288,6 +289,7 @@ def test_one_encoder_alone(dino: Path, clip: Path) -> None:
     assert alone.pictures is alone.prompts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dino", "clip"])
 def test_embeddings_are_of_length_one_and_do_not_depend_on_the_batch(name: str, request: pytest.FixtureRequest) -> None:
     encoder = load_encoders(f"{name}={request.getfixturevalue(name)}").pictures

@@ -322,6 +322,7 @@ def test_pngs_with_a_workflow(tmp_path: Path) -> None:
     assert [picture.size for picture in found.pictures] == [(120, 90)] * 4
 
 
+@pytest.mark.slow
 def test_text_that_fills_the_memory_is_refused_in_a_line(tmp_path: Path) -> None:
     information = PngInfo()
     information.add_text("bomb", "x" * (200 << 20), zip=True)

@@ -315,6 +315,7 @@ def test_where_the_model_lies(description: dict[str, Any], uri: str) -> None:
     assert Job("toy", Described(**description)).model_uri == uri
 
 
+@pytest.mark.slow
 def test_following_imports_nothing_heavy() -> None:
     code = "import sys, json, launcher.jobs.job; print(json.dumps(sorted(sys.modules)))"
     modules = set(json.loads(subprocess.check_output([sys.executable, "-c", code], text=True)))

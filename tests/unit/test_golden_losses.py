@@ -20,6 +20,7 @@ from diffusers import DDPMScheduler
 
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.models import PretrainedModel
+from tests.helpers.marks import slow_except
 from tests.helpers.optimizers import PLAIN_OPTIMIZERS, PlainScheduleFree
 from tests.helpers.training import Run, attach, same
 
@@ -113,7 +114,7 @@ def begin(base: PretrainedModel, root: Path, name: str) -> Run:
     return run
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=slow_except(["schedule_free", "textual_inversion", "lora"], CASES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     base = request.getfixturevalue("loaded_xl_base" if request.param.startswith("xl") else "loaded_base")
     run = begin(base, tmp_path_factory.mktemp(request.param), request.param)

@@ -62,6 +62,7 @@ def webui(states: Tensor, module: Mapping[str, Tensor], activation: str) -> Tens
     return states + hidden
 
 
+@pytest.mark.slow
 def test_untrained_it_changes_nothing_and_the_model_stays_as_it_is(base: PretrainedModel, tmp_path: Path) -> None:
     before, untrained = weights(base.unet), picture(base)
     trainable = attach(base, h := hyperparameters(**VALUES), cpu_plan(h))
@@ -74,6 +75,7 @@ def test_untrained_it_changes_nothing_and_the_model_stays_as_it_is(base: Pretrai
     assert all(torch.equal(kept[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
 def test_a_pipeline_draws_with_its_files_as_the_trained_model_does(
     ending: str, base: PretrainedModel, tmp_path: Path
@@ -91,6 +93,7 @@ def test_a_pipeline_draws_with_its_files_as_the_trained_model_does(
     assert np.array_equal(picture(pipeline), untrained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_webui_computes_the_same_from_its_file(activation: str, base: PretrainedModel, tmp_path: Path) -> None:
     options = {"hypernetwork_activation": activation, "hypernetwork_width": 3, "hypernetwork_layers": 2}
@@ -106,6 +109,7 @@ def test_webui_computes_the_same_from_its_file(activation: str, base: Pretrained
         torch.testing.assert_close(before.network(states), webui(states, module, activation))
 
 
+@pytest.mark.slow
 def test_the_files_say_what_they_are(base: PretrainedModel, tmp_path: Path) -> None:
     run, path = exported(base, tmp_path)
     assert {each.name for each in tmp_path.glob("zwx*")} == {"zwx.safetensors", "zwx.pt"}
@@ -127,6 +131,7 @@ def test_a_model_that_draws_while_another_trains_shares_what_is_frozen(base: Pre
     assert not {p.data_ptr() for p in drawn.parameters.values()} & theirs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_drawing")
 def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: PretrainedModel, tmp_path: Path) -> None:
     options = VALUES | {"validation_prompt": "photo of zwx toy", "validation_steps": 2, "use_ema": True}
@@ -145,6 +150,7 @@ def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: Pretr
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
+@pytest.mark.slow
 def test_a_smaller_plan_learns_the_same_and_another_one_may_continue(base: PretrainedModel, tmp_path: Path) -> None:
     """What a card's ladder may choose, and what a job that ran out of memory steps down to."""
     whole = Run(base, tmp_path / "whole", **VALUES).train()
@@ -202,6 +208,7 @@ def test_a_family_that_it_is_not_for_is_refused_before_anything_is_downloaded() 
             make_plan(h, CARDS[card])
 
 
+@pytest.mark.slow
 def test_files_that_can_not_be_used_are_refused_in_one_line(
     base: PretrainedModel, xl_base: PretrainedModel, tmp_path: Path
 ) -> None:

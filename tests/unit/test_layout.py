@@ -154,6 +154,7 @@ def test_the_library_does_not_import_its_client() -> None:
         assert not {"launcher", "container"} & set(imported(path)), path
 
 
+@pytest.mark.slow
 def test_a_job_begins_before_the_libraries_of_models_are_imported() -> None:
     code = f"import sys, dreambooth_sm.job; print(*[name for name in {LATE} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -101,6 +101,7 @@ def test_a_job_never_has_all_parts_in_memory(
     assert not watched.now()
 
 
+@pytest.mark.slow
 def test_a_part_is_read_for_whoever_computes_with_it_and_stays_in_its_files(tiny_base: Path) -> None:
     h = hyperparameters(pretrained_model_name_or_path=str(tiny_base))
     lazy, whole = open_base(h), load_base(h)
@@ -122,6 +123,7 @@ def saved(base: PretrainedModel, root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kept", [None, torch.float32], ids=str)
 def test_files_are_the_same_wherever_the_weights_were(

@@ -19,6 +19,7 @@ from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.training.checkpoint import latest_checkpoint
+from tests.helpers.marks import slow_except
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, paint_pictures, same
 
 LIVE = [name for name, method in METHODS.items() if method.has_live_base]
@@ -56,7 +57,11 @@ def test_methods_that_say_so_can_be_left_out(base: PretrainedModel) -> None:
         assert isinstance(attach(base, h, cpu_plan(h)), Removable) == (name in LIVE), name
 
 
-@pytest.mark.parametrize("values", [{"method": name} for name in LIVE] + [TEXT], ids=[*LIVE, "text_encoder"])
+@pytest.mark.parametrize(
+    "values",
+    slow_except([{"method": "lora"}], [{"method": name} for name in LIVE] + [TEXT]),
+    ids=[*LIVE, "text_encoder"],
+)
 def test_classes_are_trained_towards_what_the_base_says(
     base: PretrainedModel, tmp_path: Path, values: dict[str, Any]
 ) -> None:
@@ -110,6 +115,7 @@ def test_it_needs_no_memory_of_its_own_and_no_class_images() -> None:
     assert images.predicted_peak_gb == outputs.predicted_peak_gb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [TEXT, {"method": "hypernetwork"}], ids=["lora", "hypernetwork"])
 def test_it_is_resumed_to_the_bit_and_recomputation_changes_nothing(
     base: PretrainedModel, tmp_path: Path, values: dict[str, Any]
@@ -127,6 +133,7 @@ def test_it_is_resumed_to_the_bit_and_recomputation_changes_nothing(
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [{"method": name} for name in LIVE] + [TEXT], ids=[*LIVE, "text_encoder"])
 def test_direct_consistency_compares_with_the_base(
     base: PretrainedModel, tmp_path: Path, values: dict[str, Any]
@@ -180,6 +187,7 @@ def test_what_direct_consistency_can_not_go_with(values: dict[str, Any], told: s
         hyperparameters(method="lora", **values)
 
 
+@pytest.mark.slow
 def test_sdxl_and_several_shapes(xl_base: PretrainedModel, tmp_path: Path) -> None:
     """Extras belong to rows: those of the class halves are the base's as well."""
     wide, tall = (

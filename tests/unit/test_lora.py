@@ -26,6 +26,7 @@ from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.sampling import draw
 from dreambooth_sm.stored.model import empty_module
 from dreambooth_sm.validation import Validator
+from tests.helpers.marks import slow_except
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, same, weights
 
 VALUES: dict[str, object] = {"method": "lora", "learning_rate": 1e-2, "model_name": "zwx", "lora_rank": 4}
@@ -51,7 +52,7 @@ def alike(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.abs(one - other).max() <= 1)
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=slow_except(["lora"], VARIANTS))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Run, np.ndarray]:
     """A trained adapter, and what its model draws."""
     base = request.getfixturevalue("loaded_base")
@@ -103,6 +104,7 @@ def test_its_files_draw_as_the_trained_model_does(
         assert alike(picture(pipeline), drawn), file
 
 
+@pytest.mark.slow
 def test_sdxl_with_both_text_encoders(xl_base: PretrainedModel, tiny_xl_base: Path, tmp_path: Path) -> None:
     untrained = picture(xl_base)
     values = {**VALUES, "base_architecture": "sdxl", "train_text_encoder": True, "max_train_steps": 2}
@@ -164,6 +166,7 @@ def test_a_model_that_draws_while_another_trains_shares_what_is_frozen(base: Pre
     assert not {p.data_ptr() for p in drawn.parameters.values()} & theirs
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_drawing")
 def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: PretrainedModel, tmp_path: Path) -> None:
     options = VALUES | {"validation_prompt": "photo of zwx toy", "validation_steps": 2, "use_ema": True}
@@ -182,6 +185,7 @@ def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: Pretr
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
+@pytest.mark.slow
 def test_a_smaller_plan_learns_the_same_and_another_one_may_continue(base: PretrainedModel, tmp_path: Path) -> None:
     options = VALUES | {"train_text_encoder": True}
     whole = Run(base, tmp_path / "whole", **options).train()
@@ -201,6 +205,7 @@ def test_a_smaller_plan_learns_the_same_and_another_one_may_continue(base: Pretr
         torch.testing.assert_close(stepped.trainable.parameters[name], parameter, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_cards_plan_learn_what_fp32_learns(base: PretrainedModel, tmp_path: Path) -> None:
     """bf16 weights beside fp32 masters, on the CPU."""
     plan = {"weights": "master", "precision": "bf16", "optimizer": "adamw"}

@@ -38,6 +38,7 @@ def offsets(run: Run, scale: float) -> list[torch.Tensor]:
     return [scale * values[name.replace("_A.", "_B.")].flatten(1) @ values[name].flatten(1) for name in downs]
 
 
+@pytest.mark.slow
 def test_the_penalty_is_the_squared_distance(base: PretrainedModel, tmp_path: Path) -> None:
     options = {"lora_targets": "all", "lora_alpha": 2, "train_text_encoder": True}
     held = Run(copy.deepcopy(base), tmp_path / "held", **VALUES, **options, distance_penalty=0.3)
@@ -59,6 +60,7 @@ def test_the_penalty_is_the_squared_distance(base: PretrainedModel, tmp_path: Pa
         torch.testing.assert_close(found, plain.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_holds_what_drifts(base: PretrainedModel, tmp_path: Path) -> None:
     runs = [
         Run(copy.deepcopy(base), tmp_path / str(weight), **VALUES, distance_penalty=weight).train() for weight in (0, 1)
@@ -143,6 +145,7 @@ def test_as_many_are_left_out_as_asked_for_and_others_for_each_row_layer_and_ste
     assert float(apart.abs().max()) < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"lora_dropout": 0.3, "train_text_encoder": True, "lora_min_rank": 1, "lora_targets": "all"}]
 )

@@ -63,6 +63,7 @@ def test_a_pipeline_shares_the_parts_weights(base: PretrainedModel) -> None:
     assert pipeline.safety_checker is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [("unet", "vae", "text_encoder"), ("unet",)])
 def test_directories_with_fp16_files_alone(copied: Path, half: tuple[str, ...]) -> None:
     expected = weights(load_base(of(copied)).unet)
@@ -74,6 +75,7 @@ def test_directories_with_fp16_files_alone(copied: Path, half: tuple[str, ...]) 
     assert {p.dtype for p in base.unet.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_half_precision_stays_where_it_is_asked_to(copied: Path) -> None:
     for name, dtype in (("unet", torch.float16), ("text_encoder", torch.bfloat16), ("vae", torch.float64)):
         (path,) = (copied / name).glob("*.safetensors")
@@ -85,6 +87,7 @@ def test_half_precision_stays_where_it_is_asked_to(copied: Path) -> None:
         assert same({key: value.float() for key, value in found.items()}, weights(getattr(full, name)))
 
 
+@pytest.mark.slow
 def test_full_precision_files_are_preferred(copied: Path) -> None:
     (copied / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
     assert load_base(of(copied)).unet is not None

@@ -143,6 +143,7 @@ def model(base: PretrainedModel) -> PretrainedModel:
     return PretrainedModel("flow", FLOW, {**parts, "tokenizer": None, "scheduler": None})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True], ids=["denoiser", "both"])
 def test_it_trains_and_resumes(model: PretrainedModel, tmp_path: Path, trained: bool) -> None:
     values = {"with_prior_preservation": True, "max_train_steps": 3, "use_ema": True, "train_text_encoder": trained}

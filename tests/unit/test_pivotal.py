@@ -25,6 +25,7 @@ from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.sampling import draw
 from dreambooth_sm.training.checkpoint import latest_checkpoint
+from tests.helpers.marks import slow_except
 from tests.helpers.readers import comfyui
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, same, weights
 
@@ -55,7 +56,7 @@ def everything(model: PretrainedModel) -> dict[str, Tensor]:
     return {f"{part}.{k}": v for part, module in model.modules.items() for k, v in weights(module).items()}
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=slow_except(["sd"], BASES))
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path, Path]:
     """A training that has run, its files, and the directory of its base model."""
     base, directory = map(request.getfixturevalue, BASES[request.param])
@@ -84,6 +85,7 @@ def test_words_and_adapters_learn_and_the_base_model_stays(base: PretrainedModel
     assert same(frozen, before)
 
 
+@pytest.mark.slow
 def test_it_is_resumed_to_the_bit_with_what_adapters_leave_out(base: PretrainedModel, tmp_path: Path) -> None:
     options = {**VALUES, "max_train_steps": 2, "lora_dropout": 0.5, "lora_min_rank": 1, "use_ema": True}
     whole = Run(base, tmp_path / "whole", **options).train()
@@ -105,6 +107,7 @@ def test_words_have_a_rate_of_their_own(base: PretrainedModel) -> None:
     assert {name.split(".")[-2]: rate for name, rate in rates.items()} == {"lora_A": 1, "lora_B": 8}
 
 
+@pytest.mark.slow
 def test_a_smaller_plan_learns_the_same_and_another_one_may_continue(base: PretrainedModel, tmp_path: Path) -> None:
     whole = Run(base, tmp_path / "whole", **VALUES).train()
     stepped = Run(base, tmp_path / "stepped", **VALUES)
@@ -120,6 +123,7 @@ def test_a_smaller_plan_learns_the_same_and_another_one_may_continue(base: Pretr
         torch.testing.assert_close(stepped.trainable.parameters[name], parameter, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_draws_has_values_of_its_own(trained: tuple[Run, Path, Path]) -> None:
     run, _, _ = trained
     drawn = run.trainable.drawable(torch.float32)
@@ -135,6 +139,7 @@ def test_a_model_that_draws_has_values_of_its_own(trained: tuple[Run, Path, Path
     assert np.array_equal(picture(run.trainable.model.pipeline()), wanted)
 
 
+@pytest.mark.slow
 def test_the_code_of_its_card_draws_as_the_trained_model_does(
     trained: tuple[Run, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +162,7 @@ def test_the_code_of_its_card_draws_as_the_trained_model_does(
         assert alike(picture(run.trainable.model.pipeline()), picture(pipeline, spelled))
 
 
+@pytest.mark.slow
 def test_a_merged_model_draws_with_the_word(trained: tuple[Run, Path, Path], tmp_path: Path) -> None:
     run, _, _ = trained
     h = run.h.model_copy(update={"export": "merged"})

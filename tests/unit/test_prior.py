@@ -107,6 +107,7 @@ def test_some_are_decoded_for_people(base: PretrainedModel, subject: Subject, tm
     assert {Image.open(path).size for path in shown} == {(64, 64)}
 
 
+@pytest.mark.slow
 def test_each_picture_depends_on_its_own_seed_alone(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     one_by_one = Made(base, subject, tmp_path).latents
     together = Made(base, moved(subject, tmp_path / "other"), tmp_path, batch_size=2).latents
@@ -115,6 +116,7 @@ def test_each_picture_depends_on_its_own_seed_alone(base: PretrainedModel, subje
     assert torch.equal(later[:2], one_by_one[1:])
 
 
+@pytest.mark.slow
 def test_the_users_own_come_first(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     whole = Made(base, subject, tmp_path).latents
     own = (tmp_path / "own.png",)
@@ -157,6 +159,7 @@ def test_the_next_job_finds_them(base: PretrainedModel, subject: Subject, tmp_pa
     assert second.paths == first.paths
 
 
+@pytest.mark.slow
 def test_the_next_job_finds_them_in_s3(base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
     first = Made(base, subject, tmp_path, remote=CACHE)
     assert sorted(list_objects(CACHE)) == sorted(path.name for path in first.paths)
@@ -165,6 +168,7 @@ def test_the_next_job_finds_them_in_s3(base: PretrainedModel, subject: Subject, 
     assert torch.equal(second.latents, first.latents)
 
 
+@pytest.mark.slow
 def test_damaged_entries_are_made_again(
     base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3
 ) -> None:
@@ -182,6 +186,7 @@ def test_damaged_entries_are_made_again(
     assert third.drawn == 0, "the damaged entries were replaced"
 
 
+@pytest.mark.slow
 def test_two_jobs_at_once(base: PretrainedModel, subject: Subject, tmp_path: Path, s3: EmbeddedS3) -> None:
     with ThreadPoolExecutor(2) as pool:
         jobs = [
@@ -215,6 +220,7 @@ def other_scheduler(base: PretrainedModel) -> PretrainedModel:
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -80,6 +80,7 @@ def test_it_pulls_back_what_drifts(base: PretrainedModel, tmp_path: Path) -> Non
     assert drift(5.0) < 0.7 * drift(0.0)
 
 
+@pytest.mark.slow
 def test_outputs_repeat_for_a_seed(base: PretrainedModel, tmp_path: Path) -> None:
     one, other = (training_set(copy.deepcopy(base), tmp_path / name) for name in ("one", "other"))
     assert len(one.batch_sampler.classes) >= OUTPUTS_PER_IMAGE * VALUES["num_class_images"]  # type: ignore[operator]
@@ -89,6 +90,7 @@ def test_outputs_repeat_for_a_seed(base: PretrainedModel, tmp_path: Path) -> Non
     assert {sample.timestep for sample in one.batch_sampler.classes} <= set(range(1000))
 
 
+@pytest.mark.slow
 def test_every_shape_has_outputs(base: PretrainedModel, tmp_path: Path) -> None:
     h = hyperparameters(**VALUES, center_crop=False, aspect_ratio_buckets=True, bucket_step=8)
     wide = subject_in(tmp_path, 2, (192, 96))
@@ -100,6 +102,7 @@ def test_every_shape_has_outputs(base: PretrainedModel, tmp_path: Path) -> None:
         assert data.latents(data.batch_sampler.batch(number, 1)).shape[0] == 2
 
 
+@pytest.mark.slow
 def test_masks_weigh_the_subject_alone(base: PretrainedModel, tmp_path: Path) -> None:
     data = training_set(base, tmp_path, background_weight=0.5)
     assert data.weights is not None

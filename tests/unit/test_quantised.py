@@ -39,6 +39,7 @@ from dreambooth_sm.training.quantised import (
     quantise,
     quantise_layers,
 )
+from tests.helpers.marks import slow_except
 from tests.helpers.patience import PATIENCE
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, run_out_of_memory, same, weights
 from tests.unit.test_lora import CONFIGS, PROMPTS, VALUES, VARIANTS
@@ -186,6 +187,7 @@ def plain(loaded_base: PretrainedModel, tmp_path_factory: pytest.TempPathFactory
     return Run(loaded_base, tmp_path_factory.mktemp("plain"), **VALUES, train_text_encoder=True).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_near_that_beside_whole_weights_and_resumes_to_the_bit(
     kind: str, base: PretrainedModel, plain: Run, tmp_path: Path
@@ -213,6 +215,7 @@ def test_training_is_near_that_beside_whole_weights_and_resumes_to_the_bit(
     assert same(mine, theirs)
 
 
+@pytest.mark.slow
 def test_out_of_memory_keeps_the_base_in_fewer_bits(
     base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,12 +248,14 @@ def test_bits_that_were_asked_for_stay(kind: str) -> None:
     assert smaller_plan(make_plan(h, find_card("24GB")), h) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dora", "loha", "oft"])
 def test_other_variants_train_beside_it(name: str, base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, **VALUES | VARIANTS[name] | {"base_weights": "nf4", "max_train_steps": 2}).train()
     assert all(torch.isfinite(torch.tensor(loss)).all() for loss in run.losses)
 
 
+@pytest.mark.slow
 def test_files_are_of_the_whole_base(base: PretrainedModel, tmp_path: Path) -> None:
     """What is merged is merged with the base model as it is, not with what its codes stand for."""
     before = weights(base.unet)
@@ -330,7 +335,7 @@ def test_layers_are_quantised_while_they_are_read(
     assert same(dict(in_pieces.state_dict()), dict(at_once.state_dict()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(["sd"], FAMILIES))
 def test_footprints_count_the_layers_in_fewer_bits(family: str) -> None:
     footprint = FAMILIES[family].facts.footprint
     facts = FAMILIES[family].facts

@@ -45,6 +45,7 @@ def loss_and_saved_bytes(model: UNet2DConditionModel, side: int = 16) -> tuple[t
     return loss.detach(), sum(kept.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "side", "share"),
     [
@@ -79,6 +80,7 @@ def test_without_gradients_nothing_is_recomputed() -> None:
         assert torch.equal(model(torch.ones(1, 4, 16, 16), 5, torch.ones(1, 7, 32)).sample, expected)
 
 
+@pytest.mark.slow
 def test_gates_are_recomputed_with_the_same_gradients() -> None:
     plain = unet()
     ours = copy.deepcopy(plain)

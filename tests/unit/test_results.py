@@ -20,6 +20,7 @@ from dreambooth_sm.gallery import SUBJECT_FILE, write_subjects
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.results import model_card, page
+from tests.helpers.marks import slow_except
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
 MARKED = st.text(st.sampled_from("#-+=*_`~|<>&;[]()!\\.1$:'\"{} \nab🦆"), min_size=1).filter(str.strip)
@@ -93,7 +94,7 @@ def rendered(text: str, method: str, export: str = "diffusers") -> Reader:
 PLAIN = {method: rendered("toy", method).tags for method in METHODS}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_except(["full"], METHODS))
 @given(WORDS | MARKED)
 @example("photo of 🦆 toy: #1")
 @example("---\nlicense: mit")

@@ -127,6 +127,7 @@ def test_names_that_s3_can_not_have_are_told_before_anything_is_sent(tmp_path: P
     assert caught.value.problems == [r"the name of \udcff.png is not UTF-8, as names in S3 are; rename it"]
 
 
+@pytest.mark.slow
 def test_a_base_model_of_this_machine_is_looked_into_before_it_is_sent(tmp_path: Path, tiny_base: Path) -> None:
     model = shutil.copytree(tiny_base, tmp_path / "model")
     scheduler = model / "scheduler" / "scheduler_config.json"

@@ -22,6 +22,7 @@ def drawn(base: PretrainedModel, seeds: list[int], **options: object) -> torch.T
     return torch.cat(list(draw_latents(base.pipeline(), "a toy", seeds, **settings)))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 @pytest.mark.parametrize("which", ["base", "xl_base"])
 def test_the_same_as_the_pipelines_own_call(which: str, guidance: float, request: pytest.FixtureRequest) -> None:
@@ -44,6 +45,7 @@ def test_the_same_as_the_pipelines_own_call(which: str, guidance: float, request
         assert np.abs(np.asarray(mine).astype(int) - np.asarray(theirs)).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["base", "xl_base"])
 def test_a_prompt_over_one_window_is_drawn_as_it_is_trained(
     which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +71,7 @@ def test_a_prompt_over_one_window_is_drawn_as_it_is_trained(
     assert not torch.allclose(*pictures, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_guidance_acts_between_its_noise_levels_alone(base: PretrainedModel) -> None:
     guided, unguided = drawn(base, [1]), drawn(base, [1], guidance=1.0)
     nowhere = drawn(base, [1], guided=(0.0, 0.0))
@@ -78,6 +81,7 @@ def test_guidance_acts_between_its_noise_levels_alone(base: PretrainedModel) -> 
     assert not torch.allclose(somewhere, guided, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_picture_depends_on_its_own_seed_alone(base: PretrainedModel) -> None:
     together = drawn(base, [5, 6, 7])
     one_by_one = drawn(base, [5, 6, 7], batch_size=1)
@@ -85,13 +89,17 @@ def test_a_picture_depends_on_its_own_seed_alone(base: PretrainedModel) -> None:
     assert torch.allclose(drawn(base, [6]), together[1:2], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_width_and_height_are_what_was_asked_for(base: PretrainedModel) -> None:
     latents = drawn(base, [0], size=(96, 64))
     (picture,) = decode(base.pipeline(), latents)
     assert picture.size == (96, 64)
 
 
-@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(50, 16, [13, 13, 12, 12]), (5, 8, [5]), (4, 2, [2, 2])])
+@pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [pytest.param(50, 16, [13, 13, 12, 12], marks=pytest.mark.slow), (5, 8, [5]), (4, 2, [2, 2])],
+)
 def test_batches_are_of_one_size_as_far_as_that_goes(
     count: int, batch_size: int, sizes: list[int], base: PretrainedModel
 ) -> None:

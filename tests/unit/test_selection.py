@@ -40,6 +40,7 @@ def examiner(run: Run) -> Examiner:
     return Examiner(run.trainable, (run.subject,), Encoders(Flat()), run.h, run.plan, run.recorder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [False, True], ids=["weights", "average"])
 @pytest.mark.parametrize(
     ("final", "second", "third", "best"), [(0.9, 0.5, 0.8, 4), (0.6, 0.9, 0.8, 2), (0.7, 0.7, 0.7, 4)]
@@ -76,6 +77,7 @@ def test_the_best_one_is_left_in_the_model(
     assert f"best={best} " in log
 
 
+@pytest.mark.slow
 def test_restoring_a_checkpoint_is_exact(base: PretrainedModel, tmp_path: Path) -> None:
     run = trained(base, tmp_path)
     checkpoint = all_checkpoints(tmp_path / "checkpoints")[-1]

@@ -49,6 +49,7 @@ def test_shapes_of_a_subject(subject: Subject) -> None:
         assert shapes_of([subject], h) == [[(64, 64)] * 4]
 
 
+@pytest.mark.slow
 def test_all_shapes_and_prompts_are_trained_on(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     run = Run(base, tmp_path, subject=subject, **VALUES)
     batch_sampler = run.data.batch_sampler
@@ -74,12 +75,14 @@ def test_accumulated_batches_are_one_large_batch(base: PretrainedModel, subject:
             assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_cached_or_not_the_model_is_the_same(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     runs = [Run(base, tmp_path, subject=subject, not_cache_latents=n, **VALUES).train() for n in (True, False)]
     assert runs[0].losses == runs[1].losses
     assert same(weights(runs[0].base.unet), weights(runs[1].base.unet))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["medium", "tiny"])
 def test_plans_for_gpus_take_shapes_as_they_come(
     name: str, base: PretrainedModel, subject: Subject, tmp_path: Path
@@ -89,6 +92,7 @@ def test_plans_for_gpus_take_shapes_as_they_come(
     assert all(torch.isfinite(torch.tensor(loss)).all() for loss in run.losses)
 
 
+@pytest.mark.slow
 def test_captions_of_more_than_75_tokens_are_encoded_whole(
     base: PretrainedModel, subject: Subject, tmp_path: Path
 ) -> None:

@@ -220,6 +220,7 @@ def test_shapes_tell_the_configuration(version: int, prediction: str) -> None:
     assert again.items() <= {key: tensor.shape for key, tensor in tensors.items()}.items()
 
 
+@pytest.mark.slow
 def test_shapes_tell_the_configuration_of_sdxl() -> None:
     tensors, expected = meta_xl()
     # As in Stability AI's file, which holds position_ids and logit_scale besides: 2,515 tensors.
@@ -244,6 +245,7 @@ def test_shapes_tell_the_configuration_of_sdxl() -> None:
     assert {k: v.shape for k, v in shapes_of(configs).items()} == {k: v.shape for k, v in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "smaller",
     [
@@ -263,6 +265,7 @@ def test_models_distilled_from_sdxl_are_refused_by_name(smaller: dict[str, Any])
         read_configs(TensorFile(Path("/model.safetensors"), shapes_of(configs), {}), None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zeros", [True, False])
 def test_what_an_empty_prompt_means_survives_the_file(zeros: bool, tiny_xl_base: Path, tmp_path: Path) -> None:
     model = read_directory(tiny_xl_base)
@@ -291,6 +294,7 @@ def test_sdxl_files_that_are_marked_as_v_prediction(
     assert same(load_file(tmp_path / "again.safetensors"), marked)
 
 
+@pytest.mark.slow
 def test_sdxl_without_our_metadata(xl_single: Path, xl: StoredModel, tmp_path: Path) -> None:
     """All but the tokenizers follow from names and shapes, in both formats and with what else such files hold."""
     others = {
@@ -344,6 +348,7 @@ def test_what_sd2_predicts(given_: dict[str, Any], expected: str, remarks: int, 
     assert len(said) == remarks
 
 
+@pytest.mark.slow
 def test_sd1_with_a_v_prediction_mark() -> None:
     tensors, _ = meta_model(1)
     tensors["v_pred"] = Stored.of(torch.empty(0))
@@ -351,6 +356,7 @@ def test_sd1_with_a_v_prediction_mark() -> None:
     assert configs["scheduler"]["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.slow
 def test_a_yaml_that_is_none(tmp_path: Path) -> None:
     tensors, _ = meta_model(1)
     (tmp_path / "m.yaml").write_text("model: [")
@@ -358,6 +364,7 @@ def test_a_yaml_that_is_none(tmp_path: Path) -> None:
         read_configs(TensorFile(tmp_path / "m.ckpt", tensors, {}), None)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_clips() -> None:
     first, second = clip_tokenizer("<|endoftext|>"), clip_tokenizer("!")
     # The ids that CLIP's own tokenizer gives.
@@ -368,6 +375,7 @@ def test_the_tokenizer_is_clips() -> None:
     assert (len(first), first.model_max_length) == (49408, 77)
 
 
+@pytest.mark.slow
 def test_sdxl_files_get_clips_tokenizer_twice() -> None:
     tensors, _ = meta_xl()
     file = TensorFile(Path("/m.safetensors"), tensors, {})
@@ -415,6 +423,7 @@ def test_the_size_that_a_unet_says_it_was_made_for(size: Any, said: str, read: A
     assert json.loads((tmp_path / "dir" / "unet" / "config.json").read_text())["sample_size"] == read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["single", "xl_single"])
 def test_file_to_directory_to_file(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     single: Path = request.getfixturevalue(which)
@@ -423,6 +432,7 @@ def test_file_to_directory_to_file(which: str, request: pytest.FixtureRequest, t
     assert same(load_file(tmp_path / "again.safetensors"), load_file(single))
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_picture_from_the_file(single: Path) -> None:
     options = {"dtype": torch.float32, "local_files_only": True}
     ours = StableDiffusionPipeline.from_single_file(str(single), config=str(toybox.BASE), **options)
@@ -436,6 +446,7 @@ def test_diffusers_draws_the_same_picture_from_the_file(single: Path) -> None:
     assert np.array_equal(*drawn)
 
 
+@pytest.mark.slow
 def test_diffusers_draws_the_same_picture_from_an_sdxl_file(tiny_xl_base: Path, tmp_path: Path) -> None:
     assert main(["convert", str(tiny_xl_base), str(tmp_path / "m.safetensors")]) == 0
     assert main(["convert", str(tmp_path / "m.safetensors"), str(tmp_path / "dir")]) == 0
@@ -515,6 +526,7 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path: Path) -> None:
 # --- Pickles, EMA, VAE ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before torch 1.6"])
 def test_a_ckpt(single: Path, zipped: bool, tmp_path: Path) -> None:
     tensors = load_file(single)
@@ -532,6 +544,7 @@ def test_a_ckpt(single: Path, zipped: bool, tmp_path: Path) -> None:
     assert {p.dtype for p in base.unet.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_early_names_of_the_text_encoder(single: Path, tmp_path: Path) -> None:
     with safe_open(single, "pt") as file:
         notes = file.metadata()
@@ -540,6 +553,7 @@ def test_early_names_of_the_text_encoder(single: Path, tmp_path: Path) -> None:
     assert alike(read_single_file(tmp_path / "early.safetensors"), read_single_file(single))
 
 
+@pytest.mark.slow
 def test_ema_weights(single: Path, tmp_path: Path) -> None:
     tensors = load_file(single)
     with safe_open(single, "pt") as file:
@@ -562,6 +576,7 @@ def test_ema_weights(single: Path, tmp_path: Path) -> None:
         read_stored(toybox.BASE, use_ema=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["first_stage_model.", ""])
 def test_a_vae_from_a_file(prefix: str, tmp_path: Path) -> None:
     model = read_directory(save_tiny_pipeline(tmp_path / "tiny"))
@@ -751,6 +766,7 @@ def test_convert_says_what_is_wrong(single: Path, tmp_path: Path, capsys: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("value", "said"), [(1e5, "beyond the range of float16; take --precision bf16"), (float("nan"), "damaged")]
 )
@@ -768,6 +784,7 @@ def test_weights_that_a_precision_can_not_hold(
     assert alike(read_stored(tmp_path / target), read_stored(tmp_path / "large")) or value != value
 
 
+@pytest.mark.slow
 def test_convert_changes_the_precision(single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(single), str(tmp_path / "dir"), "--precision", "fp32"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "dir")

@@ -26,6 +26,7 @@ from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.sampling import draw
 from dreambooth_sm.validation import Validator
+from tests.helpers.marks import slow_except
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, paint_pictures, same, weights
 
 PROMPT, CLASS = "photo of zwx toy", "photo of a toy"
@@ -129,7 +130,7 @@ def read_as_comfyui(path: Path, keys: dict[str, str]) -> dict[str, Tensor]:
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", slow_except(["sd"], ["sd", "sdxl"]))
 def test_its_file_is_read_by_all_programs_and_diffusers_draws_the_same(
     family: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_model_that_draws_while_another_trains_shares_what_is_frozen(base: Pre
     assert not torch.equal(states(drawn.model, PROMPT)["states"], states(trainable.model, PROMPT)["states"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_drawing")
 def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: PretrainedModel, tmp_path: Path) -> None:
     options = VALUES | {"validation_prompt": PROMPT, "validation_steps": 2, "use_ema": True}
@@ -224,6 +226,7 @@ def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: Pretr
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
+@pytest.mark.slow
 def test_a_smaller_plan_learns_the_same_and_another_one_may_continue(base: PretrainedModel, tmp_path: Path) -> None:
     whole = Run(base, tmp_path / "whole", **VALUES).train()
     stepped = Run(base, tmp_path / "stepped", **VALUES)

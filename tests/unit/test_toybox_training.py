@@ -48,6 +48,7 @@ def captions() -> list[str]:
     return [toys.caption(toys.random_scene(rng), rng) for _ in range(3000)]
 
 
+@pytest.mark.slow
 def test_the_command_makes_all_files(made: Path) -> None:
     assert {path.name for path in made.iterdir()} == {
         "base",
@@ -63,11 +64,13 @@ def test_the_command_makes_all_files(made: Path) -> None:
     assert len((made / "sheet.txt").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_files_are_small_enough_to_be_shipped(made: Path) -> None:
     assert sum(path.stat().st_size for path in (made / "base").rglob("*") if path.is_file()) <= 14 * MEGABYTE
     assert (made / "judge.safetensors").stat().st_size <= 2 * MEGABYTE
 
 
+@pytest.mark.slow
 def test_the_pipeline_loads_and_draws(made: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(made / "base", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -75,6 +78,7 @@ def test_the_pipeline_loads_and_draws(made: Path) -> None:
     assert picture.size == (128, 128)
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_a_base_model_that_jobs_take(made: Path) -> None:
     base = load_base(hyperparameters(pretrained_model_name_or_path=str(made / "base")))
     assert base.latent_scale == 8
@@ -84,6 +88,7 @@ def test_the_pipeline_is_a_base_model_that_jobs_take(made: Path) -> None:
     assert encode(base.text_encoder, ids).shape == (2, networks.PROMPT_LENGTH, base.unet.config.cross_attention_dim)
 
 
+@pytest.mark.slow
 def test_words_of_captions_are_one_token_and_fit(captions: list[str]) -> None:
     tokenizer = networks.make_tokenizer(captions)
     for caption in captions[:500]:
@@ -100,6 +105,7 @@ def test_any_text_can_be_spelled(captions: list[str], text: str) -> None:
     assert tokenizer.decode(ids).replace(" ", "") == text.replace(" ", "")
 
 
+@pytest.mark.slow
 def test_normalised_latents_leave_pictures_as_they_are(photos: Photos) -> None:
     torch.manual_seed(0)
     vae = networks.make_vae().eval()
@@ -157,6 +163,7 @@ def test_identity_loss_wants_one_place_for_each_toy() -> None:
     assert identity_loss(apart, individuals) < 0.01 < identity_loss(mixed, individuals)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_keeps_an_average() -> None:
     torch.manual_seed(0)
     module = torch.nn.Linear(3, 1)
@@ -213,6 +220,7 @@ def _train_judge() -> None:
     train.train_judge(Judge().to("meta"), Photos(pixels, *numbers, []), pixels, train.Timetable(1), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [_train_vae, _train_unet, _train_judge])
 def test_a_step_never_waits_for_the_device(stage: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     class WatchedError(Exception):

@@ -60,6 +60,7 @@ def test_accumulated_batches_are_one_large_batch(base: PretrainedModel, tmp_path
     assert distance(runs[0].base.unet, base.unet) > 1e-4
 
 
+@pytest.mark.slow
 def test_both_halves_are_reported_and_weighed(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, with_prior_preservation=True, prior_loss_weight=0.25, max_train_steps=1).train()
     ((total, instance, prior),) = run.losses
@@ -67,6 +68,7 @@ def test_both_halves_are_reported_and_weighed(base: PretrainedModel, tmp_path: P
     assert [len(losses) for losses in Run(base, tmp_path, max_train_steps=1).train().losses] == [2]
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_model_and_another_does_not(base: PretrainedModel, tmp_path: Path) -> None:
     first = Run(base, tmp_path, max_train_steps=2).train()
     torch.rand(5)
@@ -82,6 +84,7 @@ def test_the_same_seed_trains_the_same_model_and_another_does_not(base: Pretrain
 # Gradients
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_to_their_global_norm(base: PretrainedModel, tmp_path: Path) -> None:
     """With a large epsilon Adam's first step is as long as the gradient, and so must be the clipped one."""
     steps: dict[float | None, float] = {}
@@ -98,6 +101,7 @@ def test_gradients_are_clipped_to_their_global_norm(base: PretrainedModel, tmp_p
     assert steps[norm / 4] == pytest.approx(norm / 4, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_gradient(base: PretrainedModel, tmp_path: Path) -> None:
     plain, checkpointed = (Run(base, tmp_path, gradient_checkpointing=on) for on in (False, True))
     assert checkpointed.base.unet.is_gradient_checkpointing
@@ -132,6 +136,7 @@ def test_the_text_encoder_is_trained_or_left_bitwise(base: PretrainedModel, tmp_
     assert same(weights(run.base.vae), weights(base.vae))
 
 
+@pytest.mark.slow
 def test_trained_or_not_the_first_loss_is_that_of_the_same_model(base: PretrainedModel, tmp_path: Path) -> None:
     """Cached embeddings are what the text encoder would have given."""
     first = [Run(base, tmp_path, train_text_encoder=on, max_train_steps=1).train().losses[0] for on in (False, True)]
@@ -144,6 +149,7 @@ def test_every_weight_is_trained(base: PretrainedModel, tmp_path: Path) -> None:
     assert [name for name, value in run.base.unet.named_parameters() if torch.equal(value, before[name])] == []
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_saved(base: PretrainedModel, tmp_path: Path) -> None:
     plain = Run(base, tmp_path, max_train_steps=1, learning_rate=1e-2).train()
     averaged = Run(base, tmp_path, max_train_steps=1, learning_rate=1e-2, use_ema=True).train()
@@ -154,6 +160,7 @@ def test_the_average_is_what_is_saved(base: PretrainedModel, tmp_path: Path) -> 
         torch.testing.assert_close(mean, start + (end - start) * (1 - 2 / 11), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_what_it_was_shown(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, pictures=1, max_train_steps=25, learning_rate=1e-3, train_batch_size=2)
     batches = [run.data.batch_sampler.batch(number, 2) for number in range(5)]
@@ -196,6 +203,7 @@ def test_schedules(values: dict[str, object], pictures: int, expected: Schedule)
     assert found.learning_rate == pytest.approx(expected.learning_rate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -214,6 +222,7 @@ def test_learning_rates(
     assert [step["lr"] for step in run.recorder.steps] == pytest.approx([1e-4 * share for share in expected])
 
 
+@pytest.mark.slow
 def test_the_learning_rate_of_the_line_is_the_one_that_was_used(base: PretrainedModel, tmp_path: Path) -> None:
     """Adam's first step moves most weights by the learning rate, and by nothing while it is 0."""
     values = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2, "adam_weight_decay": 0}
@@ -230,6 +239,7 @@ def test_the_learning_rate_of_the_line_is_the_one_that_was_used(base: Pretrained
     assert moved[1] < moved[2] < 1.1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "weights"), [("adamw", "fp32"), ("blockwise", "fp32"), ("adamw", "master"), ("blockwise", "residual")]
 )
@@ -245,12 +255,14 @@ def test_text_encoders_have_a_learning_rate_of_their_own(
         assert distance(getattr(run.base, part), getattr(base, part)) == pytest.approx(rate, rel=0.05)
 
 
+@pytest.mark.slow
 def test_metric_lines_tell_what_prodigy_finds_and_of_no_other(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, optimizer="prodigy", learning_rate=1.0, max_train_steps=2).train()
     assert [(step["lr"], step["d"]) for step in run.recorder.steps] == [(1.0, 1e-6), (1.0, pytest.approx(1e-6, rel=2))]
     assert "d" not in Run(base, tmp_path, max_train_steps=1).train().recorder.steps[0]
 
 
+@pytest.mark.slow
 def test_the_average_of_schedule_free_is_what_is_drawn_and_saved(base: PretrainedModel, tmp_path: Path) -> None:
     """After one step it is where that step led to; later it lags behind."""
     run = Run(base, tmp_path, optimizer="schedule_free", max_train_steps=2)
@@ -275,6 +287,7 @@ def test_all_parameters_of_one_rate_are_one_group(base: PretrainedModel, tmp_pat
     assert group["params"] == run.trainer.parameters
 
 
+@pytest.mark.slow
 def test_metric_lines_are_as_frequent_as_asked(base: PretrainedModel, tmp_path: Path) -> None:
     every = Run(base, tmp_path, max_train_steps=7).train()
     some = Run(base, tmp_path, max_train_steps=7, logging_steps=3).train()

@@ -273,6 +273,7 @@ def test_pixels_as_the_vae_takes_them(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"hflip": True}, {"center_crop": False}, {"center_crop": False, "hflip": True}]
 )

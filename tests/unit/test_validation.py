@@ -101,6 +101,7 @@ def test_pictures_know_their_prompt_and_seed(base: PretrainedModel, tmp_path: Pa
         assert f"Seed: {second.seed}" in picture.text["parameters"]  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_later_attempt_draws_what_is_missing_alone(base: PretrainedModel, tmp_path: Path) -> None:
     h = hyperparameters(validation_prompt="a toy", num_validation_images=2)
     run = Run(base, tmp_path)
@@ -115,6 +116,7 @@ def test_a_later_attempt_draws_what_is_missing_alone(base: PretrainedModel, tmp_
     assert {sample.path for sample in drawn} == set((tmp_path / "samples").iterdir())
 
 
+@pytest.mark.slow
 def test_whole_pictures_of_earlier_attempts_come_beside_those_of_other_jobs(
     base: PretrainedModel, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_the_class_is_drawn_as_well(tmp_path: Path) -> None:
         hyperparameters(validation_steps=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 def test_prompts_are_read_once_unless_their_reading_is_trained(
     base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool

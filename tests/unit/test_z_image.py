@@ -167,6 +167,7 @@ def test_the_loss_is_that_of_diffusers_script(z_image: PretrainedModel, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_recomputed_gradients_are_the_same(z_image: PretrainedModel, tmp_path: Path) -> None:
     values = {"learning_rate": 1e-3, "with_prior_preservation": True}
     kept = train(z_image, tmp_path / "kept", **values)
@@ -198,6 +199,7 @@ def test_a_block_in_fewer_passes_computes_the_same(z_image: PretrainedModel, par
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
 def test_trains_beside_fewer_bits(z_image: PretrainedModel, tmp_path: Path, bits: str) -> None:
     run = train(z_image, tmp_path, base_weights=bits)
@@ -243,6 +245,7 @@ def exported(z_image: PretrainedModel, tmp_path: Path) -> tuple[Run, Path]:
     return run, folder
 
 
+@pytest.mark.slow
 def test_both_files_draw_in_diffusers_what_was_trained(
     exported: tuple[Run, Path], loaded_z_image: PretrainedModel
 ) -> None:
@@ -265,6 +268,7 @@ def test_both_files_draw_in_diffusers_what_was_trained(
         assert torch.allclose(made, trained, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_files_say_what_they_are(exported: tuple[Run, Path]) -> None:
     run, folder = exported
     with safe_open(folder / FILE, "pt") as file:
@@ -277,6 +281,7 @@ def test_the_files_say_what_they_are(exported: tuple[Run, Path]) -> None:
     assert notes["ss_network_dim"] == notes["ss_network_alpha"] == "16"
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_a_directory_that_diffusers_reads(z_image: PretrainedModel, tmp_path: Path) -> None:
     run = train(z_image, tmp_path / "run", export="merged")
     (trained,) = draw_latents(run.base.pipeline(), SHORT, [1], size=(64, 64), steps=2, guidance=2.0)
