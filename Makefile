@@ -19,7 +19,7 @@ demo: $(STAMP)
 test: $(STAMP) $(SDKS) $(READERS)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
-# An answer in three minutes: all but tests that start jobs and servers, and those marked slow, of more than about a second.
+# An answer in three minutes: all but tests that start jobs and servers, and those that take more than about a second (slow).
 # hypothesis tries fewer examples.
 check: lint
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow' --hypothesis-profile=check tests/unit tests/contract
