@@ -1,6 +1,6 @@
 """Small jobs killed at random moments until done: what is lost, and what S3 shows meanwhile.
 
-    python -m benchmarks.kills [--kills 100] [--seed 0]
+    python -m benchmarks.kills [--kills 100] [--seed 0] [--steps 16]
 
 One job runs undisturbed. Then jobs like it are started and get SIGTERM or SIGKILL after a random time, again and again
 until one start reaches its end. Each start finds what a new SageMaker instance would: an empty disk, but for
@@ -31,15 +31,12 @@ from pathlib import Path
 from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, read_manifest, verify
 from tests.helpers.aws_descriptions import remembered
 
-STEPS = 16
 SETTINGS = {
     "pretrained_model_name_or_path": "/opt/ml/input/data/model",
     "instance_prompt": "photo of zwx toy",
     "class_prompt": "photo of a toy",
     "resolution": "64",
     "num_class_images": "2",
-    "max_train_steps": str(STEPS),
-    "save_steps": "4",
     "logging_steps": "1",
     "learning_rate": "1e-3",
     "use_ema": "true",
@@ -57,12 +54,13 @@ with embedded_s3() as server:
 """
 
 
-def start(base: Path, channels: dict[str, str], target: S3Uri, *, synced: Path | None, half: bool) -> int:
-    """Lays out a new instance and forks a job on it; its process id."""
+def start(base: Path, steps: int, channels: dict[str, str], target: S3Uri, *, synced: Path | None, half: bool) -> int:
+    """Lays out a new instance and forks a job on it, which saves four checkpoints; its process id."""
     from launcher.local.tree import lay_out
 
     shutil.rmtree(base, ignore_errors=True)
-    lay_out(base, {**SETTINGS, "manual_upload_model_path": str(target)}, channels)
+    length = {"max_train_steps": str(steps), "save_steps": str(steps // 4)}
+    lay_out(base, {**SETTINGS, **length, "manual_upload_model_path": str(target)}, channels)
     shutil.rmtree(base / "checkpoints", ignore_errors=True)
     if synced:
         (base / "checkpoints").symlink_to(synced)
@@ -111,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=16, help="of each job; at least 4")
     options = parser.parse_args()
     chance = random.Random(options.seed)
     server = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True)
@@ -119,12 +118,12 @@ def main() -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     try:
         with tempfile.TemporaryDirectory(prefix="kills-") as work, remembered():
-            print(json.dumps(run(Path(work), options.kills, chance)))
+            print(json.dumps(run(Path(work), options.kills, options.steps, chance)))
     finally:
         server.terminate()
 
 
-def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
+def run(work: Path, kills: int, steps: int, chance: random.Random) -> dict[str, object]:
     import container.train  # noqa: F401 - imported once, for all forks
     import dreambooth_sm.job  # noqa: F401
     from benchmarks.common import make_pictures
@@ -141,7 +140,7 @@ def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
 
     started = time.monotonic()
     reference = S3Uri("kills", "reference")
-    code = wait(start(base, channels, reference, synced=None, half=False), _PATIENCE)
+    code = wait(start(base, steps, channels, reference, synced=None, half=False), _PATIENCE)
     seconds = time.monotonic() - started
     assert code == 0, (base / "log").read_text()
     wanted = weights_in(reference)
@@ -160,7 +159,7 @@ def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
             starts += 1
             half = bool(synced) and starts % 3 == 0
             spoiled |= half
-            process = start(base, channels, target, synced=synced, half=half)
+            process = start(base, steps, channels, target, synced=synced, half=half)
             code = wait(process, chance.uniform(0, seconds))
             if code is None:
                 kind = chance.choice([signal.SIGTERM, signal.SIGKILL])
@@ -176,10 +175,10 @@ def run(work: Path, kills: int, chance: random.Random) -> dict[str, object]:
             else:
                 assert code == 0, (base / "log").read_text()
             log = (base / "log").read_text()
-            steps = [int(step) for step in re.findall(r"^step=(\d+) ", log, flags=re.MULTILINE)]
-            if steps:
-                lost = lost if spoiled else max(lost, reached - steps[0] + 1)
-                reached, spoiled = steps[-1], False
+            done = [int(step) for step in re.findall(r"^step=(\d+) ", log, flags=re.MULTILINE)]
+            if done:
+                lost = lost if spoiled else max(lost, reached - done[0] + 1)
+                reached, spoiled = done[-1], False
             if MANIFEST_NAME in list_objects(target, client=client):
                 assert verify(target, client=client).whole, "a manifest over incomplete files"
         assert weights_in(target) == wanted, "other weights than the undisturbed job's"

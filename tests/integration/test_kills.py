@@ -13,7 +13,7 @@ from tests.helpers.patience import PATIENCE
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmark forks its jobs")
 def test_killed_jobs_end_with_the_weights_of_an_undisturbed_one() -> None:
-    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "6", "--seed", "1"]
+    command = [sys.executable, "-m", "benchmarks.kills", "--kills", "6", "--seed", "1", "--steps", "8"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 0, ended.stderr[-3000:]
     told = json.loads(ended.stdout.splitlines()[-1])
