@@ -44,6 +44,8 @@ from dreambooth_sm.planning.plan import Plan
 UNET: dict[str, object] = {"train_text_encoder": False, "use_ema": False}
 # The layers that diffusers' scripts train.
 LORA: dict[str, object] = {"method": "lora", "lora_targets": "attention"}
+# One picture a step.
+LORA_ALONE = LORA | {"with_prior_preservation": False}
 LORA_LINEAR: dict[str, object] = {"method": "lora", "lora_targets": "linear"}
 HYPERNETWORK: dict[str, object] = {"method": "hypernetwork"}
 TEXTUAL_INVERSION: dict[str, object] = {"method": "textual_inversion"}
@@ -90,6 +92,9 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     ),
     "lora": (LORA, {}),
     "lora_small": (LORA, {"gradient_checkpointing": True}),
+    "lora_alone": (LORA_ALONE, {}),
+    "lora_alone_small": (LORA_ALONE, {"gradient_checkpointing": True}),
+    "lora_alone_nf4": (LORA_ALONE | {"base_weights": "nf4"}, {"gradient_checkpointing": True}),
     "lora_linear": (LORA_LINEAR, {}),
     "lora_linear_small": (LORA_LINEAR, {"gradient_checkpointing": True}),
     "lora_text_encoder": (LORA | {"train_text_encoder": True}, {}),
@@ -103,7 +108,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 # Those that the others are measured with.
 OTHERS_VARIANTS = {
     "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small", "lora_linear"),
-    "z_image": ("lora", "lora_small", "lora_linear"),
+    "z_image": ("lora", "lora_small", "lora_alone", "lora_alone_small", "lora_alone_nf4", "lora_linear"),
 }
 # The variants that estimates are made from, and what their figures are called; of adapters, where they lie beside the
 # layers that a job adapts by default. `lean` is a rung that no card of benchmarks.tiers gets.
