@@ -10,17 +10,20 @@ kernels.
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreambooth_sm.training.kernels import kernels_for
+
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels count elements in 32 bits, some beyond the last one.
 _MOST_ELEMENTS = 2**31 - 2**20
+# By device.
+_kernels = partial(kernels_for, "group_norm_triton")
 
 
 def group_norm(
@@ -198,16 +201,3 @@ def _spread(of_groups: Tensor, x: Tensor) -> Tensor:
 
 def _as_image(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype, memory_format=torch.channels_last)
-
-
-@cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The module of Triton kernels, or None where they don't run."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
-        return None
-    try:
-        from dreambooth_sm.training import group_norm_triton as kernels
-        from dreambooth_sm.training.adamw_blockwise_triton import INTERPRETED
-    except ImportError:
-        return None
-    return kernels if device.type == "cuda" or INTERPRETED else None

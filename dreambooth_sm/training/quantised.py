@@ -8,16 +8,17 @@ activations and gradients are never quantised. Nothing here waits for the device
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from statistics import NormalDist
-from types import ModuleType
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
+
+from dreambooth_sm.training.kernels import kernels_for
 
 CodeKind = Literal["int8", "nf4"]
 # Values that share a scale in nf4.
@@ -27,6 +28,8 @@ _LATENT_CHANNELS = 16
 _LARGEST = 127
 # Probability of the outermost levels, between that of 15 and that of 16 levels.
 _TAIL = 1 - (1 / 30 + 1 / 32) / 2
+# By device.
+_kernels = partial(kernels_for, "quantised_triton")
 
 
 def _quantiles(count: int) -> list[float]:
@@ -85,19 +88,6 @@ def _levels(device: torch.device, dtype: torch.dtype) -> Tensor:
 def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
     """The two values of each byte."""
     return torch.cartesian_prod(_levels(device, dtype), _levels(device, dtype))
-
-
-@cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The module of Triton kernels, or None where they don't run."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
-        return None
-    try:
-        from dreambooth_sm.training import quantised_triton as kernels
-        from dreambooth_sm.training.adamw_blockwise_triton import INTERPRETED
-    except ImportError:
-        return None
-    return kernels if device.type == "cuda" or INTERPRETED else None
 
 
 class QuantisedLayer(nn.Module):

@@ -10,14 +10,17 @@ The ``reference_`` functions are the definition, in plain torch; `rms_norm_trito
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreambooth_sm.training.kernels import kernels_for
+
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
+# By device.
+_kernels = partial(kernels_for, "rms_norm_triton")
 
 
 def scaled_norm(
@@ -182,16 +185,3 @@ def _turned(x: Tensor, turns: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     numbers = torch.view_as_complex(turns.to(x.dtype).contiguous())
     return torch.view_as_real(pairs * numbers.unsqueeze(2)).flatten(-2)
-
-
-@cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    """The module of Triton kernels, or None where they don't run."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
-        return None
-    try:
-        from dreambooth_sm.training import rms_norm_triton as kernels
-        from dreambooth_sm.training.adamw_blockwise_triton import INTERPRETED
-    except ImportError:
-        return None
-    return kernels if device.type == "cuda" or INTERPRETED else None

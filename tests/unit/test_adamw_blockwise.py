@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import io
 import itertools
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +27,7 @@ from dreambooth_sm.training.adamw_reference import (
     split_float16,
 )
 from dreambooth_sm.training.moments import BLOCK_FORMATS, PowerCode
-from tests.helpers.patience import PATIENCE
+from tests.helpers.interpreter import printed_in_the_interpreter
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALVES = DTYPES[1:]
@@ -778,18 +773,9 @@ def compare_kernel_with_reference() -> None:
 
 @pytest.mark.slow
 def test_kernel_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("differ") == 5 * 2 * len(BLOCK_FORMATS)
-    assert run.stdout.count("averaged") == 5
+    printed = printed_in_the_interpreter(__file__)
+    assert printed.count("differ") == 5 * 2 * len(BLOCK_FORMATS)
+    assert printed.count("averaged") == 5
 
 
 if __name__ == "__main__":

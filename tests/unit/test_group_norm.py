@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dreambooth_sm.training.group_norm import GroupNormFunction, group_norm
-from tests.helpers.patience import PATIENCE
+from tests.helpers.interpreter import printed_in_the_interpreter
 
 # (n, channels, groups, h, w): groups of the UNets' widths; no number of pixels or channels fills the kernels' tiles.
 SHAPES = [(2, 20, 2, 5, 13), (1, 40, 2, 9, 15), (1, 80, 2, 1, 67), (1, 160, 2, 3, 3), (2, 4, 2, 70, 41)]
@@ -72,17 +66,7 @@ def test_reference_computes_what_torch_does() -> None:
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("compared") == 1
+    assert printed_in_the_interpreter(__file__).count("compared") == 1
 
 
 @pytest.mark.parametrize("silu", [False, True])

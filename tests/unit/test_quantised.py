@@ -4,11 +4,7 @@ them."""
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +35,8 @@ from dreambooth_sm.training.quantised import (
     quantise,
     quantise_layers,
 )
+from tests.helpers.interpreter import printed_in_the_interpreter
 from tests.helpers.marks import slow_except
-from tests.helpers.patience import PATIENCE
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, run_out_of_memory, same, weights
 from tests.unit.test_lora import CONFIGS, PROMPTS, VALUES, VARIANTS
 
@@ -391,13 +387,7 @@ def test_a_card_that_is_too_small_for_what_was_asked_for_says_so() -> None:
 
 @pytest.mark.slow
 def test_the_kernel_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("compared") == 1
+    assert printed_in_the_interpreter(__file__).count("compared") == 1
 
 
 def compare_kernel() -> None:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreambooth_sm.training.rms_norm import norms_serve, scaled_norm, swiglu, turned_norm
-from tests.helpers.patience import PATIENCE
+from tests.helpers.interpreter import printed_in_the_interpreter
 
 EPS = 1e-5
 # Rows, words, heads, a head's width: none fills the kernels' blocks.
@@ -87,17 +82,7 @@ def test_reference_computes_what_torch_does() -> None:
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    run = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("compared") == 1
+    assert printed_in_the_interpreter(__file__).count("compared") == 1
 
 
 def test_gradients_are_the_derivatives() -> None:
