@@ -90,6 +90,9 @@ def _parser(*, everything: bool, demo: bool = False) -> command_line.Parser:
         "--prediction-type", choices=["epsilon", "v_prediction"], help="what the UNet predicts; found out if left out"
     )
     convert.add_argument(
+        "--parts", metavar="MODEL", help="what the other parts come from, where a model is a file of its denoiser alone"
+    )
+    convert.add_argument(
         "--layout",
         choices=["diffusers", "kohya"],
         help="of an adapter's file: diffusers, or kohya (WebUI, ComfyUI and diffusers); the other one if left out",
@@ -156,14 +159,15 @@ def run_convert(options: argparse.Namespace) -> None:
     from dreambooth_sm.convert import convert, extract_from, merge_into  # imports torch
 
     _check_together(options)
-    source, target, precision = options.source, options.target, options.precision
+    source, target, precision, parts = options.source, options.target, options.precision, options.parts
     if options.merge_into:
         strength = 1.0 if options.strength is None else options.strength
-        remarks = merge_into(source, options.merge_into, target, strength=strength, precision=precision)
+        remarks = merge_into(source, options.merge_into, target, strength=strength, precision=precision, parts=parts)
     elif options.extract_from:
         rank = 32 if options.rank is None else options.rank
         base = options.extract_from
-        remarks = extract_from(source, base, target, rank=rank, precision=precision, layout=options.layout)
+        layout = options.layout
+        remarks = extract_from(source, base, target, rank=rank, precision=precision, layout=layout, parts=parts)
     else:
         remarks = convert(
             source,
@@ -172,6 +176,7 @@ def run_convert(options: argparse.Namespace) -> None:
             use_ema=options.use_ema,
             prediction_type=options.prediction_type,
             layout=options.layout,
+            parts=parts,
         )
     for remark in remarks:
         print(f"warning: {remark}", file=sys.stderr)

@@ -23,7 +23,7 @@ from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, write_peft
 from dreambooth_sm.adapters.read import find_adapter, read_adapter
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import family_of
-from dreambooth_sm.models import RENAMED, read_stored
+from dreambooth_sm.models import RENAMED, find_denoiser, read_stored
 from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.files import HASH_FIELD, OutOfRange, Stored
 from dreambooth_sm.stored.layout import Configs
@@ -45,9 +45,9 @@ def convert(
     use_ema: bool = False,
     prediction_type: str | None = None,
     layout: AdapterLayout | None = None,
+    parts: str | None = None,
 ) -> tuple[str, ...]:
-    """Writes a Stable Diffusion 1, 2 or XL model in the other format, with a progress bar; or an adapter in the other
-    layout.
+    """Writes a model in the other format, with a progress bar; or an adapter in the other layout.
 
     Args:
         source: single-file checkpoint, diffusers directory, ``s3://`` location or hub id; or an adapter's file.
@@ -57,6 +57,7 @@ def convert(
         use_ema: takes the average that some checkpoints carry beside the UNet's weights.
         prediction_type: ``epsilon`` or ``v_prediction``; None to find out.
         layout: of the adapter's file; None for that which ``source`` does not have.
+        parts: the model that the other parts come from, where ``source`` is a file of a denoiser alone.
 
     Returns:
         remarks on what was guessed of the source; for the user to read.
@@ -65,7 +66,7 @@ def convert(
         UserError: where ``source`` is not such a model or adapter, or ``target`` can't be written.
     """
     _check_target(target)
-    path = sources.fetch(RENAMED.get(source, source))
+    path = _fetch(source)
     if found := find_adapter(path):
         adapter = read_adapter(found)
         other: AdapterLayout = "kohya" if adapter.layout == "diffusers" else "diffusers"
@@ -75,7 +76,10 @@ def convert(
         return (*told, *_left_out(adapter, source, with_words=to == "kohya"))
     if layout:
         raise UserError(f"--layout is for adapters, and {source} is a model; leave it out")
-    model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
+    if parts:
+        model = read_stored(path, parts=_fetch(parts))
+    else:
+        model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
     facts = family_of(model.pipeline).facts
     if target.suffix == ".safetensors" and not facts.has_single_file:
         raise UserError(f"{target}: {facts.title} models are written as directories; name one")
@@ -84,13 +88,19 @@ def convert(
 
 
 def merge_into(
-    source: str, base: str, target: Path, *, strength: float = 1.0, precision: FilePrecision = "keep"
+    source: str,
+    base: str,
+    target: Path,
+    *,
+    strength: float = 1.0,
+    precision: FilePrecision = "keep",
+    parts: str | None = None,
 ) -> tuple[str, ...]:
     """Writes a base model with an adapter in its weights.
 
     Args:
         source: the adapter's file.
-        base: as ``source`` of :func:`convert`, and so are ``target`` and ``precision``.
+        base: as ``source`` of :func:`convert`, and so are ``target``, ``precision`` and ``parts``.
         strength: 0 leaves the base as it is, 1 takes all of what was trained.
 
     Returns:
@@ -101,7 +111,7 @@ def merge_into(
     """
     _check_target(target)
     adapter = _adapter(source)
-    model = read_stored(sources.fetch(RENAMED.get(base, base)))
+    model = read_stored(_fetch(base), parts=_fetch(parts) if parts else None)
     shapes = {part: {name: each.shape for name, each in found.items()} for part, found in model.tensors.items()}
     check_fit(adapter, shapes, base)
     tensors = {part: dict(found) for part, found in model.tensors.items()}
@@ -119,6 +129,7 @@ def extract_from(
     rank: int = 32,
     precision: FilePrecision = "fp16",
     layout: AdapterLayout | None = None,
+    parts: str | None = None,
 ) -> tuple[str, ...]:
     """Writes a LoRA of what a model differs in from the base that it was trained from, with a progress bar.
 
@@ -129,6 +140,7 @@ def extract_from(
         rank: of each layer.
         precision: of the values; ``keep`` is fp32.
         layout: of the file; None for ``kohya``, which most programs read.
+        parts: of ``base``, see :func:`convert`. Where ``source`` is such a file, its other parts are the base's.
 
     Returns:
         how much of the difference is kept, and other remarks; for the user to read.
@@ -141,7 +153,9 @@ def extract_from(
     _check_adapter_target(target)
     if rank < 1:
         raise UserError(f"--rank {rank}: the rank has to be at least 1")
-    tuned, before = (read_stored(sources.fetch(RENAMED.get(name, name))) for name in (source, base))
+    before = read_stored(_fetch(base), parts=_fetch(parts) if parts else None)
+    path = _fetch(source)
+    tuned = read_stored(path, parts=_fetch(parts or base) if find_denoiser(path) else None)
     facts = family_of(before.pipeline).facts
     if facts.adapters != "kohya":
         raise UserError(f"{base} is a {facts.title} model, of which no adapter is made here")
@@ -150,6 +164,10 @@ def extract_from(
         adapter, remarks = extract(tuned, before, rank, bar.update)
     _write_adapter(adapter, before.configs, target, layout or "kohya", source, precision)
     return tuple(remarks)
+
+
+def _fetch(name: str) -> Path:
+    return sources.fetch(RENAMED.get(name, name))
 
 
 def _check_target(target: Path) -> None:

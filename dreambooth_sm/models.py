@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
-from dreambooth_sm.stored.files import Stored
+from dreambooth_sm.stored.files import Stored, TensorFile
 from dreambooth_sm.stored.fit import check_fit
 from dreambooth_sm.stored.layout import Configs
 from dreambooth_sm.stored.locate import find_model
@@ -32,9 +33,12 @@ from dreambooth_sm.stored.model import (
     tokenizers_of,
     weights_of,
 )
+from dreambooth_sm.stored.opening import open_tensors
+from dreambooth_sm.stored.recognise import held_alone
 from dreambooth_sm.stored.single_file import read_single_file, write_single_file
 from dreambooth_sm.stored.single_file import read_vae as read_vae_file
 
+_VAE, _PARTS = "pretrained_vae_name_or_path", "pretrained_parts_name_or_path"
 _NO_AVERAGE = "only single files carry averages; leave it out"
 # Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
 RENAMED = {
@@ -254,20 +258,24 @@ def check_base(h: Hyperparameters) -> None:
             knobs that would do nothing.
     """
     problems = Problems()
-    name, vae = _base_name(h), _vae_name(h)
-    for field, value in (("pretrained_model_name_or_path", name), ("pretrained_vae_name_or_path", vae)):
+    name, vae, parts = _base_name(h), _vae_name(h), _parts_name(h)
+    for field, value in (("pretrained_model_name_or_path", name), (_VAE, vae), (_PARTS, parts)):
         if is_s3(value):
             with _of(problems, field):
                 sources.check_s3(S3Uri.parse(value))
     with problems.collected():
-        _check_names(h, name, vae)
+        _check_names(h, name, vae, parts)
     replacement, of_vae = None, Problems()
     if vae and is_local(vae):
-        with _of(of_vae, "pretrained_vae_name_or_path"):
+        with _of(of_vae, _VAE):
             replacement = read_vae(Path(vae))
-    if is_local(name) and (replacement or not vae):
+    if parts and not is_local(parts):  # what they are fit for is told when they are here
         with _of(problems, "pretrained_model_name_or_path"):
-            _read(h, Path(name), replacement)
+            if is_local(name):
+                open_denoiser(Path(name))
+    elif is_local(name) and (replacement or not vae):
+        with _of(problems, "pretrained_model_name_or_path"):
+            _read(h, Path(name), replacement, Path(parts) if parts else None)
     elif is_local(name):
         with _of(problems, "pretrained_model_name_or_path"):  # what the replacement is fit for is told when it is here
             model = find_model(Path(name))
@@ -285,6 +293,10 @@ def _vae_name(h: Hyperparameters) -> str:
     return h.pretrained_vae_name_or_path or ""
 
 
+def _parts_name(h: Hyperparameters) -> str:
+    return h.pretrained_parts_name_or_path or ""
+
+
 @contextmanager
 def _of(problems: Problems, field: str) -> Iterator[None]:
     """Collects what is wrong with the value of a hyperparameter, named by it."""
@@ -295,20 +307,22 @@ def _of(problems: Problems, field: str) -> Iterator[None]:
             raise UserError(f"{field}: {problem}" for problem in error.problems) from None
 
 
-def _check_names(h: Hyperparameters, name: str, vae: str) -> None:
+def _check_names(h: Hyperparameters, name: str, vae: str, parts: str) -> None:
     """Raises UserError for URLs, and for hyperparameters that would do nothing with such a model."""
-    place = "an S3 location" if is_s3(name) else "a path on this machine"
-    elsewhere = [each for each in (name, vae) if each and (is_local(each) or is_s3(each))]
+    named = [each for each in (name, vae, parts) if each]
+    elsewhere = [each for each in named if is_local(each) or is_s3(each)]
+    directory = parts or name
+    place = "an S3 location" if is_s3(directory) else "a path on this machine"
     problems = [
         f"{field}: {value} is a URL; name a hub id, s3://bucket/prefix, or pass the model as a channel, such as "
         "inputs={'model': 's3://...'} with pretrained_model_name_or_path=/opt/ml/input/data/model"
-        for field, value in (("pretrained_model_name_or_path", name), ("pretrained_vae_name_or_path", vae))
+        for field, value in (("pretrained_model_name_or_path", name), (_VAE, vae), (_PARTS, parts))
         if "://" in value and not is_s3(value)
     ]
-    if h.revision is not None and name in elsewhere:
-        problems.append(f"revision={h.revision}: {name} is {place}, which has no revisions; leave it out")
-    if h.hf_token_secret is not None and len(elsewhere) == len([each for each in (name, vae) if each]):
-        problems.append(f"hf_token_secret: nothing comes from the hub, as {name} is {place}; leave it out")
+    if h.revision is not None and directory in elsewhere:
+        problems.append(f"revision={h.revision}: {directory} is {place}, which has no revisions; leave it out")
+    if h.hf_token_secret is not None and len(elsewhere) == len(named):
+        problems.append(f"hf_token_secret: nothing comes from the hub, as {directory} is {place}; leave it out")
     if h.use_ema_weights and name not in elsewhere:
         problems.append(f"use_ema_weights=true: {name} is a hub id; {_NO_AVERAGE}, or name the file by a path")
     if problems:
@@ -330,6 +344,30 @@ def read_vae(path: Path) -> StoredPart:
     return read_vae_file(model) if model.is_file() else read_part(model / "vae", "vae")
 
 
+def find_denoiser(path: Path) -> TensorFile | None:
+    """The file at a path that holds a denoiser alone, whose other parts come from elsewhere; None where there is
+    another model.
+
+    Raises:
+        UserError: where there is none, or the file is damaged.
+    """
+    model = find_model(path)
+    file = open_tensors(model) if model.is_file() else None
+    return file if file and held_alone(file) else None
+
+
+def open_denoiser(path: Path) -> TensorFile:
+    """What :func:`find_denoiser` finds.
+
+    Raises:
+        UserError: as well where there is another model.
+    """
+    file = find_denoiser(path)
+    if file is None:
+        raise UserError(f"{path} is not a file of a denoiser alone; leave {_PARTS} (convert: --parts) out")
+    return file
+
+
 def read_stored(
     path: Path,
     *,
@@ -337,20 +375,32 @@ def read_stored(
     use_ema: bool = False,
     prediction_type: str | None = None,
     vae: StoredPart | None = None,
+    parts: Path | None = None,
 ) -> StoredModel:
     """Understands a pipeline directory, a single-file checkpoint, or what holds one of them and no other.
 
     Args:
         variant, vae: see :func:`dreambooth_sm.stored.directory.read_directory`.
         use_ema, prediction_type: see :func:`dreambooth_sm.stored.single_file.read_single_file`.
+        parts: pipeline directory that the parts of a file come from that holds a denoiser alone.
 
     Raises:
         UserError: for anything else, models that can't be trained, and damaged files.
     """
     model = find_model(path)
-    if model.is_file():
+    if parts:
+        directory = find_model(parts)
+        if directory.is_file():
+            raise UserError(f"{directory} is a file; name a directory or a hub id that has the model's other parts")
+        stored = read_directory(directory, variant=variant, vae=vae, denoiser=open_denoiser(model))
+    elif model.is_file():
         if variant:
             raise UserError(f"variant={variant}: {model} is a file, which has no variants; leave it out")
+        if (alone := find_denoiser(model)) and (facts := held_alone(alone)):
+            raise UserError(
+                f"{model} holds the {facts.denoiser} of {facts.article} {facts.short} model alone; name the model that "
+                f"its other parts come from, such as {next(iter(facts.licences))}, in {_PARTS} (convert: --parts)"
+            )
         stored = read_single_file(model, use_ema=use_ema, prediction_type=prediction_type, vae=vae)
     else:
         if use_ema:
@@ -360,10 +410,12 @@ def read_stored(
     return stored
 
 
-def _read(h: Hyperparameters, path: Path, vae: StoredPart | None) -> StoredModel:
+def _read(h: Hyperparameters, path: Path, vae: StoredPart | None, parts: Path | None) -> StoredModel:
     prediction = None if h.prediction_type == "auto" else h.prediction_type
-    variant = h.variant if is_local(_base_name(h)) or is_s3(_base_name(h)) else None  # the hub's are chosen there
-    return read_stored(path, variant=variant, use_ema=h.use_ema_weights, prediction_type=prediction, vae=vae)
+    directory = _parts_name(h) or _base_name(h)
+    variant = h.variant if is_local(directory) or is_s3(directory) else None  # the hub's are chosen there
+    ema = h.use_ema_weights
+    return read_stored(path, variant=variant, use_ema=ema, prediction_type=prediction, vae=vae, parts=parts)
 
 
 def load_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> PretrainedModel:
@@ -384,12 +436,16 @@ def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
         UserError: where there is no such model, its files are damaged, or it is of another kind than the job was
             planned for.
     """
-    name, vae = _base_name(h), _vae_name(h)
-    _check_names(h, name, vae)
-    replacement = read_vae(sources.fetch(vae, token_secret=h.hf_token_secret)) if vae else None
-    path = sources.fetch(name, revision=h.revision, variant=h.variant, token_secret=h.hf_token_secret)
-    stored = _read(h, path, replacement)
-    found, planned = family_of(stored.pipeline).facts, FAMILIES[h.architecture].facts
+    name, vae, parts = _base_name(h), _vae_name(h), _parts_name(h)
+    planned = FAMILIES[h.architecture].facts
+    _check_names(h, name, vae, parts)
+    fetch = partial(sources.fetch, token_secret=h.hf_token_secret)
+    replacement = read_vae(fetch(vae)) if vae else None
+    of_directory = partial(fetch, revision=h.revision, variant=h.variant)
+    rest = of_directory(parts, without=planned.denoiser) if parts else None
+    path = (fetch if parts else of_directory)(name)
+    stored = _read(h, path, replacement, rest)
+    found = family_of(stored.pipeline).facts
     if found.name != planned.name:
         raise UserError(
             f"{name} is a {found.title} model, and the job was planned for {planned.title}; set "
@@ -397,11 +453,11 @@ def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
         )
     pipeline = stored.pipeline
     modules = parts_of(pipeline)
-    parts = [*modules, *tokenizers_of(modules), "scheduler", "feature_extractor"]
+    all_parts = [*modules, *tokenizers_of(modules), "scheduler", "feature_extractor"]
     return PretrainedModel(
         name,
         family_of(pipeline),
-        {part: getattr(pipeline, part) for part in parts if hasattr(pipeline, part)},
+        {part: getattr(pipeline, part) for part in all_parts if hasattr(pipeline, part)},
         config=pipeline.config,
         remarks=stored.remarks,
         files=stored.tensors,

@@ -126,7 +126,7 @@ def plan_for_card(h: Hyperparameters, contract: Contract, world: World) -> Plan:
 def check_output(h: Hyperparameters) -> None:
     """Raises UserError unless the trained model can be written where it is to go: hours later would be too late."""
     directory = Path(h.models_path)
-    for field in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path"):
+    for field in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path", "pretrained_parts_name_or_path"):
         base = getattr(h, field)
         replaced = (directory.resolve(), (directory / f"{h.model_name}.safetensors").resolve())
         if base and Path(base).resolve() in replaced:

@@ -66,7 +66,12 @@ def cache_directory() -> Path:
 
 
 def fetch(
-    name: str, *, revision: str | None = None, variant: str | None = None, token_secret: str | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    token_secret: str | None = None,
+    without: str | None = None,
 ) -> Path:
     """Brings a model to this machine's disk.
 
@@ -74,6 +79,7 @@ def fetch(
         name: local path, ``s3://`` prefix or object, or hub id, which the image itself may hold.
         revision, variant: of a hub id, then fetched from the hub; fp16 files are preferred where no variant is named.
         token_secret: name of the AWS secret with the hub's token; the environment's ``HF_TOKEN`` if left out.
+        without: a part whose weights are not needed, and not fetched from the hub.
 
     Returns:
         a directory or a file.
@@ -88,7 +94,7 @@ def fetch(
         return _from_s3(S3Uri.parse(name))
     if revision is None and variant is None and (BAKED / name).is_dir():
         return BAKED / name
-    return _from_hub(name, revision, variant, read_token(token_secret))
+    return _from_hub(name, revision, variant, read_token(token_secret), without)
 
 
 def check_s3(uri: S3Uri) -> None:
@@ -171,11 +177,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
+def needed_files(names: Sequence[str], variant: str | None, without: str | None = None) -> list[str]:
     """Those of a repository's files that a job needs: one format and one variant of each part's weights.
 
     Args:
         variant: such as ``fp16``, which is preferred as well; parts that do not have it come without it.
+        without: a part whose weights are not needed.
 
     Raises:
         UserError: where no file is of the variant that was asked for.
@@ -183,6 +190,8 @@ def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
     chosen = [name for name in names if _OTHER_FILES.fullmatch(name)]
     tags = [*([rf"\.{re.escape(variant)}"] if variant else []), rf"\.{_PREFERRED_VARIANT}", ""]
     for folder in _WEIGHTS_FOLDERS:
+        if folder == without:
+            continue
         stem = (f"{folder}/" if folder else "") + "(diffusion_pytorch_model|model|pytorch_model)"
         found = [
             [name for name in names if re.fullmatch(rf"{stem}{tag}(-\d+-of-\d+)?\.{suffix}", name)]
@@ -195,7 +204,7 @@ def needed_files(names: Sequence[str], variant: str | None) -> list[str]:
     return chosen
 
 
-def _from_hub(name: str, revision: str | None, variant: str | None, token: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, variant: str | None, token: str | None, without: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     cache = cache_directory() / "hub" if os.environ.get(_WARM_POOL) else None
@@ -208,7 +217,7 @@ def _from_hub(name: str, revision: str | None, variant: str | None, token: str |
                     kept = hf_hub_download(name, marker, revision=revision, cache_dir=cache, local_files_only=True)
                     return Path(kept).parent
             raise
-        files = needed_files([file.rfilename for file in info.siblings or []], variant)
+        files = needed_files([file.rfilename for file in info.siblings or []], variant, without)
         if not files:
             raise UserError(f"{name}: the repository holds no diffusers model; name one that does")
         return Path(

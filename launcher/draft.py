@@ -111,6 +111,7 @@ def read_draft(options: Mapping[str, Any], look: Lookup) -> Draft:
         draft.hyperparameters = Hyperparameters.parse(
             values, dataset_info=lambda directory: read_dataset_info(beside) if beside else {}
         )
+    draft.problems.found += _left_here(draft)
     if isinstance(draft.sources.get(MODEL_CHANNEL), Mapping):
         with draft.problems.collected():
             _check_base_model(Path(data["base_model"]).expanduser(), draft)
@@ -211,10 +212,20 @@ def _read_base_model(base_model: str | Path, look: Lookup) -> tuple[Channel | Fi
     return None, text
 
 
+def _left_here(draft: Draft) -> Iterator[str]:
+    """Finds parts of the base model that lie on this machine, and the job elsewhere."""
+    if draft.hyperparameters is None or draft.resources.instance_type in ON_THIS_MACHINE:
+        return
+    for name in ("pretrained_vae_name_or_path", "pretrained_parts_name_or_path"):
+        value = getattr(draft.hyperparameters, name)
+        if value and value.startswith(("/", ".", "~")) and Path(value).expanduser().exists():
+            yield f"{name}: {value} is on this machine, where the job can't see it; name a hub id or s3://bucket/prefix"
+
+
 def _check_base_model(path: Path, draft: Draft) -> None:
     """Checks a base model of this machine as the job will, before it is sent to S3.
 
-    A job of this machine says it itself in seconds; and a VAE that replaces the model's is not here.
+    A job of this machine says it itself in seconds; and what replaces or completes the model's parts is not here.
 
     Raises:
         UserError: for a model that can't be trained.
@@ -223,9 +234,13 @@ def _check_base_model(path: Path, draft: Draft) -> None:
     if h is None or h.pretrained_vae_name_or_path or draft.resources.instance_type in ON_THIS_MACHINE:
         return
     try:
-        from dreambooth_sm.models import check_base  # imports torch
+        from dreambooth_sm.models import check_base, open_denoiser  # imports torch
     except ImportError:
         draft.warnings.append("base_model: not looked into before the job: torch and diffusers are not installed here")
+        return
+    if h.pretrained_parts_name_or_path:
+        with _about("base_model"):
+            open_denoiser(path)
         return
     field = "pretrained_model_name_or_path"
     try:

@@ -300,7 +300,7 @@ def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
         )
     if h.class_cache is not None:
         yield "network_isolation=True: the job can't reach class_cache in S3; leave it out"
-    for name in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path"):
+    for name in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path", "pretrained_parts_name_or_path"):
         if _is_remote(getattr(h, name)):
             yield (
                 f"network_isolation=True: the job can't fetch {name}={getattr(h, name)}; give it as an s3:// prefix or "

@@ -91,9 +91,11 @@ class Facts:
         methods: that can train it, each with the defaults of hyperparameters that are others for it.
         adapted: the layers that adapters may lie beside, by the choices of ``lora_targets``.
         licences: by the start of a base model's name, as the hub gives them.
-        folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has.
+        folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has. Of
+            files that hold the denoiser alone it is a whole name.
         names: found in what makers call their models, and ``hint``, the one to tell users of.
-        has_single_file: whether its models are written as single files as well.
+        has_single_file: whether single files hold all parts of its models, and are written as well; those of other
+            families hold the denoiser alone.
         adapters: the layout of adapters' files beside diffusers' own: ``kohya`` or ``comfyui``.
         distilled: found in the names of models that were distilled into fewer steps, which training undoes.
         overflows: whether fp16 is too small for its values, so that it needs a card with bf16.

@@ -81,6 +81,7 @@ class ZImage:
             "attention": AdaptedLayers(_ATTENTION, (), width=1_044_480, text_width=0),
             "linear": AdaptedLayers(_LINEAR, (), width=2_480_640, text_width=0),
         },
+        tensor=b"layers.0.adaLN_modulation.0.weight",
         has_single_file=False,
         adapters="comfyui",
         tags=("z-image",),

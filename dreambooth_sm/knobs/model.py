@@ -19,6 +19,8 @@ _NO_MODEL = "is neither a path that exists nor a model hub's id"
 _WHAT_TO_WRITE = "write owner/name, s3://bucket/prefix or an absolute path"
 
 
+# Of single files.
+_FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 _FACTS = [family.facts for family in FAMILIES.values()]
 
 if TYPE_CHECKING:
@@ -48,7 +50,14 @@ class ModelKnobs(Knobs):
     pretrained_vae_name_or_path: str | None = knob(
         None, "Replacement for the base model's VAE: as above; a file may hold the VAE alone.", path=True
     )
-    revision: str | None = knob(None, "Revision of the base model on the hub.")
+    pretrained_parts_name_or_path: str | None = knob(
+        None,
+        "What the other parts come from where the base model is a file of a denoiser alone "
+        f"({', '.join(facts.title for facts in _FACTS if not facts.has_single_file)}): hub id, diffusers directory or "
+        "`s3://` prefix of a model of that kind.",
+        path=True,
+    )
+    revision: str | None = knob(None, "Revision of the base model, or of its other parts, on the hub.")
     variant: str | None = knob(
         None, "Variant of the base model's files on the hub; None takes fp16 files where there are some."
     )
@@ -85,22 +94,39 @@ class ModelKnobs(Knobs):
             hint = f"did you mean {near}?" if near else _WHAT_TO_WRITE
             yield f"pretrained_model_name_or_path: {short(name)} {_NO_MODEL}; {hint}"
 
-    @rule("pretrained_model_name_or_path", "base_architecture", "train_distilled")
+    @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path", "train_distilled")
     def _base_is_not_distilled(self) -> Iterator[str]:
+        facts = FAMILIES[self.architecture].facts
+        for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
+            name = getattr(self, field) or ""
+            last = "/".join(name.rstrip("/").split("/")[-2:])
+            if facts.distilled and facts.distilled.search(last) and not self.train_distilled:
+                yield (
+                    f"{field}: {short(name)} is distilled to draw in a few steps, which training undoes; train "
+                    f"{facts.title} itself, whose adapters can be drawn with beside it, or set train_distilled=true"
+                )
+
+    @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path")
+    def _all_parts_are_named(self) -> Iterator[str]:
         facts, name = FAMILIES[self.architecture].facts, self.pretrained_model_name_or_path
-        last = "/".join(name.rstrip("/").split("/")[-2:])
-        if facts.distilled and facts.distilled.search(last) and not self.train_distilled:
+        if self.pretrained_parts_name_or_path and facts.has_single_file:
             yield (
-                f"pretrained_model_name_or_path: {short(name)} is distilled to draw in a few steps, which training "
-                f"undoes; train {facts.title} itself, whose adapters can be drawn with beside it, or set "
-                "train_distilled=true"
+                f"pretrained_parts_name_or_path: files of {facts.title} hold all parts; leave it out, or set "
+                "base_architecture to what the model is"
+            )
+        if not self.pretrained_parts_name_or_path and not facts.has_single_file and name.lower().endswith(_FILES):
+            yield (
+                f"pretrained_model_name_or_path: {short(name)} is a file, which of {facts.title} holds the "
+                f"{facts.denoiser} alone; set pretrained_parts_name_or_path to the model that its other parts come "
+                f"from, such as {next(iter(facts.licences))}"
             )
 
-    @rule("pretrained_vae_name_or_path")
-    def _vae_can_be_found(self) -> Iterator[str]:
-        name = self.pretrained_vae_name_or_path
-        if name and not _may_be_model(name):
-            yield f"pretrained_vae_name_or_path: {short(name)} {_NO_MODEL}; {_WHAT_TO_WRITE}"
+    @rule("pretrained_vae_name_or_path", "pretrained_parts_name_or_path")
+    def _parts_can_be_found(self) -> Iterator[str]:
+        for field in ("pretrained_vae_name_or_path", "pretrained_parts_name_or_path"):
+            name = getattr(self, field)
+            if name and not _may_be_model(name):
+                yield f"{field}: {short(name)} {_NO_MODEL}; {_WHAT_TO_WRITE}"
 
     @rule("hf_token_secret")
     def _token_is_not_written_down(self) -> Iterator[str]:

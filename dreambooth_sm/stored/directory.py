@@ -13,7 +13,8 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.stored import z_image
 from dreambooth_sm.stored.configs import class_name, make, make_module, read_json, read_tokenizer_directory
-from dreambooth_sm.stored.files import Stored, write_safetensors
+from dreambooth_sm.stored.denoiser_file import other_parts, read_denoiser
+from dreambooth_sm.stored.files import Stored, TensorFile, write_safetensors
 from dreambooth_sm.stored.layout import PARTS, today
 from dreambooth_sm.stored.locate import INDEX
 from dreambooth_sm.stored.model import (
@@ -32,6 +33,7 @@ from dreambooth_sm.stored.model import (
 )
 from dreambooth_sm.stored.noise_schedule import check_schedule, make_scheduler
 from dreambooth_sm.stored.opening import open_tensors
+from dreambooth_sm.stored.recognise import held_alone
 from dreambooth_sm.stored.tokenizer import write_json, write_tokenizer
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def read_directory(
     variant: str | None = None,
     prediction_type: str | None = None,
     vae: StoredPart | None = None,
+    denoiser: TensorFile | None = None,
 ) -> StoredModel:
     """Understands a pipeline directory without reading its weights.
 
@@ -62,13 +65,21 @@ def read_directory(
         variant: of the weights' files, such as ``fp16``; parts that do not have it are taken in full precision.
         prediction_type: ``epsilon`` or ``v_prediction``, in place of what the directory says.
         vae: takes the place of the directory's own, which may then be missing.
+        denoiser: a file of the weights of one, which take the place of the directory's own. Of these, the
+            configuration has to be there.
 
     Raises:
         UserError: where it is damaged, or of another kind.
     """
     index, names = check_parts(directory, with_vae=vae is None)
     kind = class_name(index)
-    own = [name for name in names if name != "vae" or vae is None]
+    if denoiser and (facts := held_alone(denoiser)) and facts.pipeline != kind:
+        raise UserError(
+            f"{denoiser.path} is of {facts.article} {facts.short} model, and {directory} holds a {kind}; name parts of "
+            "the same kind of model"
+        )
+    given = {name for name, other in (("vae", vae), (names[0], denoiser)) if other}
+    own = [name for name in names if name not in given]
     scheduler_file = directory / "scheduler" / "scheduler_config.json"
     if vae:
         config_file = directory / "vae" / "config.json"
@@ -79,9 +90,15 @@ def read_directory(
     left_out: list[str] = []
     for part in names:
         with problems.collected():
-            read = vae if part == "vae" and vae else read_part(directory / part, part, variant, kind)
+            file = denoiser if part == names[0] else None
+            read = vae if part == "vae" and vae else read_part(directory / part, part, variant, kind, file)
             parts[part], tensors[part] = read.module, read.tensors
             left_out += _left_out(directory / part, read)
+    if denoiser and (others := other_parts(denoiser)):
+        left_out.append(
+            f"{denoiser.path}: {len(others)} tensors of other parts are left out, such as {min(others)}; these parts "
+            f"are those of {directory}"
+        )
     with problems.collected():
         config = read_json(scheduler_file) | ({"prediction_type": prediction_type} if prediction_type else {})
         parts["scheduler"], remarks = make_scheduler(config, str(scheduler_file))
@@ -98,7 +115,8 @@ def read_directory(
     problems.raise_any()
     if variant and not any(find_files(directory / part, part, variant)[1] for part in own):
         raise UserError(f"variant={variant}: {directory} has no files of it; leave variant out")
-    return StoredModel(str(directory), make_pipeline(parts, index), tensors, (*remarks, *left_out))
+    name = str(denoiser.path if denoiser else directory)
+    return StoredModel(name, make_pipeline(parts, index), tensors, (*remarks, *left_out))
 
 
 def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -135,18 +153,23 @@ def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, An
     return index, names
 
 
-def read_part(directory: Path, part: str, variant: str | None = None, pipeline: str = USUAL) -> StoredPart:
+def read_part(
+    directory: Path, part: str, variant: str | None = None, pipeline: str = USUAL, file: TensorFile | None = None
+) -> StoredPart:
     """A module's directory, without reading its weights.
 
     Args:
         part: one of those that ``PARTS`` names.
         pipeline: name of the pipeline's class.
+        file: has the weights of a denoiser, in place of the directory.
 
     Raises:
         UserError: where it is damaged, or of another kind of module.
     """
     path = directory / "config.json"
     module = make_module(part, read_json(path), str(path), pipeline)
+    if file:
+        return StoredPart(module, read_denoiser(file, part, module))
     files, _ = find_files(directory, part, variant)
     tensors = {today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
     check_complete(str(directory), part, module, tensors)

@@ -118,11 +118,14 @@ class Stored:
 
         return replace(self, shape=self.shape[::-1], piece=piece, in_pieces=False)
 
+    def part(self, first: int, shape: tuple[int, ...]) -> Stored:
+        """A tensor of the elements from the number ``first`` on."""
+        return replace(self, shape=shape, piece=lambda start, stop: self.piece(first + start, first + stop))
+
     def third(self, number: int) -> Stored:
         """One of three equal parts along the first dimension."""
         shape = (self.shape[0] // 3, *self.shape[1:])
-        first = number * math.prod(shape)
-        return replace(self, shape=shape, piece=lambda start, stop: self.piece(first + start, first + stop))
+        return self.part(number * math.prod(shape), shape)
 
     @classmethod
     def stacked(cls, parts: list[Stored]) -> Stored:

@@ -220,18 +220,23 @@ def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str
         if key not in tensors:
             raise UserError(f"{name}: {part} lacks {key}; copy all of the model's files again, or take another version")
         tensor = tensors[key]
-        if tensor.companions or not tensor.dtype.is_floating_point:
-            found = f"comes with {tensor.companions[0]}" if tensor.companions else f"is of the type {tensor.dtype}"
-            raise UserError(
-                f"{name}: {key} of {part} {found}: such weights are quantised or belong to an adapter; take a version "
-                "in fp16, bf16 or fp32"
-            )
+        check_plain(name, part, key, tensor)
         if tensor.shape != tuple(value.shape):
             shape, wanted = (" x ".join(map(str, shape)) or "1" for shape in (tensor.shape, value.shape))
             raise UserError(
                 f"{name}: {key} of {part} has the shape {shape} and should have {wanted}; take weights and "
                 "configuration of the same model"
             )
+
+
+def check_plain(name: str, part: str, key: str, tensor: Stored) -> None:
+    """Raises UserError where a weight is quantised."""
+    if tensor.companions or not tensor.dtype.is_floating_point:
+        found = f"comes with {tensor.companions[0]}" if tensor.companions else f"is of the type {tensor.dtype}"
+        raise UserError(
+            f"{name}: {key} of {part} {found}: such weights are quantised or belong to an adapter; take a version in "
+            "fp16, bf16 or fp32"
+        )
 
 
 def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingProxyType({})) -> Pipeline:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES, Facts
 from dreambooth_sm.stored.files import Stored, TensorFile
 from dreambooth_sm.stored.layout import CLIP, OPEN_CLIP, PARTS, UNET, VAE, XL_CLIP, XL_OPEN_CLIP
 from dreambooth_sm.stored.model import VAE_SCALES
@@ -29,7 +30,7 @@ _FOREIGN = (
     (r"lora_(unet|te\d?)_|\.lora_(A|B|up|down)\.|\.lora\.(up|down)\.|^lycoris_", "a LoRA, not a whole model"),
     (r"^(string_to_param|emb_params|clip_[lg])$", "a textual inversion embedding, not a whole model"),
     (r"^to_[kv]\.linear\.\d+\.", "a hypernetwork, which goes beside a model; name the model that it was trained with"),
-    (r"(^|\.)(noise|context)_refiner\.\d+\.", "a Z-Image model; name its diffusers directory, or a hub id"),
+    (r"(^|\.)(noise|context)_refiner\.\d+\.", "a Lumina model"),
     (r"(^|\.)double_blocks\.\d+\.", "a Flux model"),
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 model"),
     (r"^control_model\.|^(input_hint_block|zero_convs|controlnet_\w+)\.", "a ControlNet, not a whole model"),
@@ -71,8 +72,26 @@ def is_whole(file: TensorFile) -> bool:
     return f"{UNET}input_blocks.0.0.weight" in file.tensors
 
 
+def held_alone(file: TensorFile) -> Facts | None:
+    """The family whose denoiser a file holds; None where it is of none whose files hold no more than that."""
+    return next(
+        (
+            facts
+            for facts in (family.facts for family in FAMILIES.values())
+            if not facts.has_single_file and facts.tensor and _holds(file, facts.tensor.decode())
+        ),
+        None,
+    )
+
+
+def _holds(file: TensorFile, name: str) -> bool:
+    return name in file.tensors or f"{UNET}{name}" in file.tensors
+
+
 def kind_of(file: TensorFile) -> str:
     """What a file holds that is no adapter, in a few words with their article."""
+    if facts := held_alone(file):
+        return f"the {facts.denoiser} of {facts.article} {facts.short} model"
     for pattern, words in (*_FOREIGN[1:], *_OTHERS):
         if any(re.search(pattern, key) for key in file.tensors):
             return words.partition(",")[0]

@@ -115,6 +115,28 @@ def test_an_interrupted_job_ends_as_an_uninterrupted_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
+def test_a_file_of_the_transformer_alone_is_trained_as_its_directory(
+    tiny_z_image: Path, pictures: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "duck").mkdir()
+    transformer = tiny_z_image / "transformer" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(transformer, tmp_path / "duck" / "duck.safetensors")
+    found = []
+    for name, channels in (("whole", {"model": tiny_z_image}), ("alone", {"model": tmp_path / "duck"})):
+        base = tmp_path / name / "opt-ml"
+        parts = {} if name == "whole" else {"pretrained_parts_name_or_path": str(tiny_z_image)}
+        values = {"method": "lora", "base_architecture": "z_image", **parts}
+        job = JobTree.lay_out(base, values, {"images": pictures, **channels}, {})
+        ended = job.run("train")
+        assert ended.code == EXIT_OK, ended.log
+        found.append((ended.losses, load_file(job.model / FILE)))
+    (losses, whole), (again, file) = found
+    assert losses == again
+    assert whole.keys() == file.keys()
+    assert all(torch.equal(value, file[name]) for name, value in whole.items())
+
+
 def test_what_the_family_does_not_take_ends_the_job_before_it_begins(
     tiny_z_image: Path, pictures: Path, tmp_path: Path
 ) -> None:

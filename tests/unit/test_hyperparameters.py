@@ -561,6 +561,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         "pretrained_vae_name_or_path": st.none()
         | paths.map("/models{}".format)
         | st.sampled_from(["a/b", "s3://abc/d"]),
+        "pretrained_parts_name_or_path": st.none(),
         "manual_upload_model_path": st.from_regex(r"s3://[a-z0-9]{3,9}(/[a-z][a-z ]{0,9}[a-z])?", fullmatch=True),
         "instance_data_dir": paths.map("/instance{}".format),
         "class_data_dir": paths.map("/class{}".format),

@@ -187,6 +187,7 @@ def test_paths_and_prompts_are_what_they_say() -> None:
     assert set(Hyperparameters.names_where(lambda each: each.path)) == {
         "pretrained_model_name_or_path",
         "pretrained_vae_name_or_path",
+        "pretrained_parts_name_or_path",
         "models_path",
         "instance_data_dir",
         "class_data_dir",

@@ -31,6 +31,7 @@ SCHEDULE = Schedule(4, 0, 1e-4)
 OTHERS: dict[str, Any] = {
     "pretrained_model_name_or_path": "owner/other",
     "pretrained_vae_name_or_path": "owner/vae",
+    "pretrained_parts_name_or_path": None,
     "method": "hypernetwork",
     "placeholder_token": "zwx",
     "initial_text": "toy",

@@ -338,13 +338,6 @@ def test_damaged_directories_are_refused(
         load_base(hyperparameters(pretrained_model_name_or_path=str(model), method="lora"))
 
 
-def test_a_single_file_is_told_what_it_is(loaded_z_image: PretrainedModel, tmp_path: Path) -> None:
-    path = tmp_path / "z-image.safetensors"
-    save_file({f"model.diffusion_model.{k}": v for k, v in weights(loaded_z_image.transformer).items()}, path)
-    with pytest.raises(UserError, match="is a Z-Image model; name its diffusers directory, or a hub id"):
-        load_base(hyperparameters(pretrained_model_name_or_path=str(path)))
-
-
 def test_a_directory_is_described_and_written_again(
     tiny_z_image: Path, loaded_z_image: PretrainedModel, tmp_path: Path
 ) -> None:
