@@ -94,8 +94,9 @@ def _parser(*, everything: bool, demo: bool = False) -> command_line.Parser:
     )
     convert.add_argument(
         "--layout",
-        choices=["diffusers", "kohya"],
-        help="of an adapter's file: diffusers, or kohya (WebUI, ComfyUI and diffusers); the other one if left out",
+        choices=["diffusers", "kohya", "comfyui"],
+        help="of an adapter's file: diffusers, or what other programs read: kohya (WebUI, ComfyUI and diffusers), of "
+        "transformers comfyui (ComfyUI and diffusers); the other one if left out",
     )
     convert.add_argument("--merge-into", metavar="BASE", help="write this base model with the adapter in it")
     convert.add_argument("--strength", type=float, help="of the adapter in the base model; 1 if left out")

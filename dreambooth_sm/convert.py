@@ -16,7 +16,8 @@ from tqdm import tqdm
 from dreambooth_sm import sources
 from dreambooth_sm.adapters.adapter import Adapter, check_fit, merged_weight
 from dreambooth_sm.adapters.base_model import base_model, guessed_configs
-from dreambooth_sm.adapters.extract import extract
+from dreambooth_sm.adapters.comfy_file import write_comfy
+from dreambooth_sm.adapters.extract import adapted, extract
 from dreambooth_sm.adapters.kohya_file import check_carried, write_kohya
 from dreambooth_sm.adapters.layers import Layer
 from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, write_peft
@@ -32,7 +33,7 @@ from dreambooth_sm.stored.single_file import write_single_file
 
 EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FilePrecision = Literal["keep", "fp16", "bf16", "fp32"]
-AdapterLayout = Literal["diffusers", "kohya"]
+AdapterLayout = Literal["diffusers", "kohya", "comfyui"]
 # Metadata of an adapter's file that is written anew, or was of the old file alone.
 _OWN_NOTES = ("format", "ss_network_", "sshs_", CONFIG_FIELD, HASH_FIELD)
 
@@ -69,9 +70,9 @@ def convert(
     path = _fetch(source)
     if found := find_adapter(path):
         adapter = read_adapter(found)
-        other: AdapterLayout = "kohya" if adapter.layout == "diffusers" else "diffusers"
-        to = layout or other
-        _write_adapter(adapter, guessed_configs(adapter), target, to, source, precision)
+        other = adapter.facts.adapters if adapter.layout == "diffusers" else "diffusers"
+        to: AdapterLayout = layout or other
+        _write_adapter(adapter, None, target, to, source, precision)
         told = () if base_model(adapter) else (f"{source} does not say what base model it is for",)
         return (*told, *_left_out(adapter, source, with_words=to == "kohya"))
     if layout:
@@ -80,9 +81,6 @@ def convert(
         model = read_stored(path, parts=_fetch(parts))
     else:
         model = read_stored(path, use_ema=use_ema, prediction_type=prediction_type)
-    facts = family_of(model.pipeline).facts
-    if target.suffix == ".safetensors" and not facts.has_single_file:
-        raise UserError(f"{target}: {facts.title} models are written as directories; name one")
     _write_model(model, target, source, precision)
     return model.remarks
 
@@ -139,7 +137,7 @@ def extract_from(
         target: a ``.safetensors`` file that must not exist.
         rank: of each layer.
         precision: of the values; ``keep`` is fp32.
-        layout: of the file; None for ``kohya``, which most programs read.
+        layout: of the file; None for ``kohya`` or ``comfyui``, which most programs read.
         parts: of ``base``, see :func:`convert`. Where ``source`` is such a file, its other parts are the base's.
 
     Returns:
@@ -154,15 +152,18 @@ def extract_from(
     if rank < 1:
         raise UserError(f"--rank {rank}: the rank has to be at least 1")
     before = read_stored(_fetch(base), parts=_fetch(parts) if parts else None)
-    path = _fetch(source)
-    tuned = read_stored(path, parts=_fetch(parts or base) if find_denoiser(path) else None)
     facts = family_of(before.pipeline).facts
-    if facts.adapters != "kohya":
-        raise UserError(f"{base} is a {facts.title} model, of which no adapter is made here")
-    count = sum(len(found) for part, found in before.tensors.items() if part != "vae")
-    with tqdm(total=count, unit=" tensors", desc=target.name) as bar:
+    path = _fetch(source)
+    if find_denoiser(path):
+        alone = read_stored(path, parts=_fetch(parts or base)).tensors[facts.denoiser]
+        tuned = replace(before, name=source, tensors={**before.tensors, facts.denoiser: alone})
+    else:
+        tuned = read_stored(path)
+    with tqdm(
+        total=sum(len(before.tensors[part]) for part in adapted(before)), unit=" tensors", desc=target.name
+    ) as bar:
         adapter, remarks = extract(tuned, before, rank, bar.update)
-    _write_adapter(adapter, before.configs, target, layout or "kohya", source, precision)
+    _write_adapter(adapter, before.configs, target, layout or facts.adapters, source, precision)
     return tuple(remarks)
 
 
@@ -215,21 +216,34 @@ def _merged(layer: Layer, weight: Stored, strength: float) -> Stored:
 
 
 def _write_adapter(
-    adapter: Adapter, configs: Configs, target: Path, layout: AdapterLayout, source: str, precision: FilePrecision
+    adapter: Adapter,
+    configs: Configs | None,
+    target: Path,
+    layout: AdapterLayout,
+    source: str,
+    precision: FilePrecision,
 ) -> None:
     _check_adapter_target(target)
     notes = {key: value for key, value in adapter.notes.items() if not key.startswith(_OWN_NOTES)}
-    if layout == "kohya":
-        check_carried(adapter)
+    facts = adapter.facts
+    if layout not in ("diffusers", facts.adapters):
+        raise UserError(f"--layout {layout} is not for {facts.title}: set it to diffusers or {facts.adapters}")
+    if layout != "diffusers":
+        check_carried(adapter, layout)
     dtype = EXPORT_DTYPES.get(precision)
     with _written(target, source):
         if layout == "kohya":
-            write_kohya(target, adapter, configs, dtype=dtype, notes=notes)
+            write_kohya(target, adapter, configs or guessed_configs(adapter), dtype=dtype, notes=notes)
+        elif layout == "comfyui":
+            write_comfy(target, adapter, facts, dtype=dtype, notes=notes)
         else:
             write_peft(target, adapter, dtype=dtype, notes=notes)
 
 
 def _write_model(model: StoredModel, target: Path, source: str, precision: FilePrecision) -> None:
+    facts = family_of(model.pipeline).facts
+    if target.suffix == ".safetensors" and not facts.has_single_file:
+        raise UserError(f"{target}: {facts.title} models are written as directories; name one")
     dtype = EXPORT_DTYPES.get(precision)
     size = sum(
         tensor.numel * (dtype if dtype and tensor.dtype.is_floating_point else tensor.dtype).itemsize

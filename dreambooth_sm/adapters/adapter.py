@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dreambooth_sm.adapters.layers import Layer, LowRank
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import DEFAULT, FAMILIES, Facts
 from dreambooth_sm.stored.files import Stored
 
 # Layers by the names that diffusers and transformers (5) give their modules, such as
@@ -25,11 +26,12 @@ class Adapter:
     """What was trained beside a model.
 
     Attributes:
-        parts: by the pipeline's names of the modules: ``unet``, ``text_encoder``, ``text_encoder_2``.
+        parts: by the pipeline's names of the modules: ``unet``, ``text_encoder``, ``text_encoder_2``, ``transformer``.
         notes: what the file says about itself.
         unknown: names of tensors in the file that are of no layer known here.
         layout: of the file.
         words: that were learned with it: ``(vectors, width)`` by word and text encoder.
+        family: of its base model, where the names of its layers tell; empty for Stable Diffusion 1, 2 and XL.
     """
 
     parts: Mapping[str, Layers]
@@ -37,6 +39,12 @@ class Adapter:
     unknown: tuple[str, ...] = ()
     layout: str = ""
     words: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    family: str = ""
+
+    @property
+    def facts(self) -> Facts:
+        """Of its base model's family; of the usual one where its layers don't tell."""
+        return FAMILIES[self.family or DEFAULT].facts
 
     def __iter__(self) -> Iterator[tuple[str, str, Layer]]:
         """Each layer with its part and its name."""

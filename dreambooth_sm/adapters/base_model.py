@@ -20,6 +20,8 @@ _UP = {
 
 def base_model(adapter: Adapter) -> str | None:
     """The base model that an adapter is for, as far as its layers and its notes tell; None where they don't."""
+    if adapter.family:
+        return adapter.facts.title
     if "text_encoder_2" in adapter.parts:
         return _XL
     for part, name, layer in adapter:

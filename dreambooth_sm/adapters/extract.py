@@ -10,6 +10,7 @@ from torch import Tensor
 from dreambooth_sm.adapters.adapter import Adapter
 from dreambooth_sm.adapters.layers import LowRank
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import DEFAULT, family_of
 from dreambooth_sm.stored.model import StoredModel
 
 # What is computed beside the values that are kept, and how often, for those to be exact (Halko et al. 2011, "Finding
@@ -37,7 +38,8 @@ def extract(
     parts: dict[str, dict[str, LowRank]] = {}
     whole = kept = 0.0
     others: list[str] = []
-    for part in (part for part in base.tensors if part != "vae"):
+    facts = family_of(base.pipeline).facts
+    for part in adapted(base):
         if part not in tuned.tensors:
             raise UserError(f"{tuned.name} has no {part}, and {base.name} has; name the base that it was trained from")
         for name, before in base.tensors[part].items():
@@ -64,14 +66,24 @@ def extract(
     ]
     if others:
         remarks.append(f"{len(others)} tensors that no LoRA has differ as well and are left out, such as {others[0]}")
-    if changed := [part for part in ("vae",) if _differs(tuned, base, part)]:
-        remarks.append(f"the {changed[0]} differs as well, and no adapter has one")
-    return Adapter(parts), remarks
+    rest = [part for part in base.tensors if part not in adapted(base)]
+    if changed := [part for part in rest if _differs(tuned, base, part)]:
+        remarks.append(f"the {' and the '.join(changed)} differs as well, and no adapter has one")
+    return Adapter(parts, family=facts.name if facts.name != DEFAULT else ""), remarks
+
+
+def adapted(model: StoredModel) -> list[str]:
+    """The parts of a model that adapters lie in: the denoiser, and text encoders but for language models."""
+    facts = family_of(model.pipeline).facts
+    has_text = any(layers.text_encoder for layers in facts.adapted.values())
+    return [part for part in facts.parts if part == facts.denoiser or (has_text and part != "vae")]
 
 
 def _differs(tuned: StoredModel, base: StoredModel, part: str) -> bool:
     one, other = tuned.tensors[part], base.tensors[part]
-    return any(not torch.equal(one[name].read().float(), other[name].read().float()) for name in one if name in other)
+    return one is not other and any(
+        not torch.equal(one[name].read().float(), other[name].read().float()) for name in one if name in other
+    )
 
 
 def low_rank(difference: Tensor, rank: int) -> LowRank:

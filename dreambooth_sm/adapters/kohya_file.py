@@ -52,7 +52,7 @@ def write_kohya(
         UserError: where the layout can't carry the kind of the adapter (``NOT_CARRIED``).
         OutOfRange: where values are too large for ``dtype``; nothing is written.
     """
-    check_carried(adapter)
+    check_carried(adapter, "kohya")
     tensors: dict[str, Tensor] = bundled(adapter.words)
     rank = max((layer.rank for _, _, layer in adapter if isinstance(layer, LowRank)), default=0)
     for part, trained in adapter.parts.items():
@@ -65,10 +65,10 @@ def write_kohya(
     write_safetensors(path, {key: Stored.of(value) for key, value in tensors.items()}, dtype=dtype, notes=header)
 
 
-def check_carried(adapter: Adapter) -> None:
-    """Raises UserError where this layout can't carry an adapter's kind."""
+def check_carried(adapter: Adapter, layout: str) -> None:
+    """Raises UserError where a layout that WebUI or ComfyUI read can't carry an adapter's kind."""
     problems = [
-        f"{kind} can't be written in the layout kohya: {NOT_CARRIED[kind]}; take the layout diffusers, or merge it "
+        f"{kind} can't be written in the layout {layout}: {NOT_CARRIED[kind]}; take the layout diffusers, or merge it "
         "into its base model"
         for kind in adapter.kinds
         if kind in NOT_CARRIED

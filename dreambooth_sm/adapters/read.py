@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter
+from dreambooth_sm.adapters.denoiser_names import dotted, families_of_transformers, in_diffusers, layout_of
 from dreambooth_sm.adapters.embedding_file import split_bundle
 from dreambooth_sm.adapters.kohya_file import from_kohya
 from dreambooth_sm.adapters.layers import Layer
 from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, from_peft
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import Facts
 from dreambooth_sm.stored.files import TensorFile
 from dreambooth_sm.stored.locate import PICKLE, SAFETENSORS, find_kind, look_for_model
 from dreambooth_sm.stored.opening import open_tensors
@@ -41,8 +43,8 @@ _FOREIGN = (
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Reads an adapter of Stable Diffusion 1, 2 or XL: of PEFT and diffusers (old and new names), kohya's and LyCORIS's
-    flat ones (with the UNet's names of diffusers and of the original code); a pickle as well, without running it.
+    """Reads an adapter: of PEFT and diffusers (old and new names), kohya's and LyCORIS's flat ones (with the
+    denoiser's names of diffusers and of the original code), ComfyUI's; a pickle as well, without running it.
 
     Raises:
         UserError: where it is damaged, or something else; what, it says in one line.
@@ -52,13 +54,19 @@ def read_adapter(path: Path) -> Adapter:
     if not tensors:
         raise UserError(f"{path} is {kind_of(file)}; name the file of a LoRA or of another adapter")
     words, tensors = split_bundle(tensors)
+    family = ""
     try:
         if any(_FLAT.match(key) for key in tensors):
             parts, unknown = from_kohya(tensors, file.notes)
             layout = "kohya"
         else:
-            parts, unknown = _from_dotted(file, tensors)
+            parts, unknown = _from_dotted(file, tensors, _place)
             layout = "diffusers"
+        for facts in () if parts else families_of_transformers():
+            found, others = _of_transformer(file, tensors, facts)
+            if found:
+                parts, unknown, layout, family = {facts.denoiser: found}, others, layout_of(tensors), facts.name
+                break
     except (
         ValueError,
         TypeError,
@@ -74,7 +82,7 @@ def read_adapter(path: Path) -> Adapter:
         kind = next((words for pattern, words in _FOREIGN if any(re.search(pattern, key) for key in tensors)), None)
         raise UserError(f"{path} is {kind or 'an adapter'}, of a kind that is not known here, with {min(tensors)}")
     notes = {key: str(value) for key, value in file.notes.items()}
-    return Adapter(parts, notes, tuple(sorted(unknown)), layout, words)
+    return Adapter(parts, notes, tuple(sorted(unknown)), layout, words, family)
 
 
 def find_adapter(path: Path) -> Path | None:
@@ -95,7 +103,22 @@ def is_adapter(file: TensorFile) -> bool:
     return not whole and any(_FLAT.match(key) or _ENDS.search(key) for key in file.tensors)
 
 
-def _from_dotted(file: TensorFile, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Layer]], list[str]]:
+def _of_transformer(
+    file: TensorFile, tensors: Mapping[str, Tensor], facts: Facts
+) -> tuple[dict[str, Layer], list[str]]:
+    """The layers of a family's denoiser by name, and the names of tensors and layers that are of none."""
+
+    def place(key: str) -> tuple[str, str]:
+        return facts.denoiser, _today(dotted(key.removeprefix("base_model.model."), facts))
+
+    parts, unknown = _from_dotted(file, tensors, place)
+    layers, others = in_diffusers(parts.get(facts.denoiser, {}), facts)
+    return layers, [*unknown, *others]
+
+
+def _from_dotted(
+    file: TensorFile, tensors: Mapping[str, Tensor], find_place: Callable[[str], tuple[str, str] | None]
+) -> tuple[dict[str, dict[str, Layer]], list[str]]:
     configs: dict[str, Any] = json.loads(file.notes.get(CONFIG_FIELD) or "{}")
     if not isinstance(configs, dict):
         raise ValueError(f"its {CONFIG_FIELD} is not a mapping")
@@ -104,7 +127,7 @@ def _from_dotted(file: TensorFile, tensors: Mapping[str, Tensor]) -> tuple[dict[
     names: dict[tuple[str, str], str] = {}
     unknown: list[str] = []
     for key, value in tensors.items():
-        place = _place(key)
+        place = find_place(key)
         if place is None:
             unknown.append(key)
         elif place[1].endswith(".alpha"):
@@ -140,6 +163,15 @@ def _place(key: str) -> tuple[str, str] | None:
     name = re.sub(r"\.processor\.(to_[qkv]|to_out)_lora\.", r".\1.lora.", name).replace(
         ".to_out.lora.", ".to_out.0.lora."
     )
+    name = _today(name)
+    inner = name.removeprefix(_CLIP)
+    if part == "text_encoder":
+        return part, inner
+    return part, name if part == "unet" or name.startswith("text_projection") else _CLIP + inner
+
+
+def _today(name: str) -> str:
+    """The name of a tensor with the ending that PEFT gives it today."""
     for old, new in (
         ("lora.down", "lora_A"),
         ("lora.up", "lora_B"),
@@ -149,7 +181,4 @@ def _place(key: str) -> tuple[str, str] | None:
         ("lora_up", "lora_B"),
     ):
         name = name.replace(f".{old}.weight", f".{new}.weight")
-    inner = name.removeprefix(_CLIP)
-    if part == "text_encoder":
-        return part, inner
-    return part, name if part == "unet" or name.startswith("text_projection") else _CLIP + inner
+    return name

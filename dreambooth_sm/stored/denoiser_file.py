@@ -7,6 +7,8 @@ make of them says where in the file each one lies: no weight is read.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -63,14 +65,25 @@ def other_parts(file: TensorFile) -> list[str]:
 
 
 def _converted(file: TensorFile, shown: dict[str, Tensor], module: Any) -> dict[str, Tensor]:
-    """What diffusers' converter for this class of modules makes of tensors."""
     if shown.keys() == module.state_dict().keys():
         return shown
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    convert = SINGLE_FILE_LOADABLE_CLASSES[type(module).__name__]["checkpoint_mapping_fn"]
     try:
-        converted: dict[str, Tensor] = convert(checkpoint=dict(shown), config=dict(module.config))
+        return converted_names(shown, type(module).__name__, module.config)
     except Exception as error:  # of names that it does not expect
         raise UserError(f"{file.path} can't be understood by diffusers ({error!r:.200}); copy it again") from None
-    return converted
+
+
+def converted_names(
+    tensors: Mapping[str, Tensor], kind: str, config: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Tensor]:
+    """What diffusers' converter makes of tensors by their makers' names.
+
+    Args:
+        kind: the class of modules that they are of.
+        config: of the module.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
+    found: dict[str, Tensor] = convert(checkpoint=dict(tensors), config=dict(config))
+    return found

@@ -1,8 +1,10 @@
 """The modules of Stable Diffusion in its original code (CompVis's ldm, Stability's sgm, open_clip), by that code's
-rules, and which ones of diffusers they are, by diffusers' own converter. Nothing here is the project's."""
+rules, and which ones of diffusers they are, by diffusers' own converter; and tensors of Z-Image by the names of its
+makers. Nothing here is the project's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -103,4 +105,28 @@ def open_clip_layers(count: int) -> dict[str, str | None]:
         found[f"model.transformer.resblocks.{number}.attn"] = None
         for ours, theirs in _OPEN_CLIP_LAYER.items():
             found[f"model.transformer.resblocks.{number}.{ours}"] = f"text_model.encoder.layers.{number}.{theirs}"
+    return found
+
+
+def z_image_name(name: str) -> str:
+    """A name in Z-Image's transformer, but of queries, keys and values, as its makers gave it."""
+    for ours, theirs in (
+        (r"^all_(\w+)\.2-1\.", r"\1."),
+        (r"\.attention\.to_out\.0\.", ".attention.out."),
+        (r"\.attention\.norm_([qk])\.", r".attention.\1_norm."),
+    ):
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def z_image_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Z-Image's transformer as its makers have it: queries, keys and values are one matrix, and there is a norm that
+    diffusers has not."""
+    found = {"norm_final.weight": torch.ones(64)}
+    for name, value in tensors.items():
+        three = [name.replace(".to_q.", f".to_{each}.") for each in "qkv"]
+        if ".to_q." in name:
+            found[name.replace(".to_q.", ".qkv.")] = torch.cat([tensors[each] for each in three])
+        elif ".to_k." not in name and ".to_v." not in name:
+            found[z_image_name(name)] = value
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,28 +26,13 @@ from dreambooth_sm.stored import opening
 from dreambooth_sm.stored.files import Stored
 from launcher.aws.lookup import Lookup
 from launcher.draft import read_draft
+from tests.helpers.original_names import z_image_original as original
 from tests.helpers.training import hyperparameters, same, weights
 
 WITHIN = "model.diffusion_model."
 PARTS = "pretrained_parts_name_or_path"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 HUB = "Tongyi-MAI/Z-Image"
-
-
-def original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """By the names that Z-Image's makers gave them; queries, keys and values are one matrix."""
-    found = {"norm_final.weight": torch.ones(64)}
-    for name, value in tensors.items():
-        block, is_attention, end = name.partition(".attention.")
-        if not is_attention:
-            found[re.sub(r"^all_(\w+)\.2-1\.", r"\1.", name)] = value
-        elif end == "to_q.weight":
-            all_three = [tensors[f"{block}.attention.to_{each}.weight"] for each in "qkv"]
-            found[f"{block}.attention.qkv.weight"] = torch.cat(all_three)
-        elif end not in ("to_k.weight", "to_v.weight"):
-            new = {"to_out.0.weight": "out.weight", "norm_q.weight": "q_norm.weight", "norm_k.weight": "k_norm.weight"}
-            found[f"{block}.attention.{new[end]}"] = value
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,101 @@
+"""The layers of transformers in adapters' files: by the names of diffusers, or by those of the model's makers, which
+diffusers' own converters translate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import cache
+
+import torch
+
+from dreambooth_sm.adapters.layers import Layer, LowRank
+from dreambooth_sm.families import FAMILIES, Facts
+from dreambooth_sm.stored.denoiser_file import converted_names
+from dreambooth_sm.stored.model import class_of, empty_module
+
+# What stands before the names, by layout. Files of older programs have nothing there.
+_DOTTED = {"transformer.": "diffusers", "diffusion_model.": "comfyui"}
+_FLAT = re.compile(r"(lora_unet|lycoris)_")
+
+
+def families_of_transformers() -> Iterator[Facts]:
+    """Those whose adapters are read by these names."""
+    return (family.facts for family in FAMILIES.values() if family.facts.adapters == "comfyui")
+
+
+def layout_of(keys: Iterable[str]) -> str:
+    """The layout of a file, by the names of its tensors."""
+    for key in keys:
+        if _FLAT.match(key):
+            return "kohya"
+        if layout := next((layout for prefix, layout in _DOTTED.items() if key.startswith(prefix)), None):
+            return layout
+    return "diffusers"
+
+
+def dotted(key: str, facts: Facts) -> str:
+    """The name of a tensor in its denoiser, with its ending, without what layouts put before it."""
+    if flat := _FLAT.match(key):
+        layer, _, end = key[flat.end() :].partition(".")
+        _, words = _known(facts.name)
+        return ".".join([*(match[0] for match in words.finditer(layer)), end])
+    prefix = next((prefix for prefix in _DOTTED if key.startswith(prefix)), "")
+    return key.removeprefix(prefix)
+
+
+def in_diffusers(layers: Mapping[str, Layer], facts: Facts) -> tuple[dict[str, Layer], list[str]]:
+    """Layers by the names that diffusers gives them, and the names of those that it has not.
+
+    A layer that lies beside several of diffusers' at once, such as queries, keys and values in one matrix, becomes one
+    beside each. That is exact for LoRA alone; other kinds are of no layer then.
+    """
+    known, _ = _known(facts.name)
+    found: dict[str, Layer] = {}
+    unknown: list[str] = []
+    for name, layer in layers.items():
+        for new, rows in _places(name, layer, facts, known).items():
+            part = layer if rows is None else _rows(layer, rows)
+            if part is None or _numberless(new) not in known:
+                unknown.append(name)
+            else:
+                found[new] = part
+    return found, list(dict.fromkeys(unknown))
+
+
+def _places(name: str, layer: Layer, facts: Facts, known: frozenset[str]) -> dict[str, slice | None]:
+    """The names of a layer in diffusers, and which of its outputs each has; None for all."""
+    if _numberless(name) in known:
+        return {name: None}
+    # Of other kinds, it only counts whether they are divided.
+    outputs, inputs = (layer.up.shape[0], layer.down.shape[1]) if isinstance(layer, LowRank) else (3, 1)
+    weight = torch.empty(outputs, inputs, device="meta")
+    made = converted_names({f"{name}.weight": weight}, class_of(facts.pipeline, facts.denoiser))
+    places: dict[str, slice | None] = {}
+    for new, part in made.items():
+        first = int(part.storage_offset()) // inputs
+        whole = part.shape == weight.shape
+        places[new.removesuffix(".weight")] = None if whole else slice(first, first + part.shape[0])
+    return places
+
+
+def _rows(layer: Layer, rows: slice) -> Layer | None:
+    """What a LoRA adds to some of a layer's outputs."""
+    if not isinstance(layer, LowRank) or layer.magnitude is not None:
+        return None
+    return replace(layer, up=layer.up[rows])
+
+
+@cache
+def _known(family: str) -> tuple[frozenset[str], re.Pattern[str]]:
+    """The names of the layers of a family's denoiser, whatever their numbers; and a pattern for the words of these."""
+    facts = FAMILIES[family].facts
+    module = empty_module(facts.denoiser, {}, facts.pipeline)
+    names = [name.removesuffix(".weight") for name in module.state_dict() if name.endswith(".weight")]
+    words = sorted({word for name in names for word in name.split(".") if "_" in word}, key=len, reverse=True)
+    return frozenset(map(_numberless, names)), re.compile("|".join([*map(re.escape, words), "[^_]+"]))
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
