@@ -49,6 +49,7 @@ LORA_ALONE = LORA | {"with_prior_preservation": False}
 LORA_LINEAR: dict[str, object] = {"method": "lora", "lora_targets": "linear"}
 HYPERNETWORK: dict[str, object] = {"method": "hypernetwork"}
 TEXTUAL_INVERSION: dict[str, object] = {"method": "textual_inversion"}
+PIVOTAL: dict[str, object] = {"method": "pivotal"}
 BOTH: dict[str, object] = {"train_text_encoder": True, "use_ema": False}
 # Variant: (hyperparameters, changes to the plan).
 VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
@@ -97,12 +98,16 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "lora_alone_nf4": (LORA_ALONE | {"base_weights": "nf4"}, {"gradient_checkpointing": True}),
     "lora_linear": (LORA_LINEAR, {}),
     "lora_linear_small": (LORA_LINEAR, {"gradient_checkpointing": True}),
+    "lora_linear_int8": (LORA_LINEAR | {"base_weights": "int8"}, {"gradient_checkpointing": True}),
+    "lora_linear_nf4": (LORA_LINEAR | {"base_weights": "nf4"}, {"gradient_checkpointing": True}),
     "lora_text_encoder": (LORA | {"train_text_encoder": True}, {}),
     "lora_text_encoder_small": (LORA | {"train_text_encoder": True}, {"gradient_checkpointing": True}),
     "hypernetwork": (HYPERNETWORK, {}),
     "hypernetwork_small": (HYPERNETWORK, {"gradient_checkpointing": True}),
     "textual_inversion": (TEXTUAL_INVERSION, {}),
     "textual_inversion_small": (TEXTUAL_INVERSION, {"gradient_checkpointing": True}),
+    "pivotal": (PIVOTAL, {}),
+    "pivotal_small": (PIVOTAL, {"gradient_checkpointing": True}),
     "everything": ({"train_text_encoder": True, "use_ema": True}, {}),
 }
 # Those that the others are measured with.
@@ -123,7 +128,12 @@ FIGURES = {
     "lora_small": "small",
     "lora_linear": "roomy",
     "lora_linear_small": "small",
+    "lora_linear_int8": "tight",
+    "lora_linear_nf4": "tiny",
+    "textual_inversion": "roomy",
     "textual_inversion_small": "small",
+    "pivotal": "roomy",
+    "pivotal_small": "small",
 }
 _LORA = ["--mixed_precision=bf16", "--rank=16"]
 # diffusers' settings of the same jobs, by script.

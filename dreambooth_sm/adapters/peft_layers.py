@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dreambooth_sm.adapters.rank_mask import RankMask, TrainedRows
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.training.quantised import QuantisedLinear, dequantised
+from dreambooth_sm.training.quantised import QuantisedLinear, asked_often, dequantised
 
 # PEFT has a name for each adapter of a layer. Ours has one, which no name shows.
 _ADAPTER = "trained"
@@ -30,7 +30,8 @@ def inject(module: nn.Module, h: Hyperparameters, layers: Iterable[str]) -> None
     """
     from peft import inject_adapter_in_model
 
-    inject_adapter_in_model(_configuration(h, list(layers)), module, _ADAPTER)
+    with asked_often(values=h.lora_variant == "dora"):  # whose magnitudes begin as the weights' norms
+        inject_adapter_in_model(_configuration(h, list(layers)), module, _ADAPTER)
     for layer in module.modules():
         if _is_plain(layer):
             layer.forward = functools.partial(_forward, layer, None)

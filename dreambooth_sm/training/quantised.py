@@ -8,6 +8,9 @@ activations and gradients are never quantised. Nothing here waits for the device
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from itertools import pairwise
 from statistics import NormalDist
@@ -79,6 +82,37 @@ def dequantised(codes: Tensor, scales: Tensor) -> Tensor:
     return pairs.view(-1, BLOCK).mul_(scales).view(codes.shape[0], -1)
 
 
+# Within `asked_often`: whether values are asked for, and the last layer with its weights.
+_asked: ContextVar[_Asked | None] = ContextVar("_asked", default=None)
+
+
+@contextmanager
+def asked_often(*, values: bool) -> Iterator[None]:
+    """Makes ``weight`` of quantised layers cheap for a library that asks each layer for it many times, one by one.
+
+    Args:
+        values: whether it reads them, so that they are made, once a layer; otherwise zeros that take no memory tell
+            shape, type and device.
+    """
+    before = _asked.set(_Asked(values))
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+
+
+class _Asked:
+    def __init__(self, values: bool) -> None:
+        self._values = values
+        self._last: tuple[nn.Module, Tensor] | None = None
+
+    def weight(self, layer: QuantisedLayer) -> Tensor:
+        if self._last is None or self._last[0] is not layer:
+            weight = layer.made() if self._values else layer.scales.new_zeros(()).expand(layer.shape)
+            self._last = layer, weight
+        return self._last[1]
+
+
 @cache
 def _levels(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.tensor(LEVELS, device=device, dtype=dtype)
@@ -104,6 +138,21 @@ class QuantisedLayer(nn.Module):
     def kind(self) -> CodeKind:
         return "int8" if self.codes.dtype == torch.int8 else "nf4"
 
+    @property
+    def weight(self) -> Tensor:
+        """The whole weights, made each time but within :func:`asked_often`."""
+        asked = _asked.get()
+        return asked.weight(self) if asked else self.made()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weights."""
+        raise NotImplementedError
+
+    def made(self) -> Tensor:
+        """The weights that the codes stand for."""
+        raise NotImplementedError
+
     def _quantise(self, layer: Any, matrix: Tensor, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
         codes, scales = quantise(matrix.to(device), kind, dtype)
         self.codes = nn.Parameter(codes.to(matrix.device), requires_grad=False)
@@ -116,7 +165,7 @@ class QuantisedLayer(nn.Module):
         return result
 
 
-class QuantisedLinear(QuantisedLayer, nn.Linear):
+class QuantisedLinear(QuantisedLayer, nn.Linear):  # type: ignore[override]
     """A frozen linear layer; ``codes`` are of its matrix."""
 
     def __init__(self, linear: nn.Linear, kind: CodeKind, dtype: torch.dtype, device: torch.device) -> None:
@@ -129,15 +178,17 @@ class QuantisedLinear(QuantisedLayer, nn.Linear):
         self._quantise(linear, linear.weight.detach(), kind, dtype, device)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The whole weights, made each time."""
+    def shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+    def made(self) -> Tensor:
         return dequantised(self.codes, self.scales)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.product(states)
 
 
-class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
+class QuantisedConv2d(QuantisedLayer, nn.Conv2d):  # type: ignore[override]
     """A frozen convolution; ``codes`` are of its weights as ``(out, height * width * in)``: channels_last."""
 
     def __new__(cls, *arguments: Any, **options: Any) -> Any:
@@ -160,8 +211,10 @@ class QuantisedConv2d(QuantisedLayer, nn.Conv2d):
         self._quantise(conv, matrix, kind, dtype, device)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """The whole weights, made each time."""
+    def shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels, *self.kernel_size
+
+    def made(self) -> Tensor:
         return _kernel(self.codes, self.scales, self)
 
     def forward(self, image: Tensor) -> Tensor:

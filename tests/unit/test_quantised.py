@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from pathlib import Path
@@ -249,6 +250,37 @@ def test_bits_that_were_asked_for_stay(kind: str) -> None:
 def test_other_variants_train_beside_it(name: str, base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path, **VALUES | VARIANTS[name] | {"base_weights": "nf4", "max_train_steps": 2}).train()
     assert all(torch.isfinite(torch.tensor(loss)).all() for loss in run.losses)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_are_put_beside_it_without_making_its_weights(
+    kind: quantised.CodeKind, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT asks each layer for them more than ten times; large models would wait a minute. DoRA reads them, once."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(128, 64), nn.Conv2d(64, 64, 3)).requires_grad_(False)
+    plain = copy.deepcopy(net)
+    quantised.quantise_layers(net, kind, torch.float32, CPU)
+    made: list[torch.Size] = []
+
+    def counted(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        made.append(codes.shape)
+        return dequantised(codes, scales)
+
+    monkeypatch.setattr(quantised, "dequantised", counted)
+    h = hyperparameters(**VALUES | VARIANTS.get(variant, {}) | {"lora_targets": "all"})
+    for module in (net, plain):
+        torch.manual_seed(1)
+        inject(module, h, ["0", "1"])
+    assert len(made) == (2 if variant == "dora" else 0)
+    ours, theirs = parameters_of(net), parameters_of(plain)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        # Magnitudes are of what the codes stand for.
+        tolerance = {"int8": 0.02, "nf4": 0.2}[kind] if "magnitude" in name else 0
+        torch.testing.assert_close(value, theirs[name], rtol=tolerance, atol=0)
+    assert net[0].weight.any()  # weights again once they are there
 
 
 @pytest.mark.slow
