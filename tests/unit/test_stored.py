@@ -794,17 +794,17 @@ def test_convert_changes_the_precision(single: Path, tmp_path: Path, capsys: pyt
 
 # --- Memory -----------------------------------------------------------------------------------------------------------
 
-# Prints the bytes that a call takes at most, beyond what the same call takes with a small model.
+# Prints, for each call, the bytes that it takes at most, beyond what the same call takes with a small model. Each has a
+# process of its own, forked from one that has imported what they need.
 MEASURED = """
-import resource, sys
+import json, os, resource, sys
 from pathlib import Path
+import dreambooth_sm.stored.classes
 from dreambooth_sm import toybox
 from dreambooth_sm.convert import convert
 from dreambooth_sm.models import read_stored
 
-call, source, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-
-def run(source, target):
+def run(call, source, target):
     if call == "load":
         return read_stored(Path(source)).load(None)
     return convert(str(source), target, precision="fp16")
@@ -812,10 +812,15 @@ def run(source, target):
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-run(toybox.BASE, target.with_stem("small"))
-before = peak()
-kept = run(source, target)
-print(peak() - before)
+for call, source, target in json.loads(sys.argv[1]):
+    if os.fork():
+        assert os.wait()[1] == 0
+        continue
+    run(call, toybox.BASE, Path(target).with_stem("small"))
+    before = peak()
+    kept = run(call, source, Path(target))
+    print(peak() - before, flush=True)
+    os._exit(0)
 """
 
 
@@ -835,20 +840,20 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("call", "source", "target", "share"),
-    [
-        ("load", "fp16", "", 1.2),
-        ("load", "fp32", "", 1.2),
-        ("load", "file", "", 1.2),
-        ("convert", "file", "dir", 0.3),
-        ("convert", "fp32", "m.safetensors", 0.3),
-    ],
-)
-def test_memory_is_a_share_of_the_model(
-    call: str, source: str, target: str, share: float, large: dict[str, Path], tmp_path: Path
-) -> None:
-    size = sum(path.stat().st_size for path in (large[source], *large[source].rglob("*")) if path.is_file())
-    command = [sys.executable, "-c", MEASURED, call, str(large[source]), str(tmp_path / (target or "unused"))]
+def test_memory_is_a_share_of_the_model(large: dict[str, Path], tmp_path: Path) -> None:
+    shares = {
+        ("load", "fp16", "unused-1"): 1.2,
+        ("load", "fp32", "unused-2"): 1.2,
+        ("load", "file", "unused-3"): 1.2,
+        ("convert", "file", "dir"): 0.3,
+        ("convert", "fp32", "m.safetensors"): 0.3,
+    }
+    calls = [(call, str(large[source]), str(tmp_path / call / target)) for call, source, target in shares]
+    for call, *_ in shares:
+        (tmp_path / call).mkdir(exist_ok=True)
+    command = [sys.executable, "-c", MEASURED, json.dumps(calls)]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert int(ended.stdout.split()[-1]) < share * size
+    for (case, share), peak in zip(shares.items(), ended.stdout.splitlines(), strict=True):
+        source = large[case[1]]
+        size = sum(path.stat().st_size for path in (source, *source.rglob("*")) if path.is_file())
+        assert int(peak) < share * size, case
