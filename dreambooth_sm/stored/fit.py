@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,13 +13,15 @@ from dreambooth_sm.data.prompts import encode, encode_two
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored import z_image
 from dreambooth_sm.stored.configs import plainly
-from dreambooth_sm.stored.model import Pipeline
+from dreambooth_sm.stored.model import Pipeline, configs_of
 
 _SAME_MODEL = "take weights and configuration of the same model"
 # Latents a side that a pass through the modules is tried with; UNets halve it up to three times.
 _SIDE = 16
 # By this id, transformers takes the token of the highest number for the end, as files of before 2023 want it.
 _OLD_END = 2
+# Configurations of pipelines: a job reads its base model when it checks its input and when it loads it.
+_FOUND_TO_RUN: set[str] = set()
 
 
 def check_fit(pipeline: Pipeline, name: str) -> None:
@@ -65,7 +68,11 @@ def check_fit(pipeline: Pipeline, name: str) -> None:
                 f"text_encoder_2's eos_token_id is {plainly(end)}, and its tokenizer ends prompts with another"
             )
     if not problems:
-        problems = _run(pipeline, xl, tokenizers, encoders)
+        configs = json.dumps([configs_of(pipeline), [each.model_max_length for each in tokenizers]], default=repr)
+        if configs not in _FOUND_TO_RUN:
+            problems = _run(pipeline, xl, tokenizers, encoders)
+            if not problems:
+                _FOUND_TO_RUN.add(configs)
     if problems:
         raise UserError(f"{name}: {problem}" for problem in problems)
 
