@@ -17,17 +17,23 @@ import runpy
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
 import boto3.session
 
+from dreambooth_sm import distributed
 from dreambooth_sm.storage import s3_client
 from tests.helpers.aws_descriptions import remembered
+from tests.helpers.drawing import FEW_STEPS, draw_otherwise
 
 # What may be ignored from the start: a shell does so in the background, and ``nohup``.
 TERMINAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
@@ -76,6 +82,26 @@ def _serve(requests: socket.socket) -> tuple[Job, list[int]]:
                 os.close(stream)
             _tell(status, process)
             running.register(os.pidfd_open(process), selectors.EVENT_READ, (process, status))
+
+
+class Worker(subprocess.Popen[Any]):
+    """A process that trains together with others: a fork of the job that starts it."""
+
+    def _execute_child(self, args: Any, *rest: Any) -> None:
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            return
+        try:
+            _, *arguments = args
+            unbuffered = arguments[0] == "-u"
+            ignored = [number for number in TERMINAL if signal.getsignal(number) is signal.SIG_IGN]
+            job = Job(arguments[unbuffered:], unbuffered, dict(rest[5]), str(Path.cwd()), None, ignored)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _become(job, [], {})
+            _run(job.arguments[0])
+        finally:
+            os._exit(1)
 
 
 def _tell(status: int, number: int) -> None:
@@ -136,6 +162,16 @@ def _run(script: str) -> None:
     os._exit(code or 0)
 
 
+def _find_tiny_models_to_run() -> None:
+    """No fork tries again whether the parts of the tests' base models belong together."""
+    from dreambooth_sm.models import read_stored
+    from tests.helpers.tiny import save_tiny_pipeline, save_tiny_xl_pipeline
+
+    with TemporaryDirectory() as folder:
+        for number, save in enumerate((save_tiny_pipeline, save_tiny_xl_pipeline)):
+            read_stored(save(Path(folder, str(number))))
+
+
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, whose end ends this process
     before = {*os.environ}
@@ -144,8 +180,12 @@ def main() -> None:
     from_imports = {name: value for name, value in os.environ.items() if name not in before}
     with remembered():
         s3_client(boto3.session.Session("key", "secret", region_name="us-east-1"))  # remembers for all forks
+        draw_otherwise(setattr, **FEW_STEPS)
+        if "torch" in sys.modules:
+            _find_tiny_models_to_run()
+        distributed.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Worker})  # type: ignore[attr-defined]
         if len([*Path("/proc/self/task").iterdir()]) > 1:
-            raise RuntimeError("an import has started threads, which no fork would have")
+            raise RuntimeError("something has started threads, which no fork would have")
         gc.collect()
         gc.freeze()  # what the forks share is not walked, and so not copied, by each of them
         job, streams = _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -19,7 +19,6 @@ from PIL import Image
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.distributed import World
-from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS, Trainable
 from dreambooth_sm.models import PretrainedModel
@@ -72,14 +71,6 @@ def paint_pictures(directory: Path, count: int, *, size: tuple[int, int] = (80, 
         paths.append(directory / f"{number:02d}.png")
         blocks.resize(size, Image.Resampling.NEAREST).save(paths[-1])
     return paths
-
-
-def draw_otherwise(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """Changes how pictures of all families are drawn where nobody says otherwise."""
-    for family in FAMILIES.values():
-        facts = family.facts
-        changed = dataclasses.replace(facts, drawing=dataclasses.replace(facts.drawing, **changes))
-        monkeypatch.setattr(type(family), "facts", changed)
 
 
 def make_subject(root: Path, *, pictures: int = 3, class_pictures: int = 0) -> Subject:

@@ -182,7 +182,7 @@ def stopped(
     """A job that got SIGTERM early in training, and the seconds that it took to end. Not to be written to."""
     base = tmp_path_factory.mktemp("stopped") / "opt-ml"
     job = JobTree.lay_out(base, LONG, {"images": pictures, "model": tiny_base}, s3.environment())
-    process = job.start("train", fork=False)
+    process = job.start("train")
     log = read_until(process, r"^step=3 ")
     signalled = time.monotonic()
     process.send_signal(signal.SIGTERM)
@@ -485,7 +485,7 @@ def test_without_a_checkpoint_channel_a_stopped_job_leaves_its_checkpoint_where_
 ) -> None:
     job = lay_out_job(**NO_CLASS, max_train_steps=str(STEPS))
     (job.base / "checkpoints").rmdir()
-    process = job.start("train")
+    process = job.start("train", fork=False)
     read_until(process, r"^step=2 ")
     process.send_signal(signal.SIGTERM)
     assert end(process).code == EXIT_STOPPED

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.helpers.drawing import FEW_STEPS, draw_otherwise
+
 if TYPE_CHECKING:
     from dreambooth_sm.models import PretrainedModel
 
@@ -30,9 +32,7 @@ def half_precision() -> Iterator[None]:
 @pytest.fixture
 def quick_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures are drawn in five steps: they show what those of 25 show."""
-    from tests.helpers.training import draw_otherwise
-
-    draw_otherwise(monkeypatch, steps=5, class_steps=5)
+    draw_otherwise(monkeypatch.setattr, **FEW_STEPS)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.storage import S3Uri, get_object, list_objects, put_object
 from launcher.local.s3 import EmbeddedS3, embedded_s3
-from tests.helpers.training import draw_otherwise, make_subject
+from tests.helpers.drawing import draw_otherwise
+from tests.helpers.training import make_subject
 
 WANTED = 3
 CACHE = S3Uri("classes", "toys")
@@ -36,7 +37,7 @@ CACHE = S3Uri("classes", "toys")
 
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw_otherwise(monkeypatch, class_steps=2)
+    draw_otherwise(monkeypatch.setattr, class_steps=2)
     monkeypatch.setattr(prior, "SHOWN", 2)
 
 
@@ -233,11 +234,11 @@ def other_scheduler(base: PretrainedModel) -> PretrainedModel:
         pytest.param(lambda base, subject, patch: (base, subject, {"sizes": [(96, 64)] * WANTED}), id="size"),
         pytest.param(lambda base, subject, patch: (base, subject, {"first": WANTED}), id="seed"),
         pytest.param(
-            lambda base, subject, patch: (draw_otherwise(patch, class_steps=3), (base, subject, {}))[1],
+            lambda base, subject, patch: (draw_otherwise(patch.setattr, class_steps=3), (base, subject, {}))[1],
             id="steps",
         ),
         pytest.param(
-            lambda base, subject, patch: (draw_otherwise(patch, guided=(9.0, 0.1)), (base, subject, {}))[1],
+            lambda base, subject, patch: (draw_otherwise(patch.setattr, guided=(9.0, 0.1)), (base, subject, {}))[1],
             id="guided",
         ),
         pytest.param(
