@@ -21,6 +21,7 @@ from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
 from dreambooth_sm.stored.files import Stored, TensorFile
 from dreambooth_sm.stored.fit import check_fit
+from dreambooth_sm.stored.hollow import HollowModule
 from dreambooth_sm.stored.layout import Configs
 from dreambooth_sm.stored.locate import find_model
 from dreambooth_sm.stored.model import (
@@ -161,6 +162,12 @@ class PretrainedModel:
         # With its number: threads read, and have a current device of their own.
         fill(read, self._files[name], dtype, torch.empty(0, device=device).device, shrink)
         return read
+
+    def hollow_copy_of(self, name: str) -> HollowModule | None:
+        """A module like the model's, which gets its weights later; None where they are in memory."""
+        if name not in self._files:
+            return None
+        return HollowModule(copy.deepcopy(getattr(self, name)), self.weights(name))
 
     def put(self, name: str, module: torch.nn.Module) -> None:
         """Puts another module in the place of one."""
@@ -396,11 +403,6 @@ def read_stored(
     elif model.is_file():
         if variant:
             raise UserError(f"variant={variant}: {model} is a file, which has no variants; leave it out")
-        if (alone := find_denoiser(model)) and (facts := held_alone(alone)):
-            raise UserError(
-                f"{model} holds the {facts.denoiser} of {facts.article} {facts.short} model alone; name the model that "
-                f"its other parts come from, such as {next(iter(facts.licences))}, in {_PARTS} (convert: --parts)"
-            )
         stored = read_single_file(model, use_ema=use_ema, prediction_type=prediction_type, vae=vae)
     else:
         if use_ema:

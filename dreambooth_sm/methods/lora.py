@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dreambooth_sm.hyperparameters import Hyperparameters
     from dreambooth_sm.models import PretrainedModel
     from dreambooth_sm.planning.plan import Plan
+    from dreambooth_sm.stored.hollow import HollowModule
 
 # The file that `load_lora_weights` of diffusers looks for.
 FILE = "pytorch_lora_weights.safetensors"
@@ -134,6 +135,8 @@ class Adapters:
         self._plan, self._h, self._adapted, self._seed = plan, h, dict(adapted), seed
         self._rows = TrainedRows()
         self._drawn: list[Adapters] = []
+        # Parts of the base model whose weights are read once there is a device for them.
+        self._hollow: dict[str, HollowModule] = {}
 
     @classmethod
     def of(
@@ -185,6 +188,10 @@ class Adapters:
         from dreambooth_sm.training.quantised import quantise_layers
 
         if self._plan.base_weights == "plain":
+            # The magnitudes of DoRA begin as norms of the weights; all else begins by shapes alone.
+            if self._h.lora_variant != "dora" and (hollow := self.model.hollow_copy_of(part)):
+                self._hollow[part] = hollow
+                return hollow.module
             self.model.load(part)
             return frame_of(getattr(self.model, part))
         # Quantised while it is read: neither host nor card ever holds the whole of it.
@@ -207,10 +214,17 @@ class Adapters:
             mask_ranks(module, part, self._h, self._rows, by_time=not is_text)  # prompts have no time
 
     def place(self, plan: Plan, device: torch.device) -> None:
+        import torch
+
         from dreambooth_sm.adapters.peft_layers import parameters_of
-        from dreambooth_sm.training.placement import place, speed_up
+        from dreambooth_sm.training.placement import frozen_dtype, place, speed_up
         from dreambooth_sm.training.precision import weights_dtype
 
+        for part in list(self._hollow):
+            # What is to be quantised passes through the host.
+            where = device if plan.base_weights == "plain" else torch.device("cpu")
+            self._hollow[part].fill(frozen_dtype(plan), where)
+            del self._hollow[part]
         if plan.base_weights != self._plan.base_weights:
             self._quantise_again(plan, device)
         for part, module in self._adapted.items():

@@ -52,6 +52,12 @@ _PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "epsilon": "epsilon"}
 
 def check_kind(file: TensorFile) -> None:
     """Raises UserError, with what the file is, where it is not a Stable Diffusion checkpoint for text to image."""
+    if facts := held_alone(file):
+        raise UserError(
+            f"{file.path} holds the {facts.denoiser} of {facts.article} {facts.short} model alone; name the model that "
+            f"its other parts come from, such as {next(iter(facts.licences))}, in pretrained_parts_name_or_path "
+            "(convert: --parts)"
+        )
     first = file.tensors.get(f"{UNET}input_blocks.0.0.weight")
     kinds = _OTHERS if first else (*_OTHERS, *_FOREIGN)
     kind = next((words for pattern, words in kinds if any(re.search(pattern, key) for key in file.tensors)), None)
