@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families import FAMILIES, Facts
 from dreambooth_sm.families.find import find_family
 from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.messages import near_name, short
@@ -98,13 +98,8 @@ class ModelKnobs(Knobs):
     def _base_is_not_distilled(self) -> Iterator[str]:
         facts = FAMILIES[self.architecture].facts
         for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
-            name = getattr(self, field) or ""
-            last = "/".join(name.rstrip("/").split("/")[-2:])
-            if facts.distilled and facts.distilled.search(last) and not self.train_distilled:
-                yield (
-                    f"{field}: {short(name)} is distilled to draw in a few steps, which training undoes; train "
-                    f"{facts.title} itself, whose adapters can be drawn with beside it, or set train_distilled=true"
-                )
+            if not self.train_distilled:
+                yield from distilled_problems(field, getattr(self, field) or "", facts)
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path")
     def _all_parts_are_named(self) -> Iterator[str]:
@@ -135,6 +130,21 @@ class ModelKnobs(Knobs):
                 "hf_token_secret takes the name of a secret, and this looks like a token, which job descriptions would "
                 "show; revoke it, store a new one in AWS Secrets Manager and set the secret's name"
             )
+
+
+def distilled_problems(option: str, name: str, facts: Facts) -> Iterator[str]:
+    """Says that a model was distilled, where its name does.
+
+    Args:
+        option: that has the name.
+        facts: of its family.
+    """
+    last = "/".join(name.rstrip("/").split("/")[-2:])
+    if facts.distilled and facts.distilled.search(last):
+        yield (
+            f"{option}: {short(name)} is distilled to draw in a few steps, which training undoes; train {facts.title} "
+            "itself, whose adapters can be drawn with beside it, or set train_distilled=true"
+        )
 
 
 def _may_be_model(name: str) -> bool:

@@ -247,6 +247,19 @@ def test_the_launcher_refuses_what_lacks_parts(
     assert "is not a whole safetensors file" in line
 
 
+def test_the_launcher_knows_a_distilled_model_whose_channel_does_not_say_so(
+    tiny_z_image: Path, pictures: Path, tmp_path: Path
+) -> None:
+    turbo = Path(shutil.copytree(tiny_z_image, tmp_path / "Z-Image-Turbo"))
+    job: dict[str, object] = {"method": "lora", "instance_type": "ml.g5.xlarge", "resolution": 64}
+    (line,) = drafted(pictures, base_model=turbo, **job)
+    assert line.startswith("base_model: ")
+    assert "is distilled to draw in a few steps" in line
+    assert "set train_distilled=true" in line
+    assert not drafted(pictures, base_model=turbo, train_distilled=True, **job)
+    assert not drafted(pictures, base_model=tiny_z_image, **job)
+
+
 def test_a_file_becomes_a_directory(
     file: Path, tensors: dict[str, Tensor], other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
