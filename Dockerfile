@@ -73,8 +73,18 @@ shutil.copytree(sources.fetch(name, revision=revision or None), sources.BAKED / 
     fi \
     && chmod -R a+rX /opt/base-models
 
+# Triton's kernels, compiled for all cards: the first step of a job would wait for them. Only what they are made of is
+# copied, so that other changes leave this layer as it was.
+FROM dependencies AS kernels
+WORKDIR /src
+COPY dreambooth_sm/__init__.py dreambooth_sm/quiet.py dreambooth_sm/runtime.py dreambooth_sm/
+COPY dreambooth_sm/training/ dreambooth_sm/training/
+RUN python -m dreambooth_sm.training.kernel_builds /opt/dreambooth-sm-kernels \
+    && chmod -R a+rX /opt/dreambooth-sm-kernels
+
 FROM dependencies
 COPY --from=base-model /opt/base-models/ /opt/base-models/
+COPY --from=kernels /opt/dreambooth-sm-kernels/ /opt/dreambooth-sm-kernels/
 
 # Caches follow HOME into /tmp: with it as a volume, the job runs on a read-only root file system (`--read-only`).
 # USER gives a `--user` that /etc/passwd does not know the name that PyTorch's compile cache asks for.

@@ -46,6 +46,7 @@ from dreambooth_sm.training.adamw_reference import (
     split_bfloat16,
     split_float16,
 )
+from dreambooth_sm.training.kernels import kernels_for, obstacle
 from dreambooth_sm.training.moments import BLOCK_FORMATS, DeviceScalars, Moments
 
 # Parameters below this size share one launch at the end of the step: a launch of their own costs more than their
@@ -595,20 +596,10 @@ def _load_kernels(backend: str, device: torch.device) -> ModuleType | None:
         raise ValueError(f'backend must be "auto", "triton" or "torch", not {backend!r}')
     if backend == "torch":
         return None
-    reason = None
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
-        reason = "the card's compute capability is below 7.5"
-    elif device.type != "cuda" and backend == "auto":
+    if device.type != "cuda" and backend == "auto":
         return None
-    else:
-        try:
-            from dreambooth_sm.training import adamw_blockwise_triton as kernels
-        except ImportError as error:
-            reason = f"Triton cannot be imported ({error})"
-        else:
-            if device.type == "cuda" or kernels.INTERPRETED:
-                return kernels
-            reason = f"the parameters are on {device}, and Triton's interpreter is not on"
+    if kernels := kernels_for("adamw_blockwise_triton", device):
+        return kernels
     if backend == "triton":
-        raise ValueError(f'backend="triton" cannot run here: {reason}')
+        raise ValueError(f'backend="triton" cannot run here: {obstacle(device)}')
     return None

@@ -56,6 +56,15 @@ def test_what_we_add_to_the_base_is_small(image: str) -> None:
     assert sizes[1] - sizes[0] < 1.1e9, "packages with bitsandbytes, the compiler and our code"
 
 
+def test_the_kernels_of_all_cards_are_there(image: str) -> None:
+    code = """
+from dreambooth_sm.training.kernel_builds import ARCHITECTURES
+from dreambooth_sm.training.kernels import BUILDS, folder_of
+print(min(len(list(folder_of(each, BUILDS).glob("*/*.cubin"))) for each in ARCHITECTURES))
+"""
+    assert int(python_in(image, code)) > 30
+
+
 def test_bitsandbytes_has_kernels_for_this_cuda(image: str) -> None:
     code = """
 import ctypes, pathlib, bitsandbytes, torch

@@ -1,141 +1,134 @@
-"""Every Triton kernel compiles for every card, to machine code and within its shared memory; none is needed for it."""
+"""Every Triton kernel compiles for every card, to machine code and within its shared memory, and jobs find those that
+were compiled before; no card is needed for it."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from dreambooth_sm.training.moments import BLOCK_FORMATS, BlockFormat, DeviceScalars, Moments
-from dreambooth_sm.training.quantised import LEVELS, quantise
+from dreambooth_sm.planning.cards import CARDS
+from dreambooth_sm.training.kernel_builds import ARCHITECTURES, compiling_for, launch_all
+from dreambooth_sm.training.kernels import LEAST, take_builds
+from dreambooth_sm.training.moments import BLOCK_FORMATS
+from tests.helpers.patience import PATIENCE
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.slow
 
-# Of each architecture with kernels: kilobytes of shared memory that a program may have, and its plans' 16-bit type.
-CARDS = {
-    75: (64, torch.float16),  # T4
-    80: (163, torch.bfloat16),  # A100
-    86: (99, torch.bfloat16),  # A10G
-    89: (99, torch.bfloat16),  # L4, L40S
-    90: (227, torch.bfloat16),  # H100, H200
-    100: (227, torch.bfloat16),  # B200
-    120: (99, torch.bfloat16),  # RTX Pro 6000
-}
+# Kilobytes of shared memory that a program may have.
+SHARED = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 # Those that all formats of the optimizer are compiled for: the oldest, and the one that figures are measured on.
-WHOLE = (75, 90)
-CPU = torch.device("cpu")
+WHOLE = ((7, 5), (9, 0))
+KERNELS = {
+    *("_scale", "_dequantise", "_update_one", "_update_many", "_average", "_moments", "_statistics", "_apply", "_sums"),
+    *("_group_means", "_input_grad", "_affine_grads", "_added_grads"),
+    *("_scaled", "_scaled_grad", "_turned", "_turned_grad", "_gated", "_gated_grad"),
+}
 
 
-class Driver:
-    """Stands in for a card of an architecture, whose number is the device's as well."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.capability, self._target = capability, GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The kernels that were compiled where they would have been launched."""
-    found: list[Any] = []
-    run = triton.JITFunction.run
-
-    def compile_only(kernel: Any, *args: Any, warmup: bool, **kwargs: Any) -> Any:
-        found.append(run(kernel, *args, warmup=True, **kwargs))
-        return found[-1]
-
-    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
-    return found
-
-
-@pytest.mark.parametrize("card", CARDS)
-def test_kernels_compile(card: int, compiled: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.runtime import driver
-
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_kernels_compile(capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    shared_kb, dtype = CARDS[card]
-    monkeypatch.setattr(driver, "_active", Driver(card))
-    launch_quantised(dtype)
-    launch_group_norm(dtype)
-    launch_rms_norm(dtype)
-    every = [(fmt, residual) for fmt in BLOCK_FORMATS.values() for residual in (True, False)]
-    launch_optimizer(dtype, every if card in WHOLE else [(BLOCK_FORMATS[8], True)])
+    with compiling_for(capability) as compiled:
+        launch_all(ARCHITECTURES[capability], None if capability in WHOLE else [BLOCK_FORMATS[8]])
     assert {kernel.metadata.name for kernel in compiled} == KERNELS
     for kernel in compiled:
         assert kernel.asm["cubin"]
-        assert f"sm_{card}" in kernel.asm["ptx"]
-        assert kernel.metadata.shared <= 1024 * shared_kb
+        assert f"sm_{10 * capability[0] + capability[1]}" in kernel.asm["ptx"]
+        assert kernel.metadata.shared <= 1024 * SHARED[capability]
 
 
-KERNELS = {"_scale", "_dequantise", "_update_one", "_update_many", "_average"}
-KERNELS |= {
-    "_moments",
-    "_statistics",
-    "_apply",
-    "_sums",
-    "_group_means",
-    "_input_grad",
-    "_affine_grads",
-    "_added_grads",
-}
-KERNELS |= {"_scaled", "_scaled_grad", "_turned", "_turned_grad", "_gated", "_gated_grad"}
+def test_there_are_kernels_for_the_cards_of_all_instances() -> None:
+    assert {card.capability for card in CARDS.values() if card.capability >= LEAST} <= {*ARCHITECTURES}
 
 
-def launch_quantised(dtype: torch.dtype) -> None:
-    from dreambooth_sm.training import quantised_triton as kernels
+BUILD = """
+import sys
+from pathlib import Path
+from dreambooth_sm.training.kernel_builds import build
 
-    kernels.scaled(*quantise(torch.ones(64, 128), "int8", dtype))
-    kernels.dequantised(*quantise(torch.ones(64, 128), "nf4", dtype), torch.tensor(LEVELS, dtype=dtype))
+print(build(Path(sys.argv[1]), (9, 0)))
+"""
+# A job's launches at a model's true sizes; prints the kernels that Triton had to compile.
+JOB = """
+import json, sys
+from pathlib import Path
+import dreambooth_sm.quiet
+import torch, triton
+from dreambooth_sm.training import adamw_blockwise_triton, group_norm_triton, quantised_triton, rms_norm_triton
+from dreambooth_sm.training.kernel_builds import compiling_for
+from dreambooth_sm.training.kernels import take_builds
+from dreambooth_sm.training.moments import BLOCK_FORMATS, DeviceScalars, Moments
 
-
-def launch_group_norm(dtype: torch.dtype) -> None:
-    from dreambooth_sm.training import group_norm_triton as kernels
-
-    image = torch.ones(2, 64, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
-    weight, bias, shift = torch.ones(64, dtype=dtype), torch.ones(64, dtype=dtype), torch.ones(2, 64, dtype=dtype)
-    _, mean, rstd = kernels.forward(image, weight, bias, shift, bias, 32, 1e-5, True)
-    kernels.backward(image, image, mean, rstd, weight, bias, shift, bias, True, True, True)
-
-
-def launch_rms_norm(dtype: torch.dtype) -> None:
-    """Of Z-Image's widths."""
-    from dreambooth_sm.training import rms_norm_triton as kernels
-
-    x, weight, factor = (
-        torch.ones(1, 2, 3840, dtype=dtype),
-        torch.ones(3840, dtype=dtype),
-        torch.ones(1, 3840, dtype=dtype),
-    )
-    kernels.scaled(x, weight, 1e-5, factor, x)
-    kernels.scaled_grad(x, x, weight, 1e-5, factor)
-    heads, turns = x.unflatten(-1, (30, 128)), torch.ones(1, 2, 64, 2)
-    kernels.turned(heads, weight[:128], 1e-5, turns)
-    kernels.turned_grad(heads, heads, weight[:128], 1e-5, turns)
-    kernels.gated(x, x)
-    kernels.gated_grad(x, x, x)
-
-
-def launch_optimizer(dtype: torch.dtype, formats: list[tuple[BlockFormat, bool]]) -> None:
-    from dreambooth_sm.training import adamw_blockwise_triton as kernels
-
+compiled = []
+def listen(src, metadata, metadata_group, times, cache_hit):
+    if not cache_hit:
+        compiled.append(metadata["name"])
+triton.knobs.compilation.listener = listen
+take_builds((9, 0), Path(sys.argv[1]))
+bf16 = {"dtype": torch.bfloat16}
+with compiling_for((9, 0)) as launched:
+    for channels, side, silu in ((320, 64, True), (1920, 16, True), (2560, 9, True), (640, 32, False)):
+        for shift in (None, torch.ones(2, channels, **bf16)):
+            image = torch.ones(2, channels, side, side, **bf16).to(memory_format=torch.channels_last)
+            weight, bias = torch.ones(2, channels, **bf16)
+            offset = None if shift is None else bias
+            _, mean, rstd = group_norm_triton.forward(image, weight, bias, shift, offset, 32, 1e-5, silu)
+            for affine in (True, False):
+                added = shift is not None
+                group_norm_triton.backward(image, image, mean, rstd, weight, bias, shift, offset, silu, affine, added)
+    for words in (512, 1056):
+        x, weight, factor = torch.ones(2, words, 3840, **bf16), torch.ones(3840, **bf16), torch.ones(2, 3840, **bf16)
+        rms_norm_triton.scaled(x, weight, 1e-5, factor, None)
+        rms_norm_triton.scaled(x, weight, 1e-5, None, x)
+        rms_norm_triton.scaled_grad(x, x, weight, 1e-5, factor)
+        heads, turns = x.unflatten(-1, (30, 128)), torch.ones(2, words, 64, 2)
+        turned = rms_norm_triton.turned(heads, weight[:128], 1e-5, turns)
+        rms_norm_triton.turned_grad(turned, heads, weight[:128], 1e-5, turns)
+        gate = torch.ones(2, words, 10240, **bf16)
+        rms_norm_triton.gated_grad(rms_norm_triton.gated(gate, gate), gate, gate)
+    quantised_triton.scaled(torch.ones(1280, 320, dtype=torch.int8), torch.ones(1280, 1, **bf16))
+    codes = torch.ones(1280, 160, dtype=torch.uint8)
+    quantised_triton.dequantised(codes, torch.ones(6400, 1, **bf16), torch.ones(16, **bf16))
     scalars = DeviceScalars(torch.zeros(2, 8), torch.zeros(2), torch.zeros(()))
-    for fmt, residual in formats:
-        parameter, blocks = torch.ones(4096, dtype=dtype), fmt.blocks(4096)
-        moments = Moments.zeros(blocks, fmt, residual, CPU)
-        kernels.update(parameter, parameter, moments, scalars, index=0, group=0, fmt=fmt)
-        table = kernels.bundle_table([(parameter.data_ptr(), 4096, 0, 0, 0)], fmt, CPU)
-        kernels.update_bundle(table, dtype, parameter, moments, scalars, fmt=fmt)
-        kernels.average(torch.ones(4096), parameter, moments.residual, torch.ones(()))
+    for fmt in BLOCK_FORMATS.values():
+        for count in (320 * 320, 320 * 4 * 9):
+            moments = Moments.zeros(fmt.blocks(count), fmt, True, torch.device("cpu"))
+            weight = torch.ones(count, **bf16)
+            adamw_blockwise_triton.update(weight, weight, moments, scalars, index=3, group=1, fmt=fmt)
+            table = adamw_blockwise_triton.bundle_table([(weight.data_ptr(), count, 0, 1, 3)], fmt, moments.m.device)
+            adamw_blockwise_triton.update_bundle(table, torch.bfloat16, weight, moments, scalars, fmt=fmt)
+            adamw_blockwise_triton.average(torch.ones(count), weight, moments.residual, torch.ones(()))
+print(json.dumps([compiled, len(launched)]))
+"""
+
+
+def test_jobs_find_what_was_compiled_before(tmp_path: Path) -> None:
+    builds, cache = tmp_path / "builds", tmp_path / "cache"
+    count = _printed(BUILD, builds, TRITON_CACHE_DIR=str(tmp_path / "unused"))
+    kernels = {path.name for path in (builds / "sm_90").iterdir()}
+    assert len(kernels) == int(count)
+    compiled, launched = json.loads(_printed(JOB, builds, TRITON_CACHE_DIR=str(cache)))
+    assert compiled == []
+    assert launched > 50
+    assert {path.name for path in cache.iterdir()} == kernels
+
+
+def _printed(script: str, builds: Path, **environment: str) -> str:
+    command = [sys.executable, "-c", script, str(builds)]
+    run = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_without_compiled_kernels_jobs_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    take_builds((9, 0), tmp_path / "nowhere")
+    assert not (tmp_path / "cache").exists()
