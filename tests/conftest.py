@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported, here or in a job: a core is shared by workers and jobs, and sums keep their order.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -29,6 +30,12 @@ from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 
 EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
+# The same examples in every run, and no clock: a failure comes from the change that it shows up with.
+settings.register_profile(
+    "all", derandomize=True, deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("check", settings.get_profile("all"), max_examples=20)  # `make check`
+settings.load_profile("all")
 
 
 def pytest_configure() -> None:

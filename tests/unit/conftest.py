@@ -8,17 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
 
 from tests.helpers.drawing import FEW_STEPS, draw_otherwise
 
 if TYPE_CHECKING:
     from dreambooth_sm.models import PretrainedModel
-
-# The same examples in every run, and no clock: a failure comes from the change that it shows up with.
-settings.register_profile("unit", derandomize=True, deadline=None, max_examples=80)
-settings.register_profile("check", settings.get_profile("unit"), max_examples=20)  # `make check`
-settings.load_profile("unit")
 
 
 @pytest.fixture(scope="session", autouse=True)
