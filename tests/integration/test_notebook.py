@@ -17,7 +17,8 @@ from PIL import Image
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.patience import PATIENCE
 
-NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
 ENGLISH, CHINESE = NOTEBOOKS / "dreambooth.ipynb", NOTEBOOKS / "dreambooth_zh.ipynb"
 STEPS = 20
 SHORT: dict[str, Any] = {
@@ -28,6 +29,13 @@ SHORT: dict[str, Any] = {
     "resolution": 64,
 }
 SIDE = 128
+# Before the notebook's own cells.
+QUICKLY = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.helpers.drawing import FEW_STEPS, draw_otherwise
+draw_otherwise(setattr, **FEW_STEPS)
+"""
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 
 
@@ -37,15 +45,16 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory: pytest.TempPathFactory) -> list[nbformat.NotebookNode]:
-    """The code cells with the outputs of a short run."""
+    """The code cells with the outputs of a short run, which draws in few steps."""
     notebook = nbformat.read(ENGLISH, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(QUICKLY))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("NOTEBOOK_SETTINGS", json.dumps(SHORT))
         environment.setenv("CUDA_VISIBLE_DEVICES", "")
         environment.setenv("HF_TOKEN", TOKEN)
         client = NotebookClient(notebook, timeout=int(PATIENCE), startup_timeout=int(PATIENCE), kernel_name="python3")
         client.execute(cwd=str(tmp_path_factory.mktemp("elsewhere")))
-    return code_cells(notebook)
+    return code_cells(notebook)[1:]
 
 
 def cell_with(cells: list[nbformat.NotebookNode], source: str) -> nbformat.NotebookNode:

@@ -391,7 +391,7 @@ def test_a_job_whose_weights_blow_up_fails(lay_out_job: Callable[..., JobTree], 
 def test_a_bucket_that_goes_away_does_not_cost_the_model(
     lay_out_job: Callable[..., JobTree], tiny_base: Path, target: S3Uri, s3: EmbeddedS3
 ) -> None:
-    job = lay_out_job(**NO_CLASS | {"max_train_steps": "40"}, manual_upload_model_path=str(target))
+    job = lay_out_job(**NO_CLASS | {"max_train_steps": "12"}, manual_upload_model_path=str(target))
     process = job.start("train")
     log = read_until(process, "step=1 ")
     process.send_signal(signal.SIGSTOP)  # or a busy machine might see the upload begin before the bucket is gone

@@ -563,12 +563,12 @@ def test_a_loss_that_rose_is_told_from_noise(losses: list[float], rises: bool, e
 
 @pytest.mark.slow
 def test_a_job_that_got_worse_says_so(base: PretrainedModel, tmp_path: Path) -> None:
-    run = Run(base, tmp_path, max_train_steps=40, logging_steps=5)
+    run = Run(base, tmp_path, max_train_steps=12, logging_steps=2)
     real = run.trainer._loss
 
     def rising(inputs: Inputs) -> Loss:
         loss = real(inputs)
-        return loss._replace(total=loss.total + (5.0 if run.trainer.step >= 20 else 0.0))
+        return loss._replace(total=loss.total + (5.0 if run.trainer.step >= 6 else 0.0))
 
     run.trainer.make_step._loss = rising
     run.train()
@@ -577,7 +577,7 @@ def test_a_job_that_got_worse_says_so(base: PretrainedModel, tmp_path: Path) -> 
     assert "lower learning_rate" in verdict
     log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
     assert log.count("warning: the loss rose") == 1
-    assert Run(base, tmp_path / "b", max_train_steps=40, logging_steps=5).train().recorder.verdicts == []
+    assert Run(base, tmp_path / "b", max_train_steps=12, logging_steps=2).train().recorder.verdicts == []
 
 
 @pytest.mark.slow
