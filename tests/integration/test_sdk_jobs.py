@@ -18,7 +18,7 @@ from tests.helpers.patience import PATIENCE
 from tests.helpers.sdks import start_script
 from tests.helpers.services import eventually
 
-STEPS = 40
+STEPS = 24
 VALUES = {name: value for name, value in SMALL.items() if name != "pretrained_model_name_or_path"}
 LONG = {"class_prompt": None, "max_train_steps": STEPS, "save_steps": 4, "checkpoints_total_limit": 2}
 JOBS: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "master": {"precision": "bf16", "weights": "master"},
     "tiny": {**FAST, "precision": "bf16", "weights": "stochastic", "gradient_checkpointing": True, "state_bits": 4},
 }
-JOB: dict[str, Any] = {"max_train_steps": 12, "learning_rate": 3e-4, "with_prior_preservation": True}
+JOB: dict[str, Any] = {"max_train_steps": 8, "learning_rate": 3e-4, "with_prior_preservation": True}
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +89,11 @@ def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(
 
 def test_a_checkpoint_of_a_smaller_plan_can_be_continued(base: PretrainedModel, tmp_path: Path) -> None:
     """A job that stepped down and was interrupted: its successor begins with the larger plan again."""
-    stepped_down = Run(base, tmp_path, plan=PLANS["tiny"], **JOB)
+    options = JOB | {"max_train_steps": 12}
+    stepped_down = Run(base, tmp_path, plan=PLANS["tiny"], **options)
     with pytest.raises(StopRequested):
         stepped_down.train(stop_at=10)
-    successor = Run(base, tmp_path, plan=PLANS["medium"], **JOB | {"max_train_steps": 12})
+    successor = Run(base, tmp_path, plan=PLANS["medium"], **options)
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
     successor.trainer.resume(checkpoint)
