@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dreambooth_sm.stored.noise_schedule import training_scheduler
+from dreambooth_sm.stored.schedulers import training_scheduler
 
 # Stable Diffusion's least signal-to-noise ratio is 0.005; below this one 1 / sqrt(SNR) would grow without bounds.
 _LEAST_SNR = 1e-3

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dreambooth_sm.families.file_rules import FileRules
+
 
 @dataclass(frozen=True)
 class ModelFootprint:
@@ -97,6 +99,7 @@ class Facts:
         has_single_file: whether single files hold all parts of its models, and are written as well; those of other
             families hold the denoiser alone.
         adapters: the layout of adapters' files beside diffusers' own: ``kohya`` or ``comfyui``.
+        files: what its files have to be like; None: as those of Stable Diffusion.
         distilled: found in the names of models that were distilled into fewer steps, which training undoes.
         overflows: whether fp16 is too small for its values, so that it needs a card with bf16.
         multiple: of which pictures' sides have to be, in pixels.
@@ -125,6 +128,7 @@ class Facts:
     hint: str | None = None
     has_single_file: bool = True
     adapters: Literal["kohya", "comfyui"] = "kohya"
+    files: FileRules | None = None
     distilled: re.Pattern[str] | None = None
     overflows: bool = False
     multiple: int = 8

@@ -99,7 +99,7 @@ class StableDiffusion:
         return prediction
 
     def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
-        from dreambooth_sm.stored.noise_schedule import drawing_scheduler
+        from dreambooth_sm.stored.schedulers import drawing_scheduler
 
         scheduler = drawing_scheduler(model.scheduler)
         scheduler.set_timesteps(steps, device=device)

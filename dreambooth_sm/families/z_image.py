@@ -4,13 +4,16 @@ Transformer")."""
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint
 from dreambooth_sm.families.family import LossKnobs, Pair
+from dreambooth_sm.families.file_rules import is_number
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +33,62 @@ _WINDOW = 512
 _SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 _FROZEN = "its text encoder is a language model, which stays as it is"
 _NO_SCHEDULE = "it is trained by flow matching, which has no such schedule of noise"
+
+
+class _Files:
+    """Pipeline directories as the hub has them."""
+
+    classes = MappingProxyType(
+        {
+            "transformer": "ZImageTransformer2DModel",
+            "vae": "AutoencoderKL",
+            "text_encoder": "Qwen3Model",
+            "tokenizer": "Qwen2Tokenizer",
+        }
+    )
+
+    def config_problems(self, part: str, config: Mapping[str, Any], where: str) -> list[str]:
+        if part == "vae":
+            usual = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+            return [
+                f"{where}: {key} is {json.dumps(value, default=str):.60} and should be a number such as {number}"
+                for key, number in usual.items()
+                if not is_number(value := config.get(key)) or (key == "scaling_factor" and value <= 0)
+            ]
+        if part != "transformer":
+            return []
+        problems = []
+        if config.get("siglip_feat_dim") is not None:
+            problems.append(
+                f"{where}: siglip_feat_dim is set: it takes pictures beside prompts; name a model that does not"
+            )
+        for key, wanted in (("all_patch_size", [_PATCH]), ("all_f_patch_size", [1]), ("t_scale", float(_TIMES))):
+            value = config.get(key, wanted)
+            if (list(value) if isinstance(value, tuple) else value) != wanted:
+                problems.append(f"{where}: {key} is {value!r:.60}, and this project trains models with {wanted}")
+        return problems
+
+    def fit_problems(self, pipeline: Any) -> list[str]:
+        transformer, vae, text = pipeline.transformer.config, pipeline.vae.config, pipeline.text_encoder.config
+        tokenizer = pipeline.tokenizer
+        problems = []
+        if not tokenizer.chat_template:
+            problems.append("its tokenizer has no chat template, which prompts are put into; copy the directory again")
+        if len(tokenizer) > text.vocab_size:
+            problems.append(f"the tokenizer has {len(tokenizer)} tokens and the text encoder {text.vocab_size}")
+        if vae.latent_channels != transformer.in_channels:
+            problems.append(
+                f"the VAE makes latents of {vae.latent_channels} channels, and the transformer takes "
+                f"{transformer.in_channels}"
+            )
+        if text.hidden_size != transformer.cap_feat_dim:
+            problems.append(
+                f"the text encoder's states are {text.hidden_size} wide, and the transformer takes "
+                f"{transformer.cap_feat_dim}"
+            )
+        if text.num_hidden_layers < 2:
+            problems.append("the text encoder has one layer, and its last but one is read")
+        return problems
 
 
 class ZImage:
@@ -84,6 +143,7 @@ class ZImage:
         tensor=b"layers.0.adaLN_modulation.0.weight",
         has_single_file=False,
         adapters="comfyui",
+        files=_Files(),
         tags=("z-image",),
         licences={"Tongyi-MAI/Z-Image": "apache-2.0"},
         names=re.compile(r"z[-_ ]?image", re.IGNORECASE),

@@ -6,23 +6,23 @@ error of the input that is found before a model is opened does not wait for it.
 
 from __future__ import annotations
 
+from typing import Any
+
 from dreambooth_sm.importing import importing
 
 with importing():
     import diffusers
+    import transformers
     from accelerate import init_empty_weights
     from diffusers import (
         AutoencoderKL,
         DDPMScheduler,
         DPMSolverMultistepScheduler,
         EulerDiscreteScheduler,
-        FlowMatchEulerDiscreteScheduler,
         SchedulerMixin,
         StableDiffusionPipeline,
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
-        ZImagePipeline,
-        ZImageTransformer2DModel,
     )
     from transformers import (
         CLIPImageProcessor,
@@ -31,8 +31,6 @@ with importing():
         CLIPTextModelWithProjection,
         CLIPTokenizer,
         PreTrainedModel,
-        Qwen2Tokenizer,
-        Qwen3Model,
     )
 
 __all__ = [
@@ -45,16 +43,18 @@ __all__ = [
     "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
     "PreTrainedModel",
-    "Qwen2Tokenizer",
-    "Qwen3Model",
     "SchedulerMixin",
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "UNet2DConditionModel",
-    "ZImagePipeline",
-    "ZImageTransformer2DModel",
     "diffusers",
     "init_empty_weights",
+    "named",
 ]
+
+
+def named(name: str) -> Any:
+    """A class of diffusers or transformers; those of one family alone are imported where a job is of it."""
+    with importing():
+        return getattr(diffusers, name, None) or getattr(transformers, name)

@@ -4,7 +4,6 @@ wrong with which value."""
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +14,8 @@ from packaging.version import InvalidVersion, Version
 from torch import nn
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.stored import z_image
-from dreambooth_sm.stored.model import USUAL, class_of, empty_module
+from dreambooth_sm.families.file_rules import is_number
+from dreambooth_sm.stored.model import USUAL, class_of, empty_module, rules_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,10 +118,10 @@ def make_module(part: str, config: Mapping[str, Any], where: str, pipeline: str 
         pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
         if type(size) is not int and not pair:
             config = {**config, "sample_size": 128 if config.get("addition_embed_type") else 64}
-    if part == "vae":
-        problems += _vae_problems(config, where, shifts=pipeline in z_image.PIPELINES)
-    if part == "transformer":
-        problems += z_image.transformer_problems(config, where)
+    if rules := rules_of(pipeline):
+        problems += rules.config_problems(part, config, where)
+    elif part == "vae":
+        problems += _vae_problems(config, where)
     if problems:
         raise UserError(problems)
     config = {**config, "_class_name": said} if "_class_name" in config else config
@@ -146,19 +145,11 @@ def _largest(value: Any) -> float:
     return abs(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _vae_problems(config: Mapping[str, Any], where: str, *, shifts: bool) -> list[str]:
+def _vae_problems(config: Mapping[str, Any], where: str) -> list[str]:
     problems = []
     scale = config.get("scaling_factor", 0.18215)
     if not is_number(scale) or scale <= 0:
         problems.append(f"{where}: scaling_factor is {plainly(scale)} and should be a number such as 0.18215")
-    if shifts:
-        shift = config.get("shift_factor")
-        wrong = [] if is_number(shift) else [f"shift_factor is {plainly(shift)} and should be a number such as 0.1159"]
-        return problems + [f"{where}: {each}" for each in wrong]
     problems += [
         f"{where}: {key} is {plainly(config[key])}: latents that are shifted are of other models than Stable Diffusion"
         for key in ("shift_factor", "latents_mean", "latents_std")
@@ -179,7 +170,7 @@ def read_tokenizer_directory(directory: Path, positions: int, name: str = "CLIPT
     """
     from dreambooth_sm.stored import classes
 
-    kind: Any = getattr(classes, name)
+    kind: Any = classes.named(name)
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     length = config.get("model_max_length")

@@ -11,7 +11,6 @@ import torch
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.families import FAMILIES
-from dreambooth_sm.stored import z_image
 from dreambooth_sm.stored.configs import class_name, make, make_module, read_json, read_tokenizer_directory
 from dreambooth_sm.stored.denoiser_file import other_parts, read_denoiser
 from dreambooth_sm.stored.files import Stored, TensorFile, write_safetensors
@@ -29,9 +28,10 @@ from dreambooth_sm.stored.model import (
     class_of,
     make_pipeline,
     no_progress,
+    rules_of,
     tokenizers_of,
 )
-from dreambooth_sm.stored.noise_schedule import check_schedule, make_scheduler
+from dreambooth_sm.stored.noise_schedule import check_flow, check_schedule, make_scheduler
 from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.recognise import held_alone
 from dreambooth_sm.stored.tokenizer import write_json, write_tokenizer
@@ -102,14 +102,14 @@ def read_directory(
     with problems.collected():
         config = read_json(scheduler_file) | ({"prediction_type": prediction_type} if prediction_type else {})
         parts["scheduler"], remarks = make_scheduler(config, str(scheduler_file))
-        check = z_image.check_schedule if kind in z_image.PIPELINES else check_schedule
+        check = check_flow if rules_of(kind) else check_schedule
         check(parts["scheduler"], str(scheduler_file))
     for name in tokenizers_of(names):
         with problems.collected():
             encoder = parts.get(name.replace("tokenizer", "text_encoder"))
             positions = encoder.config.max_position_embeddings if encoder else _POSITIONS
             parts[name] = read_tokenizer_directory(directory / name, positions, class_of(kind, name))
-    if kind not in z_image.PIPELINES:
+    if not rules_of(kind):
         with problems.collected():
             parts["feature_extractor"] = _feature_extractor(directory / "feature_extractor")
     problems.raise_any()

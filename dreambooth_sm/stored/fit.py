@@ -11,9 +11,8 @@ import torch
 
 from dreambooth_sm.data.prompts import encode, encode_two
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.stored import z_image
 from dreambooth_sm.stored.configs import plainly
-from dreambooth_sm.stored.model import Pipeline, configs_of
+from dreambooth_sm.stored.model import Pipeline, configs_of, rules_of
 
 _SAME_MODEL = "take weights and configuration of the same model"
 # Latents a side that a pass through the modules is tried with; UNets halve it up to three times.
@@ -31,8 +30,8 @@ def check_fit(pipeline: Pipeline, name: str) -> None:
         pipeline: its modules' weights may lie on the meta device.
         name: what messages call the model.
     """
-    if hasattr(pipeline, "transformer"):
-        if problems := z_image.fit_problems(pipeline):
+    if rules := rules_of(type(pipeline).__name__):
+        if problems := rules.fit_problems(pipeline):
             raise UserError(f"{name}: {problem}" for problem in problems)
         return
     xl = hasattr(pipeline, "text_encoder_2")

@@ -11,14 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.stored.files import Stored
 
 # The modules with weights of each pipeline that is understood here. Each text encoder has a tokenizer of its own.
-PARTS = {
-    "StableDiffusionPipeline": ("unet", "vae", "text_encoder"),
-    "StableDiffusionXLPipeline": ("unet", "vae", "text_encoder", "text_encoder_2"),
-    "ZImagePipeline": ("transformer", "vae", "text_encoder"),
-}
+PARTS = {family.facts.pipeline: family.facts.parts for family in FAMILIES.values()}
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 # Text encoders: of SD 1, of SD 2, and the two of SDXL. Behind `transformer.` come the names of transformers, behind

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families.file_rules import FileRules
 from dreambooth_sm.stored.files import Stored, load_tensors
 from dreambooth_sm.stored.layout import PARTS, Configs
 from dreambooth_sm.stored.tokenizer import bpe_tokenizer
@@ -39,14 +41,6 @@ CLASSES = {
     "text_encoder_2": "CLIPTextModelWithProjection",
     "tokenizer": "CLIPTokenizer",
     "tokenizer_2": "CLIPTokenizer",
-}
-# Those of a pipeline that has others.
-_OTHER_CLASSES = {
-    "ZImagePipeline": {
-        "transformer": "ZImageTransformer2DModel",
-        "text_encoder": "Qwen3Model",
-        "tokenizer": "Qwen2Tokenizer",
-    }
 }
 # The pipeline that a part is taken to be of where nobody knows.
 USUAL = "StableDiffusionPipeline"
@@ -140,7 +134,13 @@ def configs_of(pipeline: Pipeline) -> Configs:
 
 def class_of(pipeline: str, part: str) -> str:
     """The name of a part's class in a pipeline of that name."""
-    return _OTHER_CLASSES.get(pipeline, {}).get(part) or CLASSES[part]
+    rules = rules_of(pipeline)
+    return rules.classes[part] if rules else CLASSES[part]
+
+
+def rules_of(pipeline: str) -> FileRules | None:
+    """What the files of a pipeline of that name have to be like; None: as those of Stable Diffusion."""
+    return next((family.facts.files for family in FAMILIES.values() if family.facts.pipeline == pipeline), None)
 
 
 def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) -> nn.Module:
@@ -153,7 +153,7 @@ def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) ->
     """
     from dreambooth_sm.stored import classes
 
-    kind: Any = getattr(classes, class_of(pipeline, part))
+    kind: Any = classes.named(class_of(pipeline, part))
     with classes.init_empty_weights(include_buffers=False):
         if issubclass(kind, classes.PreTrainedModel):
             # The stored weights say their types themselves.
@@ -245,14 +245,16 @@ def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingPr
     Args:
         index: what else its ``model_index.json`` says.
     """
-    from dreambooth_sm.stored.classes import StableDiffusionPipeline, StableDiffusionXLPipeline, ZImagePipeline
+    from dreambooth_sm.stored import classes
 
-    if "transformer" in parts:
-        return ZImagePipeline(**parts)
+    for facts in (family.facts for family in FAMILIES.values()):
+        if facts.files and type(parts.get(facts.denoiser)).__name__ == facts.files.classes[facts.denoiser]:
+            pipeline: Pipeline = classes.named(facts.pipeline)(**parts)
+            return pipeline
     if "text_encoder_2" in parts:
         zeros = bool(index.get(ZEROS, True))
-        return StableDiffusionXLPipeline(force_zeros_for_empty_prompt=zeros, add_watermarker=False, **parts)
-    return StableDiffusionPipeline(safety_checker=None, requires_safety_checker=False, **parts)
+        return classes.StableDiffusionXLPipeline(force_zeros_for_empty_prompt=zeros, add_watermarker=False, **parts)
+    return classes.StableDiffusionPipeline(safety_checker=None, requires_safety_checker=False, **parts)
 
 
 def clip_tokenizer(pad_token: str) -> CLIPTokenizer:

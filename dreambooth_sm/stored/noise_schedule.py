@@ -11,15 +11,19 @@ import torch
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.configs import class_name, make, plainly
+from dreambooth_sm.stored.schedulers import drawing_scheduler, training_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
+    from diffusers import SchedulerMixin
 
 PREDICTIONS = ("epsilon", "v_prediction")
 # What a schedule is made of. Schedulers have defaults of their own for it, so that all of it is said.
 _BETAS = ("beta_start", "beta_end", "beta_schedule")
 _SCHEDULE = (*_BETAS, "trained_betas", "num_train_timesteps", "prediction_type", "rescale_betas_zero_snr")
 _MOST_STEPS = 100_000
+# Of straight ways from noise.
+_FLOW_SCHEDULER, _FLOW_TIMES = "FlowMatchEulerDiscreteScheduler", 1000
+_OTHERWISE = ("invert_sigmas", "stochastic_sampling", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 _WANTED = "this project trains models that predict epsilon or v over steps of rising noise (betas), as DDPM has them"
 
 
@@ -104,19 +108,17 @@ def check_schedule(scheduler: Any, where: str) -> None:
         raise UserError(f"{where}: pictures can't be drawn with its settings ({error!r:.200})") from None
 
 
-def training_scheduler(scheduler: Any) -> DDPMScheduler:
-    """Makes the scheduler that the model was trained with, whatever it draws with."""
-    from dreambooth_sm.stored.classes import DDPMScheduler
-
-    made: DDPMScheduler = DDPMScheduler.from_config(scheduler.config)
-    return made
-
-
-def drawing_scheduler(scheduler: Any) -> DPMSolverMultistepScheduler:
-    """Makes the scheduler that pictures are drawn with, whatever the model's is: DPM-Solver++ on its schedule."""
-    from dreambooth_sm.stored.classes import DPMSolverMultistepScheduler
-
-    options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True}
-    others = dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False)
-    made: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, **options, **others)
-    return made
+def check_flow(scheduler: Any, where: str) -> None:
+    """Raises UserError where a model is not drawn by straight ways from noise, as it was trained."""
+    name, config = type(scheduler).__name__, scheduler.config
+    problems = []
+    if name != _FLOW_SCHEDULER:
+        problems.append(f"its scheduler is {name}, and the model is drawn with {_FLOW_SCHEDULER}")
+    problems += [f"{key} is true, which the model was not trained with" for key in _OTHERWISE if config.get(key)]
+    if config.get("num_train_timesteps") != _FLOW_TIMES:
+        problems.append(f"num_train_timesteps is {config.get('num_train_timesteps')!r:.60} and should be {_FLOW_TIMES}")
+    shift = config.get("shift")
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= 100:
+        problems.append(f"shift is {shift!r:.60} and should be a number such as 6.0")
+    if problems:
+        raise UserError(f"{where}: {problem}; take the model's own scheduler_config.json" for problem in problems)
