@@ -35,7 +35,7 @@ from dreambooth_sm.stored.model import (
     weights_of,
 )
 from dreambooth_sm.stored.opening import open_tensors
-from dreambooth_sm.stored.recognise import held_alone
+from dreambooth_sm.stored.recognise import held_alone, kind_of
 from dreambooth_sm.stored.single_file import read_single_file, write_single_file
 from dreambooth_sm.stored.single_file import read_vae as read_vae_file
 
@@ -371,7 +371,9 @@ def open_denoiser(path: Path) -> TensorFile:
     """
     file = find_denoiser(path)
     if file is None:
-        raise UserError(f"{path} is not a file of a denoiser alone; leave {_PARTS} (convert: --parts) out")
+        model = find_model(path)
+        found = f"{model} is {kind_of(open_tensors(model)) if model.is_file() else 'a directory'}"
+        raise UserError(f"{found}, not a file of a denoiser alone; leave {_PARTS} (convert: --parts) out")
     return file
 
 

@@ -175,13 +175,18 @@ def test_what_does_not_belong_together_is_refused(
 ) -> None:
     assert "holds a StableDiffusionPipeline; name parts of the same kind" in refusal(of(file, tiny_base))
     assert "is a file; name a directory or a hub id" in refusal(of(file, file))
-    assert "is not a file of a denoiser alone; leave pretrained_parts" in refusal(of(tiny_z_image, tiny_z_image))
-    assert "no" in refusal(of(file, tmp_path / "no"))
+    assert "is a directory, not a file of a denoiser alone; leave pretrained_" in refusal(
+        of(tiny_z_image, tiny_z_image)
+    )
+    assert f"{tmp_path / 'no'} does not exist" in refusal(of(file, tmp_path / "no"))
     shutil.copy(file, tmp_path / "named-otherwise")
     assert f"alone; name the model that its other parts come from, such as {HUB}, in {PARTS}" in refusal(
         hyperparameters(pretrained_model_name_or_path=str(tmp_path / "named-otherwise"), method="lora")
     )
     save_file({"context_refiner.0.x": torch.ones(1)}, tmp_path / "lumina.safetensors")
+    assert "is a Lumina model, not a file of a denoiser alone" in refusal(
+        of(tmp_path / "lumina.safetensors", tiny_z_image, base_architecture="z_image")
+    )
     with pytest.raises(UserError, match="is a Lumina model"):
         load_base(hyperparameters(pretrained_model_name_or_path=str(tmp_path / "lumina.safetensors")))
 
