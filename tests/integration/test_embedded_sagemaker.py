@@ -25,7 +25,7 @@ from tests.helpers.jobs import SMALL, read_weights, same_weights
 from tests.helpers.services import Workplace, eventually
 
 NO_CLASS = {"class_prompt": "None"}
-STEPS = 40
+STEPS = 24
 LONG = {**NO_CLASS, "max_train_steps": str(STEPS), "save_steps": "4", "checkpoints_total_limit": "2"}
 PIPELINE = {"model_index.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
 
@@ -187,7 +187,7 @@ def test_what_is_no_whole_model_yet_is_not_downloaded(
     workplace: Workplace, pictures: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     target = workplace.bucket / "whole"
-    values = {**NO_CLASS, "validation_prompt": "a toy", "validation_guidance_scale": "1", "max_train_steps": "100"}
+    values = {**NO_CLASS, "validation_prompt": "a toy", "validation_guidance_scale": "1", "max_train_steps": "40"}
     job = workplace.train(pictures, tiny_base, {**values, "manual_upload_model_path": str(target)})
     eventually(job.samples)
     with pytest.raises(UserError, match=r"has no whole model in .* yet: it is InProgress"):
