@@ -13,7 +13,7 @@ from tests.helpers.jobs import JobTree, read_weights, same_weights
 
 EXAMPLES = Path(__file__).parents[1] / "data" / "duck_toy"
 SIZES = [(120, 80), (120, 90), (80, 120), (100, 100)]
-STEPS = 40
+STEPS = 12
 MIXED = {
     "instance_prompt": "photo of zwx toy, [filewords]",
     "class_prompt": "None",
