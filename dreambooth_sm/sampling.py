@@ -158,7 +158,8 @@ def draw_latents(
 def decode(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
     """Scaled latents ``(pictures, 4, h, w)`` as pictures; in tiles where the device has no memory for more."""
     vae = pipeline.vae
-    scaled = family_of(pipeline).denormalise(vae.config, latents.to(vae.dtype))
+    family = family_of(pipeline)
+    scaled = family.denormalise(family.scale(vae), latents.to(vae.dtype))
     pixels = None
     with contextlib.suppress(torch.OutOfMemoryError):
         pixels = vae.decode(scaled).sample

@@ -342,7 +342,7 @@ class Latents:
         cached: bool,
     ) -> None:
         self._pictures, self._shapes, self._views = list(pictures), list(shapes), list(views)
-        self._vae, self._config, self._family = vae, vae.config, family
+        self._vae, self._scale, self._family = vae, family.scale(vae), family
         # Mean and deviation of every view, a row each.
         self._cache: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         if cached:
@@ -351,7 +351,7 @@ class Latents:
 
     def append(self, latents: torch.Tensor) -> None:
         """A further row of the picture table, which is given as scaled latents ``(4, h, w)`` and has a single view."""
-        mean = self._family.denormalise(self._config, latents[None])
+        mean = self._family.denormalise(self._scale, latents[None])
         self._add(Path(), (latents.shape[2], latents.shape[1]), [View()])
         self._cache[len(self._pictures) - 1] = mean, torch.zeros((), device=mean.device).expand_as(mean)
 
@@ -370,7 +370,7 @@ class Latents:
         """Scaled latents ``(rows, 4, h, w)`` of a batch, whose pictures have one shape; float32, on the device."""
         pairs = zip(batch.pictures.tolist(), batch.views.tolist(), strict=True)
         mean, deviation = (torch.stack(parts) for parts in zip(*(self._moments(*pair) for pair in pairs), strict=True))
-        return self._family.normalise(self._config, mean + deviation * batch.latent_noise.to(mean.device))
+        return self._family.normalise(self._scale, mean + deviation * batch.latent_noise.to(mean.device))
 
     def _moments(self, row: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation ``(4, h, w)`` of one view."""
@@ -392,7 +392,7 @@ class Latents:
     def _encode(self, row: int, views: list[View]) -> tuple[torch.Tensor, torch.Tensor]:
         if is_latents(self._pictures[row]):
             latents = read_latents(self._pictures[row])[None].to(self._vae.device)
-            mean = self._family.denormalise(self._config, latents)
+            mean = self._family.denormalise(self._scale, latents)
             return mean, torch.zeros_like(mean)
         shape = self._shapes[row]
         picture = open_picture(self._pictures[row], shape)

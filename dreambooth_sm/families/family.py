@@ -101,14 +101,13 @@ class Family(Protocol):
     def objective(self, model: Any, h: LossKnobs) -> Objective:
         """Makes the objective that the model was trained with; its tensors are on the CPU."""
 
-    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        """Turns the VAE's latents into those that the denoiser is shown.
+    def scale(self, vae: Any) -> Any:
+        """What :meth:`normalise` needs of a VAE, which may be let go of then."""
 
-        Args:
-            vae: its configuration.
-        """
+    def normalise(self, scale: Any, latents: Tensor) -> Tensor:
+        """Turns the VAE's latents into those that the denoiser is shown."""
 
-    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+    def denormalise(self, scale: Any, latents: Tensor) -> Tensor:
         """The inverse of :meth:`normalise`."""
 
     def vae_dtype(self, vae: Any) -> torch.dtype:

@@ -114,11 +114,14 @@ class StableDiffusion:
 
         return Diffusion.of(model.scheduler, h.snr_gamma, h.debiased_loss)
 
-    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        return latents * float(vae.scaling_factor)
+    def scale(self, vae: Any) -> float:
+        return float(vae.config.scaling_factor)
 
-    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
-        return latents / float(vae.scaling_factor)
+    def normalise(self, scale: float, latents: Tensor) -> Tensor:
+        return latents * scale
+
+    def denormalise(self, scale: float, latents: Tensor) -> Tensor:
+        return latents / scale
 
     def vae_dtype(self, vae: Any) -> torch.dtype:
         import torch

@@ -290,11 +290,16 @@ class ZImage:
         shift = {"auto": own, "resolution": by_size}[h.time_shift] if isinstance(h.time_shift, str) else h.time_shift
         return FlowMatching.of(shift, h.time_sampling, _TIMES)
 
-    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        return (latents - float(vae.shift_factor)) * float(vae.scaling_factor)
+    def scale(self, vae: Any) -> tuple[float, float]:
+        return float(vae.config.shift_factor), float(vae.config.scaling_factor)
 
-    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
-        return latents / float(vae.scaling_factor) + float(vae.shift_factor)
+    def normalise(self, scale: tuple[float, float], latents: Tensor) -> Tensor:
+        shift, factor = scale
+        return (latents - shift) * factor
+
+    def denormalise(self, scale: tuple[float, float], latents: Tensor) -> Tensor:
+        shift, factor = scale
+        return latents / factor + shift
 
     def vae_dtype(self, vae: Any) -> torch.dtype:
         import torch

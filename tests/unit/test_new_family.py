@@ -120,11 +120,16 @@ class Flow:
     def objective(self, model: Any, h: LossKnobs) -> FlowMatching:
         return FlowMatching()
 
-    def normalise(self, vae: Any, latents: Tensor) -> Tensor:
-        return (latents - SHIFT) * SCALE
+    def scale(self, vae: Any) -> tuple[float, float]:
+        return SHIFT, SCALE
 
-    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
-        return latents / SCALE + SHIFT
+    def normalise(self, scale: Any, latents: Tensor) -> Tensor:
+        shift, factor = scale
+        return (latents - shift) * factor
+
+    def denormalise(self, scale: Any, latents: Tensor) -> Tensor:
+        shift, factor = scale
+        return latents / factor + shift
 
     def vae_dtype(self, vae: Any) -> torch.dtype:
         return torch.bfloat16
