@@ -28,6 +28,7 @@ from dreambooth_sm.report import Reporter
 from dreambooth_sm.selection import Examiner
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.schedule import Schedule
+from tests.helpers.drawing import draw_otherwise
 from toybox import paint, toys
 
 STEPS = 80
@@ -56,16 +57,18 @@ def subject(toybox_base: PretrainedModel, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("subject")
     for number, scene in enumerate(toys.scenes_of(toys.HELD_OUT["teal_hatter"], 5, seed=0)):
         paint.paint(scene).save(folder / f"{number}.png")
-    images = ClassImages(
-        toybox_base.pipeline(),
-        batch_size=8,
-        guidance=1.5,
-        remote=None,
-        scratch=folder / "scratch",
-        shown=folder / "shown",
-        report=Reporter(io.StringIO()),
-        stop=threading.Event(),
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        draw_otherwise(patch.setattr, class_steps=10)
+        images = ClassImages(
+            toybox_base.pipeline(),
+            batch_size=8,
+            guidance=1.5,
+            remote=None,
+            scratch=folder / "scratch",
+            shown=folder / "shown",
+            report=Reporter(io.StringIO()),
+            stop=threading.Event(),
+        )
     photos = Subject(tuple(sorted(folder.iterdir())), "photo of zwx toy", "photo of a toy", folder / "class", ())
     return images.complete(photos, [(128, 128)] * 24)
 
