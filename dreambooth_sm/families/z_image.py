@@ -14,6 +14,7 @@ from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint
 from dreambooth_sm.families.family import LossKnobs, Pair
 from dreambooth_sm.families.file_rules import is_number
+from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_prompts, reader_problems
 
 if TYPE_CHECKING:
     import torch
@@ -26,13 +27,9 @@ _LINEAR = (*_ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 # The transformer's sequences are multiples of this; words of its own fill them up.
 _MULTIPLE = 32
 _PATCH, _TIMES = 2, 1000
-# The longest prompt with its template, as the pipeline reads it.
-_WINDOW = 512
 # How the shift of times grows with the words of a picture, of schedules that say nothing else (Esser et al. 2024,
 # "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis").
 _SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
-_FROZEN = "its text encoder is a language model, which stays as it is"
-_NO_SCHEDULE = "it is trained by flow matching, which has no such schedule of noise"
 
 
 class _Files:
@@ -70,12 +67,7 @@ class _Files:
 
     def fit_problems(self, pipeline: Any) -> list[str]:
         transformer, vae, text = pipeline.transformer.config, pipeline.vae.config, pipeline.text_encoder.config
-        tokenizer = pipeline.tokenizer
-        problems = []
-        if not tokenizer.chat_template:
-            problems.append("its tokenizer has no chat template, which prompts are put into; copy the directory again")
-        if len(tokenizer) > text.vocab_size:
-            problems.append(f"the tokenizer has {len(tokenizer)} tokens and the text encoder {text.vocab_size}")
+        problems = reader_problems(pipeline.tokenizer, text)
         if vae.latent_channels != transformer.in_channels:
             problems.append(
                 f"the VAE makes latents of {vae.latent_channels} channels, and the transformer takes "
@@ -151,51 +143,18 @@ class ZImage:
         hint="z-image",
         overflows=True,
         multiple=16,
-        longest_prompt=_WINDOW,
+        longest_prompt=WINDOW,
         matches_flow=True,
         takes={
-            "train_text_encoder": (("auto", False), _FROZEN),
-            "text_encoder_lr": ((None,), _FROZEN),
-            "max_token_length": ((75,), f"it reads prompts of up to {_WINDOW} tokens at once"),
-            "pad_tokens": ((True,), "how prompts are filled up is the model's own"),
-            "prediction_type": (("auto",), _NO_SCHEDULE),
-            "snr_gamma": ((None,), _NO_SCHEDULE),
-            "debiased_loss": ((False,), _NO_SCHEDULE),
-            "use_ema_weights": ((False,), "it comes as a directory, without an average"),
-            "pretrained_vae_name_or_path": ((None,), "its latents are those of its own VAE"),
+            **TAKES,
             "mixed_precision": (("auto", "bf16", "no"), "its values are beyond the range of fp16"),
-            "attention": (("auto", "default", "flash_attention"), "xformers does not know its rotary positions"),
-            "lora_variant": (("lora",), "programs that draw with it read LoRA alone"),
-            "lora_targets": (("attention", "linear"), "it has no convolutions"),
-            "bucket_step": ((64,), "sides are multiples of 16"),
         },
     )
 
     def tokenize(
         self, model: Any, prompts: Sequence[str], *, max_tokens: int | None = 75, pad: bool = True
     ) -> dict[str, Tensor]:
-        """Puts prompts into the chat template; all are filled up to the pipeline's length.
-
-        Args:
-            max_tokens: None cuts longer ones off, as the pipeline does; otherwise they are refused.
-        """
-        from dreambooth_sm.errors import UserError
-
-        texts = [_in_template(model.tokenizer, prompt) for prompt in prompts]
-        if max_tokens is not None:
-            counts = [len(ids) for ids in model.tokenizer(texts, verbose=False).input_ids]
-            problems = {
-                f"the prompt {prompt!r} has {count} tokens with its template, and {self.facts.title} reads {_WINDOW}; "
-                "shorten it"
-                for prompt, count in zip(prompts, counts, strict=True)
-                if count > _WINDOW
-            }
-            if problems:
-                raise UserError(sorted(problems))
-        read = model.tokenizer(
-            texts, padding="max_length", max_length=_WINDOW, truncation=True, return_tensors="pt", verbose=False
-        )
-        return {"ids": read.input_ids, "mask": read.attention_mask.bool()}
+        return read_prompts(model.tokenizer, prompts, self.facts.title, thinking=True, max_tokens=max_tokens)
 
     def encode(self, model: Any, tokens: Mapping[str, Tensor]) -> Conditioning:
         import torch
@@ -286,9 +245,7 @@ class ZImage:
         config = model.scheduler.config
         pixels = _PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
         by_size = math.exp(_shift(config, (h.resolution // pixels) ** 2))
-        own = by_size if config.get("use_dynamic_shifting") else float(config.shift)
-        shift = {"auto": own, "resolution": by_size}[h.time_shift] if isinstance(h.time_shift, str) else h.time_shift
-        return FlowMatching.of(shift, h.time_sampling, _TIMES)
+        return FlowMatching.of(chosen_shift(h, config, by_size), h.time_sampling, _TIMES)
 
     def scale(self, vae: Any) -> tuple[float, float]:
         return float(vae.config.shift_factor), float(vae.config.scaling_factor)
@@ -369,12 +326,6 @@ def run_in_fewer_passes(
     asked = norm(block.ffn_norm1, hidden, scales[1])
     made = feed_forward.w2(swiglu(feed_forward.w1(asked), feed_forward.w3(asked)))
     return norm(block.ffn_norm2, made, gates[1], hidden)
-
-
-def _in_template(tokenizer: Any, prompt: str) -> str:
-    said = [{"role": "user", "content": prompt}]
-    text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True, enable_thinking=True)
-    return text
 
 
 def _shift(config: Any, words: int) -> float:
