@@ -71,7 +71,10 @@ def _places(name: str, layer: Layer, facts: Facts, known: frozenset[str]) -> dic
     # Of other kinds, it only counts whether they are divided.
     outputs, inputs = (layer.up.shape[0], layer.down.shape[1]) if isinstance(layer, LowRank) else (3, 1)
     weight = torch.empty(outputs, inputs, device="meta")
-    made = converted_names({f"{name}.weight": weight}, class_of(facts.pipeline, facts.denoiser))
+    try:
+        made = converted_names({f"{name}.weight": weight}, class_of(facts.pipeline, facts.denoiser))
+    except Exception:  # of names that it does not expect
+        return {name: None}
     places: dict[str, slice | None] = {}
     for new, part in made.items():
         first = int(part.storage_offset()) // inputs

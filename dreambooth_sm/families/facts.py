@@ -56,6 +56,21 @@ class AdaptedLayers:
 
 
 @dataclass(frozen=True)
+class MakersName:
+    """What a model's makers, and ComfyUI, call layers of diffusers.
+
+    Attributes:
+        ours: pattern for the whole of diffusers' name, with a group for the number of a block.
+        theirs: with ``{}`` for that number.
+        third: which third of the outputs it is, of queries, keys and values that are one layer; None: all.
+    """
+
+    ours: re.Pattern[str]
+    theirs: str
+    third: int | None = None
+
+
+@dataclass(frozen=True)
 class Drawing:
     """How pictures are drawn where nobody says otherwise.
 
@@ -93,18 +108,22 @@ class Facts:
         methods: that can train it, each with the defaults of hyperparameters that are others for it.
         adapted: the layers that adapters may lie beside, by the choices of ``lora_targets``.
         licences: by the start of a base model's name, as the hub gives them.
+        gates: licences that do not allow every use, each with what is found in the names of models under it.
         folder: of a pipeline directory, and ``tensor`` of a single file's header: those that no other family has. Of
             files that hold the denoiser alone it is a whole name.
         names: found in what makers call their models, and ``hint``, the one to tell users of.
         has_single_file: whether single files hold all parts of its models, and are written as well; those of other
             families hold the denoiser alone.
         adapters: the layout of adapters' files beside diffusers' own: ``kohya`` or ``comfyui``.
+        scale_option: of its pipeline, for an adapter's strength.
+        makers_names: of layers that ComfyUI knows by other names than diffusers'.
         files: what its files have to be like; None: as those of Stable Diffusion.
         distilled: found in the names of models that were distilled into fewer steps, which training undoes.
         overflows: whether fp16 is too small for its values, so that it needs a card with bf16.
         multiple: of which pictures' sides have to be, in pixels.
         longest_prompt: in tokens; None where a hyperparameter says it.
         matches_flow: whether it is trained by flow matching.
+        draws_latents: whether a picture's latents are drawn from what the VAE says of them; or else are its mean.
         takes: hyperparameters that have to have one of some values, each with these and the reason.
     """
 
@@ -122,18 +141,22 @@ class Facts:
     methods: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"full": {}})
     adapted: Mapping[str, AdaptedLayers] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)
+    gates: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     folder: str | None = None
     tensor: bytes | None = None
     names: re.Pattern[str] | None = None
     hint: str | None = None
     has_single_file: bool = True
     adapters: Literal["kohya", "comfyui"] = "kohya"
+    scale_option: str = "cross_attention_kwargs"
+    makers_names: tuple[MakersName, ...] = ()
     files: FileRules | None = None
     distilled: re.Pattern[str] | None = None
     overflows: bool = False
     multiple: int = 8
     longest_prompt: int | None = None
     matches_flow: bool = False
+    draws_latents: bool = True
     takes: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)
 
     @property

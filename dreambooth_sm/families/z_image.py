@@ -135,6 +135,7 @@ class ZImage:
         tensor=b"layers.0.adaLN_modulation.0.weight",
         has_single_file=False,
         adapters="comfyui",
+        scale_option="joint_attention_kwargs",
         files=_Files(),
         tags=("z-image",),
         licences={"Tongyi-MAI/Z-Image": "apache-2.0"},

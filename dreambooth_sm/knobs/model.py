@@ -75,6 +75,12 @@ class ModelKnobs(Knobs):
         "Train a model that was distilled to draw in a few steps (Turbo) all the same: it unlearns that. What is "
         "trained beside its base model can usually be drawn with beside it.",
     )
+    accept_license: str | None = knob(
+        None,
+        "A licence that does not allow every use, which you accept, by the name that a job says when it refuses a base "
+        "model under it.",
+        resume="free",
+    )
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = knob(
         "auto", "What the base model's UNet predicts. auto: as the model says."
     )
@@ -85,6 +91,13 @@ class ModelKnobs(Knobs):
         if self.base_architecture == "auto":
             return find_family(self.pretrained_model_name_or_path)
         return self.base_architecture
+
+    @property
+    def licence_note(self) -> str | None:
+        """What a plan says of a licence that was accepted."""
+        if self.accept_license is None:
+            return None
+        return f"accept_license={self.accept_license}: the base model's licence does not allow every use"
 
     @rule("pretrained_model_name_or_path")
     def _base_can_be_found(self) -> Iterator[str]:
@@ -100,6 +113,12 @@ class ModelKnobs(Knobs):
         for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
             if not self.train_distilled:
                 yield from distilled_problems(field, getattr(self, field) or "", facts)
+
+    @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path", "accept_license")
+    def _licence_is_accepted(self) -> Iterator[str]:
+        facts = FAMILIES[self.architecture].facts
+        for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
+            yield from licence_problems(field, getattr(self, field) or "", facts, self.accept_license)
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path")
     def _all_parts_are_named(self) -> Iterator[str]:
@@ -139,12 +158,32 @@ def distilled_problems(option: str, name: str, facts: Facts) -> Iterator[str]:
         option: that has the name.
         facts: of its family.
     """
-    last = "/".join(name.rstrip("/").split("/")[-2:])
-    if facts.distilled and facts.distilled.search(last):
+    if facts.distilled and facts.distilled.search(_last(name)):
         yield (
             f"{option}: {short(name)} is distilled to draw in a few steps, which training undoes; train {facts.title} "
             "itself, whose adapters can be drawn with beside it, or set train_distilled=true"
         )
+
+
+def licence_problems(option: str, name: str, facts: Facts, accepted: str | None) -> Iterator[str]:
+    """Says that a model is under a licence that has to be accepted, where its name does.
+
+    Args:
+        option: that has the name.
+        facts: of its family.
+        accepted: the licence that is.
+    """
+    for licence, names in facts.gates.items():
+        if names.search(_last(name)) and accepted != licence:
+            yield (
+                f"{option}: {short(name)} is under the licence {licence}, which does not allow every use; read it, and "
+                f"set accept_license={licence} if it allows yours"
+            )
+
+
+def _last(name: str) -> str:
+    """The part of a model's name that its makers gave it."""
+    return "/".join(name.rstrip("/").split("/")[-2:])
 
 
 def _may_be_model(name: str) -> bool:

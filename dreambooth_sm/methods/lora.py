@@ -66,7 +66,7 @@ class Lora:
         variant, export = hyperparameters["lora_variant"], hyperparameters["export"]
         facts = next((each.facts for each in FAMILIES.values() if each.facts.pipeline == pipeline), None)
         comfyui = facts is not None and facts.adapters == "comfyui"
-        scale = f"{'joint' if comfyui else 'cross'}_attention_kwargs={{'scale': 0.5}}"
+        option = facts.scale_option if facts else "cross_attention_kwargs"
         told = []
         if export != "merged" and variant in DIFFUSERS_VARIANTS:
             told.append(f"""```python
@@ -74,7 +74,7 @@ from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained({base!r})
 pipeline.load_lora_weights('.')  # this directory
-picture = pipeline({prompt!r}).images[0]  # {scale}: half as much of it
+picture = pipeline(prompt={prompt!r}).images[0]  # {option}={{'scale': 0.5}}: half as much of it
 ```""")
         if export != "merged" and variant in FLAT_VARIANTS:
             webui = (
@@ -92,7 +92,7 @@ picture = pipeline({prompt!r}).images[0]  # {scale}: half as much of it
 from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained('.')  # this directory
-picture = pipeline({prompt!r}).images[0]
+picture = pipeline(prompt={prompt!r}).images[0]
 ```""".strip()
             )
         if not told:

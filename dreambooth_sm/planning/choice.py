@@ -31,17 +31,18 @@ def make_plan(h: Hyperparameters, card: Card) -> Plan:
     if problems:
         raise UserError(problems)
     if h.use_cpu or card.is_cpu:
-        return _with_preset(_cpu_plan(h, card), h)
+        return _as_asked(_cpu_plan(h, card), h)
     plans = _candidates(h, card)
     for plan in plans:
         if plan.predicted_peak_gb <= card.budget_gb:
-            return _with_preset(plan, h)
+            return _as_asked(plan, h)
     raise UserError(_too_large(h, card, plans[-1]))
 
 
-def _with_preset(plan: Plan, h: Hyperparameters) -> Plan:
-    """A plan whose notes say what a preset set."""
-    return dataclasses.replace(plan, notes=(h.preset_note, *plan.notes)) if h.preset_note else plan
+def _as_asked(plan: Plan, h: Hyperparameters) -> Plan:
+    """A plan whose notes say what a preset set, and which licence was accepted."""
+    asked = tuple(note for note in (h.licence_note, h.preset_note) if note)
+    return dataclasses.replace(plan, notes=(*asked, *plan.notes)) if asked else plan
 
 
 def smaller_plan(plan: Plan, h: Hyperparameters) -> Plan | None:

@@ -21,6 +21,8 @@ from dreambooth_sm.stored.model import check_complete, check_plain
 
 # What makers leave in files, and no model of diffusers has a place for.
 _NEEDLESS = re.compile(r"norm_final\.weight")
+# Bytes of a tensor that another one is computed of, and that lies in memory.
+_MOST_COMPUTED = 2**30
 
 
 def read_denoiser(file: TensorFile, part: str, module: nn.Module) -> dict[str, Stored]:
@@ -42,13 +44,24 @@ def read_denoiser(file: TensorFile, part: str, module: nn.Module) -> dict[str, S
     origins = {id(tensor): name for name, tensor in shown.items()}
     tensors: dict[str, Stored] = {}
     used: set[str] = set()
+    computed: list[str] = []
     for name, made in _converted(file, shown, module).items():
         origin = origins.get(id(made if made._base is None else made._base))
         if origin is None or not made.is_contiguous():
-            raise UserError(f"{file.path}: diffusers computes {name} of other tensors; name a diffusers directory")
+            computed.append(name)
+            continue
         tensors[name] = found[origin].part(int(made.storage_offset()), tuple(made.shape))
         if name in module.state_dict():
             used.add(origin)
+    if computed:
+        # Such as halves that change places: the converter is shown the values of each tensor that no other one is of.
+        for origin in [name for name in found if name not in used]:
+            if found[origin].numel * found[origin].dtype.itemsize > _MOST_COMPUTED:
+                raise UserError(f"{file.path}: diffusers computes {computed[0]} of others; name a diffusers directory")
+            values = _converted(file, {origin: found[origin].read()}, module)
+            for name in set(computed) & values.keys():
+                tensors[name] = Stored.of(values[name].contiguous())
+                used.add(origin)
     check_complete(str(file.path), part, module, tensors)
     if strange := [name for name in found if name not in used and not _NEEDLESS.fullmatch(name)]:
         raise UserError(

@@ -141,7 +141,8 @@ def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, An
     problems = [
         f"{where}: its {part} is a {entry[1]}; this project takes a {kind} there"
         for part, kind in wanted.items()
-        if isinstance(entry := index.get(part), list) and entry[1:] not in ([], [None], [kind], [f"{kind}Fast"])
+        if isinstance(entry := index.get(part), list)
+        and entry[1:] not in ([], [None], *([each] for each in _named(kind)))
     ]
     problems += [
         f"{directory / part} is missing; copy the whole pipeline directory"
@@ -151,6 +152,11 @@ def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, An
     if problems:
         raise UserError(problems)
     return index, names
+
+
+def _named(kind: str) -> tuple[str, ...]:
+    """What indices call a class: fast tokenizers have a name of their own, and language models one with their head."""
+    return kind, f"{kind}Fast", kind.removesuffix("Model") + "ForCausalLM"
 
 
 def read_part(

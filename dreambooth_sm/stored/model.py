@@ -207,16 +207,21 @@ def weights_of(module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dt
     Args:
         dtype: see :meth:`StoredModel.load`.
     """
-    found = {name: tensors[name] for name in module.state_dict()}
+    found = {name: tensors[name] for name in _weights(module)}
     return {
         name: tensor.cast(dtype or (tensor.dtype if tensor.dtype in _HALF else torch.float32))
         for name, tensor in found.items()
     }
 
 
+def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's values by name, without counts, such as how many batches a norm has seen."""
+    return {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+
+
 def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str, Stored]) -> None:
     """Raises UserError where a weight of ``module`` is missing, quantised, or has another shape."""
-    for key, value in module.state_dict().items():
+    for key, value in _weights(module).items():
         if key not in tensors:
             raise UserError(f"{name}: {part} lacks {key}; copy all of the model's files again, or take another version")
         tensor = tensors[key]

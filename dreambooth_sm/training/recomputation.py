@@ -67,10 +67,13 @@ def checkpoint_activations(module: Any) -> None:
     if hasattr(module, "gradient_checkpointing_enable"):  # of transformers
         module.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         return
+    if hasattr(
+        module, "enable_gradient_checkpointing"
+    ):  # of diffusers: transformers, and kinds of blocks not known here
+        module.enable_gradient_checkpointing(recomputed)
     if not hasattr(module, "up_blocks"):
-        module.gradient_checkpointing = True  # the family's predict reads it
+        module.gradient_checkpointing = True  # the family's predict may read it
         return
-    module.enable_gradient_checkpointing(recomputed)  # the middle block, and kinds of blocks not known here
     for block in (*module.down_blocks, *module.up_blocks):
         forward = _FORWARDS.get(type(block).__name__)
         if forward is not None:

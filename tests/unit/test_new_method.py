@@ -59,6 +59,10 @@ class Biases:
         return "Put them into the denoiser."
 
 
+# In place of biases, the weights of queries' norms, where layers have none.
+BIASES = ("bias", "norm_q.weight")
+
+
 class TrainedBiases:
     rates: Mapping[str, float] = {}
 
@@ -67,7 +71,7 @@ class TrainedBiases:
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.model.denoiser.named_parameters() if name.endswith("bias")}
+        return {name: p for name, p in self.model.denoiser.named_parameters() if name.endswith(BIASES)}
 
     def load(self) -> None:
         self.model.load(self.model.family.facts.denoiser)
@@ -145,7 +149,7 @@ def test_it_runs_whole_jobs_and_is_resumed(family: str, request: pytest.FixtureR
     model = tmp_path / "whole" / "model"
     exported = load_file(model / "zwx.safetensors")
     assert exported
-    assert all(name.endswith("bias") for name in exported)
+    assert all(name.endswith(BIASES) for name in exported)
     assert "with other biases" in (model / "README.md").read_text()
     assert "bitfit" in (model / "README.md").read_text()
     assert json.loads((model / "report.json").read_text())["hyperparameters"]["learning_rate"] == 1e-2
