@@ -19,8 +19,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     PNDMScheduler,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -92,6 +94,19 @@ def sdxl() -> PretrainedModel:
     return _put_away(PretrainedModel("sdxl", FAMILIES["sdxl"], parts))
 
 
+# The language model of 4 billion parameters that both transformers read prompts with.
+_QWEN3 = {
+    "vocab_size": 151_936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40_960,
+}
+
+
 def z_image(transformer: Mapping[str, Any] = MappingProxyType({}), **text: Any) -> PretrainedModel:
     """Z-Image's architecture in bf16, likewise.
 
@@ -99,26 +114,33 @@ def z_image(transformer: Mapping[str, Any] = MappingProxyType({}), **text: Any) 
         transformer, text: what differs from the true sizes.
     """
     torch.manual_seed(0)
-    tokenizer = chat_tokenizer()
-    sizes = {
-        "vocab_size": 151_936,
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40_960,
-    }
     vae: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
     parts = {
         "transformer": _made(lambda: ZImageTransformer2DModel(**transformer)),
         "vae": _made(lambda: _vae(**vae, use_quant_conv=False, use_post_quant_conv=False)),
-        "text_encoder": _made(lambda: Qwen3Model(Qwen3Config(**{**sizes, **text}))),
-        "tokenizer": tokenizer,
+        "text_encoder": _made(lambda: Qwen3Model(Qwen3Config(**{**_QWEN3, **text}))),
+        "tokenizer": chat_tokenizer(),
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
     }
     return _put_away(PretrainedModel("z_image", FAMILIES["z_image"], parts))
+
+
+def flux2_klein() -> PretrainedModel:
+    """FLUX.2 klein base 4B's architecture in bf16, likewise."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+    parts = {
+        "transformer": _made(lambda: Flux2Transformer2DModel(**sizes, joint_attention_dim=7680, guidance_embeds=False)),
+        "vae": _made(
+            lambda: AutoencoderKLFlux2(
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4
+            )
+        ),
+        "text_encoder": _made(lambda: Qwen3Model(Qwen3Config(**_QWEN3))),
+        "tokenizer": chat_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    return _put_away(PretrainedModel("flux2_klein", FAMILIES["flux2"], parts))
 
 
 def _made(make: Callable[[], torch.nn.Module]) -> Any:
@@ -137,8 +159,13 @@ def _made(make: Callable[[], torch.nn.Module]) -> Any:
 
 
 # What `--model` takes, and the families of these models.
-MODELS: dict[str, Callable[[], PretrainedModel]] = {"sd15": sd15, "sdxl": sdxl, "z_image": z_image}
-_FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "z_image": "z_image"}
+MODELS: dict[str, Callable[[], PretrainedModel]] = {
+    "sd15": sd15,
+    "sdxl": sdxl,
+    "z_image": z_image,
+    "flux2_klein": flux2_klein,
+}
+_FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "z_image": "z_image", "flux2_klein": "flux2"}
 
 
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:

@@ -1,12 +1,12 @@
-"""Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, SDXL or Z-Image at
-1,024.
+"""Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, SDXL, Z-Image or FLUX.2
+klein at 1,024.
 
     python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
         [--write dreambooth_sm/planning/measured]
 
 One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures:
 ``train_dreambooth.py``, ``train_dreambooth_lora.py`` or, with another model, ``train_dreambooth_lora_sdxl.py`` or
-``train_dreambooth_lora_z_image.py``.
+``train_dreambooth_lora_z_image.py`` or ``train_dreambooth_lora_flux2_klein.py``.
 """
 
 from __future__ import annotations
@@ -113,7 +113,10 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 # Those that the others are measured with.
 OTHERS_VARIANTS = {
     "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small", "lora_linear"),
-    "z_image": ("lora", "lora_small", "lora_alone", "lora_alone_small", "lora_alone_nf4", "lora_linear"),
+    **dict.fromkeys(
+        ("z_image", "flux2_klein"),
+        ("lora", "lora_small", "lora_alone", "lora_alone_small", "lora_alone_nf4", "lora_linear"),
+    ),
 }
 # The variants that estimates are made from, and what their figures are called; of adapters, where they lie beside the
 # layers that a job adapts by default. `lean` is a rung that no card of benchmarks.tiers gets.
@@ -137,8 +140,9 @@ FIGURES = {
 }
 _PRIOR = ["--with_prior_preservation"]
 _LORA = ["--mixed_precision=bf16", "--rank=16", *_PRIOR]
-# Its script of 0.42 fails with prior preservation: one picture a step, as `lora_alone`.
+# Z-Image's script of 0.42 fails with prior preservation: one picture a step, as `lora_alone`.
 _ALONE = ["--mixed_precision=bf16", "--rank=16", "--cache_latents"]
+_FLOW = {"diffusers_lora_alone": _ALONE, "diffusers_lora_alone_small": [*_ALONE, "--gradient_checkpointing"]}
 # diffusers' settings of the same jobs, by script.
 PEERS = {
     "train_dreambooth": {
@@ -148,10 +152,8 @@ PEERS = {
     },
     "train_dreambooth_lora": {"diffusers_lora": _LORA, "diffusers_lora_small": [*_LORA, "--gradient_checkpointing"]},
     "train_dreambooth_lora_sdxl": {"diffusers_lora": _LORA},
-    "train_dreambooth_lora_z_image": {
-        "diffusers_lora_alone": _ALONE,
-        "diffusers_lora_alone_small": [*_ALONE, "--gradient_checkpointing"],
-    },
+    "train_dreambooth_lora_z_image": _FLOW,
+    "train_dreambooth_lora_flux2_klein": _FLOW,
 }
 
 

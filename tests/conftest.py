@@ -103,6 +103,14 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.2 klein pipeline of 1 M parameters; not to be written to."""
+    from tests.helpers.tiny import save_tiny_flux2_pipeline
+
+    return save_tiny_flux2_pipeline(tmp_path_factory.mktemp("base") / "tiny-flux2-klein-base")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pictures of the example subject, scaled down; not to be written to."""
     from PIL import Image

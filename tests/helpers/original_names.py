@@ -130,3 +130,50 @@ def z_image_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         elif ".to_k." not in name and ".to_v." not in name:
             found[z_image_name(name)] = value
     return found
+
+
+_FLUX2 = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "proj_out": "final_layer.linear",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+}
+_FLUX2_SINGLE = {"attn.to_qkv_mlp_proj": "linear1", "attn.to_out": "linear2"}
+_FLUX2_FUSED = {"img": ("to_q", "to_k", "to_v"), "txt": ("add_q_proj", "add_k_proj", "add_v_proj")}
+_FLUX2_NORMS = {"norm_q": "img", "norm_k": "img", "norm_added_q": "txt", "norm_added_k": "txt"}
+
+
+def flux2_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """FLUX.2's transformer as its makers name it: one matrix of queries, keys and values, the last modulation with its
+    halves the other way round."""
+    left, made = dict(tensors), {}
+    for block in sorted({name.split(".")[1] for name in left if name.startswith("transformer_blocks.")}):
+        for side, parts in _FLUX2_FUSED.items():
+            rows = [left.pop(f"transformer_blocks.{block}.attn.{part}.weight") for part in parts]
+            made[f"double_blocks.{block}.{side}_attn.qkv.weight"] = torch.cat(rows)
+    for name, value in left.items():
+        kind, _, rest = name.removesuffix(".weight").partition(".")
+        if name == "norm_out.linear.weight":
+            made["final_layer.adaLN_modulation.1.weight"] = torch.cat(value.chunk(2)[::-1])
+        elif not kind.endswith("transformer_blocks"):
+            made[f"{_FLUX2[name.removesuffix('.weight')]}.weight"] = value
+        else:
+            number, _, layer = rest.partition(".")
+            norm, single = layer.removeprefix("attn."), kind.startswith("single")
+            to = f"{'single' if single else 'double'}_blocks.{number}"
+            if norm in _FLUX2_NORMS:
+                place = "" if single else f"{_FLUX2_NORMS[norm]}_attn."
+                made[f"{to}.{place}norm.{'query' if norm.endswith('q') else 'key'}_norm.scale"] = value
+            else:
+                made[f"{to}.{(_FLUX2_SINGLE if single else _FLUX2)[layer]}.weight"] = value
+    return made

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -27,6 +30,7 @@ from transformers import (
     CLIPTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -157,6 +161,55 @@ def save_tiny_z_image_pipeline(directory: Path, *, shift: float = 6.0, seed: int
         )
         pipeline = ZImagePipeline(
             scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+        )
+    return _save(pipeline, directory)
+
+
+def save_tiny_flux2_pipeline(directory: Path, *, seed: int = 0) -> Path:
+    """Writes a diffusers directory of a FLUX.2 klein pipeline of some 1 M parameters, whose text encoder has a head."""
+    tokenizer = chat_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Flux2Transformer2DModel(
+            in_channels=4 * 8,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 32,
+            timestep_guidance_channels=32,
+            axes_dims_rope=(8, 8, 8, 8),
+            guidance_embeds=False,
+        )
+        text_encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=28,
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                head_dim=16,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+            )
+        )
+        vae = AutoencoderKLFlux2(
+            latent_channels=8,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(32,) * 4,
+            layers_per_block=1,
+            norm_num_groups=32,
+        )
+        torch.nn.init.normal_(vae.bn.running_mean)
+        torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+        pipeline = Flux2KleinPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
             vae=vae,
             text_encoder=text_encoder,
             tokenizer=tokenizer,

@@ -57,6 +57,22 @@ def loaded_z_image(tiny_z_image: Path) -> PretrainedModel:
     return load_base(hyperparameters(**values))
 
 
+@pytest.fixture(scope="session")
+def loaded_flux2(tiny_flux2: Path) -> PretrainedModel:
+    """The tiny FLUX.2 klein pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    values = {"pretrained_model_name_or_path": str(tiny_flux2), "method": "lora"}
+    return load_base(hyperparameters(**values))
+
+
+@pytest.fixture
+def flux2(loaded_flux2: PretrainedModel) -> PretrainedModel:
+    """The tiny FLUX.2 klein pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_flux2)
+
+
 @pytest.fixture
 def z_image(loaded_z_image: PretrainedModel) -> PretrainedModel:
     """The tiny Z-Image pipeline's parts, the test's own."""

@@ -49,7 +49,7 @@ def read_by_card(exported: Path, base: Any, method: str) -> Any:
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 # A tiny model of the family's true classes.
-BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base", "z_image": "loaded_z_image"}
+BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base", "z_image": "loaded_z_image", "flux2": "loaded_flux2"}
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
     "full": lambda exported, base: DiffusionPipeline.from_pretrained(exported),
@@ -60,7 +60,7 @@ READERS: dict[str, Callable[[Path, Any], Any]] = {
 }
 ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
 # One a family.
-QUICK = [("sd", "full"), ("sdxl", "textual_inversion"), ("z_image", "lora")]
+QUICK = [("sd", "full"), ("sdxl", "textual_inversion"), ("z_image", "lora"), ("flux2", "lora")]
 
 
 @pytest.fixture
@@ -108,5 +108,5 @@ def test_trains_resumes_and_exports(family: str, method: str, model: PretrainedM
     exported.mkdir()
     whole.trainable.export(exported, whole.h, torch.float32)
     pipeline = READERS[method](exported, base)
-    (picture,) = pipeline("photo of zwx toy", height=64, width=64, num_inference_steps=1).images
+    (picture,) = pipeline(prompt="photo of zwx toy", height=64, width=64, num_inference_steps=1).images
     assert picture.size == (64, 64)

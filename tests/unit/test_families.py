@@ -29,8 +29,10 @@ def test_the_parts_are_those_of_the_model_files() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_loaded_model_knows_its_family(name: str, tiny_base: Path, tiny_xl_base: Path, tiny_z_image: Path) -> None:
-    path = {"sd": tiny_base, "sdxl": tiny_xl_base, "z_image": tiny_z_image}[name]
+def test_a_loaded_model_knows_its_family(
+    name: str, tiny_base: Path, tiny_xl_base: Path, tiny_z_image: Path, tiny_flux2: Path
+) -> None:
+    path = {"sd": tiny_base, "sdxl": tiny_xl_base, "z_image": tiny_z_image, "flux2": tiny_flux2}[name]
     model = load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=name))
     assert model.family is FAMILIES[name] is family_of(model.pipeline())
     assert tuple(model.modules) == model.family.facts.parts
@@ -48,6 +50,8 @@ def test_a_loaded_model_knows_its_family(name: str, tiny_base: Path, tiny_xl_bas
         ("/models/ponyDiffusionV6.safetensors", "sdxl"),
         ("sd_xl_base_1.0.safetensors", "sdxl"),
         ("Tongyi-MAI/Z-Image", "z_image"),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "flux2"),
+        ("s3://models/flux2-klein-base/", "flux2"),
         ("Tongyi-MAI/Z-Image-Turbo", "z_image"),
         ("s3://models/zimage/", "z_image"),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),

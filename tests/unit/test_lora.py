@@ -256,6 +256,23 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     },
+    "flux2": {
+        "transformer": {
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        "text_encoder": {
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    },
 }
 
 
