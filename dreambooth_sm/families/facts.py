@@ -119,7 +119,8 @@ class Facts:
         makers_names: of layers that ComfyUI knows by other names than diffusers'.
         files: what its files have to be like; None: as those of Stable Diffusion.
         distilled: found in the names of models that were distilled into fewer steps, which training undoes.
-        overflows: whether fp16 is too small for its values, so that it needs a card with bf16.
+        overflows: whether fp16 is too small for its values, or was not tried, so that it needs a card with bf16;
+            ``takes`` says why.
         multiple: of which pictures' sides have to be, in pixels.
         longest_prompt: in tokens; None where a hyperparameter says it.
         matches_flow: whether it is trained by flow matching.

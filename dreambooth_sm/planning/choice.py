@@ -228,8 +228,8 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     if facts.overflows and not (card.is_cpu or h.use_cpu or card.has_bf16 or h.mixed_precision == "no"):
         able = next(name for name, other in CARDS.items() if other.has_bf16)
         problems.append(
-            f"{card.name} has no bf16, and {facts.title} computes values beyond the range of fp16; use a card with "
-            f"bf16, such as {able}"
+            f"{card.name} has no bf16, and {facts.title} is not trained in fp16: "
+            f"{facts.takes['mixed_precision'][1]}; use a card with bf16, such as {able}"
         )
     if not card.is_cpu and h.attention == "flash_attention" and card.capability < (8, 0):
         problems.append(f"attention=flash_attention: {card.name} can't run it; set attention to default or auto")

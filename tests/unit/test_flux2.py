@@ -317,7 +317,9 @@ def test_a_licence_that_is_accepted_is_named_in_the_plan() -> None:
 
 
 def test_cards_without_bf16_are_refused() -> None:
-    with pytest.raises(UserError, match=r"T4 has no bf16, and FLUX\.2 .* use a card with bf16, such as A10G"):
+    with pytest.raises(
+        UserError, match=r"T4 has no bf16, and FLUX\.2 .* it was not tried in fp16; use a card with bf16"
+    ):
         make_plan(parse(), CARDS["T4"])
     assert make_plan(parse(), CARDS["L4"]).precision == "bf16"
 
