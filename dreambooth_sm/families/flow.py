@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 WINDOW = 512
 _FROZEN = "its text encoder is a language model, which stays as it is"
 _NO_SCHEDULE = "it is trained by flow matching, which has no such schedule of noise"
+# How the shift of times grows with the words of a picture, of schedules that say nothing else (Esser et al. 2024,
+# "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis").
+_SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 # What transformers that match flows take of hyperparameters, and why nothing else.
 TAKES: Mapping[str, tuple[tuple[object, ...], str]] = {
     "train_text_encoder": (("auto", False), _FROZEN),
@@ -85,6 +88,13 @@ def chosen_shift(h: LossKnobs, config: Mapping[str, Any], by_size: float) -> flo
         return h.time_shift
     own = by_size if config.get("use_dynamic_shifting") else float(config["shift"])
     return {"auto": own, "resolution": by_size}[h.time_shift]
+
+
+def shift_by_words(config: Mapping[str, Any], words: int) -> float:
+    """The logarithm of the shift of times of pictures of so many words, as a scheduler's configuration says it."""
+    least, most, low, high = (float(config.get(name, usual)) for name, usual in _SHIFTS.items())
+    slope = (high - low) / (most - least)
+    return words * slope + (low - slope * least)
 
 
 def reader_problems(tokenizer: Any, encoder: Any) -> list[str]:

@@ -14,7 +14,7 @@ from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint
 from dreambooth_sm.families.family import LossKnobs, Pair
 from dreambooth_sm.families.file_rules import is_number
-from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_prompts, reader_problems
+from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_prompts, reader_problems, shift_by_words
 
 if TYPE_CHECKING:
     import torch
@@ -27,9 +27,6 @@ _LINEAR = (*_ATTENTION, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 # The transformer's sequences are multiples of this; words of its own fill them up.
 _MULTIPLE = 32
 _PATCH, _TIMES = 2, 1000
-# How the shift of times grows with the words of a picture, of schedules that say nothing else (Esser et al. 2024,
-# "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis").
-_SHIFTS = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
 class _Files:
@@ -228,7 +225,7 @@ class ZImage:
 
         scheduler = type(model.scheduler).from_config(model.scheduler.config)
         pixels = _PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
-        shift = _shift(scheduler.config, size[0] // pixels * (size[1] // pixels))
+        shift = shift_by_words(scheduler.config, size[0] // pixels * (size[1] // pixels))
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps).tolist(), mu=shift, device=device)
         scheduler.set_begin_index(0)
         return scheduler
@@ -245,7 +242,7 @@ class ZImage:
 
         config = model.scheduler.config
         pixels = _PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
-        by_size = math.exp(_shift(config, (h.resolution // pixels) ** 2))
+        by_size = math.exp(shift_by_words(config, (h.resolution // pixels) ** 2))
         return FlowMatching.of(chosen_shift(h, config, by_size), h.time_sampling, _TIMES)
 
     def scale(self, vae: Any) -> tuple[float, float]:
@@ -327,13 +324,6 @@ def run_in_fewer_passes(
     asked = norm(block.ffn_norm1, hidden, scales[1])
     made = feed_forward.w2(swiglu(feed_forward.w1(asked), feed_forward.w3(asked)))
     return norm(block.ffn_norm2, made, gates[1], hidden)
-
-
-def _shift(config: Any, words: int) -> float:
-    """The logarithm of the shift of pictures of so many words."""
-    least, most, low, high = (float(config.get(name, usual)) for name, usual in _SHIFTS.items())
-    slope = (high - low) / (most - least)
-    return words * slope + (low - slope * least)
 
 
 def _places_of_picture(filled: Tensor, high: int, wide: int, more: int) -> Tensor:
