@@ -18,6 +18,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.families import family_of
 from dreambooth_sm.fidelity import Fidelity
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.latents import latent_channels
 from dreambooth_sm.methods import Trainable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
@@ -127,7 +128,7 @@ def draw_together(
     text = {name: torch.cat([torch.stack([one[name][row] for one in read]) for row in (0, 1)]) for name in read[0]}
     conditions = dataclasses.replace(sampler.embedded[prompts[0]], text=text)
     side = SIDE // pipeline.vae_scale_factor
-    shape = (pipeline.vae.config.latent_channels, side, side)
+    shape = (latent_channels(pipeline.vae), side, side)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(DEVICE) * scheduler.init_noise_sigma
     for time in scheduler.timesteps:

@@ -16,6 +16,7 @@ from dreambooth_sm import sources, toybox
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.families import FAMILIES, Family, family_of
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.latents import latent_scale
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.stored.directory import check_parts, read_directory, read_part, write_directory
@@ -99,7 +100,7 @@ class PretrainedModel:
     @property
     def latent_scale(self) -> int:
         """Pixels a side of one latent."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return latent_scale(self.vae)
 
     @property
     def text_parts(self) -> tuple[str, ...]:

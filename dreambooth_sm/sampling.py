@@ -14,6 +14,7 @@ from PIL import Image
 
 from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.families import Conditioning, family_of
+from dreambooth_sm.latents import latent_channels, pixels_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.model import Pipeline
@@ -162,12 +163,12 @@ def decode(pipeline: Pipeline, latents: torch.Tensor) -> list[Image.Image]:
     scaled = family.denormalise(family.scale(vae), latents.to(vae.dtype))
     pixels = None
     with contextlib.suppress(torch.OutOfMemoryError):
-        pixels = vae.decode(scaled).sample
+        pixels = pixels_of(vae, scaled)
     if pixels is None:
         vae.enable_tiling()
         vae.tile_sample_min_size, vae.tile_latent_min_size = _TILE, _TILE // pipeline.vae_scale_factor
         torch.cuda.empty_cache()
-        pixels = vae.decode(scaled).sample
+        pixels = pixels_of(vae, scaled)
     return pipeline.image_processor.postprocess(pixels.float())
 
 
@@ -190,7 +191,7 @@ def _denoise(
     numbers = torch.arange(len(conditions), device=device)
     together, alone = (conditions.of(rows.repeat_interleave(len(seeds))) for rows in (numbers, numbers[-1:]))
     width, height = (side // pipeline.vae_scale_factor for side in size)
-    shape = (pipeline.vae.config.latent_channels, height, width)
+    shape = (latent_channels(pipeline.vae), height, width)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     latents = torch.stack(noise).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas.tolist(), strict=False):

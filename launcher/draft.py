@@ -17,7 +17,7 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.families import DEFAULT, FAMILIES
 from dreambooth_sm.families.find import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.knobs.model import distilled_problems, licence_problems
+from dreambooth_sm.knobs.model import distilled_problems, licence_problems, other_kind_problems
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Options, S3Uri
 from launcher.aws.lookup import Listed, Lookup, pictures_in, s3_text
@@ -117,6 +117,7 @@ def read_draft(options: Mapping[str, Any], look: Lookup) -> Draft:
         # Its channel has another name.
         facts, name = FAMILIES[h.architecture].facts, str(data["base_model"])
         draft.problems.found += [] if h.train_distilled else distilled_problems("base_model", name, facts)
+        draft.problems.found += other_kind_problems("base_model", name, facts)
         draft.problems.found += licence_problems("base_model", name, facts, h.accept_license)
     if isinstance(draft.sources.get(MODEL_CHANNEL), Mapping):
         with draft.problems.collected():

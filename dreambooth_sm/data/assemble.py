@@ -25,6 +25,7 @@ from dreambooth_sm.data.training_set import (
     views_of,
 )
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.latents import latent_channels
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.methods import asks_base_of_classes, encodes_in_steps
 from dreambooth_sm.models import PretrainedModel
@@ -74,7 +75,7 @@ def encode_training_set(
     make_batch_sampler = partial(
         BatchSampler,
         views=len(views[0]),
-        channels=base.vae.config.latent_channels,
+        channels=latent_channels(base.vae),
         latent_scale=base.latent_scale,
         timesteps=base.family.objective(base, h).times,
         empty_prompt=empty,

@@ -19,6 +19,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.families import family_of
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.latents import latent_channels
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.outputs import scratch_directory
@@ -151,7 +152,7 @@ class ClassImages:
 
     def _latent_shape(self, size: Shape) -> tuple[int, int, int]:
         width, height = (side // self._pipeline.vae_scale_factor for side in size)
-        return self._pipeline.vae.config.latent_channels, height, width
+        return latent_channels(self._pipeline.vae), height, width
 
     def _recipe(self, prompt: str, size: Shape) -> Recipe:
         return Recipe(

@@ -26,6 +26,7 @@ from dreambooth_sm.data.masks import keep_subject, subject_box
 from dreambooth_sm.data.pictures import Shape, View, crop, cut_off, open_picture, read_size
 from dreambooth_sm.data.prompts import tag_orders
 from dreambooth_sm.families import Conditioning, Family
+from dreambooth_sm.latents import moments_of
 
 # Views of a picture that are encoded ahead where its crop or mirroring is random.
 VIEWS = 8
@@ -398,8 +399,8 @@ class Latents:
         picture = open_picture(self._pictures[row], shape)
         # One view at a time: the VAE's activations are the largest of the whole job.
         pixels = [to_tensor(crop(picture, shape, view))[None] for view in views]
-        found = [self._vae.encode(view.to(self._vae.device, self._vae.dtype)).latent_dist for view in pixels]
-        mean = torch.cat([view.mean for view in found]).float()
+        found = [moments_of(self._vae, view.to(self._vae.device, self._vae.dtype)) for view in pixels]
+        mean = torch.cat([mean for mean, _ in found]).float()
         if not self._family.facts.draws_latents:
             return mean, torch.zeros_like(mean)
-        return mean, torch.cat([view.std for view in found]).float()
+        return mean, torch.cat([deviation for _, deviation in found]).float()

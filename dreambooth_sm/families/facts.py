@@ -118,6 +118,7 @@ class Facts:
         scale_option: of its pipeline, for an adapter's strength.
         makers_names: of layers that ComfyUI knows by other names than diffusers'.
         files: what its files have to be like; None: as those of Stable Diffusion.
+        others: found in the names of models of other kinds that are called nearly as its own are.
         distilled: found in the names of models that were distilled into fewer steps, which training undoes.
         overflows: whether fp16 is too small for its values, or was not tried, so that it needs a card with bf16;
             ``takes`` says why.
@@ -152,6 +153,7 @@ class Facts:
     scale_option: str = "cross_attention_kwargs"
     makers_names: tuple[MakersName, ...] = ()
     files: FileRules | None = None
+    others: re.Pattern[str] | None = None
     distilled: re.Pattern[str] | None = None
     overflows: bool = False
     multiple: int = 8

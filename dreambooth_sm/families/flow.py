@@ -51,11 +51,23 @@ def read_prompts(
     Raises:
         UserError: for prompts that are too long.
     """
+    texts = [_in_template(tokenizer, prompt, thinking) for prompt in prompts]
+    return read_texts(tokenizer, prompts, texts, title, max_tokens=max_tokens)
+
+
+def read_texts(
+    tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], title: str, *, before: int = 0, max_tokens: int | None
+) -> dict[str, Tensor]:
+    """Reads what was made of prompts, as :func:`read_prompts` does.
+
+    Args:
+        texts: the prompts in their template.
+        before: tokens of the template that are not among those of :data:`WINDOW`.
+    """
     from dreambooth_sm.errors import UserError
 
-    texts = [_in_template(tokenizer, prompt, thinking) for prompt in prompts]
     if max_tokens is not None:
-        counts = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+        counts = [len(ids) - before for ids in tokenizer(list(texts), verbose=False).input_ids]
         problems = {
             f"the prompt {prompt!r} has {count} tokens with its template, and {title} reads {WINDOW}; shorten it"
             for prompt, count in zip(prompts, counts, strict=True)
@@ -63,8 +75,9 @@ def read_prompts(
         }
         if problems:
             raise UserError(sorted(problems))
+    length = WINDOW + before
     read = tokenizer(
-        texts, padding="max_length", max_length=WINDOW, truncation=True, return_tensors="pt", verbose=False
+        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt", verbose=False
     )
     return {"ids": read.input_ids, "mask": read.attention_mask.bool()}
 
@@ -102,6 +115,11 @@ def reader_problems(tokenizer: Any, encoder: Any) -> list[str]:
     problems = []
     if not tokenizer.chat_template:
         problems.append("its tokenizer has no chat template, which prompts are put into; copy the directory again")
-    if len(tokenizer) > encoder.vocab_size:
-        problems.append(f"the tokenizer has {len(tokenizer)} tokens and the text encoder {encoder.vocab_size}")
-    return problems
+    return problems + vocabulary_problems(tokenizer, encoder)
+
+
+def vocabulary_problems(tokenizer: Any, encoder: Any) -> list[str]:
+    """What keeps a language model, by its configuration, from taking what a tokenizer makes."""
+    if len(tokenizer) <= encoder.vocab_size:
+        return []
+    return [f"the tokenizer has {len(tokenizer)} tokens and the text encoder {encoder.vocab_size}"]

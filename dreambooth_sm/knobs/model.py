@@ -114,6 +114,12 @@ class ModelKnobs(Knobs):
             if not self.train_distilled:
                 yield from distilled_problems(field, getattr(self, field) or "", facts)
 
+    @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path")
+    def _base_is_of_its_kind(self) -> Iterator[str]:
+        facts = FAMILIES[self.architecture].facts
+        for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
+            yield from other_kind_problems(field, getattr(self, field) or "", facts)
+
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path", "accept_license")
     def _licence_is_accepted(self) -> Iterator[str]:
         facts = FAMILIES[self.architecture].facts
@@ -162,6 +168,20 @@ def distilled_problems(option: str, name: str, facts: Facts) -> Iterator[str]:
         yield (
             f"{option}: {short(name)} is distilled to draw in a few steps, which training undoes; train {facts.title} "
             "itself, whose adapters can be drawn with beside it, or set train_distilled=true"
+        )
+
+
+def other_kind_problems(option: str, name: str, facts: Facts) -> Iterator[str]:
+    """Says that a model is of another kind than its family, where its name does.
+
+    Args:
+        option: that has the name.
+        facts: of its family.
+    """
+    if facts.others and facts.others.search(_last(name)):
+        yield (
+            f"{option}: {short(name)} is of another kind than {facts.title}, with a pipeline of its own; name a model "
+            f"that {facts.pipeline} draws with, such as {next(iter(facts.licences))}"
         )
 
 

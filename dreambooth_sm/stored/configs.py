@@ -33,7 +33,7 @@ _MANY = (
 _MOST_LAYERS, _MOST = 1000, 1_000_000
 # A UNet that wants more than a picture, a time and a prompt can't be trained on pictures and prompts.
 # Text encoders' own names of their kinds, by their classes.
-_MODEL_TYPES = {"Qwen3Model": ("qwen3",)}
+_MODEL_TYPES = {"Qwen3Model": ("qwen3",), "Qwen2_5_VLTextModel": ("qwen2_5_vl", "qwen2_5_vl_text")}
 _CLIP_TYPES = ("clip_text_model", "clip")
 _CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim", "time_cond_proj_dim")
 
@@ -98,6 +98,8 @@ def make_module(part: str, config: Mapping[str, Any], where: str, pipeline: str 
         types = _MODEL_TYPES.get(name, _CLIP_TYPES)
         model_type = config.get("model_type", types[0])
         said = name if model_type in types else f"{model_type} model"
+        if isinstance(inner := config.get("text_config"), dict):  # of a model that sees pictures as well
+            config = inner
     if said != name:
         raise UserError(f"{where} is of a {said}; this project takes a {name} there")
     if config.get("auto_map"):

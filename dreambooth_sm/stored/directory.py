@@ -44,10 +44,11 @@ _TEXT_PREFIX = "text_model."
 _TITLES = [family.facts.title for family in FAMILIES.values()]
 # Of CLIP, in all of Stable Diffusion.
 _POSITIONS = 77
-# What whole CLIP models and older versions of transformers have beside the text encoder's weights.
+# What whole CLIP models, language models that see pictures, and older versions of transformers have beside the text
+# encoder's weights.
 _KNOWN_OTHERS = re.compile(
     r"(text_model\.)?embeddings\.position_ids|logit_scale|(vision_model|visual_projection)\..*|"
-    r"text_projection\.weight|lm_head\.weight"
+    r"text_projection\.weight|lm_head\.weight|visual\..*"
 )
 
 
@@ -155,8 +156,10 @@ def check_parts(directory: Path, *, with_vae: bool = True) -> tuple[dict[str, An
 
 
 def _named(kind: str) -> tuple[str, ...]:
-    """What indices call a class: fast tokenizers have a name of their own, and language models one with their head."""
-    return kind, f"{kind}Fast", kind.removesuffix("Model") + "ForCausalLM"
+    """What indices call a class: fast tokenizers have a name of their own, and language models one with their head, or
+    with what lets them see pictures."""
+    heads = kind.removesuffix("Model") + "ForCausalLM", kind.removesuffix("TextModel") + "ForConditionalGeneration"
+    return kind, f"{kind}Fast", *heads
 
 
 def read_part(

@@ -105,8 +105,9 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
 def today(name: str, part: str) -> str:
     """Renames a tensor that earlier versions of diffusers and transformers wrote as today's call it."""
     if part == "text_encoder":
-        # Of language models with their head, everything else is in a module of its own.
-        return name.removeprefix("text_model.").removeprefix("model.")
+        # Of language models with their head, everything else is in a module of its own; of those that see pictures, in
+        # one within it.
+        return name.removeprefix("text_model.").removeprefix("model.").removeprefix("language_model.")
     if part == "vae" and ".attentions." in name:
         for old, new in _OLD_ATTENTION.items():
             name = name.replace(old, new)
