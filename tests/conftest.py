@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.helpers.aws_descriptions import remembered
 from tests.helpers.hub import STEMS, Hub
 from tests.helpers.jobs import JobTree
 
+_modules = 0  # imported when garbage was last collected of all of them
 EXAMPLES = Path(__file__).parent / "data" / "duck_toy"
 # The same examples in every run, and no clock: a failure comes from the change that it shows up with.
 settings.register_profile(
@@ -46,8 +48,20 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     """Modules and tests stay to the end: trainers, which collect garbage, do not walk millions of their objects."""
     gc.enable()
+    _set_aside()
+
+
+def pytest_runtest_logfinish() -> None:
+    """So does what a test has imported."""
+    if len(sys.modules) != _modules:
+        _set_aside()
+
+
+def _set_aside() -> None:
+    global _modules
     gc.collect()
     gc.freeze()
+    _modules = len(sys.modules)
 
 
 def pytest_unconfigure() -> None:

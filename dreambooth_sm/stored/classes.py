@@ -33,6 +33,11 @@ with importing():
         PreTrainedModel,
     )
 
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # of transformers 4
+        from transformers.modeling_utils import no_init_weights
+
 __all__ = [
     "AutoencoderKL",
     "CLIPImageProcessor",
@@ -51,6 +56,7 @@ __all__ = [
     "diffusers",
     "init_empty_weights",
     "named",
+    "no_init_weights",
 ]
 
 

@@ -154,7 +154,7 @@ def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) ->
     from dreambooth_sm.stored import classes
 
     kind: Any = classes.named(class_of(pipeline, part))
-    with classes.init_empty_weights(include_buffers=False):
+    with classes.no_init_weights(), classes.init_empty_weights(include_buffers=False):
         if issubclass(kind, classes.PreTrainedModel):
             # The stored weights say their types themselves.
             values = {key: value for key, value in config.items() if key not in _TYPES}

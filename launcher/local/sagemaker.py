@@ -10,8 +10,9 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import HUB_TOKENS, loader_variables, own_credentials, own_settings
@@ -19,6 +20,9 @@ from launcher.local.program import CONTAINER, ENTRYPOINT
 from launcher.local.s3 import REGION, EmbeddedS3
 from launcher.local.signatures import REGION_KEY, Application
 from launcher.local.training_job import GRACE, TrainingJob
+
+if TYPE_CHECKING:
+    from botocore.model import ServiceModel
 
 ACCOUNT = "123456789012"  # moto's
 _TARGET = "SageMaker."
@@ -244,12 +248,19 @@ def _send(start_response: Callable[..., Any], status: str, answer: dict[str, Any
     return [body]
 
 
+@cache
+def _model() -> ServiceModel:
+    """botocore's model of SageMaker, megabytes that are read once."""
+    import botocore.session
+
+    return botocore.session.get_session().get_service_model("sagemaker")
+
+
 def _check_shape(operation: str, request: dict[str, Any]) -> None:
     """Raises RequestError for what botocore's model of SageMaker does not know."""
-    import botocore.session
     from botocore.validate import ParamValidator
 
-    shape = botocore.session.get_session().get_service_model("sagemaker").operation_model(operation).input_shape
+    shape = _model().operation_model(operation).input_shape
     assert shape is not None
     report = ParamValidator().validate(request, shape)
     if report.has_errors():
