@@ -116,6 +116,7 @@ class Facts:
             families hold the denoiser alone.
         adapters: the layout of adapters' files beside diffusers' own: ``kohya`` or ``comfyui``.
         scale_option: of its pipeline, for an adapter's strength.
+        call_options: that its pipeline takes beside the prompt to be guided as pictures are here.
         makers_names: of layers that ComfyUI knows by other names than diffusers'.
         files: what its files have to be like; None: as those of Stable Diffusion.
         others: found in the names of models of other kinds that are called nearly as its own are.
@@ -151,6 +152,7 @@ class Facts:
     has_single_file: bool = True
     adapters: Literal["kohya", "comfyui"] = "kohya"
     scale_option: str = "cross_attention_kwargs"
+    call_options: Mapping[str, object] = field(default_factory=dict)
     makers_names: tuple[MakersName, ...] = ()
     files: FileRules | None = None
     others: re.Pattern[str] | None = None

@@ -67,6 +67,8 @@ class Lora:
         facts = next((each.facts for each in FAMILIES.values() if each.facts.pipeline == pipeline), None)
         comfyui = facts is not None and facts.adapters == "comfyui"
         option = facts.scale_option if facts else "cross_attention_kwargs"
+        asked = {"prompt": prompt, **(facts.call_options if facts else {})}
+        call = f"pipeline({', '.join(f'{name}={value!r}' for name, value in asked.items())})"
         told = []
         if export != "merged" and variant in DIFFUSERS_VARIANTS:
             told.append(f"""```python
@@ -74,7 +76,7 @@ from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained({base!r})
 pipeline.load_lora_weights('.')  # this directory
-picture = pipeline(prompt={prompt!r}).images[0]  # {option}={{'scale': 0.5}}: half as much of it
+picture = {call}.images[0]  # {option}={{'scale': 0.5}}: half as much of it
 ```""")
         if export != "merged" and variant in FLAT_VARIANTS:
             webui = (
@@ -92,7 +94,7 @@ picture = pipeline(prompt={prompt!r}).images[0]  # {option}={{'scale': 0.5}}: ha
 from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained('.')  # this directory
-picture = pipeline(prompt={prompt!r}).images[0]
+picture = {call}.images[0]
 ```""".strip()
             )
         if not told:
