@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ _TEXT_PREFIX = "text_model."
 _TITLES = [family.facts.title for family in FAMILIES.values()]
 # Of CLIP, in all of Stable Diffusion.
 _POSITIONS = 77
+# How rotary positions are scaled, which alone says nothing where they are not.
+_KINDS = {"rope_type", "type"}
 # What whole CLIP models, language models that see pictures, and older versions of transformers have beside the text
 # encoder's weights.
 _KNOWN_OTHERS = re.compile(
@@ -95,6 +98,9 @@ def read_directory(
             read = vae if part == "vae" and vae else read_part(directory / part, part, variant, kind, file)
             parts[part], tensors[part] = read.module, read.tensors
             left_out += _left_out(directory / part, read)
+            if rules_of(kind):  # of language models much may be left out
+                layers = read.module.state_dict()
+                tensors[part] = {key: tensor for key, tensor in read.tensors.items() if key in layers}
     if denoiser and (others := other_parts(denoiser)):
         left_out.append(
             f"{denoiser.path}: {len(others)} tensors of other parts are left out, such as {min(others)}; these parts "
@@ -277,4 +283,12 @@ def _text_config(text_encoder: Any) -> dict[str, Any]:
     kind = type(text_encoder.config)
     values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__], "dtype": "float32"}
     said: dict[str, Any] = json.loads(kind.from_dict(values).to_json_string())
-    return said
+    return said | _rotations_of_old(said.get("rope_parameters") or {})
+
+
+def _rotations_of_old(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 calls a configuration's rotary positions; it takes its own for what it does not find."""
+    if "rope_theta" not in parameters:
+        return {}
+    others = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    return {"rope_theta": parameters["rope_theta"], "rope_scaling": others if others.keys() - _KINDS else None}
