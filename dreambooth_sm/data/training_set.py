@@ -66,6 +66,13 @@ class Batch:
     timesteps: torch.Tensor
 
 
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Puts what was drawn for a step on a device. The host does not wait for it: it draws the next step's meanwhile."""
+    if device.type == "cuda":  # from other memory it would
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class BatchSampler:
     """Draws batches.
 
@@ -371,7 +378,7 @@ class Latents:
         """Scaled latents ``(rows, 4, h, w)`` of a batch, whose pictures have one shape; float32, on the device."""
         pairs = zip(batch.pictures.tolist(), batch.views.tolist(), strict=True)
         mean, deviation = (torch.stack(parts) for parts in zip(*(self._moments(*pair) for pair in pairs), strict=True))
-        return self._family.normalise(self._scale, mean + deviation * batch.latent_noise.to(mean.device))
+        return self._family.normalise(self._scale, mean + deviation * on_device(batch.latent_noise, mean.device))
 
     def _moments(self, row: int, view: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and deviation ``(4, h, w)`` of one view."""

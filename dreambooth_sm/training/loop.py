@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dreambooth_sm.data.training_set import Batch, BatchSampler, Latents, PictureExtras, SubjectWeights
+from dreambooth_sm.data.training_set import Batch, BatchSampler, Latents, PictureExtras, SubjectWeights, on_device
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -364,18 +364,13 @@ class Trainer:
         return self._to_device(self.data.batch_sampler.batch(number, self.h.train_batch_size, together))
 
     def _to_device(self, batch: Batch) -> Inputs:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            if self.device.type == "cuda":  # pinned memory, so that the host need not wait for the copy
-                tensor = tensor.pin_memory()
-            return tensor.to(self.device, non_blocking=True)
-
         return Inputs(
             latents=self.data.latents(batch),
-            noise=move(batch.noise),
-            timesteps=move(batch.timesteps),
-            prompts=move(batch.prompts),
+            noise=on_device(batch.noise, self.device),
+            timesteps=on_device(batch.timesteps, self.device),
+            prompts=on_device(batch.prompts, self.device),
             weights=self.data.weights(batch) if self.data.weights else None,
-            extras={name: move(value) for name, value in self.data.extras(batch).items()},
+            extras={name: on_device(value, self.device) for name, value in self.data.extras(batch).items()},
         )
 
     @contextlib.contextmanager

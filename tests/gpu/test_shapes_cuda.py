@@ -130,6 +130,20 @@ def test_graphs_of_all_shapes_give_the_losses_of_eager_steps(
     assert rates[0] == rates[1]
 
 
+@pytest.mark.parametrize("choices", [FAST, MASTER | {"method": "hypernetwork"}], ids=["full", "hypernetwork"])
+def test_steps_do_not_wait_for_the_device(base: PretrainedModel, subject: Subject, choices: dict[str, Any]) -> None:
+    """The host draws a step while the device computes the one before it."""
+    trainer = make_trainer(base, subject, graph=True, parts=2, **choices)
+    for _ in range(STEPS // 2):
+        trainer.optimizer_step(1e-4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(STEPS // 2):
+            trainer.optimizer_step(1e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_captured_reference_step_follows_its_learning_rate_and_resumes(
     base: PretrainedModel, subject: Subject
 ) -> None:
