@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -201,14 +201,14 @@ class Flux2:
         patches = noised.reshape(rows, channels, high, _PATCH, wide, _PATCH).permute(0, 2, 4, 1, 3, 5)
         grid = torch.cartesian_prod(*(torch.arange(side, device=noised.device) for side in (high, wide)))
         words = torch.arange(states.shape[1], device=noised.device)[:, None]
-        made = denoiser(
+        made = _run(
+            denoiser,
             hidden_states=patches.reshape(rows, high * wide, -1),
             encoder_hidden_states=states,
             timestep=times.expand(rows) / _TIMES,
             img_ids=torch.nn.functional.pad(grid, (1, 1)),
             txt_ids=torch.nn.functional.pad(words, (3, 0)),
-            return_dict=False,
-        )[0]
+        )
         made = made.reshape(rows, high, wide, channels, _PATCH, _PATCH).permute(0, 3, 1, 4, 2, 5)
         result: Tensor = made.reshape(noised.shape)
         return result
@@ -255,6 +255,129 @@ class Flux2:
         import torch
 
         return torch.bfloat16
+
+
+def _run(denoiser: Any, **inputs: Tensor) -> Tensor:
+    """The transformer as the library computes it; on cards with kernels in fewer passes over its activations."""
+    from dreambooth_sm.training.rms_norm import norms_serve
+
+    blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+    if all(block._compiled_call_impl is None for block in blocks) and norms_serve(
+        inputs["hidden_states"], *_frozen(denoiser)
+    ):
+        return run_in_fewer_passes(denoiser, **inputs)
+    result: Tensor = denoiser(**inputs, return_dict=False)[0]
+    return result
+
+
+def _frozen(denoiser: Any) -> Iterator[Tensor]:
+    """What the kernels give no gradients to."""
+    for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
+        yield from getattr(denoiser, name).parameters()
+    for block in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks):
+        for name, weight in block.attn.named_parameters(recurse=True):
+            if name.startswith("norm"):
+                yield weight
+
+
+def run_in_fewer_passes(
+    denoiser: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    timestep: Tensor,
+    img_ids: Tensor,
+    txt_ids: Tensor,
+) -> Tensor:
+    """What a Flux2Transformer2DModel computes, but for rounding: norms, modulations, rotations and gates in one pass
+    each. Takes what its forward does."""
+    import torch
+
+    from dreambooth_sm.training.recomputation import recomputed
+
+    def run(function: Callable[..., Any], *given: Any) -> Any:
+        return recomputed(function, *given) if denoiser.gradient_checkpointing else function(*given)
+
+    told = denoiser.time_guidance_embed(timestep.to(hidden_states.dtype) * _TIMES, None)
+    of_picture = denoiser.double_stream_modulation_img(told).chunk(6, dim=-1)
+    of_words = denoiser.double_stream_modulation_txt(told).chunk(6, dim=-1)
+    of_both = denoiser.single_stream_modulation(told).chunk(3, dim=-1)
+    # Cosines and sines stand twice, for both numbers of a pair.
+    cosine, sine = denoiser.pos_embed(torch.cat([txt_ids, img_ids]))
+    turns = torch.complex(cosine[:, ::2], sine[:, ::2]).expand(len(hidden_states), -1, -1)
+
+    picture, words = denoiser.x_embedder(hidden_states), denoiser.context_embedder(encoder_hidden_states)
+    for block in denoiser.transformer_blocks:
+        words, picture = run(_side_by_side, block, words, picture, of_words, of_picture, turns)
+    both = torch.cat([words, picture], dim=1)
+    for block in denoiser.single_transformer_blocks:
+        both = run(_in_one_sequence, block, both, of_both, turns)
+    result: Tensor = denoiser.proj_out(denoiser.norm_out(both[:, words.shape[1] :], told))
+    return result
+
+
+def _side_by_side(
+    block: Any,
+    words: Tensor,
+    picture: Tensor,
+    of_words: Sequence[Tensor],
+    of_picture: Sequence[Tensor],
+    turns: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What a Flux2TransformerBlock computes: words and a picture, which look at each other. Modulations are a shift, a
+    scale and a gate of attention and those of the feed-forward net, each ``(rows, width)``."""
+    import torch
+
+    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
+    from dreambooth_sm.training.parallel_block import attend
+    from dreambooth_sm.training.rms_norm import swiglu_of_halves, turned_norms
+
+    attention = block.attn
+
+    def heads(project: Any, x: Tensor) -> Tensor:
+        made: Tensor = project(x).unflatten(-1, (-1, attention.head_dim))
+        return made
+
+    asked, words = modulated_norm(words, of_words[1], of_words[0], block.norm1_context.eps)
+    shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.norm1.eps)
+    query, key = (
+        turned_norms([(heads(one, asked), norm.weight), (heads(other, shown), norm_2.weight)], norm.eps, turns)
+        for one, norm, other, norm_2 in (
+            (attention.add_q_proj, attention.norm_added_q, attention.to_q, attention.norm_q),
+            (attention.add_k_proj, attention.norm_added_k, attention.to_k, attention.norm_k),
+        )
+    )
+    value = torch.cat([heads(attention.add_v_proj, asked), heads(attention.to_v, shown)], dim=1)
+    seen = attend(query, key, value).flatten(2)
+    seen_by_words, seen_by_picture = seen[:, : words.shape[1]], seen[:, words.shape[1] :]
+
+    def after(x: Tensor, made: Tensor, changes: Sequence[Tensor], norm: Any, net: Any) -> Tensor:
+        x = gated_sum(x, changes[2], made)
+        asked, x = modulated_norm(x, changes[4], changes[3], norm.eps)
+        return gated_sum(x, changes[5], net.linear_out(swiglu_of_halves(net.linear_in(asked))))
+
+    words = after(words, attention.to_add_out(seen_by_words), of_words, block.norm2_context, block.ff_context)
+    picture = after(picture, attention.to_out[0](seen_by_picture), of_picture, block.norm2, block.ff)
+    return words, picture
+
+
+def _in_one_sequence(block: Any, x: Tensor, changes: Sequence[Tensor], turns: Tensor) -> Tensor:
+    """What a Flux2SingleTransformerBlock computes. Modulations are a shift, a scale and a gate, each
+    ``(rows, width)``."""
+    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
+    from dreambooth_sm.training.parallel_block import attention_and_swiglu
+
+    attention = block.attn
+    shift, scale, gate = changes
+    asked, x = modulated_norm(x, scale, shift, block.norm.eps)
+    made = attention_and_swiglu(
+        attention.to_qkv_mlp_proj(asked),
+        attention.norm_q.weight,
+        attention.norm_k.weight,
+        attention.norm_q.eps,
+        turns,
+        attention.heads,
+    )
+    return gated_sum(x, gate, attention.to_out(made))
 
 
 def _everywhere(values: Tensor, latents: Tensor) -> Tensor:

@@ -86,6 +86,7 @@ def launch_all(dtype: torch.dtype, formats: list[BlockFormat] | None = None) -> 
     launch_quantised(dtype)
     launch_group_norm(dtype)
     launch_rms_norm(dtype)
+    launch_modulation(dtype)
     launch_optimizer(dtype, list(BLOCK_FORMATS.values()) if formats is None else formats)
 
 
@@ -107,7 +108,7 @@ def launch_group_norm(dtype: torch.dtype) -> None:
 
 
 def launch_rms_norm(dtype: torch.dtype) -> None:
-    """Of transformers of this width and number of heads; each has kernels of its own."""
+    """Of transformers of these widths and numbers of heads, which share kernels: a kernel has room for 4096 numbers."""
     from dreambooth_sm.training import rms_norm_triton as kernels
 
     x, weight = torch.ones(1, 2, 3840, dtype=dtype), torch.ones(3840, dtype=dtype)
@@ -116,10 +117,21 @@ def launch_rms_norm(dtype: torch.dtype) -> None:
             kernels.scaled(x, weight, 1e-5, factor, added)
         kernels.scaled_grad(x, x, weight, 1e-5, factor)
     heads, turns = x.unflatten(-1, (30, 128)), torch.ones(1, 2, 64, 2)
-    kernels.turned(heads, weight[:128], 1e-5, turns)
-    kernels.turned_grad(heads, heads, weight[:128], 1e-5, turns)
-    kernels.gated(x, x)
-    kernels.gated_grad(x, x, x)
+    kernels.turned(heads, weight[:128], 1e-5, turns, heads)
+    kernels.turned_grad(heads, heads, weight[:128], 1e-5, turns, heads)
+    kernels.gated(x, x, x)
+    kernels.gated_grad(x, x, x, x, x)
+
+
+def launch_modulation(dtype: torch.dtype) -> None:
+    """As `launch_rms_norm`."""
+    from dreambooth_sm.training import modulation_triton as kernels
+
+    x, row = torch.ones(1, 2, 3072, dtype=dtype), torch.ones(1, 3072, dtype=dtype)
+    kernels.modulated(x, row, row, 1e-6)
+    for other in (None, x):
+        kernels.modulated_grad(x, other, x, row, 1e-6)
+        kernels.gated_sum(other, row, x)
 
 
 def launch_optimizer(dtype: torch.dtype, formats: list[BlockFormat]) -> None:

@@ -75,12 +75,18 @@ def _scaled_grad(
 
 
 @triton.jit
+def _place(words, row_step, word_step):
+    """Where this program's word starts, in a tensor that is so far from row to row and from word to word."""
+    place = tl.program_id(0).to(tl.int64)
+    return place // words * row_step + place % words * word_step
+
+
+@triton.jit
 def _heads_of_word(heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Offsets of this word's numbers, ``(HEADS, WIDTH)``, and which of them are there."""
+    """Offsets of a word's numbers from its first, ``(HEADS, WIDTH)``, and which of them are there."""
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, WIDTH)[None, :]
-    first = tl.program_id(0).to(tl.int64) * heads * width
-    return first + head * width + column, (head < heads) & (column < width)
+    return head * width + column, (head < heads) & (column < width)
 
 
 @triton.jit
@@ -92,63 +98,115 @@ def _pairs(x, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _turn_of_word(turns_ptr, width, WIDTH: tl.constexpr):
-    """Cosines and sines of this word's pairs, each ``(1, WIDTH / 2)``."""
+    """Cosines and sines of a word's pairs, each ``(1, WIDTH / 2)``."""
     column = tl.arange(0, WIDTH)[None, :]
-    turn = tl.load(turns_ptr + tl.program_id(0).to(tl.int64) * width + column, mask=column < width, other=0.0)
+    turn = tl.load(turns_ptr + column, mask=column < width, other=0.0)
     return _pairs(turn.to(tl.float32), 1, WIDTH)
 
 
-@triton.jit(do_not_specialize=["heads"])
-def _turned(x_ptr, y_ptr, weight_ptr, turns_ptr, eps, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+@triton.jit(do_not_specialize=["heads", "words"])
+def _turned(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    turns_ptr,
+    eps,
+    words,
+    heads,
+    width,
+    x_row,
+    x_word,
+    y_row,
+    y_word,
+    turns_row,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
     at, inside = _heads_of_word(heads, width, HEADS, WIDTH)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + _place(words, x_row, x_word) + at, mask=inside, other=0.0).to(tl.float32)
     column = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     deviation = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)
     one, other = _pairs(x * deviation[:, None] * weight[None, :], HEADS, WIDTH)
-    cosine, sine = _turn_of_word(turns_ptr, width, WIDTH)
+    cosine, sine = _turn_of_word(turns_ptr + _place(words, turns_row, width), width, WIDTH)
     y = tl.interleave(one * cosine - other * sine, one * sine + other * cosine)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + _place(words, y_row, y_word) + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["heads", "words"])
 def _turned_grad(
-    grad_ptr, x_ptr, result_ptr, weight_ptr, turns_ptr, eps, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr
+    grad_ptr,
+    x_ptr,
+    result_ptr,
+    weight_ptr,
+    turns_ptr,
+    eps,
+    words,
+    heads,
+    width,
+    grad_row,
+    grad_word,
+    x_row,
+    x_word,
+    result_row,
+    result_word,
+    turns_row,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     at, inside = _heads_of_word(heads, width, HEADS, WIDTH)
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + _place(words, x_row, x_word) + at, mask=inside, other=0.0).to(tl.float32)
     column = tl.arange(0, WIDTH)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
     deviation = (1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps))[:, None]
     normalised = x * deviation
-    one, other = _pairs(tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32), HEADS, WIDTH)
-    cosine, sine = _turn_of_word(turns_ptr, width, WIDTH)
+    grad = tl.load(grad_ptr + _place(words, grad_row, grad_word) + at, mask=inside, other=0.0).to(tl.float32)
+    one, other = _pairs(grad, HEADS, WIDTH)
+    cosine, sine = _turn_of_word(turns_ptr + _place(words, turns_row, width), width, WIDTH)
     back = tl.interleave(one * cosine + other * sine, other * cosine - one * sine) * weight[None, :]
     along = (tl.sum(back * normalised, 1) / width)[:, None]
     result = (back - normalised * along) * deviation
-    tl.store(result_ptr + at, result.to(result_ptr.dtype.element_ty), mask=inside)
+    first = result_ptr + _place(words, result_row, result_word)
+    tl.store(first + at, result.to(result_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gated(gate_ptr, hidden_ptr, y_ptr, elements, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, (gate * tl.sigmoid(gate) * hidden).to(y_ptr.dtype.element_ty), mask=inside)
+def _gated(gate_ptr, hidden_ptr, y_ptr, width, gate_word, hidden_word, y_word, BLOCK: tl.constexpr):
+    word = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(gate_ptr + word * gate_word + column, mask=inside, other=0.0).to(tl.float32)
+    hidden = tl.load(hidden_ptr + word * hidden_word + column, mask=inside, other=0.0).to(tl.float32)
+    y = gate * tl.sigmoid(gate) * hidden
+    tl.store(y_ptr + word * y_word + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _gated_grad(grad_ptr, gate_ptr, hidden_ptr, of_gate_ptr, of_hidden_ptr, elements, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < elements
-    grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
+def _gated_grad(
+    grad_ptr,
+    gate_ptr,
+    hidden_ptr,
+    for_gate_ptr,
+    for_hidden_ptr,
+    width,
+    grad_word,
+    gate_word,
+    hidden_word,
+    for_gate_word,
+    for_hidden_word,
+    BLOCK: tl.constexpr,
+):
+    word = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    grad = tl.load(grad_ptr + word * grad_word + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + word * gate_word + column, mask=inside, other=0.0).to(tl.float32)
+    hidden = tl.load(hidden_ptr + word * hidden_word + column, mask=inside, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
-    of_gate = grad * hidden * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    tl.store(of_gate_ptr + at, of_gate.to(of_gate_ptr.dtype.element_ty), mask=inside)
-    tl.store(of_hidden_ptr + at, (grad * gate * sigmoid).to(of_hidden_ptr.dtype.element_ty), mask=inside)
+    for_gate = (grad * hidden * sigmoid * (1.0 + gate * (1.0 - sigmoid))).to(for_gate_ptr.dtype.element_ty)
+    for_hidden = (grad * gate * sigmoid).to(for_hidden_ptr.dtype.element_ty)
+    tl.store(for_gate_ptr + word * for_gate_word + column, for_gate, mask=inside)
+    tl.store(for_hidden_ptr + word * for_hidden_word + column, for_hidden, mask=inside)
 
 
 def scaled(x: Tensor, weight: Tensor, eps: float, factor: Tensor | None, added: Tensor | None) -> Tensor:
@@ -174,39 +232,39 @@ def scaled_grad(grad: Tensor, x: Tensor, weight: Tensor, eps: float, factor: Ten
     return result
 
 
-def turned(x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
+def turned(x: Tensor, weight: Tensor, eps: float, turns: Tensor, result: Tensor) -> None:
     """Does what `rms_norm.reference_turned` does."""
     rows, words, heads, width = x.shape
-    y = torch.empty_like(x)
     _turned[(rows * words,)](
-        x, y, weight, turns, eps, heads, width,
+        x, result, weight, turns, eps, words, heads, width, *x.stride()[:2], *result.stride()[:2], turns.stride(0),
         HEADS=triton.next_power_of_2(heads), WIDTH=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return y
 
 
-def turned_grad(grad: Tensor, x: Tensor, weight: Tensor, eps: float, turns: Tensor) -> Tensor:
+def turned_grad(grad: Tensor, x: Tensor, weight: Tensor, eps: float, turns: Tensor, result: Tensor) -> None:
     """Does what `rms_norm.reference_turned_grad` does."""
     rows, words, heads, width = x.shape
-    result = torch.empty_like(x)
     _turned_grad[(rows * words,)](
-        grad, x, result, weight, turns, eps, heads, width,
+        grad, x, result, weight, turns, eps, words, heads, width,
+        *grad.stride()[:2], *x.stride()[:2], *result.stride()[:2], turns.stride(0),
         HEADS=triton.next_power_of_2(heads), WIDTH=triton.next_power_of_2(width), num_warps=8,
     )  # fmt: skip
-    return result
 
 
-def gated(gate: Tensor, hidden: Tensor) -> Tensor:
+def gated(gate: Tensor, hidden: Tensor, result: Tensor) -> None:
     """Does what `rms_norm.reference_gated` does."""
-    y = torch.empty_like(gate)
-    _gated[(triton.cdiv(gate.numel(), _GATED),)](gate, hidden, y, gate.numel(), BLOCK=_GATED, num_warps=8)
-    return y
+    tensors = gate, hidden, result
+    _gated[_grid(gate)](*tensors, gate.shape[-1], *(each.stride(-2) for each in tensors), BLOCK=_GATED, num_warps=8)
 
 
-def gated_grad(grad: Tensor, gate: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def gated_grad(grad: Tensor, gate: Tensor, hidden: Tensor, for_gate: Tensor, for_hidden: Tensor) -> None:
     """Does what `rms_norm.reference_gated_grad` does."""
-    of_gate, of_hidden = torch.empty_like(gate), torch.empty_like(hidden)
-    _gated_grad[(triton.cdiv(gate.numel(), _GATED),)](
-        grad, gate, hidden, of_gate, of_hidden, gate.numel(), BLOCK=_GATED, num_warps=8,
-    )  # fmt: skip
-    return of_gate, of_hidden
+    tensors = grad, gate, hidden, for_gate, for_hidden
+    _gated_grad[_grid(gate)](
+        *tensors, gate.shape[-1], *(each.stride(-2) for each in tensors), BLOCK=_GATED, num_warps=8
+    )
+
+
+def _grid(x: Tensor) -> tuple[int, int]:
+    """A program for each word, and each block of its width."""
+    return x.shape[:-1].numel(), triton.cdiv(x.shape[-1], _GATED)

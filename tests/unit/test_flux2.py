@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from dreambooth_sm.describe import describe
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES, Conditioning
 from dreambooth_sm.families.find import find_family
+from dreambooth_sm.families.flux2 import run_in_fewer_passes
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.models import PretrainedModel, load_base
@@ -30,6 +32,7 @@ from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.sampling import draw, draw_latents
 from dreambooth_sm.stored.model import empty_module
+from dreambooth_sm.training.recomputation import checkpoint_activations
 from tests.helpers.original_names import flux2_original
 from tests.helpers.training import Run, hyperparameters, same, weights
 from tests.unit.test_lora import CONFIGS
@@ -48,6 +51,34 @@ def parse(**values: object) -> Hyperparameters:
 
 def train(base: PretrainedModel, root: Path, **values: object) -> Run:
     return Run(base, root, **{**LORA, "learning_rate": 1e-2, "max_train_steps": 2, **values}).train()
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_in_fewer_passes_it_computes_the_same(flux2: PretrainedModel, recomputing: bool) -> None:
+    transformer = copy.deepcopy(flux2.modules["transformer"]).float().requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    for parameter in transformer.parameters():
+        parameter.normal_(std=0.1, generator=random)
+    if recomputing:
+        checkpoint_activations(transformer)
+    config = transformer.config
+    hidden, grad = torch.randn(2, 2, 6, config.in_channels, generator=random).unbind()
+    states = torch.randn(2, 3, config.joint_attention_dim, generator=random)
+    places = torch.randint(9, (9, 4), generator=random)
+    found = []
+    for run in (lambda **given: transformer(**given)[0], functools.partial(run_in_fewer_passes, transformer)):
+        given, text = hidden.clone().requires_grad_(), states.clone().requires_grad_()
+        made = run(
+            hidden_states=given,
+            encoder_hidden_states=text,
+            timestep=torch.tensor([0.3, 0.8]),
+            img_ids=places[:6],
+            txt_ids=places[6:],
+        )
+        made.backward(grad)
+        found.append((made, given.grad, text.grad))
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])

@@ -28,6 +28,7 @@ KERNELS = {
     *("_scale", "_dequantise", "_update_one", "_update_many", "_average", "_moments", "_statistics", "_apply", "_sums"),
     *("_group_means", "_input_grad", "_affine_grads", "_added_grads"),
     *("_scaled", "_scaled_grad", "_turned", "_turned_grad", "_gated", "_gated_grad"),
+    *("_modulated", "_modulated_grad", "_gated_sum"),
 }
 
 
@@ -60,7 +61,8 @@ import json, sys
 from pathlib import Path
 import dreambooth_sm.quiet
 import torch, triton
-from dreambooth_sm.training import adamw_blockwise_triton, group_norm_triton, quantised_triton, rms_norm_triton
+from dreambooth_sm.training import adamw_blockwise_triton, group_norm_triton, modulation_triton, quantised_triton
+from dreambooth_sm.training import rms_norm_triton
 from dreambooth_sm.training.kernel_builds import compiling_for
 from dreambooth_sm.training.kernels import take_builds
 from dreambooth_sm.training.moments import BLOCK_FORMATS, DeviceScalars, Moments
@@ -88,10 +90,29 @@ with compiling_for((9, 0)) as launched:
         rms_norm_triton.scaled(x, weight, 1e-5, None, x)
         rms_norm_triton.scaled_grad(x, x, weight, 1e-5, factor)
         heads, turns = x.unflatten(-1, (30, 128)), torch.ones(2, words, 64, 2)
-        turned = rms_norm_triton.turned(heads, weight[:128], 1e-5, turns)
-        rms_norm_triton.turned_grad(turned, heads, weight[:128], 1e-5, turns)
+        rms_norm_triton.turned(heads, weight[:128], 1e-5, turns, heads)
+        rms_norm_triton.turned_grad(heads, heads, weight[:128], 1e-5, turns, heads)
         gate = torch.ones(2, words, 10240, **bf16)
-        rms_norm_triton.gated_grad(rms_norm_triton.gated(gate, gate), gate, gate)
+        rms_norm_triton.gated(gate, gate, gate)
+        rms_norm_triton.gated_grad(gate, gate, gate, gate, gate)
+    # Of klein models: both sequences' heads in one, and projections that are cut.
+    for heads, inner in ((24, 9216), (32, 12288)):
+        x, row = torch.ones(2, 512, heads * 128, **bf16), torch.ones(2, heads * 128, **bf16)
+        both, turns = torch.ones(2, 4608, heads, 128, **bf16), torch.ones(1, 4608, 64, 2).expand(2, -1, -1, -1)
+        part, own = x.unflatten(-1, (heads, 128)), turns[:, :512]
+        rms_norm_triton.turned(part, row[0, :128], 1e-6, own, both[:, :512])
+        rms_norm_triton.turned_grad(both[:, :512], part, row[0, :128], 1e-6, own, part)
+        projected = torch.ones(2, 512, 3 * heads * 128 + 2 * inner, **bf16)
+        cut = projected[..., :heads * 128].unflatten(-1, (heads, 128))
+        rms_norm_triton.turned(cut, row[0, :128], 1e-6, own, part)
+        rms_norm_triton.turned_grad(part, cut, row[0, :128], 1e-6, own, cut)
+        gate, hidden = projected[..., 3 * heads * 128:].chunk(2, -1)
+        rms_norm_triton.gated(gate, hidden, hidden)
+        rms_norm_triton.gated_grad(hidden, gate, hidden, gate, hidden)
+        modulation_triton.modulated(x, row, row, 1e-6)
+        for other in (None, x):
+            modulation_triton.modulated_grad(x, other, x, row, 1e-6)
+            modulation_triton.gated_sum(other, row, x)
     quantised_triton.scaled(torch.ones(1280, 320, dtype=torch.int8), torch.ones(1280, 1, **bf16))
     codes = torch.ones(1280, 160, dtype=torch.uint8)
     quantised_triton.dequantised(codes, torch.ones(6400, 1, **bf16), torch.ones(16, **bf16))

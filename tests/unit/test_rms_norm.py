@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dreambooth_sm.training.rms_norm import norms_serve, scaled_norm, swiglu, turned_norm
+from dreambooth_sm.training.parallel_block import attention_and_swiglu
+from dreambooth_sm.training.rms_norm import (
+    norms_serve,
+    scaled_norm,
+    swiglu,
+    swiglu_of_halves,
+    turned_norm,
+    turned_norms,
+)
 from tests.helpers.interpreter import printed_in_the_interpreter
 
 EPS = 1e-5
@@ -30,7 +38,21 @@ def plain_turned(x: Tensor, weight: Tensor, turns: Tensor) -> Tensor:
     ).flatten(-2)
 
 
-def compare(ours: Callable[..., Tensor], exactly: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> None:
+def plain_parallel(both: Tensor, weight: Tensor, turns: Tensor, heads: int) -> Tensor:
+    query, key, value, gate, hidden = both.chunk(5, -1)
+    query, key, value = (each.unflatten(-1, (heads, -1)) for each in (query, key, value))
+    query, key = plain_turned(query, weight, turns), plain_turned(key, 2 * weight, turns)
+    seen = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return torch.cat([seen.transpose(1, 2).flatten(2), F.silu(gate) * hidden], -1)
+
+
+def compare(
+    ours: Callable[..., Tensor],
+    exactly: Callable[..., Tensor],
+    inputs: list[Tensor],
+    grad: Tensor,
+    rounding: float = 1,
+) -> None:
     """Value and gradients, against torch's in float64 from the same numbers."""
     mine = [tensor.clone().requires_grad_() for tensor in inputs]
     y = ours(*mine)
@@ -40,7 +62,7 @@ def compare(ours: Callable[..., Tensor], exactly: Callable[..., Tensor], inputs:
     expected.backward(grad.double())
     assert y.dtype == inputs[0].dtype
     for got, exact in ((y, expected), *((a.grad, b.grad) for a, b in zip(mine, true, strict=True))):
-        tolerance = 4e-6 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps
+        tolerance = 4e-6 if got.dtype == torch.float32 else rounding * torch.finfo(got.dtype).eps
         assert (got.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
@@ -72,7 +94,29 @@ def compare_all(device: str = "cpu", shapes: Sequence[tuple[int, ...]] = SHAPES)
                 [x.unflatten(-1, (heads, width))],
                 grad.unflatten(-1, (heads, width)),
             )
+            compare(
+                lambda x, other, w=of_head, t=turns: turned_norms([(x, w), (other, 2 * w)], EPS, torch.cat([t, t], 1)),
+                lambda x, other, w=of_head, t=turns: torch.cat(
+                    [plain_turned(x, w.double(), t), plain_turned(other, 2 * w.double(), t)], 1
+                ),
+                [x.unflatten(-1, (heads, width)), added.unflatten(-1, (heads, width))],
+                draw(rows, 2 * words, heads, width),
+            )
             compare(swiglu, lambda gate, hidden: F.silu(gate) * hidden, [x, added], grad)
+            compare(
+                swiglu_of_halves,
+                lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
+                [torch.cat([x, added], -1)],
+                grad,
+            )
+            projected = draw(rows, words, 5 * heads * width)
+            compare(
+                lambda both, w=of_head, t=turns, h=heads: attention_and_swiglu(1 * both, w, 2 * w, EPS, t, h),
+                lambda both, w=of_head, t=turns, h=heads: plain_parallel(both, w.double(), t, h),
+                [projected],
+                draw(rows, words, 2 * heads * width),
+                rounding=6,  # attention is not computed in one pass
+            )
     print("compared")
 
 
@@ -94,6 +138,16 @@ def test_gradients_are_the_derivatives() -> None:
     heads = x.detach().unflatten(-1, (2, 2)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: turned_norm(x, weight[:2], EPS, turns), (heads,))
     assert torch.autograd.gradcheck(swiglu, (x, added))
+    both = torch.randn(2, 3, 20, dtype=torch.float64, generator=random).requires_grad_()
+    assert torch.autograd.gradcheck(swiglu_of_halves, (both,))
+
+
+def test_the_backward_pass_of_parallel_blocks_is_run_once() -> None:
+    both, turns = torch.randn(1, 2, 10, requires_grad=True), torch.ones(1, 2, 1, dtype=torch.complex64)
+    made = attention_and_swiglu(2 * both, torch.ones(2), torch.ones(2), EPS, turns, 1)
+    made.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        made.sum().backward()
 
 
 def test_on_the_cpu_the_library_serves() -> None:
