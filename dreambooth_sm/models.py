@@ -32,6 +32,7 @@ from dreambooth_sm.stored.model import (
     fill,
     make_pipeline,
     parts_of,
+    state_of,
     tokenizers_of,
     weights_of,
 )
@@ -213,7 +214,7 @@ class PretrainedModel:
         module = getattr(self, name)
         if name in self._files:
             return weights_of(module, self._files[name], self._dtype)
-        return {key: Stored.of(value) for key, value in module.state_dict().items()}
+        return {key: Stored.of(value) for key, value in state_of(module).items()}
 
     def save(self, directory: Path, dtype: torch.dtype | None = torch.float16) -> None:
         """Writes a diffusers directory with safetensors of ``dtype``, or of the weights' own where it is None; the

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dreambooth_sm.data.conditioning import embed
-from dreambooth_sm.families import Conditioning, family_of
+from dreambooth_sm.families import Conditioning, Family, family_of
 from dreambooth_sm.latents import latent_channels, pixels_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
@@ -68,7 +68,12 @@ def embed_prompts(
 ) -> dict[str, Conditioning]:
     """Prompts as a sampler of the base model keeps them; its text encoders are on the device only meanwhile."""
     encoding = base.with_parts({part: drawing_part(base, plan, part) for part in base.text_parts})
-    return {prompt: _embed(encoding, prompt, guided=guidance > 1) for prompt in prompts}
+    return {prompt: _embed(encoding, prompt, guided=_asks_twice(base.family, guidance)) for prompt in prompts}
+
+
+def _asks_twice(family: Family, guidance: float) -> bool:
+    """Whether the denoiser is asked about the empty prompt as well."""
+    return guidance > 1 and family.facts.drawing.told is None
 
 
 def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
@@ -77,7 +82,9 @@ def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     half = base.vae_dtype if part == "vae" else base.half
     dtype = half if _in_half(plan) else torch.float32
     reads_in_few = base.family.facts.footprint.has_language_model and plan.base_weights == "nf4"
-    quantised = (base.family.facts.denoiser, *(base.text_parts if plan.train_text_encoder or reads_in_few else ()))
+    facts = base.family.facts
+    read_in_few = [part for part in base.text_parts if part not in facts.plain_text]
+    quantised = (facts.denoiser, *(read_in_few if plan.train_text_encoder or reads_in_few else ()))
     # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
     if plan.base_weights == "plain" or part not in quantised or is_quantised(getattr(base, part)):
         return base.part(part, plan.device, dtype)
@@ -187,7 +194,7 @@ def _denoise(
     denoiser = getattr(pipeline, family.facts.denoiser)
     device = denoiser.device
     scheduler = family.sampler(pipeline, steps, size, device)
-    conditions = _conditions(sampler, prompt, size, guided=guidance > 1)
+    conditions = _conditions(sampler, prompt, size, guidance)
     numbers = torch.arange(len(conditions), device=device)
     together, alone = (conditions.of(rows.repeat_interleave(len(seeds))) for rows in (numbers, numbers[-1:]))
     width, height = (side // pipeline.vae_scale_factor for side in size)
@@ -204,12 +211,19 @@ def _denoise(
     return latents
 
 
-def _conditions(sampler: Sampler, prompt: str, size: tuple[int, int], *, guided: bool) -> Conditioning:
-    """The prompt's conditioning, in the last row; with guidance, the empty prompt's in the row before it."""
+def _conditions(sampler: Sampler, prompt: str, size: tuple[int, int], guidance: float) -> Conditioning:
+    """The prompt's conditioning, in the last row; with classifier-free guidance, the empty prompt's in the row before
+    it."""
+    family = family_of(sampler.pipeline)
+    guided = _asks_twice(family, guidance)
     conditions = sampler.embedded.get(prompt) or _embed(sampler.pipeline, prompt, guided=guided)
     device = next(iter(conditions.text.values())).device
-    told = family_of(sampler.pipeline).extras(size, (0, 0), size).items()  # a whole picture
-    numbers = {name: torch.tensor([row] * len(conditions), dtype=torch.float32, device=device) for name, row in told}
+    told = dict(family.extras(size, (0, 0), size))  # a whole picture
+    if name := family.facts.drawing.told:
+        told[name] = [guidance]
+    numbers = {
+        name: torch.tensor([row] * len(conditions), dtype=torch.float32, device=device) for name, row in told.items()
+    }
     return conditions.beside(numbers)
 
 

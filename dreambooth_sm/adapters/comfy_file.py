@@ -8,9 +8,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter
+from dreambooth_sm.adapters.kohya_file import flat_tensors
 from dreambooth_sm.adapters.layers import Layer, LowRank
+from dreambooth_sm.adapters.names import UNET_PREFIX
 from dreambooth_sm.adapters.peft_file import tensors_of
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import Facts
@@ -44,9 +47,10 @@ def write_comfy(
     """
     layers = _by_makers_names(adapter.parts[facts.denoiser], facts)
     tensors = {
-        f"{PREFIX}{name}.{end}": Stored.of(value)
+        f"{place}.{end}": Stored.of(value)
         for name, layer in layers.items()
-        for end, value in tensors_of(layer).items()
+        for place, its in [_named(name, layer, facts)]
+        for end, value in its.items()
     }
     rank = str(max(adapter.ranks))
     header = {
@@ -63,33 +67,41 @@ def write_comfy(
     write_safetensors(path, tensors, dtype=dtype, notes=header)
 
 
+def _named(name: str, layer: Layer, facts: Facts) -> tuple[str, dict[str, Tensor]]:
+    """What a layer is called, and its tensors by the ends of their names."""
+    if not facts.flat_adapters:
+        return f"{PREFIX}{name}", tensors_of(layer)
+    folded = layer.folded() if isinstance(layer, LowRank) else layer
+    return f"{UNET_PREFIX}{name.replace('.', '_')}", flat_tensors(folded)
+
+
 def _by_makers_names(layers: Mapping[str, Layer], facts: Facts) -> dict[str, Layer]:
     """Layers by the names that ComfyUI knows; those that it has as one layer become one, exactly."""
     found: dict[str, Layer] = {}
-    thirds: dict[str, dict[int, Layer]] = {}
+    parts: dict[str, dict[tuple[int, int, int], Layer]] = {}
     for name, layer in layers.items():
         for known in facts.makers_names:
-            if match := known.ours.fullmatch(name):
-                theirs = known.theirs.format(match[1])
-                if known.third is None:
+            if theirs := known.in_theirs(name):
+                if known.rows is None:
                     found[theirs] = layer
                 else:
-                    thirds.setdefault(theirs, {})[known.third] = layer
+                    parts.setdefault(theirs, {})[known.rows] = layer
                 break
         else:
             found[name] = layer
-    return found | {name: _together(name, parts) for name, parts in thirds.items()}
+    return found | {name: _together(name, dict(sorted(its.items()))) for name, its in parts.items()}
 
 
-def _together(name: str, parts: Mapping[int, Layer]) -> LowRank:
-    """One LoRA beside a layer whose outputs are thirds, each with a LoRA of its own or none."""
-    folded: dict[int, LowRank] = {}
-    for third, layer in parts.items():
+def _together(name: str, parts: Mapping[tuple[int, int, int], Layer]) -> LowRank:
+    """One LoRA beside a layer that is several of diffusers', some of which have a LoRA of their own."""
+    folded: dict[tuple[int, int, int], LowRank] = {}
+    for rows, layer in parts.items():
         if not isinstance(layer, LowRank) or layer.magnitude is not None:
-            raise UserError(f"ComfyUI knows queries, keys and values as one ({name}), which LoRA alone can be beside")
-        folded[third] = layer.folded()
-    outputs, ranks = next(iter(folded.values())).up.shape[0], [part.rank for part in folded.values()]
-    up = torch.zeros(3 * outputs, sum(ranks), dtype=torch.float32)
-    for (third, part), start in zip(folded.items(), accumulate([0, *ranks[:-1]]), strict=True):
-        up[third * outputs : (third + 1) * outputs, start : start + part.rank] = part.up.float()
+            raise UserError(f"ComfyUI knows several layers as one ({name}), which LoRA alone can be beside")
+        folded[rows] = layer.folded()
+    (_, count, of), one = next(iter(folded.items()))
+    unit, ranks = one.up.shape[0] // count, [part.rank for part in folded.values()]
+    up = torch.zeros(of * unit, sum(ranks), dtype=torch.float32)
+    for ((first, count, _), part), start in zip(folded.items(), accumulate([0, *ranks[:-1]]), strict=True):
+        up[first * unit : (first + count) * unit, start : start + part.rank] = part.up.float()
     return LowRank(torch.cat([part.down.float() for part in folded.values()]), up)

@@ -4,7 +4,7 @@ diffusers' own converters translate."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 
@@ -17,6 +17,8 @@ from dreambooth_sm.stored.model import class_of, empty_module
 
 # What stands before the names, by layout. Files of older programs have nothing there.
 _DOTTED = {"transformer.": "diffusers", "diffusion_model.": "comfyui"}
+# Of sides that are a share of others.
+_ROUNDING = 0.03
 _FLAT = re.compile(r"(lora_unet|lycoris)_")
 
 
@@ -45,6 +47,24 @@ def dotted(key: str, facts: Facts) -> str:
     return key.removeprefix(prefix)
 
 
+def unlikeness(layers: Mapping[str, Layer], facts: Facts) -> tuple[int, int]:
+    """How little layers look like those of a family, where several have the same names: how many have other sides than
+    its own, relative to each other, and how many kinds of layers of its attention are missing.
+
+    Args:
+        layers: by the names that diffusers gives them.
+    """
+    known, _ = _known(facts.name)
+    others = 0
+    for name, layer in layers.items():
+        outputs, inputs = known[_numberless(name)]
+        if isinstance(layer, LowRank) and "#" in _numberless(name):
+            others += abs(layer.up.shape[0] / layer.down.shape[1] / (outputs / inputs) - 1) > _ROUNDING
+    ends = tuple({f".{_numberless(end)}" for end in facts.adapted["attention"].denoiser})
+    attention = {name for name in known if f".{name}".endswith(ends)}
+    return others, len(attention - set(map(_numberless, layers)))
+
+
 def in_diffusers(layers: Mapping[str, Layer], facts: Facts) -> tuple[dict[str, Layer], list[str]]:
     """Layers by the names that diffusers gives them, and the names of those that it has not.
 
@@ -64,12 +84,16 @@ def in_diffusers(layers: Mapping[str, Layer], facts: Facts) -> tuple[dict[str, L
     return found, list(dict.fromkeys(unknown))
 
 
-def _places(name: str, layer: Layer, facts: Facts, known: frozenset[str]) -> dict[str, slice | None]:
+def _places(name: str, layer: Layer, facts: Facts, known: Collection[str]) -> dict[str, slice | None]:
     """The names of a layer in diffusers, and which of its outputs each has; None for all."""
     if _numberless(name) in known:
         return {name: None}
     # Of other kinds, it only counts whether they are divided.
-    outputs, inputs = (layer.up.shape[0], layer.down.shape[1]) if isinstance(layer, LowRank) else (3, 1)
+    outputs, inputs = (layer.up.shape[0], layer.down.shape[1]) if isinstance(layer, LowRank) else (0, 1)
+    ours = {new: each.rows for each in facts.makers_names if (new := each.in_ours(name))}
+    if ours:
+        return {new: rows and _slice(rows, outputs) for new, rows in ours.items()}
+    outputs = outputs or 3
     weight = torch.empty(outputs, inputs, device="meta")
     try:
         made = converted_names({f"{name}.weight": weight}, class_of(facts.pipeline, facts.denoiser))
@@ -83,6 +107,11 @@ def _places(name: str, layer: Layer, facts: Facts, known: frozenset[str]) -> dic
     return places
 
 
+def _slice(rows: tuple[int, int, int], outputs: int) -> slice:
+    first, count, of = rows
+    return slice(first * outputs // of, (first + count) * outputs // of)
+
+
 def _rows(layer: Layer, rows: slice) -> Layer | None:
     """What a LoRA adds to some of a layer's outputs."""
     if not isinstance(layer, LowRank) or layer.magnitude is not None:
@@ -91,13 +120,18 @@ def _rows(layer: Layer, rows: slice) -> Layer | None:
 
 
 @cache
-def _known(family: str) -> tuple[frozenset[str], re.Pattern[str]]:
-    """The names of the layers of a family's denoiser, whatever their numbers; and a pattern for the words of these."""
+def _known(family: str) -> tuple[dict[str, tuple[int, int]], re.Pattern[str]]:
+    """The names of the layers of a family's denoiser, whatever their numbers, with outputs and inputs by default;
+    and a pattern for the words of these names and of the makers'."""
     facts = FAMILIES[family].facts
     module = empty_module(facts.denoiser, {}, facts.pipeline)
-    names = [name.removesuffix(".weight") for name in module.state_dict() if name.endswith(".weight")]
+    weights = {
+        name.removesuffix(".weight"): weight for name, weight in module.state_dict().items() if name.endswith(".weight")
+    }
+    names = [*weights, *(known.theirs for known in facts.makers_names)]
     words = sorted({word for name in names for word in name.split(".") if "_" in word}, key=len, reverse=True)
-    return frozenset(map(_numberless, names)), re.compile("|".join([*map(re.escape, words), "[^_]+"]))
+    sides = {_numberless(name): (weight.shape[0], weight.shape[-1]) for name, weight in weights.items()}
+    return sides, re.compile("|".join([*map(re.escape, words), "[^_]+"]))
 
 
 def _numberless(name: str) -> str:

@@ -60,7 +60,7 @@ def write_kohya(
         flat = flat_names(part, layers, configs)
         for name, layer in layers.items():
             filled = layer.folded().padded(rank) if isinstance(layer, LowRank) else layer
-            tensors |= {f"{flat[name]}.{key}": value for key, value in _tensors(filled).items()}
+            tensors |= {f"{flat[name]}.{key}": value for key, value in flat_tensors(filled).items()}
     header = {**_metadata(adapter, configs, path.stem), **(notes or {}), HASH_FIELD: ""}
     write_safetensors(path, {key: Stored.of(value) for key, value in tensors.items()}, dtype=dtype, notes=header)
 
@@ -77,7 +77,7 @@ def check_carried(adapter: Adapter, layout: str) -> None:
         raise UserError(problems)
 
 
-def _tensors(layer: Layer) -> dict[str, Tensor]:
+def flat_tensors(layer: Layer) -> dict[str, Tensor]:
     """A layer's tensors by the ends of their names, with its scale in them."""
     alpha = torch.tensor(float(layer.rank))
     if isinstance(layer, LowRank):

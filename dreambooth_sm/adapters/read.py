@@ -11,7 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter
-from dreambooth_sm.adapters.denoiser_names import dotted, families_of_transformers, in_diffusers, layout_of
+from dreambooth_sm.adapters.denoiser_names import (
+    dotted,
+    families_of_transformers,
+    in_diffusers,
+    layout_of,
+    unlikeness,
+)
 from dreambooth_sm.adapters.embedding_file import split_bundle
 from dreambooth_sm.adapters.kohya_file import from_kohya
 from dreambooth_sm.adapters.layers import Layer
@@ -62,11 +68,12 @@ def read_adapter(path: Path) -> Adapter:
         else:
             parts, unknown = _from_dotted(file, tensors, _place)
             layout = "diffusers"
-        for facts in () if parts else families_of_transformers():
-            found, others = _of_transformer(file, tensors, facts)
-            if found:
-                parts, unknown, layout, family = {facts.denoiser: found}, others, layout_of(tensors), facts.name
-                break
+        # Text encoders alone may belong to a transformer.
+        read = [] if "unet" in parts else [(_of_transformer(file, tensors, f), f) for f in families_of_transformers()]
+        fits = [(found, others, facts) for (found, others), facts in read if found]
+        if fits:
+            found, unknown, facts = min(fits, key=lambda each: (len(each[1]), unlikeness(each[0], each[2])))
+            parts, layout, family = {facts.denoiser: found}, layout_of(tensors), facts.name
     except (
         ValueError,
         TypeError,

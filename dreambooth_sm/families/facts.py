@@ -60,14 +60,27 @@ class MakersName:
     """What a model's makers, and ComfyUI, call layers of diffusers.
 
     Attributes:
-        ours: pattern for the whole of diffusers' name, with a group for the number of a block.
-        theirs: with ``{}`` for that number.
-        third: which third of the outputs it is, of queries, keys and values that are one layer; None: all.
+        ours, theirs: diffusers' name, and that of its makers; with ``{}`` for the number of a block.
+        rows: of the makers' layer, where that is several of diffusers' in one, such as queries, keys and values: how
+            many rows are before these, how many these are, and how many all are, in units of the model; None: all.
     """
 
-    ours: re.Pattern[str]
+    ours: str
     theirs: str
-    third: int | None = None
+    rows: tuple[int, int, int] | None = None
+
+    def in_theirs(self, name: str) -> str | None:
+        """The makers' name of a layer; None where it is another one."""
+        return _translated(name, self.ours, self.theirs)
+
+    def in_ours(self, name: str) -> str | None:
+        """diffusers' name, from that of the makers; None where it is another one."""
+        return _translated(name, self.theirs, self.ours)
+
+
+def _translated(name: str, source: str, target: str) -> str | None:
+    match = re.fullmatch(re.escape(source).replace(r"\{\}", r"(\d+)"), name)
+    return target.format(*match.groups()) if match else None
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,8 @@ class Drawing:
         guidance: classifier-free guidance of pictures to look at; 1 is none.
         guided: noise levels (sigma, from above to below) at which guidance is worth its second forward pass, in class
             images.
+        told: the extra by which the denoiser is told the guidance, which then takes no second pass; None where it is
+            classifier-free.
     """
 
     manner: str
@@ -89,6 +104,7 @@ class Drawing:
     guidance: float
     guided: tuple[float, float]
     batch: int = 64
+    told: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +131,15 @@ class Facts:
         has_single_file: whether single files hold all parts of its models, and are written as well; those of other
             families hold the denoiser alone.
         adapters: the layout of adapters' files beside diffusers' own: ``kohya`` or ``comfyui``.
+        flat_adapters: whether names in ComfyUI's layout are flat, as kohya's are: of a model's makers' names, diffusers
+            reads some in no other form.
         scale_option: of its pipeline, for an adapter's strength.
         call_options: that its pipeline takes beside the prompt to be guided as pictures are here.
         makers_names: of layers that ComfyUI knows by other names than diffusers'.
         files: what its files have to be like; None: as those of Stable Diffusion.
         others: found in the names of models of other kinds that are called nearly as its own are.
         distilled: found in the names of models that were distilled into fewer steps, which training undoes.
+        plain_text: text encoders that keep their bits where the others are read in fewer: they are small.
         overflows: whether fp16 is too small for its values, or was not tried, so that it needs a card with bf16;
             ``takes`` says why.
         multiple: of which pictures' sides have to be, in pixels.
@@ -151,12 +170,14 @@ class Facts:
     hint: str | None = None
     has_single_file: bool = True
     adapters: Literal["kohya", "comfyui"] = "kohya"
+    flat_adapters: bool = False
     scale_option: str = "cross_attention_kwargs"
     call_options: Mapping[str, object] = field(default_factory=dict)
     makers_names: tuple[MakersName, ...] = ()
     files: FileRules | None = None
     others: re.Pattern[str] | None = None
     distilled: re.Pattern[str] | None = None
+    plain_text: tuple[str, ...] = ()
     overflows: bool = False
     multiple: int = 8
     longest_prompt: int | None = None

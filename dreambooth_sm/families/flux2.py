@@ -40,17 +40,14 @@ _SIDES = (
 
 
 def _makers_names() -> Iterator[MakersName]:
-    def name(ours: str, theirs: str, third: int | None = None) -> MakersName:
-        return MakersName(re.compile(re.escape(ours).replace("N", r"(\d+)")), theirs, third)
-
     for side, *thirds, out, net in _SIDES:
         for number, layer in enumerate(thirds):
-            yield name(f"transformer_blocks.N.{layer}", f"double_blocks.{{}}.{side}_attn.qkv", number)
-        yield name(f"transformer_blocks.N.{out}", f"double_blocks.{{}}.{side}_attn.proj")
-        yield name(f"transformer_blocks.N.{net}.linear_in", f"double_blocks.{{}}.{side}_mlp.0")
-        yield name(f"transformer_blocks.N.{net}.linear_out", f"double_blocks.{{}}.{side}_mlp.2")
-    yield name("single_transformer_blocks.N.attn.to_qkv_mlp_proj", "single_blocks.{}.linear1")
-    yield name("single_transformer_blocks.N.attn.to_out", "single_blocks.{}.linear2")
+            yield MakersName(f"transformer_blocks.{{}}.{layer}", f"double_blocks.{{}}.{side}_attn.qkv", (number, 1, 3))
+        yield MakersName(f"transformer_blocks.{{}}.{out}", f"double_blocks.{{}}.{side}_attn.proj")
+        yield MakersName(f"transformer_blocks.{{}}.{net}.linear_in", f"double_blocks.{{}}.{side}_mlp.0")
+        yield MakersName(f"transformer_blocks.{{}}.{net}.linear_out", f"double_blocks.{{}}.{side}_mlp.2")
+    yield MakersName("single_transformer_blocks.{}.attn.to_qkv_mlp_proj", "single_blocks.{}.linear1")
+    yield MakersName("single_transformer_blocks.{}.attn.to_out", "single_blocks.{}.linear2")
 
 
 # What the pipeline draws in where nobody says otherwise; the shift of times depends on it.

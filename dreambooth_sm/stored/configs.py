@@ -27,13 +27,19 @@ _VALUES = "its values have to be those that the model was trained with"
 _MANY = (
     "layers_per_block",
     "num_hidden_layers",
+    "num_layers",
+    "num_single_layers",
     "transformer_layers_per_block",
     "reverse_transformer_layers_per_block",
 )
 _MOST_LAYERS, _MOST = 1000, 1_000_000
 # A UNet that wants more than a picture, a time and a prompt can't be trained on pictures and prompts.
 # Text encoders' own names of their kinds, by their classes.
-_MODEL_TYPES = {"Qwen3Model": ("qwen3",), "Qwen2_5_VLTextModel": ("qwen2_5_vl", "qwen2_5_vl_text")}
+_MODEL_TYPES = {
+    "Qwen3Model": ("qwen3",),
+    "Qwen2_5_VLTextModel": ("qwen2_5_vl", "qwen2_5_vl_text"),
+    "T5EncoderModel": ("t5",),
+}
 _CLIP_TYPES = ("clip_text_model", "clip")
 _CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim", "time_cond_proj_dim")
 

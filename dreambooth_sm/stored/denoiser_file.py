@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, TensorFile
@@ -58,10 +59,11 @@ def read_denoiser(file: TensorFile, part: str, module: nn.Module) -> dict[str, S
         for origin in [name for name in found if name not in used]:
             if found[origin].numel * found[origin].dtype.itemsize > _MOST_COMPUTED:
                 raise UserError(f"{file.path}: diffusers computes {computed[0]} of others; name a diffusers directory")
-            values = _converted(file, {origin: found[origin].read()}, module)
-            for name in set(computed) & values.keys():
-                tensors[name] = Stored.of(values[name].contiguous())
-                used.add(origin)
+            values = _converted(file, {**shown, origin: found[origin].read()}, module)
+            for name in computed:
+                if not values[name].is_meta:
+                    tensors[name] = Stored.of(values[name].contiguous())
+                    used.add(origin)
     check_complete(str(file.path), part, module, tensors)
     if strange := [name for name in found if name not in used and not _NEEDLESS.fullmatch(name)]:
         raise UserError(
@@ -98,5 +100,15 @@ def converted_names(
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     convert = SINGLE_FILE_LOADABLE_CLASSES[kind]["checkpoint_mapping_fn"]
-    found: dict[str, Tensor] = convert(checkpoint=dict(tensors), config=dict(config))
+    with _Views():
+        found: dict[str, Tensor] = convert(checkpoint=dict(tensors), config=dict(config))
     return found
+
+
+class _Views(TorchFunctionMode):
+    """A single tensor that is put together stays itself, by which it is known where it comes from."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.cat and len(args[0]) == 1:
+            return args[0][0]
+        return func(*args, **(kwargs or {}))

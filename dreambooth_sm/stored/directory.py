@@ -47,6 +47,8 @@ _TITLES = [family.facts.title for family in FAMILIES.values()]
 _POSITIONS = 77
 # How rotary positions are scaled, which alone says nothing where they are not.
 _KINDS = {"rope_type", "type"}
+# Of T5, which would take any number: those of the longest prompts that it was trained with.
+_T5_POSITIONS = 512
 # What whole CLIP models, language models that see pictures, and older versions of transformers have beside the text
 # encoder's weights.
 _KNOWN_OTHERS = re.compile(
@@ -114,7 +116,7 @@ def read_directory(
     for name in tokenizers_of(names):
         with problems.collected():
             encoder = parts.get(name.replace("tokenizer", "text_encoder"))
-            positions = encoder.config.max_position_embeddings if encoder else _POSITIONS
+            positions = getattr(encoder.config, "max_position_embeddings", _T5_POSITIONS) if encoder else _POSITIONS
             parts[name] = read_tokenizer_directory(directory / name, positions, class_of(kind, name))
     if not rules_of(kind):
         with problems.collected():

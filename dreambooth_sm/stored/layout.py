@@ -25,6 +25,8 @@ OPEN_CLIP = "cond_stage_model.model."
 XL_CLIP = "conditioner.embedders.0.transformer."
 XL_OPEN_CLIP = "conditioner.embedders.1.model."
 
+# The same weight by the name of the encoder alone, and by that of all of T5.
+_EMBEDDING_OF_T5 = ("encoder.embed_tokens.weight", "shared.weight")
 _OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -104,6 +106,8 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
 
 def today(name: str, part: str) -> str:
     """Renames a tensor that earlier versions of diffusers and transformers wrote as today's call it."""
+    if name == _EMBEDDING_OF_T5[0]:
+        return _EMBEDDING_OF_T5[1]
     if part == "text_encoder":
         # Of language models with their head, everything else is in a module of its own; of those that see pictures, in
         # one within it.

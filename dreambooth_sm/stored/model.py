@@ -90,7 +90,7 @@ class StoredModel:
     def of(cls, name: str, pipeline: Pipeline) -> StoredModel:
         """A pipeline that is in memory; its weights are shared."""
         tensors = {
-            part: {key: Stored.of(value) for key, value in getattr(pipeline, part).state_dict().items()}
+            part: {key: Stored.of(value) for key, value in state_of(getattr(pipeline, part)).items()}
             for part in parts_of(pipeline)
         }
         return cls(name, pipeline, tensors)
@@ -158,8 +158,25 @@ def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) ->
         if issubclass(kind, classes.PreTrainedModel):
             # The stored weights say their types themselves.
             values = {key: value for key, value in config.items() if key not in _TYPES}
-            return kind(kind.config_class.from_dict(values))
-        return kind.from_config(dict(config))
+            module: nn.Module = kind(kind.config_class.from_dict(values))
+        else:
+            module = kind.from_config(dict(config))
+    _tie(module)
+    return module
+
+
+def _tie(module: Any) -> None:
+    """Makes those weights one again that a model of transformers has by several names."""
+    if getattr(module, "all_tied_weights_keys", None):
+        module.tie_weights()
+
+
+def state_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's values by name, each once."""
+    once = {id(value): name for name, value in reversed(module.state_dict(keep_vars=True).items())}
+    return {
+        name: value.detach() for name, value in module.state_dict(keep_vars=True).items() if once[id(value)] == name
+    }
 
 
 def fill(
@@ -180,6 +197,7 @@ def fill(
     for piece in _pieces(wanted) if shrink else [wanted]:
         dtypes = {name: tensor.dtype for name, tensor in piece.items()}
         module.load_state_dict(load_tensors(piece, dtypes, torch.device(device)), strict=False, assign=True)
+        _tie(module)
         module.requires_grad_(False)
         if shrink:
             shrink(module)
@@ -216,7 +234,7 @@ def weights_of(module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dt
 
 def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """A module's values by name, without counts, such as how many batches a norm has seen."""
-    return {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    return {name: value for name, value in state_of(module).items() if value.is_floating_point()}
 
 
 def check_complete(name: str, part: str, module: nn.Module, tensors: Mapping[str, Stored]) -> None:
