@@ -34,10 +34,8 @@ def _look(path: Path, families: list[Facts]) -> list[Facts] | None:
             return None
         if model.is_dir():
             said = _class_name(model / INDEX)
-            return [
-                facts
-                for facts in families
-                if facts.pipeline == said or (facts.folder and (model / facts.folder).is_dir())
+            return [facts for facts in families if facts.pipeline == said] or [
+                facts for facts in families if facts.folder and (model / facts.folder).is_dir()
             ]
         with model.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

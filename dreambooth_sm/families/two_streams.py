@@ -1,0 +1,161 @@
+"""What families share whose transformers have blocks of two streams, a picture's patches and a prompt's words, before
+blocks of both in one, and whose prompts T5 reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_sm.families.facts import MakersName
+from dreambooth_sm.families.family import LossKnobs, Pair
+from dreambooth_sm.families.file_rules import is_number
+from dreambooth_sm.families.flow import TAKES, chosen_shift, read_texts, shift_by_words
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dreambooth_sm.objectives import Objective
+
+PATCH, TIMES = 2, 1000
+# Numbers of blocks that no model comes near.
+_BLOCKS = range(64)
+# Ends of layers' names that adapters lie beside.
+STREAM_ATTENTION = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+STREAM_LINEAR = (
+    *STREAM_ATTENTION,
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
+    *(f"single_transformer_blocks.{number}.proj_out" for number in _BLOCKS),
+)
+OWN_TAKES = {**TAKES, "mixed_precision": (("auto", "bf16", "no"), "its values are beyond the range of fp16")}
+_SIDES = (
+    ("img", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff", "norm1"),
+    ("txt", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff_context", "norm1_context"),
+)
+_SCALES = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+
+
+def makers_names(*, modulated: bool) -> Iterator[MakersName]:
+    """What the makers call the blocks' layers.
+
+    Args:
+        modulated: whether each block has a layer that makes its modulations.
+    """
+    for side, *thirds, out, net, norm in _SIDES:
+        ours, theirs = "transformer_blocks.{}.", f"double_blocks.{{}}.{side}_"
+        for number, layer in enumerate(thirds):
+            yield MakersName(ours + layer, f"{theirs}attn.qkv", (number, 1, 3))
+        yield MakersName(ours + out, f"{theirs}attn.proj")
+        yield MakersName(f"{ours}{net}.net.0.proj", f"{theirs}mlp.0")
+        yield MakersName(f"{ours}{net}.net.2", f"{theirs}mlp.2")
+        if modulated:
+            yield MakersName(f"{ours}{norm}.linear", f"{theirs}mod.lin")
+    ours, theirs = "single_transformer_blocks.{}.", "single_blocks.{}."
+    for number, layer in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
+        yield MakersName(ours + layer, f"{theirs}linear1", (number, 1, 7))
+    yield MakersName(f"{ours}proj_mlp", f"{theirs}linear1", (3, 4, 7))
+    yield MakersName(f"{ours}proj_out", f"{theirs}linear2")
+    if modulated:
+        yield MakersName(f"{ours}norm.linear", f"{theirs}modulation.lin")
+
+
+def scale_problems(config: Mapping[str, Any], where: str) -> list[str]:
+    """What is wrong with how a VAE's configuration says that latents are scaled and shifted."""
+    return [
+        f"{where}: {key} is {value!r:.60} and should be a number such as {usual}"
+        for key, usual in _SCALES.items()
+        if not is_number(value := config.get(key)) or (key == "scaling_factor" and value <= 0)
+    ]
+
+
+def side_problems(transformer: Any, vae: Any, reader: Any) -> list[str]:
+    """What keeps configurations of the transformer, the VAE and T5 from belonging together."""
+    problems = []
+    if PATCH**2 * vae.latent_channels != transformer.in_channels:
+        problems.append(
+            f"the VAE makes latents of {vae.latent_channels} channels, and the transformer takes "
+            f"{transformer.in_channels}, which is not {PATCH**2} times as many"
+        )
+    if reader.d_model != transformer.joint_attention_dim:
+        problems.append(
+            f"T5's states are {reader.d_model} wide, and the transformer takes {transformer.joint_attention_dim}"
+        )
+    return problems
+
+
+def read_with_t5(tokenizer: Any, prompts: Sequence[str], title: str, *, max_tokens: int | None) -> dict[str, Tensor]:
+    """What T5 takes of prompts, see :func:`dreambooth_sm.families.flow.read_texts`."""
+    return read_texts(tokenizer, prompts, prompts, title, max_tokens=max_tokens)
+
+
+def in_patches(latents: Tensor) -> Tensor:
+    """Latents ``(rows, channels, height, width)`` patch by patch, ``(rows, patches, 4 * channels)``."""
+    rows, channels, height, width = latents.shape
+    patches = latents.reshape(rows, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, height // PATCH * (width // PATCH), -1)
+
+
+def of_patches(patches: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of :func:`in_patches`.
+
+    Args:
+        shape: of the latents.
+    """
+    rows, channels, height, width = shape
+    latents = patches.reshape(rows, height // PATCH, width // PATCH, channels, PATCH, PATCH)
+    return latents.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels, height, width)
+
+
+def places(latents: Tensor) -> Tensor:
+    """Where patches are, by rows and columns: int64 ``(patches, 3)``. Words are all at the origin."""
+    import torch
+
+    sides = (torch.arange(side // PATCH, device=latents.device) for side in latents.shape[-2:])
+    return torch.nn.functional.pad(torch.cartesian_prod(*sides), (1, 0))
+
+
+class TwoStreams:
+    """What such families do in the same way: times, noise, and the latents of a VAE that scales and shifts them."""
+
+    def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
+        import numpy as np
+
+        scheduler = type(model.scheduler).from_config(model.scheduler.config)
+        pixels = PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
+        shift = shift_by_words(scheduler.config, size[0] // pixels * (size[1] // pixels))
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift, device=device)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
+        return without + guidance * (predicted - without)
+
+    def objective(self, model: Any, h: LossKnobs) -> Objective:
+        """With the shift that pictures are drawn with, where no other is asked for."""
+        import math
+
+        from dreambooth_sm.objectives import FlowMatching
+
+        config = model.scheduler.config
+        pixels = PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
+        by_size = math.exp(shift_by_words(config, (h.resolution // pixels) ** 2))
+        return FlowMatching.of(chosen_shift(h, config, by_size), h.time_sampling, TIMES)
+
+    def scale(self, vae: Any) -> tuple[float, float]:
+        return float(vae.config.shift_factor), float(vae.config.scaling_factor)
+
+    def normalise(self, scale: tuple[float, float], latents: Tensor) -> Tensor:
+        shift, factor = scale
+        return (latents - shift) * factor
+
+    def denormalise(self, scale: tuple[float, float], latents: Tensor) -> Tensor:
+        shift, factor = scale
+        return latents / factor + shift
+
+    def vae_dtype(self, vae: Any) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16
