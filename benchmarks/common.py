@@ -23,12 +23,21 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
+    FluxTransformer2DModel,
     PNDMScheduler,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, Qwen3Config, Qwen3Model
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+)
 
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
@@ -43,7 +52,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.schedule import Schedule
-from tests.helpers.tiny import byte_tokenizer, chat_tokenizer
+from tests.helpers.tiny import byte_tokenizer, chat_tokenizer, t5_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
@@ -143,6 +152,34 @@ def flux2_klein() -> PretrainedModel:
     return _put_away(PretrainedModel("flux2_klein", FAMILIES["flux2"], parts))
 
 
+# The encoder of T5-XXL.
+_T5: dict[str, Any] = {
+    "vocab_size": 32_128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10_240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def flux1() -> PretrainedModel:
+    """FLUX.1 dev's architecture in bf16, likewise."""
+    torch.manual_seed(0)
+    vae: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    parts = {
+        "transformer": _made(lambda: FluxTransformer2DModel(guidance_embeds=True)),
+        "vae": _made(lambda: _vae(**vae, use_quant_conv=False, use_post_quant_conv=False)),
+        "text_encoder": _made(lambda: CLIPTextModel(_clip())),
+        "tokenizer": byte_tokenizer(),
+        "text_encoder_2": _made(lambda: T5EncoderModel(T5Config(**_T5))),
+        "tokenizer_2": t5_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+    return _put_away(PretrainedModel("flux1", FAMILIES["flux1"], parts))
+
+
 def _made(make: Callable[[], torch.nn.Module]) -> Any:
     """A module with random weights in bf16, made on the device in seconds; what is computed stays as it is."""
     with init_empty_weights(include_buffers=False):
@@ -164,8 +201,9 @@ MODELS: dict[str, Callable[[], PretrainedModel]] = {
     "sdxl": sdxl,
     "z_image": z_image,
     "flux2_klein": flux2_klein,
+    "flux1": flux1,
 }
-_FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "z_image": "z_image", "flux2_klein": "flux2"}
+_FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "z_image": "z_image", "flux2_klein": "flux2", "flux1": "flux1"}
 
 
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:

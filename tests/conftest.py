@@ -125,6 +125,14 @@ def tiny_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_flux1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1 pipeline of 1 M parameters that is told its guidance; not to be written to."""
+    from tests.helpers.tiny import save_tiny_flux1_pipeline
+
+    return save_tiny_flux1_pipeline(tmp_path_factory.mktemp("base") / "tiny-flux1")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pictures of the example subject, scaled down; not to be written to."""
     from PIL import Image

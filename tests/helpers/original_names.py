@@ -177,3 +177,62 @@ def flux2_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
             else:
                 made[f"{to}.{(_FLUX2_SINGLE if single else _FLUX2)[layer]}.weight"] = value
     return made
+
+
+_FLUX1 = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "proj_out": "final_layer.linear",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+}
+_FLUX1_SINGLE = {"proj_out": "linear2", "norm.linear": "modulation.lin"}
+_FLUX1_FUSED = (
+    ("transformer_blocks", "double_blocks.{}.img_attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    ("transformer_blocks", "double_blocks.{}.txt_attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    ("single_transformer_blocks", "single_blocks.{}.linear1", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+)
+
+
+def flux1_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """FLUX.1's transformer, or Chroma's, as its makers name it; of single blocks, the net's first layer is one with
+    queries, keys and values."""
+    left, made = dict(tensors), {}
+    for kind, theirs, parts in _FLUX1_FUSED:
+        for block in sorted({name.split(".")[1] for name in tensors if name.startswith(f"{kind}.")}):
+            for end in ("weight", "bias"):
+                rows = [left.pop(f"{kind}.{block}.{part}.{end}") for part in parts]
+                made[f"{theirs.format(block)}.{end}"] = torch.cat(rows)
+    for name, value in left.items():
+        layer, _, end = name.rpartition(".")
+        kind, _, rest = layer.partition(".")
+        if layer == "norm_out.linear":
+            made[f"final_layer.adaLN_modulation.1.{end}"] = torch.cat(value.chunk(2)[::-1])
+        elif kind == "distilled_guidance_layer":
+            inner = rest.replace("linear_1", "in_layer").replace("linear_2", "out_layer")
+            scale = inner.startswith("norms.")
+            made[f"{kind}.{inner}.{'scale' if scale else end}"] = value
+        elif not kind.endswith("transformer_blocks"):
+            made[f"{_FLUX1[layer]}.{end}"] = value
+        else:
+            number, _, inner = rest.partition(".")
+            norm, single = inner.removeprefix("attn."), kind.startswith("single")
+            to = f"{'single' if single else 'double'}_blocks.{number}"
+            if norm in _FLUX2_NORMS:
+                place = "" if single else f"{_FLUX2_NORMS[norm]}_attn."
+                made[f"{to}.{place}norm.{'query' if norm.endswith('q') else 'key'}_norm.scale"] = value
+            else:
+                made[f"{to}.{(_FLUX1_SINGLE if single else _FLUX1)[inner]}.{end}"] = value
+    return made

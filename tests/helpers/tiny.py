@@ -17,6 +17,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -32,6 +34,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
 )
 
 from dreambooth_sm.stored.tokenizer import bpe_tokenizer, byte_letters, write_tokenizer
@@ -216,6 +221,66 @@ def save_tiny_flux2_pipeline(directory: Path, *, seed: int = 0) -> Path:
             transformer=transformer,
         )
     return _save(pipeline, directory)
+
+
+def save_tiny_flux1_pipeline(directory: Path, *, guidance: bool = True, dynamic: bool = True, seed: int = 0) -> Path:
+    """Writes a diffusers directory of a FLUX.1 pipeline of some 1 M parameters.
+
+    Args:
+        guidance: whether it is told any, as dev is; schnell is not.
+        dynamic: whether its shift of times grows with the picture; schnell's does not.
+    """
+    clip, reader = byte_tokenizer(), t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=4 * 8,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance,
+            axes_dims_rope=(8, 12, 12),
+        )
+        pipeline = FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0 if dynamic else 1.0, use_dynamic_shifting=dynamic),
+            vae=_shifted_vae(),
+            text_encoder=CLIPTextModel(_text_config(width=32, heads=4)),
+            tokenizer=clip,
+            text_encoder_2=_t5(reader),
+            tokenizer_2=reader,
+            transformer=transformer,
+        )
+    return _save(pipeline, directory)
+
+
+def _t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    sizes = {"d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes))
+
+
+def _shifted_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        latent_channels=8,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32,) * 4,
+        layers_per_block=1,
+        norm_num_groups=32,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    """A tokenizer of T5's kind that spells letter by letter."""
+    letters = [chr(code) for code in range(33, 127)]
+    marks = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    return T5Tokenizer(vocab=[*marks, *((letter, -3.0) for letter in letters)], extra_ids=0, model_max_length=512)
 
 
 def chat_tokenizer() -> Qwen2Tokenizer:

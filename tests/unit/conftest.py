@@ -67,6 +67,22 @@ def loaded_flux2(tiny_flux2: Path) -> PretrainedModel:
     return load_base(hyperparameters(**values))
 
 
+@pytest.fixture(scope="session")
+def loaded_flux1(tiny_flux1: Path) -> PretrainedModel:
+    """The tiny FLUX.1 pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    values = {"pretrained_model_name_or_path": str(tiny_flux1), "method": "lora"}
+    return load_base(hyperparameters(**values))
+
+
+@pytest.fixture
+def flux1(loaded_flux1: PretrainedModel) -> PretrainedModel:
+    """The tiny FLUX.1 pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_flux1)
+
+
 @pytest.fixture
 def flux2(loaded_flux2: PretrainedModel) -> PretrainedModel:
     """The tiny FLUX.2 klein pipeline's parts, the test's own."""

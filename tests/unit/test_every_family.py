@@ -49,7 +49,13 @@ def read_by_card(exported: Path, base: Any, method: str) -> Any:
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 # A tiny model of the family's true classes.
-BASES = {"sd": "loaded_base", "sdxl": "loaded_xl_base", "z_image": "loaded_z_image", "flux2": "loaded_flux2"}
+BASES = {
+    "sd": "loaded_base",
+    "sdxl": "loaded_xl_base",
+    "z_image": "loaded_z_image",
+    "flux2": "loaded_flux2",
+    "flux1": "loaded_flux1",
+}
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
     "full": lambda exported, base: DiffusionPipeline.from_pretrained(exported),
@@ -60,7 +66,7 @@ READERS: dict[str, Callable[[Path, Any], Any]] = {
 }
 ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
 # One a family.
-QUICK = [("sd", "full"), ("sdxl", "textual_inversion"), ("z_image", "lora"), ("flux2", "lora")]
+QUICK = [("sd", "full"), ("sdxl", "textual_inversion"), ("z_image", "lora"), ("flux2", "lora"), ("flux1", "lora")]
 
 
 @pytest.fixture

@@ -30,9 +30,11 @@ def test_the_parts_are_those_of_the_model_files() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_model_knows_its_family(
-    name: str, tiny_base: Path, tiny_xl_base: Path, tiny_z_image: Path, tiny_flux2: Path
+    name: str, tiny_base: Path, tiny_xl_base: Path, tiny_z_image: Path, tiny_flux2: Path, tiny_flux1: Path
 ) -> None:
-    path = {"sd": tiny_base, "sdxl": tiny_xl_base, "z_image": tiny_z_image, "flux2": tiny_flux2}[name]
+    path = {"sd": tiny_base, "sdxl": tiny_xl_base, "z_image": tiny_z_image, "flux2": tiny_flux2, "flux1": tiny_flux1}[
+        name
+    ]
     model = load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=name))
     assert model.family is FAMILIES[name] is family_of(model.pipeline())
     assert tuple(model.modules) == model.family.facts.parts
@@ -52,6 +54,8 @@ def test_a_loaded_model_knows_its_family(
         ("Tongyi-MAI/Z-Image", "z_image"),
         ("black-forest-labs/FLUX.2-klein-base-4B", "flux2"),
         ("s3://models/flux2-klein-base/", "flux2"),
+        ("black-forest-labs/FLUX.1-dev", "flux1"),
+        ("/models/flux1-schnell.safetensors", "flux1"),
         ("Tongyi-MAI/Z-Image-Turbo", "z_image"),
         ("s3://models/zimage/", "z_image"),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),

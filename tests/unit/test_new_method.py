@@ -143,7 +143,13 @@ def run(root: Path, base: Path, family: str, stop_at: int | None = None, **value
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_runs_whole_jobs_and_is_resumed(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     base = request.getfixturevalue(
-        {"sd": "tiny_base", "sdxl": "tiny_xl_base", "z_image": "tiny_z_image", "flux2": "tiny_flux2"}[family]
+        {
+            "sd": "tiny_base",
+            "sdxl": "tiny_xl_base",
+            "z_image": "tiny_z_image",
+            "flux2": "tiny_flux2",
+            "flux1": "tiny_flux1",
+        }[family]
     )
     drawn = {"validation_prompt": "photo of zwx toy", "validation_steps": 2}
     log = run(tmp_path / "whole", base, family, use_ema=True, **drawn)

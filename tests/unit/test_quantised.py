@@ -369,6 +369,8 @@ def test_footprints_count_the_layers_in_fewer_bits(family: str) -> None:
     facts = FAMILIES[family].facts
     found: dict[bool, float] = {True: 0, False: 0}
     for part, config in CONFIGS[family].items():
+        if part in facts.plain_text:
+            continue
         module = empty_module(part, config, facts.pipeline).requires_grad_(False)
         whole = {name: parameter.numel() for name, parameter in module.named_parameters()}
         quantise_layers(module, "nf4", torch.bfloat16, torch.device("meta"))
