@@ -15,7 +15,9 @@ import torch
 from dreambooth_sm import sources, toybox
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.families import FAMILIES, Family, family_of
+from dreambooth_sm.families.find import DISTILLED
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.model import is_distilled
 from dreambooth_sm.latents import latent_scale
 from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri
@@ -458,6 +460,8 @@ def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
             f"base_architecture={found.name}"
         )
     pipeline = stored.pipeline
+    if pipeline.config.get(DISTILLED) and not h.train_distilled:
+        raise UserError(is_distilled(name, found))
     modules = parts_of(pipeline)
     all_parts = [*modules, *tokenizers_of(modules), "scheduler", "feature_extractor"]
     return PretrainedModel(

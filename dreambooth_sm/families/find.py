@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dreambooth_sm.families import DEFAULT, FAMILIES, Facts
 
 _LONGEST_HEADER = 100_000_000
+# Of a pipeline's index: whether the model draws in a few steps alone.
+DISTILLED = "is_distilled"
 
 
 def find_family(name: str) -> str:
@@ -24,6 +27,23 @@ def find_family(name: str) -> str:
     return found[0].name if found else DEFAULT
 
 
+def says_distilled(name: str) -> bool | None:
+    """Whether the index of a pipeline's directory says that the model was distilled to draw in a few steps; None where
+    there is no such directory here, or it does not say.
+
+    Args:
+        name: hub id, ``s3://`` location or path.
+    """
+    from dreambooth_sm.stored.locate import INDEX, look_for_model  # brings S3's client
+
+    try:
+        model = look_for_model(Path(name).expanduser())
+    except (OSError, RuntimeError, ValueError):  # names can be anything
+        return None
+    said = _read_index(model / INDEX).get(DISTILLED) if model is not None and model.is_dir() else None
+    return said if isinstance(said, bool) else None
+
+
 def _look(path: Path, families: list[Facts]) -> list[Facts] | None:
     """Those of the families that a directory or a safetensors file is of; None where that can't be seen."""
     from dreambooth_sm.stored.locate import INDEX, SAFETENSORS, find_kind, look_for_model  # brings S3's client
@@ -33,7 +53,7 @@ def _look(path: Path, families: list[Facts]) -> list[Facts] | None:
         if model is None or (model.is_file() and find_kind(model) != SAFETENSORS):
             return None
         if model.is_dir():
-            said = _class_name(model / INDEX)
+            said = _read_index(model / INDEX).get("_class_name")
             return [facts for facts in families if facts.pipeline == said] or [
                 facts for facts in families if facts.folder and (model / facts.folder).is_dir()
             ]
@@ -45,10 +65,10 @@ def _look(path: Path, families: list[Facts]) -> list[Facts] | None:
         return None
 
 
-def _class_name(index: Path) -> str | None:
-    """The class that a pipeline's index names; None where it can't be read."""
+def _read_index(path: Path) -> dict[str, Any]:
+    """A pipeline's index; empty where it can't be read."""
     try:
-        said = json.loads(index.read_text(encoding="utf-8-sig"))
+        said = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError):
-        return None
-    return str(said.get("_class_name")) if isinstance(said, dict) else None
+        return {}
+    return said if isinstance(said, dict) else {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dreambooth_sm.families import FAMILIES, Facts
-from dreambooth_sm.families.find import find_family
+from dreambooth_sm.families.find import find_family, says_distilled
 from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.messages import near_name, short
 from dreambooth_sm.toybox import NAME as TOYBOX
@@ -158,17 +158,23 @@ class ModelKnobs(Knobs):
 
 
 def distilled_problems(option: str, name: str, facts: Facts) -> Iterator[str]:
-    """Says that a model was distilled, where its name does.
+    """Says that a model was distilled, where its index does, or else its name.
 
     Args:
         option: that has the name.
         facts: of its family.
     """
-    if facts.distilled and facts.distilled.search(_last(name)):
-        yield (
-            f"{option}: {short(name)} is distilled to draw in a few steps, which training undoes; train {facts.title} "
-            "itself, whose adapters can be drawn with beside it, or set train_distilled=true"
-        )
+    said = says_distilled(name)
+    if said if said is not None else facts.distilled and facts.distilled.search(_last(name)):
+        yield f"{option}: {is_distilled(short(name), facts)}"
+
+
+def is_distilled(model: str, facts: Facts) -> str:
+    """Why a model that was distilled is refused."""
+    return (
+        f"{model} is distilled to draw in a few steps, which training undoes; train {facts.title} itself, whose "
+        "adapters can be drawn with beside it, or set train_distilled=true"
+    )
 
 
 def other_kind_problems(option: str, name: str, facts: Facts) -> Iterator[str]:

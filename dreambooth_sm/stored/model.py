@@ -4,6 +4,7 @@ from."""
 from __future__ import annotations
 
 import gzip
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -272,7 +273,9 @@ def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingPr
 
     for facts in (family.facts for family in FAMILIES.values()):
         if facts.files and type(parts.get(facts.denoiser)).__name__ == facts.files.classes[facts.denoiser]:
-            pipeline: Pipeline = classes.named(facts.pipeline)(**parts)
+            kind = classes.named(facts.pipeline)
+            options = (inspect.signature(kind).parameters.keys() - parts.keys()) & index.keys()
+            pipeline: Pipeline = kind(**parts, **{name: index[name] for name in options})
             return pipeline
     if "text_encoder_2" in parts:
         zeros = bool(index.get(ZEROS, True))

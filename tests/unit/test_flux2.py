@@ -341,6 +341,23 @@ def test_what_would_do_nothing_or_harm_is_refused(values: dict[str, object], sai
         parse(**values)
 
 
+@pytest.mark.parametrize("folder", ["klein", "mine"])
+def test_what_the_index_says_of_distillation_counts_before_the_name(
+    flux2: PretrainedModel, tmp_path: Path, folder: str
+) -> None:
+    path = tmp_path / folder
+    flux2.save(path)
+    index = path / "model_index.json"
+    h = parse(pretrained_model_name_or_path=str(path))
+    assert load_base(h).family.facts.name == "flux2"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "is_distilled": True}))
+    assert parse(pretrained_model_name_or_path=str(path), train_distilled=True).architecture == "flux2"
+    with pytest.raises(UserError, match=r"is distilled to draw in a few steps.* set train_distilled=true"):
+        parse(pretrained_model_name_or_path=str(path))
+    with pytest.raises(UserError, match="is distilled to draw in a few steps"):  # as when it came from the hub
+        load_base(h)
+
+
 def test_a_licence_that_is_accepted_is_named_in_the_plan() -> None:
     h = parse(pretrained_model_name_or_path=NINE, accept_license="flux-non-commercial")
     assert any("accept_license=flux-non-commercial" in note for note in make_plan(h, CARDS["H100"]).notes)
