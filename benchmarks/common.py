@@ -20,11 +20,13 @@ from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PNDMScheduler,
+    QwenImageTransformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
@@ -33,6 +35,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
     Qwen3Config,
     Qwen3Model,
     T5Config,
@@ -180,6 +184,29 @@ def flux1() -> PretrainedModel:
     return _put_away(PretrainedModel("flux1", FAMILIES["flux1"], parts))
 
 
+def qwen_image() -> PretrainedModel:
+    """Qwen-Image's architecture in bf16, likewise."""
+    torch.manual_seed(0)
+    text: dict[str, Any] = {
+        "vocab_size": 152_064,
+        "hidden_size": 3584,
+        "intermediate_size": 18_944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    }
+    shifts = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    parts = {
+        "transformer": _made(QwenImageTransformer2DModel),
+        "vae": _made(AutoencoderKLQwenImage),
+        "text_encoder": _made(lambda: Qwen2_5_VLTextModel(Qwen2_5_VLTextConfig(**text))),
+        "tokenizer": chat_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shifts),
+    }
+    return _put_away(PretrainedModel("qwen_image", FAMILIES["qwen_image"], parts))
+
+
 def _made(make: Callable[[], torch.nn.Module]) -> Any:
     """A module with random weights in bf16, made on the device in seconds; what is computed stays as it is."""
     with init_empty_weights(include_buffers=False):
@@ -202,8 +229,9 @@ MODELS: dict[str, Callable[[], PretrainedModel]] = {
     "z_image": z_image,
     "flux2_klein": flux2_klein,
     "flux1": flux1,
+    "qwen_image": qwen_image,
 }
-_FAMILIES = {"sd15": "sd", "sdxl": "sdxl", "z_image": "z_image", "flux2_klein": "flux2", "flux1": "flux1"}
+_FAMILIES = {name: name for name in MODELS} | {"sd15": "sd", "flux2_klein": "flux2"}
 
 
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:

@@ -1,12 +1,13 @@
 """Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, SDXL, Z-Image, FLUX.2
-klein or FLUX.1 at 1,024.
+klein, FLUX.1 or Qwen-Image at 1,024.
 
     python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
         [--write dreambooth_sm/planning/measured]
 
 One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures:
 ``train_dreambooth.py``, ``train_dreambooth_lora.py`` or, with another model, ``train_dreambooth_lora_sdxl.py`` or
-``train_dreambooth_lora_z_image.py``, ``train_dreambooth_lora_flux2_klein.py`` or ``train_dreambooth_lora_flux.py``.
+``train_dreambooth_lora_z_image.py``, ``train_dreambooth_lora_flux2_klein.py``, ``train_dreambooth_lora_flux.py``
+or ``train_dreambooth_lora_qwen_image.py``.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 OTHERS_VARIANTS = {
     "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small", "lora_linear"),
     **dict.fromkeys(
-        ("z_image", "flux2_klein", "flux1"),
+        ("z_image", "flux2_klein", "flux1", "qwen_image"),
         ("lora", "lora_small", "lora_alone", "lora_alone_small", "lora_alone_nf4", "lora_linear"),
     ),
 }
@@ -154,6 +155,7 @@ PEERS = {
     "train_dreambooth_lora_sdxl": {"diffusers_lora": _LORA},
     "train_dreambooth_lora_z_image": _FLOW,
     "train_dreambooth_lora_flux2_klein": _FLOW,
+    "train_dreambooth_lora_qwen_image": _FLOW,
     "train_dreambooth_lora_flux": _FLOW,
 }
 

@@ -133,6 +133,14 @@ def tiny_flux1(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen-Image pipeline of 0.4 M parameters; not to be written to."""
+    from tests.helpers.tiny import save_tiny_qwen_image_pipeline
+
+    return save_tiny_qwen_image_pipeline(tmp_path_factory.mktemp("base") / "tiny-qwen-image")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pictures of the example subject, scaled down; not to be written to."""
     from PIL import Image

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dreambooth_sm.families import flux1, flux2, sd, sdxl, z_image
+from dreambooth_sm.families import flux1, flux2, qwen_image, sd, sdxl, z_image
 from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import Facts, ModelFootprint
 from dreambooth_sm.families.family import Family
@@ -12,7 +12,8 @@ from dreambooth_sm.families.family import Family
 __all__ = ["DEFAULT", "FAMILIES", "Conditioning", "Facts", "Family", "ModelFootprint", "family_of"]
 
 FAMILIES: dict[str, Family] = {
-    family.facts.name: family for family in (sd.FAMILY, sdxl.FAMILY, z_image.FAMILY, flux2.FAMILY, flux1.FAMILY)
+    family.facts.name: family
+    for family in (sd.FAMILY, sdxl.FAMILY, z_image.FAMILY, flux2.FAMILY, flux1.FAMILY, qwen_image.FAMILY)
 }
 # What a model of none of the others is taken for.
 DEFAULT = next(iter(FAMILIES))

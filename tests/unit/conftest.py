@@ -89,6 +89,21 @@ def flux2(loaded_flux2: PretrainedModel) -> PretrainedModel:
     return copy.deepcopy(loaded_flux2)
 
 
+@pytest.fixture(scope="session")
+def loaded_qwen_image(tiny_qwen_image: Path) -> PretrainedModel:
+    """The tiny Qwen-Image pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    return load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_qwen_image), method="lora"))
+
+
+@pytest.fixture
+def qwen_image(loaded_qwen_image: PretrainedModel) -> PretrainedModel:
+    """The tiny Qwen-Image pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_qwen_image)
+
+
 @pytest.fixture
 def z_image(loaded_z_image: PretrainedModel) -> PretrainedModel:
     """The tiny Z-Image pipeline's parts, the test's own."""

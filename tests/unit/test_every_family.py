@@ -55,6 +55,7 @@ BASES = {
     "z_image": "loaded_z_image",
     "flux2": "loaded_flux2",
     "flux1": "loaded_flux1",
+    "qwen_image": "loaded_qwen_image",
 }
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
@@ -66,7 +67,14 @@ READERS: dict[str, Callable[[Path, Any], Any]] = {
 }
 ALL = [(name, method) for name, family in FAMILIES.items() for method in family.facts.methods]
 # One a family.
-QUICK = [("sd", "full"), ("sdxl", "textual_inversion"), ("z_image", "lora"), ("flux2", "lora"), ("flux1", "lora")]
+QUICK = [
+    ("sd", "full"),
+    ("sdxl", "textual_inversion"),
+    ("z_image", "lora"),
+    ("flux2", "lora"),
+    ("flux1", "lora"),
+    ("qwen_image", "lora"),
+]
 
 
 @pytest.fixture

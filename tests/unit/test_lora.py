@@ -286,6 +286,17 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     },
+    "qwen_image": {
+        "transformer": {},
+        "text_encoder": {
+            "vocab_size": 152064,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+        },
+    },
 }
 
 

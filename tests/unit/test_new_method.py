@@ -149,6 +149,7 @@ def test_it_runs_whole_jobs_and_is_resumed(family: str, request: pytest.FixtureR
             "z_image": "tiny_z_image",
             "flux2": "tiny_flux2",
             "flux1": "tiny_flux1",
+            "qwen_image": "tiny_qwen_image",
         }[family]
     )
     drawn = {"validation_prompt": "photo of zwx toy", "validation_steps": 2}

@@ -1,0 +1,359 @@
+"""Qwen-Image (Alibaba 2025, "Qwen-Image Technical Report"), and its later versions of the same kind, such as 2512."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dreambooth_sm.families.conditioning import Conditioning
+from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint
+from dreambooth_sm.families.family import LossKnobs, Pair
+from dreambooth_sm.families.file_rules import is_number
+from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_texts, shift_by_words, vocabulary_problems
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dreambooth_sm.objectives import Objective
+
+_PATCH, _TIMES = 2, 1000
+# What the model was shown prompts in, and how many tokens of it are before them.
+_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+_BEFORE = 34
+_ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+_LINEAR = (
+    *_ATTENTION,
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+)
+
+
+class _Files:
+    """Pipeline directories as the hub has them; of the text encoder, the part that sees pictures is left there."""
+
+    classes = MappingProxyType(
+        {
+            "transformer": "QwenImageTransformer2DModel",
+            "vae": "AutoencoderKLQwenImage",
+            "text_encoder": "Qwen2_5_VLTextModel",
+            "tokenizer": "Qwen2Tokenizer",
+        }
+    )
+
+    def config_problems(self, part: str, config: Mapping[str, Any], where: str) -> list[str]:
+        if part == "vae":
+            return _statistics_problems(config, where)
+        if part != "transformer":
+            return []
+        usual = {
+            "patch_size": _PATCH,
+            "guidance_embeds": False,
+            **dict.fromkeys(("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"), False),
+        }
+        return [
+            f"{where}: {key} is {value!r:.60}, and this project trains models with {wanted}"
+            for key, wanted in usual.items()
+            if (value := config.get(key, wanted)) != wanted
+        ]
+
+    def fit_problems(self, pipeline: Any) -> list[str]:
+        transformer, vae, text = pipeline.transformer.config, pipeline.vae.config, pipeline.text_encoder.config
+        problems = vocabulary_problems(pipeline.tokenizer, text)
+        if _PATCH**2 * vae.z_dim != transformer.in_channels:
+            problems.append(
+                f"the VAE makes latents of {vae.z_dim} channels, and the transformer takes {transformer.in_channels}, "
+                f"which is not {_PATCH**2} times as many"
+            )
+        if transformer.out_channels != vae.z_dim:
+            problems.append(
+                f"the VAE makes latents of {vae.z_dim} channels, and the transformer makes {transformer.out_channels}"
+            )
+        if text.hidden_size != transformer.joint_attention_dim:
+            problems.append(
+                f"the text encoder's states are {text.hidden_size} wide, and the transformer takes "
+                f"{transformer.joint_attention_dim}"
+            )
+        return problems
+
+
+def _statistics_problems(config: Mapping[str, Any], where: str) -> list[str]:
+    channels = config.get("z_dim", 16)
+    if channels == 16 and not {"latents_mean", "latents_std"} & config.keys():
+        return []  # those of its class
+    problems = []
+    for key in ("latents_mean", "latents_std"):
+        values = config.get(key)
+        numbers = isinstance(values, list | tuple) and len(values) == channels and all(map(is_number, values))
+        if not numbers or (key == "latents_std" and not all(value > 0 for value in values or ())):
+            problems.append(f"{where}: {key} is {values!r:.60} and should be a list of {channels} numbers")
+    return problems
+
+
+class QwenImage:
+    """A transformer on a picture's patches and a prompt's words, side by side.
+
+    Text: ``states`` ``(rows, words, width)`` of a language model, behind those of the template that comes first, and
+    zeros where other rows have more; ``kept`` ``(rows, words)``, those that are looked at, where rows have more than
+    others.
+    """
+
+    facts = Facts(
+        name="qwen_image",
+        title="Qwen-Image",
+        short="Qwen-Image",
+        article="a",
+        listed="Qwen-Image",
+        resolution=1024,
+        footprint=ModelFootprint(
+            denoiser=20_430.4,
+            text_encoder=7070.6,
+            vae=126.9,
+            text_width=3584,
+            denoiser_coded=20_424.8,
+            text_coded=6525.3,
+            largest_coded=56.6,
+            trains_text_encoder=False,
+        ),
+        pipeline="QwenImagePipeline",
+        drawing=Drawing(
+            manner="Euler steps of flow matching",
+            steps=50,
+            class_steps=28,
+            guidance=4.0,
+            guided=(float("inf"), 0.0),
+            batch=2,
+        ),
+        parts=("transformer", "vae", "text_encoder"),
+        methods={
+            "lora": {
+                "learning_rate": 1e-4,
+                "lora_targets": "attention",  # more was compared on another family alone
+                "export": "adapter",
+                "export_precision": "bf16",
+                "sample_guidance_scale": 4.0,
+                "validation_guidance_scale": 4.0,
+            }
+        },
+        adapted={
+            "attention": AdaptedLayers(_ATTENTION, (), width=1_474_560, text_width=0),
+            "linear": AdaptedLayers(_LINEAR, (), width=6_635_520, text_width=0),
+        },
+        tensor=b"transformer_blocks.0.txt_mod.1.weight",
+        has_single_file=False,
+        adapters="comfyui",
+        scale_option="attention_kwargs",
+        call_options={"negative_prompt": ""},
+        files=_Files(),
+        tags=("qwen-image",),
+        licences={"Qwen/Qwen-Image": "apache-2.0"},
+        names=re.compile(r"qwen[-_ ]?image", re.IGNORECASE),
+        others=re.compile(r"qwen[-_ ]?image[-_ ]?(edit|layered|controlnet|2[._]1)", re.IGNORECASE),
+        distilled=re.compile(r"lightning|distill|turbo", re.IGNORECASE),
+        hint="qwen-image",
+        overflows=True,
+        multiple=16,
+        longest_prompt=WINDOW,
+        matches_flow=True,
+        takes={**TAKES, "mixed_precision": (("auto", "bf16", "no"), "it was not tried in fp16")},
+    )
+
+    def tokenize(
+        self, model: Any, prompts: Sequence[str], *, max_tokens: int | None = 75, pad: bool = True
+    ) -> dict[str, Tensor]:
+        texts = [_TEMPLATE.format(prompt) for prompt in prompts]
+        return read_texts(model.tokenizer, prompts, texts, self.facts.title, before=_BEFORE, max_tokens=max_tokens)
+
+    def encode(self, model: Any, tokens: Mapping[str, Tensor]) -> Conditioning:
+        import torch
+
+        words = [
+            model.text_encoder(input_ids=ids[mask][None], use_cache=False).last_hidden_state[0, _BEFORE:]
+            for ids, mask in zip(tokens["ids"], tokens["mask"], strict=True)  # one by one: nothing is filled up
+        ]
+        counts = torch.tensor([len(each) for each in words])
+        most = int(counts.max())
+        text = {"states": torch.stack([torch.nn.functional.pad(each, (0, 0, 0, most - len(each))) for each in words])}
+        if int(counts.min()) < most:
+            text["kept"] = (torch.arange(most) < counts[:, None]).to(text["states"].device)
+        return Conditioning(text)
+
+    def extras(self, size: Pair, crop: Pair, target: Pair) -> Mapping[str, Sequence[float]]:
+        return {}
+
+    def predict(self, denoiser: Any, noised: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Computes what the transformer's own forward does, block by block, so that each may have kernels."""
+        import torch
+
+        from dreambooth_sm.training.recomputation import recomputed
+
+        run = functools.partial(recomputed, _run) if denoiser.gradient_checkpointing else _run
+        rows, _, height, width = noised.shape
+        picture = denoiser.img_in(_patches(noised))
+        words = denoiser.txt_in(denoiser.txt_norm(conditioning.text["states"]))
+        kept = conditioning.text.get("kept")
+        told = denoiser.time_text_embed((times.expand(rows) / _TIMES).to(picture.dtype), picture)
+        of_picture, of_words = denoiser.pos_embed(
+            [(1, height // _PATCH, width // _PATCH)], max_txt_seq_len=words.shape[1], device=noised.device
+        )
+        turns = torch.cat([of_words, of_picture]).expand(rows, -1, -1)
+        for block in denoiser.transformer_blocks:
+            words, picture = run(block, picture, words, kept, told, turns)
+        return _picture(denoiser.proj_out(denoiser.norm_out(picture, told)), height, width)
+
+    def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
+        import numpy as np
+
+        # One step has no last but one, whose noise level is moved to the schedule's.
+        own = {"shift_terminal": None} if steps == 1 else {}
+        scheduler = type(model.scheduler).from_config(model.scheduler.config, **own)
+        shift = shift_by_words(scheduler.config, _words(model.vae, size))
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift, device=device)
+        scheduler.set_begin_index(0)
+        return scheduler
+
+    def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
+        """Each patch keeps the length that it has for the prompt alone."""
+        asked, empty = _patches(predicted), _patches(without)
+        guided = empty + guidance * (asked - empty)
+        height, width = predicted.shape[-2:]
+        return _picture(guided * (asked.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width)
+
+    def objective(self, model: Any, h: LossKnobs) -> Objective:
+        """With the shift that pictures are drawn with, where no other is asked for."""
+        import math
+
+        from dreambooth_sm.objectives import FlowMatching
+
+        config = model.scheduler.config
+        by_size = math.exp(shift_by_words(config, _words(model.vae, (h.resolution, h.resolution))))
+        return FlowMatching.of(chosen_shift(h, config, by_size), h.time_sampling, _TIMES)
+
+    def scale(self, vae: Any) -> tuple[Tensor, Tensor]:
+        """Mean of latents, and 1 / deviation, ``(channels, 1, 1)``."""
+        import torch
+
+        mean, deviation = (
+            torch.tensor(vae.config[name], device=vae.device).view(-1, 1, 1) for name in ("latents_mean", "latents_std")
+        )
+        return mean, 1 / deviation
+
+    def normalise(self, scale: tuple[Tensor, Tensor], latents: Tensor) -> Tensor:
+        mean, factor = (each.to(latents) for each in scale)
+        return (latents - mean) * factor
+
+    def denormalise(self, scale: tuple[Tensor, Tensor], latents: Tensor) -> Tensor:
+        mean, factor = (each.to(latents) for each in scale)
+        return latents / factor + mean
+
+    def vae_dtype(self, vae: Any) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16
+
+
+def _words(vae: Any, size: Pair) -> int:
+    """The patches of a picture of so many pixels."""
+    pixels: int = _PATCH * 2 ** len(vae.config.temperal_downsample)
+    return size[0] // pixels * (size[1] // pixels)
+
+
+def _patches(latents: Tensor) -> Tensor:
+    """Latents ``(rows, channels, height, width)`` as ``(rows, patches, channels of a patch)``."""
+    rows, channels, height, width = latents.shape
+    high, wide = height // _PATCH, width // _PATCH
+    patches = latents.reshape(rows, channels, high, _PATCH, wide, _PATCH).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(rows, high * wide, -1)
+
+
+def _picture(patches: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`_patches`."""
+    shape = (len(patches), height // _PATCH, width // _PATCH, -1, _PATCH, _PATCH)
+    return patches.reshape(shape).permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, height, width)
+
+
+def _run(
+    block: Any, picture: Tensor, words: Tensor, kept: Tensor | None, told: Tensor, turns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A block as the library computes it; on cards with kernels in fewer passes over its activations."""
+    from dreambooth_sm.training.rms_norm import norms_serve
+
+    if block._compiled_call_impl is None and norms_serve(picture, *_frozen(block)):
+        return run_in_fewer_passes(block, picture, words, kept, told, turns)
+    count = words.shape[1]
+    result: tuple[Tensor, Tensor] = block(picture, words, kept, told, (turns[0, count:], turns[0, :count]))
+    return result
+
+
+def _frozen(block: Any) -> Iterator[Tensor]:
+    """What the kernels give no gradients to."""
+    attention = block.attn
+    for layer in (attention.norm_q, attention.norm_k, attention.norm_added_q, attention.norm_added_k):
+        yield layer.weight
+    for layer in (block.img_mod, block.txt_mod):
+        yield from layer.parameters()
+
+
+def run_in_fewer_passes(
+    block: Any, picture: Tensor, words: Tensor, kept: Tensor | None, told: Tensor, turns: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a QwenImageTransformerBlock computes, but for rounding: norms, modulations, rotations and gates in one pass
+    each.
+
+    Args:
+        picture, words: ``(rows, patches, width)`` and ``(rows, words, width)``.
+        kept: ``(rows, words)``, those that are looked at; None: all.
+        told: the time's embedding, ``(rows, width)``.
+        turns: rotary embeddings of words and patches, complex ``(rows, words + patches, pairs)``.
+
+    Returns:
+        words and picture.
+    """
+    import torch
+
+    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
+    from dreambooth_sm.training.rms_norm import turned_norms
+
+    attention = block.attn
+
+    def heads(project: Any, x: Tensor) -> Tensor:
+        made: Tensor = project(x).unflatten(-1, (attention.heads, -1))
+        return made
+
+    # A shift, a scale and a gate of attention, and those of the feed-forward net.
+    of_picture, of_words = block.img_mod(told).chunk(6, dim=-1), block.txt_mod(told).chunk(6, dim=-1)
+    asked, words = modulated_norm(words, of_words[1], of_words[0], block.txt_norm1.eps)
+    shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.img_norm1.eps)
+    query, key = (
+        turned_norms([(heads(one, asked), norm.weight), (heads(other, shown), norm_2.weight)], norm.eps, turns)
+        for one, norm, other, norm_2 in (
+            (attention.add_q_proj, attention.norm_added_q, attention.to_q, attention.norm_q),
+            (attention.add_k_proj, attention.norm_added_k, attention.to_k, attention.norm_k),
+        )
+    )
+    value = torch.cat([heads(attention.add_v_proj, asked), heads(attention.to_v, shown)], dim=1)
+    if kept is not None:
+        kept = torch.nn.functional.pad(kept, (0, picture.shape[1]), value=True)[:, None, None]
+    seen = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=kept
+    )
+    seen = seen.transpose(1, 2).flatten(2)
+    seen_by_words, seen_by_picture = seen[:, : words.shape[1]], seen[:, words.shape[1] :]
+
+    def after(x: Tensor, made: Tensor, changes: Sequence[Tensor], norm: Any, net: Any) -> Tensor:
+        x = gated_sum(x, changes[2], made)
+        asked, x = modulated_norm(x, changes[4], changes[3], norm.eps)
+        return gated_sum(x, changes[5], net(asked))
+
+    words = after(words, attention.to_add_out(seen_by_words), of_words, block.txt_norm2, block.txt_mlp)
+    picture = after(picture, attention.to_out[0](seen_by_picture), of_picture, block.img_norm2, block.img_mlp)
+    return words, picture
+
+
+FAMILY = QwenImage()
