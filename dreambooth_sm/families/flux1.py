@@ -4,7 +4,7 @@ told, and schnell, which was distilled into a few steps."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,19 @@ from dreambooth_sm.families.two_streams import (
     STREAM_LINEAR,
     TIMES,
     TwoStreams,
+    attend_together,
+    changed_by,
+    heads_of,
     in_patches,
     makers_names,
     of_patches,
     places,
     read_with_t5,
+    runner,
+    runs_in_fewer_passes,
     scale_problems,
     side_problems,
+    turns_of,
 )
 
 if TYPE_CHECKING:
@@ -170,7 +176,8 @@ class Flux1(TwoStreams):
     def predict(self, denoiser: Any, noised: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         states = conditioning.text["states"]
         guided = conditioning.extras[_GUIDANCE].flatten() if denoiser.config.guidance_embeds else None
-        made = denoiser(
+        made = _run(
+            denoiser,
             hidden_states=in_patches(noised),
             encoder_hidden_states=states,
             pooled_projections=conditioning.text["pooled"],
@@ -178,9 +185,85 @@ class Flux1(TwoStreams):
             guidance=guided,
             img_ids=places(noised),
             txt_ids=states.new_zeros(states.shape[1], 3),
-            return_dict=False,
-        )[0]
+        )
         return of_patches(made, noised.shape)
+
+
+def _run(denoiser: Any, **inputs: Any) -> Tensor:
+    """The transformer as the library computes it; on cards with kernels in fewer passes over its activations."""
+    if runs_in_fewer_passes(denoiser, inputs["hidden_states"], *_modulations(denoiser)):
+        return run_in_fewer_passes(denoiser, **inputs)
+    result: Tensor = denoiser(**inputs, return_dict=False)[0]
+    return result
+
+
+def _modulations(denoiser: Any) -> Iterator[Tensor]:
+    for block in denoiser.transformer_blocks:
+        yield from (*block.norm1.parameters(), *block.norm1_context.parameters())
+    for block in denoiser.single_transformer_blocks:
+        yield from block.norm.parameters()
+
+
+def run_in_fewer_passes(
+    denoiser: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    pooled_projections: Tensor,
+    timestep: Tensor,
+    guidance: Tensor | None,
+    img_ids: Tensor,
+    txt_ids: Tensor,
+) -> Tensor:
+    """What a FluxTransformer2DModel computes, but for rounding: norms, modulations and rotations in one pass each.
+    Takes what its forward does."""
+    import torch
+
+    run = runner(denoiser)
+    numbers = [each.to(hidden_states.dtype) * TIMES for each in (timestep, guidance) if each is not None]
+    told = denoiser.time_text_embed(*numbers, pooled_projections)
+    turns = turns_of(denoiser, torch.cat([txt_ids, img_ids]), len(hidden_states))
+    picture, words = denoiser.x_embedder(hidden_states), denoiser.context_embedder(encoder_hidden_states)
+    lit = torch.nn.functional.silu(told)
+    for block in denoiser.transformer_blocks:
+        words, picture = run(_side_by_side, block, words, picture, lit, turns)
+    both = torch.cat([words, picture], dim=1)
+    for block in denoiser.single_transformer_blocks:
+        both = run(_in_one_sequence, block, both, lit, turns)
+    result: Tensor = denoiser.proj_out(denoiser.norm_out(both[:, words.shape[1] :], told))
+    return result
+
+
+def _side_by_side(block: Any, words: Tensor, picture: Tensor, told: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """What a FluxTransformerBlock computes, of what it is told ``(rows, width)``, activated."""
+    from dreambooth_sm.training.modulation import modulated_norm
+
+    of_words, of_picture = (norm.linear(told).chunk(6, dim=-1) for norm in (block.norm1_context, block.norm1))
+    asked, words = modulated_norm(words, of_words[1], of_words[0], block.norm1_context.norm.eps)
+    shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.norm1.norm.eps)
+    seen_by_words, seen_by_picture = attend_together(block.attn, asked, shown, turns)
+    words = changed_by(words, seen_by_words, of_words[2:], block.norm2_context.eps, block.ff_context)
+    picture = changed_by(picture, seen_by_picture, of_picture[2:], block.norm2.eps, block.ff)
+    return words, picture
+
+
+def _in_one_sequence(block: Any, x: Tensor, told: Tensor, turns: Tensor) -> Tensor:
+    """What a FluxSingleTransformerBlock computes, of what it is told ``(rows, width)``, activated."""
+    import torch
+
+    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
+    from dreambooth_sm.training.parallel_block import attend
+    from dreambooth_sm.training.rms_norm import turned_norm
+
+    attention, width = block.attn, len(block.attn.norm_q.weight)
+    shift, scale, gate = block.norm.linear(told).chunk(3, dim=-1)
+    asked, x = modulated_norm(x, scale, shift, block.norm.norm.eps)
+    query, key = (
+        turned_norm(heads_of(project, asked, width), norm.weight, norm.eps, turns)
+        for project, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
+    )
+    seen = attend(query, key, heads_of(attention.to_v, asked, width)).flatten(2)
+    made = torch.cat([seen, block.act_mlp(block.proj_mlp(asked))], dim=-1)
+    return gated_sum(x, gate, block.proj_out(made))
 
 
 FAMILY = Flux1()

@@ -12,6 +12,17 @@ from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, MakersNa
 from dreambooth_sm.families.family import LossKnobs, Pair
 from dreambooth_sm.families.file_rules import is_number
 from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_prompts, reader_problems
+from dreambooth_sm.families.two_streams import (
+    PATCH,
+    TIMES,
+    attend_together,
+    changed_by,
+    in_patches,
+    of_patches,
+    runner,
+    runs_in_fewer_passes,
+    turns_of,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +30,6 @@ if TYPE_CHECKING:
 
     from dreambooth_sm.objectives import Objective
 
-_PATCH, _TIMES = 2, 1000
 # The layers of the language model whose states are read, side by side.
 _READ = (9, 18, 27)
 # Numbers of blocks that no model comes near.
@@ -68,7 +78,7 @@ class _Files:
 
     def config_problems(self, part: str, config: Mapping[str, Any], where: str) -> list[str]:
         if part == "vae":
-            wanted: dict[str, object] = {"patch_size": [_PATCH, _PATCH]}
+            wanted: dict[str, object] = {"patch_size": [PATCH, PATCH]}
             if not is_number(epsilon := config.get("batch_norm_eps", 1e-4)) or epsilon <= 0:
                 return [f"{where}: batch_norm_eps is {epsilon!r:.60} and should be a number such as 0.0001"]
         elif part == "transformer":
@@ -84,10 +94,10 @@ class _Files:
     def fit_problems(self, pipeline: Any) -> list[str]:
         transformer, vae, text = pipeline.transformer.config, pipeline.vae.config, pipeline.text_encoder.config
         problems = reader_problems(pipeline.tokenizer, text)
-        if _PATCH**2 * vae.latent_channels != transformer.in_channels:
+        if PATCH**2 * vae.latent_channels != transformer.in_channels:
             problems.append(
                 f"the VAE makes latents of {vae.latent_channels} channels, and the transformer takes "
-                f"{transformer.in_channels}, which is not {_PATCH**2} times as many"
+                f"{transformer.in_channels}, which is not {PATCH**2} times as many"
             )
         if len(_READ) * text.hidden_size != transformer.joint_attention_dim:
             problems.append(
@@ -193,28 +203,23 @@ class Flux2:
         import torch
 
         states = conditioning.text["states"]
-        rows, channels, height, width = noised.shape
-        high, wide = height // _PATCH, width // _PATCH
-        patches = noised.reshape(rows, channels, high, _PATCH, wide, _PATCH).permute(0, 2, 4, 1, 3, 5)
-        grid = torch.cartesian_prod(*(torch.arange(side, device=noised.device) for side in (high, wide)))
+        sides = (torch.arange(side // PATCH, device=noised.device) for side in noised.shape[-2:])
         words = torch.arange(states.shape[1], device=noised.device)[:, None]
         made = _run(
             denoiser,
-            hidden_states=patches.reshape(rows, high * wide, -1),
+            hidden_states=in_patches(noised),
             encoder_hidden_states=states,
-            timestep=times.expand(rows) / _TIMES,
-            img_ids=torch.nn.functional.pad(grid, (1, 1)),
+            timestep=times.expand(len(noised)) / TIMES,
+            img_ids=torch.nn.functional.pad(torch.cartesian_prod(*sides), (1, 1)),
             txt_ids=torch.nn.functional.pad(words, (3, 0)),
         )
-        made = made.reshape(rows, high, wide, channels, _PATCH, _PATCH).permute(0, 3, 1, 4, 2, 5)
-        result: Tensor = made.reshape(noised.shape)
-        return result
+        return of_patches(made, noised.shape)
 
     def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
         import numpy as np
 
         scheduler = type(model.scheduler).from_config(model.scheduler.config)
-        pixels = _PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
+        pixels = PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
         shift = _shift(size[0] // pixels * (size[1] // pixels), steps)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift, device=device)
         scheduler.set_begin_index(0)
@@ -229,15 +234,15 @@ class Flux2:
 
         from dreambooth_sm.objectives import FlowMatching
 
-        pixels = _PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
+        pixels = PATCH * 2 ** (len(model.vae.config.block_out_channels) - 1)
         by_size = math.exp(_shift((h.resolution // pixels) ** 2, _STEPS))
-        return FlowMatching.of(chosen_shift(h, model.scheduler.config, by_size), h.time_sampling, _TIMES)
+        return FlowMatching.of(chosen_shift(h, model.scheduler.config, by_size), h.time_sampling, TIMES)
 
     def scale(self, vae: Any) -> tuple[Tensor, Tensor]:
         """Mean and deviation of latents, ``(channels, 2, 2)``: a value for each place in a patch."""
         norm = vae.bn
         deviation = (norm.running_var.float() + vae.config.batch_norm_eps).sqrt()
-        mean, deviation = (each.detach().float().view(-1, _PATCH, _PATCH) for each in (norm.running_mean, deviation))
+        mean, deviation = (each.detach().float().view(-1, PATCH, PATCH) for each in (norm.running_mean, deviation))
         return mean, deviation
 
     def normalise(self, scale: tuple[Tensor, Tensor], latents: Tensor) -> Tensor:
@@ -256,25 +261,15 @@ class Flux2:
 
 def _run(denoiser: Any, **inputs: Tensor) -> Tensor:
     """The transformer as the library computes it; on cards with kernels in fewer passes over its activations."""
-    from dreambooth_sm.training.rms_norm import norms_serve
-
-    blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
-    if all(block._compiled_call_impl is None for block in blocks) and norms_serve(
-        inputs["hidden_states"], *_frozen(denoiser)
-    ):
+    if runs_in_fewer_passes(denoiser, inputs["hidden_states"], *_modulations(denoiser)):
         return run_in_fewer_passes(denoiser, **inputs)
     result: Tensor = denoiser(**inputs, return_dict=False)[0]
     return result
 
 
-def _frozen(denoiser: Any) -> Iterator[Tensor]:
-    """What the kernels give no gradients to."""
+def _modulations(denoiser: Any) -> Iterator[Tensor]:
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation"):
         yield from getattr(denoiser, name).parameters()
-    for block in (*denoiser.transformer_blocks, *denoiser.single_transformer_blocks):
-        for name, weight in block.attn.named_parameters(recurse=True):
-            if name.startswith("norm"):
-                yield weight
 
 
 def run_in_fewer_passes(
@@ -289,18 +284,12 @@ def run_in_fewer_passes(
     each. Takes what its forward does."""
     import torch
 
-    from dreambooth_sm.training.recomputation import recomputed
-
-    def run(function: Callable[..., Any], *given: Any) -> Any:
-        return recomputed(function, *given) if denoiser.gradient_checkpointing else function(*given)
-
-    told = denoiser.time_guidance_embed(timestep.to(hidden_states.dtype) * _TIMES, None)
+    run = runner(denoiser)
+    told = denoiser.time_guidance_embed(timestep.to(hidden_states.dtype) * TIMES, None)
     of_picture = denoiser.double_stream_modulation_img(told).chunk(6, dim=-1)
     of_words = denoiser.double_stream_modulation_txt(told).chunk(6, dim=-1)
     of_both = denoiser.single_stream_modulation(told).chunk(3, dim=-1)
-    # Cosines and sines stand twice, for both numbers of a pair.
-    cosine, sine = denoiser.pos_embed(torch.cat([txt_ids, img_ids]))
-    turns = torch.complex(cosine[:, ::2], sine[:, ::2]).expand(len(hidden_states), -1, -1)
+    turns = turns_of(denoiser, torch.cat([txt_ids, img_ids]), len(hidden_states))
 
     picture, words = denoiser.x_embedder(hidden_states), denoiser.context_embedder(encoder_hidden_states)
     for block in denoiser.transformer_blocks:
@@ -320,40 +309,19 @@ def _side_by_side(
     of_picture: Sequence[Tensor],
     turns: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """What a Flux2TransformerBlock computes: words and a picture, which look at each other. Modulations are a shift, a
-    scale and a gate of attention and those of the feed-forward net, each ``(rows, width)``."""
-    import torch
+    """What a Flux2TransformerBlock computes. Modulations are a shift, a scale and a gate of attention and those of the
+    feed-forward net, each ``(rows, width)``."""
+    from dreambooth_sm.training.modulation import modulated_norm
+    from dreambooth_sm.training.rms_norm import swiglu_of_halves
 
-    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
-    from dreambooth_sm.training.parallel_block import attend
-    from dreambooth_sm.training.rms_norm import swiglu_of_halves, turned_norms
-
-    attention = block.attn
-
-    def heads(project: Any, x: Tensor) -> Tensor:
-        made: Tensor = project(x).unflatten(-1, (-1, attention.head_dim))
-        return made
+    def net(layers: Any) -> Callable[[Tensor], Tensor]:
+        return lambda asked: layers.linear_out(swiglu_of_halves(layers.linear_in(asked)))
 
     asked, words = modulated_norm(words, of_words[1], of_words[0], block.norm1_context.eps)
     shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.norm1.eps)
-    query, key = (
-        turned_norms([(heads(one, asked), norm.weight), (heads(other, shown), norm_2.weight)], norm.eps, turns)
-        for one, norm, other, norm_2 in (
-            (attention.add_q_proj, attention.norm_added_q, attention.to_q, attention.norm_q),
-            (attention.add_k_proj, attention.norm_added_k, attention.to_k, attention.norm_k),
-        )
-    )
-    value = torch.cat([heads(attention.add_v_proj, asked), heads(attention.to_v, shown)], dim=1)
-    seen = attend(query, key, value).flatten(2)
-    seen_by_words, seen_by_picture = seen[:, : words.shape[1]], seen[:, words.shape[1] :]
-
-    def after(x: Tensor, made: Tensor, changes: Sequence[Tensor], norm: Any, net: Any) -> Tensor:
-        x = gated_sum(x, changes[2], made)
-        asked, x = modulated_norm(x, changes[4], changes[3], norm.eps)
-        return gated_sum(x, changes[5], net.linear_out(swiglu_of_halves(net.linear_in(asked))))
-
-    words = after(words, attention.to_add_out(seen_by_words), of_words, block.norm2_context, block.ff_context)
-    picture = after(picture, attention.to_out[0](seen_by_picture), of_picture, block.norm2, block.ff)
+    seen_by_words, seen_by_picture = attend_together(block.attn, asked, shown, turns)
+    words = changed_by(words, seen_by_words, of_words[2:], block.norm2_context.eps, net(block.ff_context))
+    picture = changed_by(picture, seen_by_picture, of_picture[2:], block.norm2.eps, net(block.ff))
     return words, picture
 
 
@@ -379,7 +347,7 @@ def _in_one_sequence(block: Any, x: Tensor, changes: Sequence[Tensor], turns: Te
 
 def _everywhere(values: Tensor, latents: Tensor) -> Tensor:
     """Values of a patch at every patch of latents, in their type."""
-    return values.to(latents).repeat(1, latents.shape[-2] // _PATCH, latents.shape[-1] // _PATCH)
+    return values.to(latents).repeat(1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)
 
 
 def _shift(words: int, steps: int) -> float:

@@ -3,7 +3,7 @@ blocks of both in one, and whose prompts T5 reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.facts import MakersName
@@ -115,6 +115,98 @@ def places(latents: Tensor) -> Tensor:
 
     sides = (torch.arange(side // PATCH, device=latents.device) for side in latents.shape[-2:])
     return torch.nn.functional.pad(torch.cartesian_prod(*sides), (1, 0))
+
+
+def frozen_norms(denoiser: Any) -> Iterator[Tensor]:
+    """Weights of the norms of heads, which kernels give no gradients to."""
+    for block in (*denoiser.transformer_blocks, *getattr(denoiser, "single_transformer_blocks", ())):
+        for name, weight in block.attn.named_parameters():
+            if name.startswith("norm"):
+                yield weight
+
+
+def runs_in_fewer_passes(denoiser: Any, given: Tensor, *frozen: Tensor) -> bool:
+    """Whether kernels compute the blocks: where none was compiled, and `norms_serve` says so."""
+    from dreambooth_sm.training.rms_norm import norms_serve
+
+    blocks = (*denoiser.transformer_blocks, *getattr(denoiser, "single_transformer_blocks", ()))
+    is_compiled = any(block._compiled_call_impl is not None for block in blocks)
+    return not is_compiled and norms_serve(given, *frozen, *frozen_norms(denoiser))
+
+
+def runner(denoiser: Any) -> Callable[..., Any]:
+    """Calls a function of a block, whose activations are recomputed where the transformer's are to be."""
+    from dreambooth_sm.training.recomputation import recomputed
+
+    def run(function: Callable[..., Any], *given: Any) -> Any:
+        return recomputed(function, *given) if denoiser.gradient_checkpointing else function(*given)
+
+    return run
+
+
+def turns_of(denoiser: Any, places: Tensor, rows: int) -> Tensor:
+    """The rotary embedding of places, complex ``(rows, words, pairs)``."""
+    import torch
+
+    cosine, sine = denoiser.pos_embed(places)  # each stands twice, for both numbers of a pair
+    return torch.complex(cosine[:, ::2], sine[:, ::2]).expand(rows, -1, -1)
+
+
+def heads_of(project: Any, x: Tensor, width: int) -> Tensor:
+    """``(rows, words, heads, width)``."""
+    heads: Tensor = project(x).unflatten(-1, (-1, width))
+    return heads
+
+
+def attend_together(
+    attention: Any, words: Tensor, picture: Tensor, turns: Tensor, kept: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of words and a picture, which look at each other, in one pass each for norms and rotations.
+
+    Args:
+        attention: a block's, with projections of its own for words.
+        words, picture: ``(rows, words, width)``.
+        turns: of words, then those of the picture, complex ``(rows, words, pairs)``.
+        kept: ``(rows, words)``, those of both that are looked at; None: all.
+    """
+    import torch
+
+    from dreambooth_sm.training.parallel_block import attend
+    from dreambooth_sm.training.rms_norm import turned_norms
+
+    width = len(attention.norm_q.weight)
+    query, key = (
+        turned_norms(
+            [(heads_of(one, words, width), norm.weight), (heads_of(other, picture, width), norm_2.weight)],
+            norm.eps,
+            turns,
+        )
+        for one, norm, other, norm_2 in (
+            (attention.add_q_proj, attention.norm_added_q, attention.to_q, attention.norm_q),
+            (attention.add_k_proj, attention.norm_added_k, attention.to_k, attention.norm_k),
+        )
+    )
+    values = heads_of(attention.add_v_proj, words, width), heads_of(attention.to_v, picture, width)
+    seen = attend(query, key, torch.cat(values, dim=1), kept).flatten(2)
+    cut = words.shape[1]
+    return attention.to_add_out(seen[:, :cut]), attention.to_out[0](seen[:, cut:])
+
+
+def changed_by(
+    x: Tensor, seen: Tensor, changes: Sequence[Tensor], eps: float, net: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What a stream becomes by what it has seen, and by its feed-forward net.
+
+    Args:
+        x, seen: ``(rows, words, width)``.
+        changes: the gate of what was seen; a shift and a scale before the net, and its gate; each ``(rows, width)``.
+        eps: of the norm before the net.
+    """
+    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
+
+    gate, shift, scale, gate_of_net = changes
+    asked, x = modulated_norm(gated_sum(x, gate, seen), scale, shift, eps)
+    return gated_sum(x, gate_of_net, net(asked))
 
 
 class TwoStreams:

@@ -35,10 +35,15 @@ def attention_and_swiglu(
     return result
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Scaled dot product attention of heads ``(rows, words, heads, width)``."""
+def attend(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None = None) -> Tensor:
+    """Scaled dot product attention of heads ``(rows, words, heads, width)``.
+
+    Args:
+        kept: ``(rows, words)``, those that are looked at; None: all.
+    """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    mask = None if kept is None else kept[:, None, None]
+    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def _cut(projected: Tensor, heads: int, head: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

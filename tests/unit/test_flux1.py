@@ -28,6 +28,7 @@ from dreambooth_sm.describe import describe
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES, Conditioning
 from dreambooth_sm.families.find import find_family
+from dreambooth_sm.families.flux1 import run_in_fewer_passes
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.models import PretrainedModel, load_base
@@ -38,6 +39,7 @@ from dreambooth_sm.stored.denoiser_file import read_denoiser
 from dreambooth_sm.stored.model import empty_module
 from dreambooth_sm.stored.opening import open_tensors
 from tests.helpers.original_names import flux1_original
+from tests.helpers.passes import compare_passes
 from tests.helpers.tiny import save_tiny_flux1_pipeline
 from tests.helpers.training import Run, hyperparameters
 from tests.unit.test_lora import CONFIGS
@@ -63,6 +65,25 @@ def train(base: PretrainedModel, root: Path, **values: object) -> Run:
 def schnell(tmp_path_factory: pytest.TempPathFactory) -> PretrainedModel:
     folder = save_tiny_flux1_pipeline(tmp_path_factory.mktemp("base") / "tiny", guidance=False, dynamic=False)
     return load_base(hyperparameters(pretrained_model_name_or_path=str(folder), method="lora"))
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_in_fewer_passes_it_computes_the_same(flux1: PretrainedModel, recomputing: bool, guided: bool) -> None:
+    config = dict(flux1.modules["transformer"].config) | {"guidance_embeds": guided}
+    transformer = FluxTransformer2DModel.from_config(config)
+    random = torch.Generator().manual_seed(0)
+    places = torch.randint(9, (9, 3), generator=random)
+    inputs = {
+        "hidden_states": torch.randn(2, 6, transformer.config.in_channels, generator=random),
+        "encoder_hidden_states": torch.randn(2, 3, transformer.config.joint_attention_dim, generator=random),
+        "pooled_projections": torch.randn(2, transformer.config.pooled_projection_dim, generator=random),
+        "timestep": torch.tensor([0.3, 0.8]),
+        "guidance": torch.tensor([1.0, 3.5]) if guided else None,
+        "img_ids": places[:6],
+        "txt_ids": places[6:],
+    }
+    compare_passes(transformer, run_in_fewer_passes, inputs, recomputing=recomputing)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
