@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter
+from dreambooth_sm.adapters.denoiser_names import ARCHITECTURE_FIELD, architecture
 from dreambooth_sm.adapters.kohya_file import flat_tensors
 from dreambooth_sm.adapters.layers import Layer, LowRank
 from dreambooth_sm.adapters.names import UNET_PREFIX
@@ -57,7 +58,7 @@ def write_comfy(
         "ss_network_dim": rank,
         "ss_network_alpha": rank,
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{facts.name.replace('_', '-')}/lora",
+        ARCHITECTURE_FIELD: architecture(facts),
         "modelspec.title": path.stem,
         "modelspec.resolution": f"{facts.resolution}x{facts.resolution}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),

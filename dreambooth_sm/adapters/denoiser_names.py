@@ -17,6 +17,8 @@ from dreambooth_sm.stored.model import class_of, empty_module
 
 # What stands before the names, by layout. Files of older programs have nothing there.
 _DOTTED = {"transformer.": "diffusers", "diffusion_model.": "comfyui"}
+# The header's field that says, where layers do not, what they are beside.
+ARCHITECTURE_FIELD = "modelspec.architecture"
 # Of sides that are a share of others.
 _ROUNDING = 0.03
 _FLAT = re.compile(r"(lora_unet|lycoris)_")
@@ -25,6 +27,11 @@ _FLAT = re.compile(r"(lora_unet|lycoris)_")
 def families_of_transformers() -> Iterator[Facts]:
     """Those whose adapters are read by these names."""
     return (family.facts for family in FAMILIES.values() if family.facts.adapters == "comfyui")
+
+
+def architecture(facts: Facts) -> str:
+    """What adapters' files say there of a family."""
+    return f"{facts.name.replace('_', '-')}/lora"
 
 
 def layout_of(keys: Iterable[str]) -> str:

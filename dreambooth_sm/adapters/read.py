@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dreambooth_sm.adapters.adapter import Adapter
 from dreambooth_sm.adapters.denoiser_names import (
+    ARCHITECTURE_FIELD,
     dotted,
     families_of_transformers,
     in_diffusers,
@@ -72,7 +73,11 @@ def read_adapter(path: Path) -> Adapter:
         read = [] if "unet" in parts else [(_of_transformer(file, tensors, f), f) for f in families_of_transformers()]
         fits = [(found, others, facts) for (found, others), facts in read if found]
         if fits:
-            found, unknown, facts = min(fits, key=lambda each: (len(each[1]), unlikeness(each[0], each[2])))
+            said = f"{file.notes.get(ARCHITECTURE_FIELD)} {file.notes.get('ss_base_model_version')}"
+            found, unknown, facts = min(
+                fits,
+                key=lambda fit: (len(fit[1]), unlikeness(fit[0], fit[2]), not re.search(fit[2].names or "$^", said)),
+            )
             parts, layout, family = {facts.denoiser: found}, layout_of(tensors), facts.name
     except (
         ValueError,

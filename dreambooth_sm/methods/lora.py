@@ -283,17 +283,21 @@ class Adapters:
     def export(self, directory: Path, h: Hyperparameters, dtype: torch.dtype | None) -> None:
         from dreambooth_sm.adapters.adapter import merge_stored
         from dreambooth_sm.adapters.comfy_file import write_comfy
+        from dreambooth_sm.adapters.denoiser_names import ARCHITECTURE_FIELD, architecture
         from dreambooth_sm.adapters.kohya_file import write_kohya
         from dreambooth_sm.adapters.peft_file import write_peft
 
         adapter = self.adapter()
         if h.export != "merged":
+            facts = self.model.family.facts
             notes = {"modelspec.trigger_phrase": h.instance_prompt or ""}
+            if facts.adapters == "comfyui":
+                notes[ARCHITECTURE_FIELD] = architecture(facts)
             write_peft(directory / FILE, adapter, dtype=dtype, notes=notes)
             if h.lora_variant in FLAT_VARIANTS:
                 path = directory / f"{h.model_name}.safetensors"
-                if self.model.family.facts.adapters == "comfyui":
-                    write_comfy(path, adapter, self.model.family.facts, dtype=dtype, notes=notes)
+                if facts.adapters == "comfyui":
+                    write_comfy(path, adapter, facts, dtype=dtype, notes=notes)
                 else:
                     write_kohya(path, adapter, self.model.configs, dtype=dtype, notes=notes)
         if h.export != "adapter":
