@@ -21,6 +21,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
@@ -207,6 +208,20 @@ def qwen_image() -> PretrainedModel:
     return _put_away(PretrainedModel("qwen_image", FAMILIES["qwen_image"], parts))
 
 
+def chroma() -> PretrainedModel:
+    """Chroma's architecture in bf16, likewise."""
+    torch.manual_seed(0)
+    vae: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+    parts = {
+        "transformer": _made(ChromaTransformer2DModel),
+        "vae": _made(lambda: _vae(**vae, use_quant_conv=False, use_post_quant_conv=False)),
+        "text_encoder": _made(lambda: T5EncoderModel(T5Config(**_T5))),
+        "tokenizer": t5_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+    }
+    return _put_away(PretrainedModel("chroma", FAMILIES["chroma"], parts))
+
+
 def _made(make: Callable[[], torch.nn.Module]) -> Any:
     """A module with random weights in bf16, made on the device in seconds; what is computed stays as it is."""
     with init_empty_weights(include_buffers=False):
@@ -230,6 +245,7 @@ MODELS: dict[str, Callable[[], PretrainedModel]] = {
     "flux2_klein": flux2_klein,
     "flux1": flux1,
     "qwen_image": qwen_image,
+    "chroma": chroma,
 }
 _FAMILIES = {name: name for name in MODELS} | {"sd15": "sd", "flux2_klein": "flux2"}
 

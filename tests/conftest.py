@@ -141,6 +141,14 @@ def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_chroma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Chroma pipeline of 1 M parameters; not to be written to."""
+    from tests.helpers.tiny import save_tiny_chroma_pipeline
+
+    return save_tiny_chroma_pipeline(tmp_path_factory.mktemp("base") / "tiny-chroma")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two pictures of the example subject, scaled down; not to be written to."""
     from PIL import Image

@@ -13,6 +13,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDPMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -256,6 +258,33 @@ def save_tiny_flux1_pipeline(directory: Path, *, guidance: bool = True, dynamic:
             tokenizer=clip,
             text_encoder_2=_t5(reader),
             tokenizer_2=reader,
+            transformer=transformer,
+        )
+    return _save(pipeline, directory)
+
+
+def save_tiny_chroma_pipeline(directory: Path, *, seed: int = 0) -> Path:
+    """Writes a diffusers directory of a Chroma pipeline of some 1 M parameters."""
+    reader = t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = ChromaTransformer2DModel(
+            in_channels=4 * 8,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            axes_dims_rope=(8, 12, 12),
+            approximator_num_channels=32,
+            approximator_hidden_dim=32,
+            approximator_layers=2,
+        )
+        pipeline = ChromaPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True),
+            vae=_shifted_vae(),
+            text_encoder=_t5(reader),
+            tokenizer=reader,
             transformer=transformer,
         )
     return _save(pipeline, directory)

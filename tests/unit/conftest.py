@@ -83,6 +83,22 @@ def flux1(loaded_flux1: PretrainedModel) -> PretrainedModel:
     return copy.deepcopy(loaded_flux1)
 
 
+@pytest.fixture(scope="session")
+def loaded_chroma(tiny_chroma: Path) -> PretrainedModel:
+    """The tiny Chroma pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    values = {"pretrained_model_name_or_path": str(tiny_chroma), "method": "lora"}
+    return load_base(hyperparameters(**values))
+
+
+@pytest.fixture
+def chroma(loaded_chroma: PretrainedModel) -> PretrainedModel:
+    """The tiny Chroma pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_chroma)
+
+
 @pytest.fixture
 def flux2(loaded_flux2: PretrainedModel) -> PretrainedModel:
     """The tiny FLUX.2 klein pipeline's parts, the test's own."""

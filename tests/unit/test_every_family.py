@@ -56,6 +56,7 @@ BASES = {
     "flux2": "loaded_flux2",
     "flux1": "loaded_flux1",
     "qwen_image": "loaded_qwen_image",
+    "chroma": "loaded_chroma",
 }
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
@@ -74,6 +75,7 @@ QUICK = [
     ("flux2", "lora"),
     ("flux1", "lora"),
     ("qwen_image", "lora"),
+    ("chroma", "lora"),
 ]
 
 

@@ -29,23 +29,8 @@ def test_the_parts_are_those_of_the_model_files() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_loaded_model_knows_its_family(
-    name: str,
-    tiny_base: Path,
-    tiny_xl_base: Path,
-    tiny_z_image: Path,
-    tiny_flux2: Path,
-    tiny_flux1: Path,
-    tiny_qwen_image: Path,
-) -> None:
-    path = {
-        "sd": tiny_base,
-        "sdxl": tiny_xl_base,
-        "z_image": tiny_z_image,
-        "flux2": tiny_flux2,
-        "flux1": tiny_flux1,
-        "qwen_image": tiny_qwen_image,
-    }[name]
+def test_a_loaded_model_knows_its_family(name: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue({"sd": "tiny_base", "sdxl": "tiny_xl_base"}.get(name, f"tiny_{name}"))
     model = load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=name))
     assert model.family is FAMILIES[name] is family_of(model.pipeline())
     assert tuple(model.modules) == model.family.facts.parts
@@ -68,6 +53,7 @@ def test_a_loaded_model_knows_its_family(
         ("black-forest-labs/FLUX.1-dev", "flux1"),
         ("/models/flux1-schnell.safetensors", "flux1"),
         ("Qwen/Qwen-Image-2512", "qwen_image"),
+        ("lodestones/Chroma1-HD", "chroma"),
         ("Tongyi-MAI/Z-Image-Turbo", "z_image"),
         ("s3://models/zimage/", "z_image"),
         ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd"),

@@ -256,6 +256,18 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     },
+    "chroma": {
+        "transformer": {},
+        "text_encoder": {
+            "vocab_size": 32128,
+            "d_model": 4096,
+            "d_kv": 64,
+            "d_ff": 10240,
+            "num_layers": 24,
+            "num_heads": 64,
+            "feed_forward_proj": "gated-gelu",
+        },
+    },
     "flux1": {
         "transformer": {"guidance_embeds": True},
         "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},

@@ -150,6 +150,7 @@ def test_it_runs_whole_jobs_and_is_resumed(family: str, request: pytest.FixtureR
             "flux2": "tiny_flux2",
             "flux1": "tiny_flux1",
             "qwen_image": "tiny_qwen_image",
+            "chroma": "tiny_chroma",
         }[family]
     )
     drawn = {"validation_prompt": "photo of zwx toy", "validation_steps": 2}
