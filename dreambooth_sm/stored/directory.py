@@ -45,6 +45,8 @@ _TEXT_PREFIX = "text_model."
 _TITLES = [family.facts.title for family in FAMILIES.values()]
 # Of CLIP, in all of Stable Diffusion.
 _POSITIONS = 77
+# How the kinds end of language models that are a part of a larger one.
+_WITHIN = "_text"
 # How rotary positions are scaled, which alone says nothing where they are not.
 _KINDS = {"rope_type", "type"}
 # Of T5, which would take any number: those of the longest prompts that it was trained with.
@@ -259,8 +261,7 @@ def write_directory(
             write_json(folder / "config.json", _text_config(getattr(pipeline, part)))
         else:
             getattr(pipeline, part).save_config(folder)
-        prefix = _TEXT_PREFIX if type(getattr(pipeline, part)).__name__ == CLASSES["text_encoder"] else ""
-        tensors = {prefix + name: tensor for name, tensor in stored.items()}
+        tensors = {_prefix(getattr(pipeline, part)) + name: tensor for name, tensor in stored.items()}
         write_safetensors(folder / f"{_weights_name(part)}.safetensors", tensors, dtype=dtype, progress=progress)
     for name in tokenizers_of(model.tensors):
         write_tokenizer(getattr(pipeline, name), directory / name)
@@ -279,13 +280,34 @@ def _write_index(pipeline: Pipeline, directory: Path) -> None:
         write_json(path, index | {"feature_extractor": ["transformers", "CLIPImageProcessor"]})
 
 
+def _prefix(module: Any) -> str:
+    """What stands before the names of a module's tensors in its file."""
+    if type(module).__name__ == CLASSES["text_encoder"]:
+        return _TEXT_PREFIX
+    return "model." if _is_within(module) else ""
+
+
+def _is_within(module: Any) -> bool:
+    """Whether a language model is a part of one that sees pictures, which other programs look for."""
+    return str(getattr(module.config, "model_type", "")).endswith(_WITHIN)
+
+
 def _text_config(text_encoder: Any) -> dict[str, Any]:
     """Returns a configuration by which the text encoder is loaded as the rest is where no type is asked for: diffusers
     loads its own modules in float32, and transformers 5 in the type named there (4 calls it ``torch_dtype``)."""
     kind = type(text_encoder.config)
     values = {**text_encoder.config.to_dict(), "architectures": [type(text_encoder).__name__], "dtype": "float32"}
     said: dict[str, Any] = json.loads(kind.from_dict(values).to_json_string())
-    return said | _rotations_of_old(said.get("rope_parameters") or {})
+    said |= _rotations_of_old(said.get("rope_parameters") or {})
+    if not _is_within(text_encoder):
+        return said
+    return {
+        "model_type": said["model_type"].removesuffix(_WITHIN),
+        "architectures": [type(text_encoder).__name__.replace("TextModel", "ForConditionalGeneration")],
+        "dtype": "float32",
+        "text_config": said,
+        "vision_config": {"depth": 0},  # its eyes are not here
+    }
 
 
 def _rotations_of_old(parameters: Mapping[str, Any]) -> dict[str, Any]:

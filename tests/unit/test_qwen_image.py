@@ -15,6 +15,7 @@ import torch
 from diffusers import QwenImagePipeline
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from dreambooth_sm.adapters.read import read_adapter
 from dreambooth_sm.convert import convert
@@ -360,9 +361,13 @@ def test_a_directory_is_described_and_written_again(
     assert describe(str(tiny_qwen_image))["base model"] == "Qwen-Image"
     convert(str(tiny_qwen_image), tmp_path / "model")
     written = tmp_path / "model" / "text_encoder"
-    assert load_file(written / "model.safetensors").keys() == loaded_qwen_image.text_encoder.state_dict().keys()
-    config = json.loads((written / "config.json").read_text())  # for transformers 4 as well
+    layers = loaded_qwen_image.text_encoder.state_dict()
+    assert load_file(written / "model.safetensors").keys() == {f"model.{name}" for name in layers}
+    config = json.loads((written / "config.json").read_text())["text_config"]  # for transformers 4 as well
     assert (config["rope_theta"], config["rope_scaling"]["mrope_section"]) == (1e6, [2, 3, 3])
+    # As diffusers' script reads it; what it needs of it is there.
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(written)
+    assert same(weights(whole.model.language_model), weights(loaded_qwen_image.text_encoder))
     for pipeline in (
         QwenImagePipeline.from_pretrained(tmp_path / "model"),
         load_base(hyperparameters(pretrained_model_name_or_path=str(tmp_path / "model"), method="lora")).pipeline(),
