@@ -274,8 +274,10 @@ def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingPr
     for facts in (family.facts for family in FAMILIES.values()):
         if facts.files and type(parts.get(facts.denoiser)).__name__ == facts.files.classes[facts.denoiser]:
             kind = classes.named(facts.pipeline)
-            options = (inspect.signature(kind).parameters.keys() - parts.keys()) & index.keys()
-            pipeline: Pipeline = kind(**parts, **{name: index[name] for name in options})
+            names = (inspect.signature(kind).parameters.keys() - parts.keys()) & index.keys()
+            # Parts that are not made here stand there as their library and class.
+            options = {name: index[name] for name in names if not isinstance(index[name], list | tuple)}
+            pipeline: Pipeline = kind(**parts, **options)
             return pipeline
     if "text_encoder_2" in parts:
         zeros = bool(index.get(ZEROS, True))
