@@ -21,6 +21,8 @@ for name, value in {
     os.environ.setdefault(name, value)
 # tqdm's, in a notebook without ipywidgets.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# diffusers' own, of classes that its own modules make.
+warnings.filterwarnings("ignore", message=r"`\w+` is deprecated .* Please import it from `diffusers")
 # It asks every job on a newer CPU for a package that only its 4-bit inference would use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
