@@ -306,7 +306,7 @@ def _text_config(text_encoder: Any) -> dict[str, Any]:
         "architectures": [type(text_encoder).__name__.replace("TextModel", "ForConditionalGeneration")],
         "dtype": "float32",
         "text_config": said,
-        "vision_config": {"depth": 0},  # its eyes are not here
+        "vision_config": {"depth": 0},  # what sees pictures is not here
     }
 
 
