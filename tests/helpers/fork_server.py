@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from dreambooth_sm.storage import s3_client
 from tests.helpers.aws_descriptions import remembered
 from tests.helpers.drawing import FEW_STEPS, draw_otherwise
 
+# Steps of a job that no test waits for.
+MANY = 1000
 # What may be ignored from the start: a shell does so in the background, and ``nohup``.
 TERMINAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
@@ -102,6 +105,20 @@ class Worker(subprocess.Popen[Any]):
             _run(job.arguments[0])
         finally:
             os._exit(1)
+
+
+def _take_time_for_many_steps() -> None:
+    """A job of many steps is there to be stopped: it does not compute all the time until it is."""
+    from dreambooth_sm.training.loop import Trainer
+
+    step = Trainer.optimizer_step
+
+    def slowly(trainer: Trainer, rate: float) -> Any:
+        if trainer.schedule.steps >= MANY and trainer.step > 2:
+            time.sleep(0.2)
+        return step(trainer, rate)
+
+    Trainer.optimizer_step = slowly  # type: ignore[method-assign]
 
 
 def _tell(status: int, number: int) -> None:
@@ -183,6 +200,7 @@ def main() -> None:
         draw_otherwise(setattr, **FEW_STEPS)
         if "torch" in sys.modules:
             _find_tiny_models_to_run()
+            _take_time_for_many_steps()
         distributed.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Worker})  # type: ignore[attr-defined]
         if len([*Path("/proc/self/task").iterdir()]) > 1:
             raise RuntimeError("something has started threads, which no fork would have")

@@ -29,12 +29,15 @@ SHORT: dict[str, Any] = {
     "resolution": 64,
 }
 SIDE = 128
-# Before the notebook's own cells.
+# Before the notebook's own cells: its jobs are forks, and all draw in few steps.
 QUICKLY = f"""
-import sys
+import subprocess, sys, types
 sys.path.insert(0, {str(ROOT)!r})
+from launcher.local import training_job
+from tests.helpers import forks
 from tests.helpers.drawing import FEW_STEPS, draw_otherwise
 draw_otherwise(setattr, **FEW_STEPS)
+training_job.subprocess = types.SimpleNamespace(**{{**vars(subprocess), "Popen": forks.Popen}})
 """
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 
