@@ -1,4 +1,7 @@
-"""DreamBooth on the toybox model: the subject is learned, and prior preservation keeps the class."""
+"""DreamBooth on the toybox model: without prior preservation the subject is learned, and the class is lost.
+
+That it keeps the class is what the demo's test shows (`test_demo.py`), with the same figures.
+"""
 
 from __future__ import annotations
 
@@ -131,20 +134,6 @@ def _fewer_pictures() -> Any:
 def before(toybox_base: PretrainedModel, subject: Subject) -> Fidelity:
     """The figures of the base model."""
     return Student(toybox_base, subject).examine()
-
-
-def test_the_subject_is_learned_and_the_class_is_kept(
-    toybox_base: PretrainedModel, subject: Subject, before: Fidelity, tmp_path: Path
-) -> None:
-    after = Student(toybox_base, subject).learn(STEPS, tmp_path).examine()
-    assert before.subject < 0.3
-    assert after.subject > before.subject + 0.5
-    assert before.diversity is not None
-    assert after.diversity is not None
-    assert after.diversity >= 0.85 * before.diversity
-    assert after.prompt is not None
-    assert after.prompt >= 0.75
-    assert word_for(after, before) == "good"
 
 
 def test_without_the_prior_loss_the_class_becomes_the_subject(
