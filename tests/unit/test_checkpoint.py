@@ -128,14 +128,14 @@ def test_what_cannot_be_told_to_be_this_jobs_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_job_that_draws_its_seed_is_the_same_with_another(base: PretrainedModel, tmp_path: Path) -> None:
+def test_a_job_that_draws_its_seed_is_the_same_with_another(loaded_base: PretrainedModel, tmp_path: Path) -> None:
     """Started again, it replaces what it had with the seed before; with a seed that is given it is another job."""
     root = tmp_path / "checkpoints"
     for step in (1, 700):
         save(root, step, identity={"seed": 5})
-    Run(base, tmp_path, max_train_steps=2).train()
+    Run(loaded_base, tmp_path, max_train_steps=2).train()
     assert names(root) == ["step-00000001", "step-00000002", "step-00000700"]
-    Run(base, tmp_path, max_train_steps=2, checkpoints_total_limit=1, seed=None).train()
+    Run(loaded_base, tmp_path, max_train_steps=2, checkpoints_total_limit=1, seed=None).train()
     assert names(root) == ["step-00000002"]
 
 
@@ -265,17 +265,19 @@ RESUMED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
-def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: PretrainedModel, tmp_path: Path, kind: str) -> None:
+def test_a_resumed_job_does_what_an_uninterrupted_one_does(
+    loaded_base: PretrainedModel, tmp_path: Path, kind: str
+) -> None:
     """Bitwise: losses of the steps that are left, and the weights that are saved in the end."""
     values = {"max_train_steps": 4, "train_batch_size": 2, **RESUMED[kind]}
-    whole = Run(base, tmp_path / "whole", **values).train()
-    stopped = Run(base, tmp_path / "stopped", **values)
+    whole = Run(loaded_base, tmp_path / "whole", **values).train()
+    stopped = Run(loaded_base, tmp_path / "stopped", **values)
     with pytest.raises(StopRequested, match="after step 2 of 4"):
         stopped.train(stop_at=2)
     checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.step == 2
-    resumed = Run(base, tmp_path / "stopped", **values)
+    resumed = Run(loaded_base, tmp_path / "stopped", **values)
     resumed.trainer.resume(checkpoint)
     resumed.train()
     assert stopped.losses + resumed.losses == whole.losses
@@ -288,15 +290,15 @@ def test_a_resumed_job_does_what_an_uninterrupted_one_does(base: PretrainedModel
 
 
 @pytest.mark.slow
-def test_metric_lines_cover_the_steps_before_an_interruption(base: PretrainedModel, tmp_path: Path) -> None:
+def test_metric_lines_cover_the_steps_before_an_interruption(loaded_base: PretrainedModel, tmp_path: Path) -> None:
     """Stopped between two lines: the next one is a mean over steps of both attempts."""
     values = {"max_train_steps": 8, "logging_steps": 3}
-    whole = Run(base, tmp_path / "whole", **values).train()
-    stopped = Run(base, tmp_path / "stopped", save_steps=5, **values)
+    whole = Run(loaded_base, tmp_path / "whole", **values).train()
+    stopped = Run(loaded_base, tmp_path / "stopped", save_steps=5, **values)
     stopped.train()
     checkpoint = all_checkpoints(tmp_path / "stopped" / "checkpoints")[0]
     assert checkpoint.step == 5
-    resumed = Run(base, tmp_path / "stopped", **values)
+    resumed = Run(loaded_base, tmp_path / "stopped", **values)
     resumed.recorder.resume(checkpoint.record, checkpoint.step, tmp_path)
     resumed.trainer.resume(checkpoint)
     resumed.train()
@@ -425,27 +427,27 @@ def test_pictures_and_what_there_is_to_tell_come_with_a_checkpoint(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(base: PretrainedModel, tmp_path: Path) -> None:
-    Run(base, tmp_path / "a", max_train_steps=6, save_steps=2, checkpoints_total_limit=5).train()
+def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(loaded_base: PretrainedModel, tmp_path: Path) -> None:
+    Run(loaded_base, tmp_path / "a", max_train_steps=6, save_steps=2, checkpoints_total_limit=5).train()
     assert names(tmp_path / "a" / "checkpoints") == ["step-00000002", "step-00000004", "step-00000006"]
-    Run(base, tmp_path / "b", pictures=2, max_train_steps=5, save_steps=1, save_use_epochs=True).train()
+    Run(loaded_base, tmp_path / "b", pictures=2, max_train_steps=5, save_steps=1, save_use_epochs=True).train()
     assert names(tmp_path / "b" / "checkpoints") == ["step-00000004", "step-00000005"]
-    Run(base, tmp_path / "c", max_train_steps=3).train()
+    Run(loaded_base, tmp_path / "c", max_train_steps=3).train()
     assert names(tmp_path / "c" / "checkpoints") == ["step-00000003"]
 
 
 @pytest.mark.slow
-def test_no_checkpoint_takes_the_room_of_the_model(base: PretrainedModel, tmp_path: Path) -> None:
-    run = Run(base, tmp_path, max_train_steps=3, save_steps=2)
+def test_no_checkpoint_takes_the_room_of_the_model(loaded_base: PretrainedModel, tmp_path: Path) -> None:
+    run = Run(loaded_base, tmp_path, max_train_steps=3, save_steps=2)
     run.trainer.train(tmp_path / "checkpoints", run.recorder.stop, keep_last=lambda: False)
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
 
 
-def test_a_finished_job_does_no_step_again(base: PretrainedModel, tmp_path: Path) -> None:
-    first = Run(base, tmp_path, max_train_steps=3, save_steps=2, use_ema=True).train()
+def test_a_finished_job_does_no_step_again(loaded_base: PretrainedModel, tmp_path: Path) -> None:
+    first = Run(loaded_base, tmp_path, max_train_steps=3, save_steps=2, use_ema=True).train()
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
-    again = Run(base, tmp_path, max_train_steps=3, use_ema=True)
+    again = Run(loaded_base, tmp_path, max_train_steps=3, use_ema=True)
     again.trainer.resume(checkpoint)
     again.train()
     assert again.losses == []
@@ -455,14 +457,14 @@ def test_a_finished_job_does_no_step_again(base: PretrainedModel, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial"])
 def test_a_longer_schedule_gives_the_rates_that_it_would_have_had_from_the_start(
-    base: PretrainedModel, tmp_path: Path, scheduler: str
+    loaded_base: PretrainedModel, tmp_path: Path, scheduler: str
 ) -> None:
     longer = {"max_train_steps": 4, "lr_scheduler": scheduler}
-    rates = [step["lr"] for step in Run(base, tmp_path / "whole", **longer).train().recorder.steps]
-    Run(base, tmp_path, max_train_steps=2, lr_scheduler=scheduler).train()
+    rates = [step["lr"] for step in Run(loaded_base, tmp_path / "whole", **longer).train().recorder.steps]
+    Run(loaded_base, tmp_path, max_train_steps=2, lr_scheduler=scheduler).train()
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
-    resumed = Run(base, tmp_path / "resumed", **longer)
+    resumed = Run(loaded_base, tmp_path / "resumed", **longer)
     resumed.trainer.resume(checkpoint)
     resumed.train()
     assert [step["lr"] for step in resumed.recorder.steps] == rates[2:]
@@ -491,11 +493,11 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "weight", "average"])
 def test_no_checkpoint_of_weights_that_are_not_finite_replaces_a_good_one(
-    base: PretrainedModel, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+    loaded_base: PretrainedModel, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Metric lines are far apart: they do not notice it."""
     run = Run(
-        base,
+        loaded_base,
         tmp_path,
         max_train_steps=9,
         save_steps=2,
@@ -562,8 +564,8 @@ def test_a_loss_that_rose_is_told_from_noise(losses: list[float], rises: bool, e
 
 
 @pytest.mark.slow
-def test_a_job_that_got_worse_says_so(base: PretrainedModel, tmp_path: Path) -> None:
-    run = Run(base, tmp_path, max_train_steps=12, logging_steps=2)
+def test_a_job_that_got_worse_says_so(loaded_base: PretrainedModel, tmp_path: Path) -> None:
+    run = Run(loaded_base, tmp_path, max_train_steps=12, logging_steps=2)
     real = run.trainer._loss
 
     def rising(inputs: Inputs) -> Loss:
@@ -577,15 +579,15 @@ def test_a_job_that_got_worse_says_so(base: PretrainedModel, tmp_path: Path) -> 
     assert "lower learning_rate" in verdict
     log = run.recorder.stream.getvalue()  # type: ignore[attr-defined]
     assert log.count("warning: the loss rose") == 1
-    assert Run(base, tmp_path / "b", max_train_steps=12, logging_steps=2).train().recorder.verdicts == []
+    assert Run(loaded_base, tmp_path / "b", max_train_steps=12, logging_steps=2).train().recorder.verdicts == []
 
 
 @pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_and_not_the_training(
-    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded_base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Run(base, tmp_path / "whole", max_train_steps=6).train()
-    run = Run(base, tmp_path, max_train_steps=6, save_steps=2, checkpoints_total_limit=1)
+    whole = Run(loaded_base, tmp_path / "whole", max_train_steps=6).train()
+    run = Run(loaded_base, tmp_path, max_train_steps=6, save_steps=2, checkpoints_total_limit=1)
 
     class Full(io.FileIO):
         def write(self, data: Any) -> int:

@@ -42,19 +42,19 @@ def as_first_of_format_2(directory: Path) -> None:
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("age", [as_format_1, as_first_of_format_2])
 def test_a_job_that_an_earlier_version_began_ends_as_if_it_had_not_been_interrupted(
-    base: PretrainedModel, tmp_path: Path, job: str, age: Callable[[Path], None]
+    loaded_base: PretrainedModel, tmp_path: Path, job: str, age: Callable[[Path], None]
 ) -> None:
     """To the bit: metric lines, with one that is about steps of both versions, and weights."""
     values = {"max_train_steps": 4, **JOBS[job]}
-    whole = Run(base, tmp_path / "whole", **values).train()
-    Run(base, tmp_path / "stopped", save_steps=2, checkpoints_total_limit=5, **values).train()
+    whole = Run(loaded_base, tmp_path / "whole", **values).train()
+    Run(loaded_base, tmp_path / "stopped", save_steps=2, checkpoints_total_limit=5, **values).train()
     first, last = all_checkpoints(tmp_path / "stopped" / "checkpoints")
     age(first.directory)
     shutil.rmtree(last.directory)
     checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.format) == (2, 1 if age is as_format_1 else 2)
-    resumed = Run(base, tmp_path / "stopped", **values)
+    resumed = Run(loaded_base, tmp_path / "stopped", **values)
     shapes = {name: p.shape for name, p in resumed.trainer.named_parameters.items()}
     assert checkpoint.find_misfit(shapes) is None
     resumed.recorder.resume(checkpoint.record, checkpoint.step, tmp_path)
@@ -72,11 +72,11 @@ def test_a_job_that_an_earlier_version_began_ends_as_if_it_had_not_been_interrup
 
 
 @pytest.mark.slow
-def test_the_first_ones_had_nothing_to_tell(base: PretrainedModel, tmp_path: Path) -> None:
+def test_the_first_ones_had_nothing_to_tell(loaded_base: PretrainedModel, tmp_path: Path) -> None:
     values = {"max_train_steps": 4, "logging_steps": 3}
-    whole = Run(base, tmp_path / "whole", **values).train()
+    whole = Run(loaded_base, tmp_path / "whole", **values).train()
     with pytest.raises(StopRequested):
-        Run(base, tmp_path, **{**values, "logging_steps": 2}).train(stop_at=2)
+        Run(loaded_base, tmp_path, **{**values, "logging_steps": 2}).train(stop_at=2)
     directory = tmp_path / "checkpoints" / "step-00000002"
     as_format_1(directory)
     rewrite_tensors(directory, lambda tensors: tensors.pop("window"))
@@ -84,7 +84,7 @@ def test_the_first_ones_had_nothing_to_tell(base: PretrainedModel, tmp_path: Pat
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.record == {}
-    resumed = Run(base, tmp_path, **values)
+    resumed = Run(loaded_base, tmp_path, **values)
     resumed.trainer.resume(checkpoint)
     resumed.train()
     assert [row["step"] for row in resumed.recorder.steps] == [3, 4]
@@ -149,18 +149,18 @@ def test_the_base_model_was_named_by_where_that_machine_had_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format_1", [True, False])
-def test_a_line_says_what_cannot_be_compared(base: PretrainedModel, tmp_path: Path, format_1: bool) -> None:
+def test_a_line_says_what_cannot_be_compared(loaded_base: PretrainedModel, tmp_path: Path, format_1: bool) -> None:
     with pytest.raises(StopRequested):
-        Run(base, tmp_path, save_steps=2).train(stop_at=2)
+        Run(loaded_base, tmp_path, save_steps=2).train(stop_at=2)
     directory = tmp_path / "checkpoints" / "step-00000002"
     identity = identity_of(tmp_path)
-    rewrite_state(directory, lambda state: state.update(identity=identity | {BASE_MODEL_KEY: fingerprint(base)}))
+    rewrite_state(directory, lambda state: state.update(identity=identity | {BASE_MODEL_KEY: fingerprint(loaded_base)}))
     if format_1:
         as_format_1(directory)
     found = latest_checkpoint(tmp_path / "checkpoints")
     h, report = hyperparameters(), Recorder()
     start = Start(7, identity, SCHEDULE, tmp_path / "checkpoints", None, found, iter(()))
-    start.fit_to(base, attach(base, h, cpu_plan(h)).parameters, h, report)
+    start.fit_to(loaded_base, attach(loaded_base, h, cpu_plan(h)).parameters, h, report)
     assert start.previous == found
     log = report.stream.getvalue()  # type: ignore[attr-defined]
     assert log.count("warning: ") == format_1
@@ -209,14 +209,14 @@ def test_damaged_ones_are_passed_over_for_the_one_before(tmp_path: Path, damage:
     assert "step-00000002 is damaged" in line
 
 
-def test_parameters_in_another_order_are_not_those_of_the_model(base: PretrainedModel, tmp_path: Path) -> None:
+def test_parameters_in_another_order_are_not_those_of_the_model(loaded_base: PretrainedModel, tmp_path: Path) -> None:
     """Optimizers and averages know them by their order alone."""
     with pytest.raises(StopRequested):
-        Run(base, tmp_path).train(stop_at=2)
+        Run(loaded_base, tmp_path).train(stop_at=2)
     directory = tmp_path / "checkpoints" / "step-00000002"
     rewrite_tensors(directory, lambda t: t.update(weights=dict(reversed(t["weights"].items()))))
     h = hyperparameters()
-    shapes = {name: p.shape for name, p in attach(base, h, cpu_plan(h)).parameters.items()}
+    shapes = {name: p.shape for name, p in attach(loaded_base, h, cpu_plan(h)).parameters.items()}
     (found,) = all_checkpoints(tmp_path / "checkpoints")
     assert found.find_misfit(shapes) == "its tensors are not those of this model"
     assert found.find_misfit(dict(reversed(shapes.items()))) is None

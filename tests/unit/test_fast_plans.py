@@ -37,13 +37,15 @@ def reference(loaded_base: PretrainedModel, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_learns_as_the_reference_does(name: str, base: PretrainedModel, tmp_path: Path, reference: list[float]) -> None:
+def test_learns_as_the_reference_does(
+    name: str, loaded_base: PretrainedModel, tmp_path: Path, reference: list[float]
+) -> None:
     """Same data, order and noise, so the curves may be compared step by step.
 
     The measure: the mean distance of the curves, as a share of what the reference has learned. A plan whose updates
     are lost, doubled or of the wrong sign is off by a third and more, also after so few steps.
     """
-    run = Run(base, tmp_path, plan=PLANS[name], **JOB).train()
+    run = Run(loaded_base, tmp_path, plan=PLANS[name], **JOB).train()
     losses = [loss[0] for loss in run.losses]
     learned = reference[0] - sum(reference[-5:]) / 5
     assert learned > 0.3
@@ -70,15 +72,15 @@ def test_a_base_that_waits_in_half_precision_trains_the_same_to_the_bit(
 
 @pytest.mark.parametrize("name", ["medium", "master", "tiny"])
 def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(
-    name: str, base: PretrainedModel, tmp_path: Path
+    name: str, loaded_base: PretrainedModel, tmp_path: Path
 ) -> None:
-    options = JOB | {"max_train_steps": 5, "use_ema": True}
+    options = JOB | {"max_train_steps": 4, "use_ema": True}
     changes = PLANS[name] | {"ema": "device"}
-    whole = Run(base, tmp_path / "whole", plan=changes, **options).train()
-    first = Run(base, tmp_path / "parts", plan=changes, **options)
+    whole = Run(loaded_base, tmp_path / "whole", plan=changes, **options).train()
+    first = Run(loaded_base, tmp_path / "parts", plan=changes, **options)
     with pytest.raises(StopRequested):
         first.train(stop_at=2)
-    second = Run(base, tmp_path / "parts", plan=changes, **options)
+    second = Run(loaded_base, tmp_path / "parts", plan=changes, **options)
     checkpoint = latest_checkpoint(tmp_path / "parts" / "checkpoints")
     assert checkpoint is not None
     second.trainer.resume(checkpoint)
@@ -87,35 +89,35 @@ def test_an_interrupted_job_has_the_losses_of_an_uninterrupted_one(
     assert same(weights(second.base.unet), weights(whole.base.unet))
 
 
-def test_a_checkpoint_of_a_smaller_plan_can_be_continued(base: PretrainedModel, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_smaller_plan_can_be_continued(loaded_base: PretrainedModel, tmp_path: Path) -> None:
     """A job that stepped down and was interrupted: its successor begins with the larger plan again."""
-    options = JOB | {"max_train_steps": 12}
-    stepped_down = Run(base, tmp_path, plan=PLANS["tiny"], **options)
+    options = JOB | {"max_train_steps": 8}
+    stepped_down = Run(loaded_base, tmp_path, plan=PLANS["tiny"], **options)
     with pytest.raises(StopRequested):
-        stepped_down.train(stop_at=10)
-    successor = Run(base, tmp_path, plan=PLANS["medium"], **options)
+        stepped_down.train(stop_at=6)
+    successor = Run(loaded_base, tmp_path, plan=PLANS["medium"], **options)
     checkpoint = latest_checkpoint(tmp_path / "checkpoints")
     assert checkpoint is not None
     successor.trainer.resume(checkpoint)
     successor.train()
     assert "start from zero" in successor.recorder.stream.getvalue()  # type: ignore[attr-defined]
-    assert [step["step"] for step in successor.recorder.steps] == [11, 12]
+    assert [step["step"] for step in successor.recorder.steps] == [7, 8]
     assert all(loss[0] < 0.8 * stepped_down.losses[0][0] for loss in successor.losses)
 
 
 @pytest.mark.parametrize("name", ["reference", "master", "medium"])
 def test_out_of_memory_steps_down_and_continues(
-    name: str, base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, loaded_base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = JOB | {"max_train_steps": 6, "gradient_checkpointing": "auto", "use_ema": True}
+    options = JOB | {"max_train_steps": 4, "gradient_checkpointing": "auto", "use_ema": True}
     changes = PLANS.get(name, {}) | {"ema": "device"}
-    whole = Run(base, tmp_path / "whole", plan=changes, **options).train()
-    run = Run(base, tmp_path / "stepped", plan=changes, **options)
+    whole = Run(loaded_base, tmp_path / "whole", plan=changes, **options).train()
+    run = Run(loaded_base, tmp_path / "stepped", plan=changes, **options)
     run.trainer.finish()  # the job makes trainers of its own
-    run_out_of_memory(monkeypatch, {0, 3})
+    run_out_of_memory(monkeypatch, {0, 2})
     log = run.train_as_a_job()
     assert log.count("warning: out of memory") == 2
-    assert "continuing after step 3" in log
-    assert [step["step"] for step in run.recorder.steps] == [1, 2, 3, 4, 5, 6]
+    assert "continuing after step 2" in log
+    assert [step["step"] for step in run.recorder.steps] == [1, 2, 3, 4]
     for stepped, uninterrupted in zip(run.losses, whole.losses, strict=True):
         assert stepped == pytest.approx(uninterrupted, rel=0.02)
