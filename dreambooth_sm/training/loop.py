@@ -387,8 +387,10 @@ class Trainer:
                 raise TrainingError(f"the loss of step {step} is not finite; try mixed_precision=bf16 or no")
             after = self._fingerprints()
             if None in after.values() or (self.updater.skipped() and not self.updater.scales_loss):
+                # PyTorch takes cuDNN's attention by default on Hopper, whose backward pass is known to give NaN.
+                other = "flash_attention" if self.plan.attention == "default" else "default"
                 raise TrainingError(
-                    f"gradients are not finite at step {step}; try attention=default or mixed_precision=no"
+                    f"gradients are not finite at step {step}; try attention={other} or mixed_precision=no"
                 )
             if self.updater.skipped():  # the loss scaler looks for its scale
                 self._skipped += 1

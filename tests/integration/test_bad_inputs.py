@@ -453,8 +453,8 @@ LATE = [
     Bad("model index a list", ("model_index.json can't be read",), arrange=writes(f"{MODEL}/model_index.json", "[]")),
     Bad(
         "another kind of pipeline",
-        ("pretrained_model_name_or_path", "holds a FluxPipeline"),
-        arrange=change_json(f"{MODEL}/model_index.json", _class_name="FluxPipeline"),
+        ("pretrained_model_name_or_path", "holds a PixArtSigmaPipeline"),
+        arrange=change_json(f"{MODEL}/model_index.json", _class_name="PixArtSigmaPipeline"),
     ),
     Bad(
         "model without a part",

@@ -128,7 +128,7 @@ def index(**values: object) -> bytes:
         (damaged("model_index.json", b"{"), "can't be read"),
         (damaged("model_index.json", b"[]"), "can't be read"),
         (damaged("model_index.json", index(a=1)), "can't be read"),
-        (damaged("model_index.json", index(_class_name="FluxPipeline")), "holds a FluxPipeline"),
+        (damaged("model_index.json", index(_class_name="PixArtSigmaPipeline")), "holds a PixArtSigmaPipeline"),
         (
             damaged("model_index.json", index(_class_name="StableDiffusionXLImg2ImgPipeline")),
             "holds a StableDiffusionXLI",
