@@ -25,7 +25,6 @@ class BatchLoss:
     Args:
         prompts: what the text encoders make of prompts, or take where steps encode them, by name, a row a prompt.
         has_classes: whether the second half of each batch shows the class.
-        attention: makes contexts for the forward pass.
     """
 
     def __init__(
@@ -37,13 +36,12 @@ class BatchLoss:
         *,
         device: torch.device,
         has_classes: bool,
-        attention: Callable[[], contextlib.AbstractContextManager[Any]],
     ) -> None:
         self.objective: Objective = trained.model.family.objective(trained.model, h)
         self.objective = self.objective.to(device)
         self._base, self._prompts, self._plan, self._h = trained.model, prompts, plan, h
         self._device, self._dtype = device, compute_dtype(plan)
-        self._encodes, self._attention = encodes_in_steps(plan, h), attention
+        self._encodes = encodes_in_steps(plan, h)
         self._prior = h.prior_loss_weight if has_classes else None
         self._untrained: Callable[[], contextlib.AbstractContextManager[None]] | None = None
         if asks_base(h):
@@ -90,7 +88,7 @@ class BatchLoss:
 
     def _prediction(self, noised: Tensor, inputs: Inputs) -> Tensor:
         family = self._base.family
-        with self._autocast(), self._attention():
+        with self._autocast():
             prompts = {name: table[inputs.prompts] for name, table in self._prompts.items()}
             if self._encodes:
                 conditioning = family.encode(self._base, prompts)

@@ -117,9 +117,8 @@ class Trainer:
             h,
             device=device,
             has_classes=bool(data.batch_sampler.classes),
-            attention=attention,
         )
-        self.make_step = (CapturedStep if plan.cuda_graph else Step)(self._loss, self.updater)
+        self.make_step = (CapturedStep if plan.cuda_graph else Step)(self._loss, self.updater, attention)
         self.make_step.shapes = len(data.batch_sampler.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)

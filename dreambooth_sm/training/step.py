@@ -60,6 +60,7 @@ class Inputs:
 
 
 LossFunction = Callable[[Inputs], Loss]
+Attention = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class GradientAverage:
@@ -107,18 +108,21 @@ class GradientAverage:
 class Step:
     """Makes optimizer steps, eagerly.
 
+    Args:
+        attention: makes contexts for a step. They reach over the backward pass, which may compute attention again.
+
     Attributes:
         ema: an average that each step updates; to be set before the first one.
         average: averages the gradients where several processes train together; likewise.
         shapes: how many shapes the latents of steps have; likewise.
     """
 
-    def __init__(self, loss: LossFunction, updater: Updater) -> None:
+    def __init__(self, loss: LossFunction, updater: Updater, attention: Attention = contextlib.nullcontext) -> None:
         self.updater = updater
         self.ema: Ema | None = None
         self.average: GradientAverage | None = None
         self.shapes = 1
-        self._loss = loss
+        self._loss, self._attention = loss, attention
 
     def __call__(self, parts: Sequence[Inputs]) -> Loss:
         """One step over the batches of ``parts`` (several with gradient accumulation); their mean loss, detached.
@@ -147,8 +151,9 @@ class Step:
         for number, inputs in enumerate(parts, start=1):
             if self.average:
                 self.average.active = number == len(parts)
-            loss = self._loss(inputs)
-            self.updater.scale(loss.total / len(parts)).backward()
+            with self._attention():
+                loss = self._loss(inputs)
+                self.updater.scale(loss.total / len(parts)).backward()
             losses.append(loss.detach())
         if self.average:
             self.average.finish()
@@ -170,8 +175,8 @@ class CapturedStep(Step):
     The first steps run eagerly. An update that can't be captured follows each replay.
     """
 
-    def __init__(self, loss: LossFunction, updater: Updater) -> None:
-        super().__init__(loss, updater)
+    def __init__(self, loss: LossFunction, updater: Updater, attention: Attention = contextlib.nullcontext) -> None:
+        super().__init__(loss, updater, attention)
         self._eager_steps = 0
         self._stream = torch.cuda.Stream()
         # By the shape of the latents: what its graph reads; the graph and what it writes.
@@ -232,10 +237,8 @@ class CapturedStep(Step):
         self._graphs, self._inputs, self._gradients = {}, {}, {}
 
 
-def attention_context(
-    plan: Plan, unet: Any, warn: Callable[[str], None]
-) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Sets the attention kernels that the plan names, and makes contexts for the forward pass.
+def attention_context(plan: Plan, unet: Any, warn: Callable[[str], None]) -> Attention:
+    """Sets the attention kernels that the plan names, and makes contexts for a step.
 
     xformers changes the UNet for good. Where it can't run (not installed, or built for another torch), SDPA serves
     and ``warn`` gets a line.

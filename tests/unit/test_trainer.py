@@ -316,6 +316,28 @@ def test_gradients_that_are_not_finite_stop_the_job(base: PretrainedModel, tmp_p
         run.train()
 
 
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_the_attention_that_was_asked_for_is_that_of_the_whole_step(
+    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recomputing: bool
+) -> None:
+    """Also where the backward pass computes it again."""
+    allowed: list[bool] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    plan = {"attention": "flash_attention", "gradient_checkpointing": recomputing}
+    run = Run(base, tmp_path, plan=plan, max_train_steps=1)
+    before = len(allowed)
+    run.train()
+    assert len(allowed) > before
+    assert not any(allowed[before:])
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("blocked", ["unet", "text_encoder"])
 def test_an_update_that_changes_nothing_stops_the_job(base: PretrainedModel, tmp_path: Path, blocked: str) -> None:
     run = Run(base, tmp_path, train_text_encoder=True, adam_weight_decay=0)
