@@ -13,6 +13,7 @@ from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFoo
 from dreambooth_sm.families.family import LossKnobs, Pair
 from dreambooth_sm.families.file_rules import is_number
 from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_texts, shift_by_words, vocabulary_problems
+from dreambooth_sm.families.two_streams import PATCH, TIMES, attend_together, changed_by, in_patches, of_patches
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from dreambooth_sm.objectives import Objective
 
-_PATCH, _TIMES = 2, 1000
 # What the model was shown prompts in, and how many tokens of it are before them.
 _TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
@@ -53,7 +53,7 @@ class _Files:
         if part != "transformer":
             return []
         usual = {
-            "patch_size": _PATCH,
+            "patch_size": PATCH,
             "guidance_embeds": False,
             **dict.fromkeys(("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"), False),
         }
@@ -66,10 +66,10 @@ class _Files:
     def fit_problems(self, pipeline: Any) -> list[str]:
         transformer, vae, text = pipeline.transformer.config, pipeline.vae.config, pipeline.text_encoder.config
         problems = vocabulary_problems(pipeline.tokenizer, text)
-        if _PATCH**2 * vae.z_dim != transformer.in_channels:
+        if PATCH**2 * vae.z_dim != transformer.in_channels:
             problems.append(
                 f"the VAE makes latents of {vae.z_dim} channels, and the transformer takes {transformer.in_channels}, "
-                f"which is not {_PATCH**2} times as many"
+                f"which is not {PATCH**2} times as many"
             )
         if transformer.out_channels != vae.z_dim:
             problems.append(
@@ -195,17 +195,17 @@ class QwenImage:
 
         run = functools.partial(recomputed, _run) if denoiser.gradient_checkpointing else _run
         rows, _, height, width = noised.shape
-        picture = denoiser.img_in(_patches(noised))
+        picture = denoiser.img_in(in_patches(noised))
         words = denoiser.txt_in(denoiser.txt_norm(conditioning.text["states"]))
         kept = conditioning.text.get("kept")
-        told = denoiser.time_text_embed((times.expand(rows) / _TIMES).to(picture.dtype), picture)
+        told = denoiser.time_text_embed((times.expand(rows) / TIMES).to(picture.dtype), picture)
         of_picture, of_words = denoiser.pos_embed(
-            [(1, height // _PATCH, width // _PATCH)], max_txt_seq_len=words.shape[1], device=noised.device
+            [(1, height // PATCH, width // PATCH)], max_txt_seq_len=words.shape[1], device=noised.device
         )
         turns = torch.cat([of_words, of_picture]).expand(rows, -1, -1)
         for block in denoiser.transformer_blocks:
             words, picture = run(block, picture, words, kept, told, turns)
-        return _picture(denoiser.proj_out(denoiser.norm_out(picture, told)), height, width)
+        return of_patches(denoiser.proj_out(denoiser.norm_out(picture, told)), noised.shape)
 
     def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
         import numpy as np
@@ -220,10 +220,10 @@ class QwenImage:
 
     def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
         """Each patch keeps the length that it has for the prompt alone."""
-        asked, empty = _patches(predicted), _patches(without)
+        asked, empty = in_patches(predicted), in_patches(without)
         guided = empty + guidance * (asked - empty)
-        height, width = predicted.shape[-2:]
-        return _picture(guided * (asked.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)), height, width)
+        longer = asked.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
+        return of_patches(guided * longer, predicted.shape)
 
     def objective(self, model: Any, h: LossKnobs) -> Objective:
         """With the shift that pictures are drawn with, where no other is asked for."""
@@ -233,7 +233,7 @@ class QwenImage:
 
         config = model.scheduler.config
         by_size = math.exp(shift_by_words(config, _words(model.vae, (h.resolution, h.resolution))))
-        return FlowMatching.of(chosen_shift(h, config, by_size), h.time_sampling, _TIMES)
+        return FlowMatching.of(chosen_shift(h, config, by_size), h.time_sampling, TIMES)
 
     def scale(self, vae: Any) -> tuple[Tensor, Tensor]:
         """Mean of latents, and 1 / deviation, ``(channels, 1, 1)``."""
@@ -260,22 +260,8 @@ class QwenImage:
 
 def _words(vae: Any, size: Pair) -> int:
     """The patches of a picture of so many pixels."""
-    pixels: int = _PATCH * 2 ** len(vae.config.temperal_downsample)
+    pixels: int = PATCH * 2 ** len(vae.config.temperal_downsample)
     return size[0] // pixels * (size[1] // pixels)
-
-
-def _patches(latents: Tensor) -> Tensor:
-    """Latents ``(rows, channels, height, width)`` as ``(rows, patches, channels of a patch)``."""
-    rows, channels, height, width = latents.shape
-    high, wide = height // _PATCH, width // _PATCH
-    patches = latents.reshape(rows, channels, high, _PATCH, wide, _PATCH).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(rows, high * wide, -1)
-
-
-def _picture(patches: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`_patches`."""
-    shape = (len(patches), height // _PATCH, width // _PATCH, -1, _PATCH, _PATCH)
-    return patches.reshape(shape).permute(0, 3, 1, 4, 2, 5).reshape(len(patches), -1, height, width)
 
 
 def _run(
@@ -317,42 +303,17 @@ def run_in_fewer_passes(
     """
     import torch
 
-    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
-    from dreambooth_sm.training.rms_norm import turned_norms
-
-    attention = block.attn
-
-    def heads(project: Any, x: Tensor) -> Tensor:
-        made: Tensor = project(x).unflatten(-1, (attention.heads, -1))
-        return made
+    from dreambooth_sm.training.modulation import modulated_norm
 
     # A shift, a scale and a gate of attention, and those of the feed-forward net.
     of_picture, of_words = block.img_mod(told).chunk(6, dim=-1), block.txt_mod(told).chunk(6, dim=-1)
     asked, words = modulated_norm(words, of_words[1], of_words[0], block.txt_norm1.eps)
     shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.img_norm1.eps)
-    query, key = (
-        turned_norms([(heads(one, asked), norm.weight), (heads(other, shown), norm_2.weight)], norm.eps, turns)
-        for one, norm, other, norm_2 in (
-            (attention.add_q_proj, attention.norm_added_q, attention.to_q, attention.norm_q),
-            (attention.add_k_proj, attention.norm_added_k, attention.to_k, attention.norm_k),
-        )
-    )
-    value = torch.cat([heads(attention.add_v_proj, asked), heads(attention.to_v, shown)], dim=1)
     if kept is not None:
-        kept = torch.nn.functional.pad(kept, (0, picture.shape[1]), value=True)[:, None, None]
-    seen = torch.nn.functional.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=kept
-    )
-    seen = seen.transpose(1, 2).flatten(2)
-    seen_by_words, seen_by_picture = seen[:, : words.shape[1]], seen[:, words.shape[1] :]
-
-    def after(x: Tensor, made: Tensor, changes: Sequence[Tensor], norm: Any, net: Any) -> Tensor:
-        x = gated_sum(x, changes[2], made)
-        asked, x = modulated_norm(x, changes[4], changes[3], norm.eps)
-        return gated_sum(x, changes[5], net(asked))
-
-    words = after(words, attention.to_add_out(seen_by_words), of_words, block.txt_norm2, block.txt_mlp)
-    picture = after(picture, attention.to_out[0](seen_by_picture), of_picture, block.img_norm2, block.img_mlp)
+        kept = torch.nn.functional.pad(kept, (0, picture.shape[1]), value=True)
+    seen_by_words, seen_by_picture = attend_together(block.attn, asked, shown, turns, kept)
+    words = changed_by(words, seen_by_words, of_words[2:], block.txt_norm2.eps, block.txt_mlp)
+    picture = changed_by(picture, seen_by_picture, of_picture[2:], block.img_norm2.eps, block.img_mlp)
     return words, picture
 
 
