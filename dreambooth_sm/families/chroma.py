@@ -19,13 +19,18 @@ from dreambooth_sm.families.two_streams import (
     STREAM_LINEAR,
     TIMES,
     TwoStreams,
+    in_one_sequence,
     in_patches,
     makers_names,
     of_patches,
     places,
     read_with_t5,
+    runner,
+    runs_in_fewer_passes,
     scale_problems,
+    side_by_side,
     side_problems,
+    turns_of,
 )
 
 if TYPE_CHECKING:
@@ -151,15 +156,18 @@ class Chroma(TwoStreams):
         captured, and forgets the mask in single blocks where activations are recomputed."""
         import torch
 
-        from dreambooth_sm.training.recomputation import recomputed
-
-        run = functools.partial(recomputed, _run) if denoiser.gradient_checkpointing else _run
         text = conditioning.text
         picture, words = denoiser.x_embedder(in_patches(noised)), denoiser.context_embedder(text["states"])
         told = (times.expand(len(noised)) / TIMES).to(picture.dtype) * TIMES
         changes = denoiser.distilled_guidance_layer(_asked(denoiser.time_text_embed, told))
         at = places(noised)
-        turns = denoiser.pos_embed(torch.cat([at.new_zeros(words.shape[1], 3), at]))
+        of_both = torch.cat([at.new_zeros(words.shape[1], 3), at])
+        turns: Any
+        if runs_in_fewer_passes(denoiser, picture, *denoiser.distilled_guidance_layer.parameters()):
+            compute, turns = run_in_fewer_passes, turns_of(denoiser, of_both, len(picture))
+        else:
+            compute, turns = _run, denoiser.pos_embed(of_both)
+        run = functools.partial(runner(denoiser), compute)
         # Blocks add it to the scores: what is not seen counts e times less.
         seen = torch.nn.functional.pad(text["seen"].to(picture.dtype), (0, picture.shape[1]), value=1.0)
 
@@ -180,6 +188,26 @@ class Chroma(TwoStreams):
 def _run(block: Any, changes: Tensor, turns: Any, seen: Tensor, hidden: Tensor, words: Tensor | None = None) -> Any:
     sides = {} if words is None else {"encoder_hidden_states": words}
     return block(hidden_states=hidden, **sides, temb=changes, image_rotary_emb=turns, attention_mask=seen)
+
+
+def run_in_fewer_passes(
+    block: Any, changes: Tensor, turns: Tensor, seen: Tensor, hidden: Tensor, words: Tensor | None = None
+) -> Any:
+    """What a block of a ChromaTransformer2DModel computes, but for rounding: norms, modulations and rotations in one
+    pass each.
+
+    Args:
+        changes: its modulations, ``(rows, 12 or 3, width)``.
+        turns: of words, then those of the picture, complex ``(rows, words, pairs)``.
+        seen: ``(rows, words)`` of both, of which each pair's product is added to its score.
+        hidden: the picture, or both in one, ``(rows, words, width)``.
+        words: None where both are in one.
+    """
+    mask = seen[:, None, None, :] * seen[:, None, :, None]
+    if words is None:
+        return in_one_sequence(block, hidden, changes.unbind(1), turns, mask)
+    of_all = changes.unbind(1)
+    return side_by_side(block, words, hidden, of_all[_DOUBLE:], of_all[:_DOUBLE], turns, mask)
 
 
 def _asked(embedding: Any, told: Tensor) -> Tensor:

@@ -18,9 +18,7 @@ from dreambooth_sm.families.two_streams import (
     STREAM_LINEAR,
     TIMES,
     TwoStreams,
-    attend_together,
-    changed_by,
-    heads_of,
+    in_one_sequence,
     in_patches,
     makers_names,
     of_patches,
@@ -29,6 +27,7 @@ from dreambooth_sm.families.two_streams import (
     runner,
     runs_in_fewer_passes,
     scale_problems,
+    side_by_side,
     side_problems,
     turns_of,
 )
@@ -234,36 +233,12 @@ def run_in_fewer_passes(
 
 
 def _side_by_side(block: Any, words: Tensor, picture: Tensor, told: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """What a FluxTransformerBlock computes, of what it is told ``(rows, width)``, activated."""
-    from dreambooth_sm.training.modulation import modulated_norm
-
     of_words, of_picture = (norm.linear(told).chunk(6, dim=-1) for norm in (block.norm1_context, block.norm1))
-    asked, words = modulated_norm(words, of_words[1], of_words[0], block.norm1_context.norm.eps)
-    shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.norm1.norm.eps)
-    seen_by_words, seen_by_picture = attend_together(block.attn, asked, shown, turns)
-    words = changed_by(words, seen_by_words, of_words[2:], block.norm2_context.eps, block.ff_context)
-    picture = changed_by(picture, seen_by_picture, of_picture[2:], block.norm2.eps, block.ff)
-    return words, picture
+    return side_by_side(block, words, picture, of_words, of_picture, turns)
 
 
 def _in_one_sequence(block: Any, x: Tensor, told: Tensor, turns: Tensor) -> Tensor:
-    """What a FluxSingleTransformerBlock computes, of what it is told ``(rows, width)``, activated."""
-    import torch
-
-    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
-    from dreambooth_sm.training.parallel_block import attend
-    from dreambooth_sm.training.rms_norm import turned_norm
-
-    attention, width = block.attn, len(block.attn.norm_q.weight)
-    shift, scale, gate = block.norm.linear(told).chunk(3, dim=-1)
-    asked, x = modulated_norm(x, scale, shift, block.norm.norm.eps)
-    query, key = (
-        turned_norm(heads_of(project, asked, width), norm.weight, norm.eps, turns)
-        for project, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
-    )
-    seen = attend(query, key, heads_of(attention.to_v, asked, width)).flatten(2)
-    made = torch.cat([seen, block.act_mlp(block.proj_mlp(asked))], dim=-1)
-    return gated_sum(x, gate, block.proj_out(made))
+    return in_one_sequence(block, x, block.norm.linear(told).chunk(3, dim=-1), turns)
 
 
 FAMILY = Flux1()

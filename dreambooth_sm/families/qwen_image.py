@@ -310,7 +310,7 @@ def run_in_fewer_passes(
     asked, words = modulated_norm(words, of_words[1], of_words[0], block.txt_norm1.eps)
     shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.img_norm1.eps)
     if kept is not None:
-        kept = torch.nn.functional.pad(kept, (0, picture.shape[1]), value=True)
+        kept = torch.nn.functional.pad(kept, (0, picture.shape[1]), value=True)[:, None, None]
     seen_by_words, seen_by_picture = attend_together(block.attn, asked, shown, turns, kept)
     words = changed_by(words, seen_by_words, of_words[2:], block.txt_norm2.eps, block.txt_mlp)
     picture = changed_by(picture, seen_by_picture, of_picture[2:], block.img_norm2.eps, block.img_mlp)

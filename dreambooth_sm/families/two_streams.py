@@ -159,7 +159,7 @@ def heads_of(project: Any, x: Tensor, width: int) -> Tensor:
 
 
 def attend_together(
-    attention: Any, words: Tensor, picture: Tensor, turns: Tensor, kept: Tensor | None = None
+    attention: Any, words: Tensor, picture: Tensor, turns: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of words and a picture, which look at each other, in one pass each for norms and rotations.
 
@@ -167,7 +167,7 @@ def attend_together(
         attention: a block's, with projections of its own for words.
         words, picture: ``(rows, words, width)``.
         turns: of words, then those of the picture, complex ``(rows, words, pairs)``.
-        kept: ``(rows, words)``, those of both that are looked at; None: all.
+        mask: of words, then the picture, as `dreambooth_sm.training.parallel_block.attend` takes it.
     """
     import torch
 
@@ -187,7 +187,7 @@ def attend_together(
         )
     )
     values = heads_of(attention.add_v_proj, words, width), heads_of(attention.to_v, picture, width)
-    seen = attend(query, key, torch.cat(values, dim=1), kept).flatten(2)
+    seen = attend(query, key, torch.cat(values, dim=1), mask).flatten(2)
     cut = words.shape[1]
     return attention.to_add_out(seen[:, :cut]), attention.to_out[0](seen[:, cut:])
 
@@ -207,6 +207,61 @@ def changed_by(
     gate, shift, scale, gate_of_net = changes
     asked, x = modulated_norm(gated_sum(x, gate, seen), scale, shift, eps)
     return gated_sum(x, gate_of_net, net(asked))
+
+
+def side_by_side(
+    block: Any,
+    words: Tensor,
+    picture: Tensor,
+    of_words: Sequence[Tensor],
+    of_picture: Sequence[Tensor],
+    turns: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What a FluxTransformerBlock computes, but for rounding.
+
+    Args:
+        words, picture: ``(rows, words, width)``.
+        of_words, of_picture: a shift, a scale and a gate of attention and those of the feed-forward net, each
+            ``(rows, width)``.
+        turns, mask: as `attend_together` takes them.
+    """
+    from dreambooth_sm.training.modulation import modulated_norm
+
+    asked, words = modulated_norm(words, of_words[1], of_words[0], block.norm1_context.norm.eps)
+    shown, picture = modulated_norm(picture, of_picture[1], of_picture[0], block.norm1.norm.eps)
+    seen_by_words, seen_by_picture = attend_together(block.attn, asked, shown, turns, mask)
+    words = changed_by(words, seen_by_words, of_words[2:], block.norm2_context.eps, block.ff_context)
+    picture = changed_by(picture, seen_by_picture, of_picture[2:], block.norm2.eps, block.ff)
+    return words, picture
+
+
+def in_one_sequence(
+    block: Any, x: Tensor, changes: Sequence[Tensor], turns: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """What a FluxSingleTransformerBlock computes of words and a picture, but for rounding.
+
+    Args:
+        x: ``(rows, words, width)``.
+        changes: a shift, a scale and a gate, each ``(rows, width)``.
+        turns, mask: as `attend_together` takes them.
+    """
+    import torch
+
+    from dreambooth_sm.training.modulation import gated_sum, modulated_norm
+    from dreambooth_sm.training.parallel_block import attend
+    from dreambooth_sm.training.rms_norm import turned_norm
+
+    attention, width = block.attn, len(block.attn.norm_q.weight)
+    shift, scale, gate = changes
+    asked, x = modulated_norm(x, scale, shift, block.norm.norm.eps)
+    query, key = (
+        turned_norm(heads_of(project, asked, width), norm.weight, norm.eps, turns)
+        for project, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
+    )
+    seen = attend(query, key, heads_of(attention.to_v, asked, width), mask).flatten(2)
+    made = torch.cat([seen, block.act_mlp(block.proj_mlp(asked))], dim=-1)
+    return gated_sum(x, gate, block.proj_out(made))
 
 
 class TwoStreams:

@@ -35,14 +35,14 @@ def attention_and_swiglu(
     return result
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None = None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot product attention of heads ``(rows, words, heads, width)``.
 
     Args:
-        kept: ``(rows, words)``, those that are looked at; None: all.
+        mask: of ``(rows, 1, words, words)``, or of one row or word for all: which are looked at, or what is added to
+            their scores; None: all are, and nothing.
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    mask = None if kept is None else kept[:, None, None]
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 

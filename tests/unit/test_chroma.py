@@ -36,6 +36,7 @@ from dreambooth_sm.sampling import draw, draw_latents
 from dreambooth_sm.stored.denoiser_file import read_denoiser
 from dreambooth_sm.stored.model import empty_module
 from dreambooth_sm.stored.opening import open_tensors
+from dreambooth_sm.training.recomputation import checkpoint_activations
 from tests.helpers.original_names import flux1_original
 from tests.helpers.training import Run, hyperparameters
 from tests.unit.test_lora import CONFIGS
@@ -92,6 +93,29 @@ def theirs(transformer: Any, noised: torch.Tensor, sigmas: torch.Tensor, text: A
     )[0]
     unpacked: torch.Tensor = ChromaPipeline._unpack_latents(made, height * 8, width * 8, 8)
     return unpacked
+
+
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_in_fewer_passes_it_computes_the_same(
+    chroma: PretrainedModel, monkeypatch: pytest.MonkeyPatch, recomputing: bool
+) -> None:
+    transformer = copy.deepcopy(chroma.modules["transformer"]).float().requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    for parameter in transformer.parameters():
+        parameter.normal_(std=0.1, generator=random)
+    if recomputing:
+        checkpoint_activations(transformer)
+    noised, grad = torch.randn(2, 2, transformer.config.in_channels // 4, 4, 6, generator=random).unbind()
+    text = embed(chroma.family, chroma, [SHORT, LONG])
+    found = []
+    for fewer in (False, True):
+        monkeypatch.setattr("dreambooth_sm.families.chroma.runs_in_fewer_passes", lambda *_, fewer=fewer: fewer)
+        given = noised.clone().requires_grad_()
+        made = chroma.family.predict(transformer, given, torch.tensor([300.0, 800.0]), text)
+        made.backward(grad)
+        found.append((made, given.grad))
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_loss_is_that_of_the_pipelines_prediction(chroma: PretrainedModel, tmp_path: Path) -> None:
