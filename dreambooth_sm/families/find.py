@@ -29,7 +29,7 @@ def find_family(name: str) -> str:
 
 def says_distilled(name: str) -> bool | None:
     """Whether the index of a pipeline's directory says that the model was distilled to draw in a few steps; None where
-    there is no such directory here, or it does not say.
+    a directory is not here, or does not say.
 
     Args:
         name: hub id, ``s3://`` location or path.

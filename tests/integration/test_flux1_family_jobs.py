@@ -1,13 +1,14 @@
-"""A whole job on a small Chroma base model: class images, captions, buckets, masks, and what is exported."""
+"""Whole jobs on small FLUX.1 and Chroma base models: class images, captions, buckets, masks, and what is exported."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import ChromaPipeline
+from diffusers import ChromaPipeline, FluxPipeline
 from safetensors.torch import load_file
 
 from dreambooth_sm.adapters.layers import LowRank
@@ -28,20 +29,33 @@ FULL = {
 }
 
 
+# Name, class of its pipeline, and what people call it.
+FAMILIES: list[tuple[str, Any, str]] = [("flux1", FluxPipeline, "FLUX.1"), ("chroma", ChromaPipeline, "Chroma")]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family[0])
+def family(request: pytest.FixtureRequest) -> tuple[str, Any, str, Path]:
+    """And where its model is."""
+    return *request.param, request.getfixturevalue(f"tiny_{request.param[0]}")
+
+
 @pytest.fixture(scope="module")
-def done(tiny_chroma: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[JobTree, Ended]:
-    base = tmp_path_factory.mktemp("job") / "opt-ml"
-    job = JobTree.lay_out(base, FULL, {"images": pictures, "model": tiny_chroma}, {})
+def done(
+    family: tuple[str, Any, str, Path], pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[JobTree, Ended]:
+    root = tmp_path_factory.mktemp("job") / "opt-ml"
+    job = JobTree.lay_out(root, FULL, {"images": pictures, "model": family[-1]}, {})
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
     return job, ended
 
 
-def test_the_adapter_loads_in_diffusers(done: tuple[JobTree, Ended], tiny_chroma: Path) -> None:
+def test_the_adapter_loads_in_diffusers(done: tuple[JobTree, Ended], family: tuple[str, Any, str, Path]) -> None:
     job, _ = done
+    _, kind, _, base = family
     pictures = []
     for file in (None, FILE):
-        pipeline = ChromaPipeline.from_pretrained(tiny_chroma)
+        pipeline = kind.from_pretrained(base)
         pipeline.set_progress_bar_config(disable=True)
         if file:
             pipeline.load_lora_weights(str(job.model), weight_name=file)
@@ -64,23 +78,27 @@ def test_the_adapter_loads_in_diffusers(done: tuple[JobTree, Ended], tiny_chroma
     assert all(tensor.dtype == torch.float32 for tensor in load_file(job.model / FILE).values())
 
 
-def test_class_images_and_validation_pictures_are_made(done: tuple[JobTree, Ended]) -> None:
+def test_class_images_and_validation_pictures_are_made(
+    done: tuple[JobTree, Ended], family: tuple[str, Any, str, Path]
+) -> None:
     job, ended = done
+    name, kind, *_ = family
     assert all("prior_loss" in step for step in ended.steps)
-    names = sorted(path.name for path in (job.model / "samples").glob("*.png"))
+    drawn = sorted(path.name for path in (job.model / "samples").glob("*.png"))
     for step in (0, 1, 2):
-        assert sum(name.startswith(f"step-{step:06}") for name in names) == 2  # the prompt's and the class'
-    assert json.loads((job.model / "report.json").read_text())["base_architecture"] == "chroma"
+        assert sum(each.startswith(f"step-{step:06}") for each in drawn) == 2  # the prompt's and the class'
+    assert json.loads((job.model / "report.json").read_text())["base_architecture"] == name
     card = (job.model / "README.md").read_text()
-    assert "ChromaPipeline.from_pretrained" in card
+    assert f"{kind.__name__}.from_pretrained" in card
     assert f"pipeline(prompt='{PROMPT}').images[0]  # joint_attention_kwargs={{'scale': 0.5}}" in card
 
 
 def test_what_the_family_does_not_take_ends_the_job_before_it_begins(
-    tiny_chroma: Path, pictures: Path, tmp_path: Path
+    family: tuple[str, Any, str, Path], pictures: Path, tmp_path: Path
 ) -> None:
-    job = JobTree.lay_out(tmp_path / "opt-ml", {}, {"images": pictures, "model": tiny_chroma}, {})
+    *_, title, base = family
+    job = JobTree.lay_out(tmp_path / "opt-ml", {}, {"images": pictures, "model": base}, {})
     ended = job.run("train")
     assert ended.code == EXIT_BAD_INPUT
     assert job.failure is not None
-    assert "method=full: the base model is a Chroma model; set method to lora" in job.failure
+    assert f"method=full: the base model is a {title} model; set method to lora" in job.failure
