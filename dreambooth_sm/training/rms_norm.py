@@ -212,8 +212,9 @@ def gated(gate: Tensor, hidden: Tensor, result: Tensor) -> None:
 def gated_grad(grad: Tensor, gate: Tensor, hidden: Tensor, for_gate: Tensor, for_hidden: Tensor) -> None:
     """Puts the gradients of `gated`'s gate and hidden into the last two, which may be these."""
     kernels = _kernels(gate.device)
-    grad = grad if grad.flatten(0, -2).stride(-1) == 1 else grad.contiguous()
-    (kernels.gated_grad if kernels else reference_gated_grad)(grad, gate, hidden, for_gate, for_hidden)
+    flat = grad.flatten(0, -2)
+    even = (flat if flat.stride(-1) == 1 else flat.contiguous()).view(grad.shape)
+    (kernels.gated_grad if kernels else reference_gated_grad)(even, gate, hidden, for_gate, for_hidden)
 
 
 def reference_scaled(x: Tensor, weight: Tensor, eps: float, factor: Tensor | None, added: Tensor | None) -> Tensor:

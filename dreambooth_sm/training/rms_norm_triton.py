@@ -254,17 +254,20 @@ def turned_grad(grad: Tensor, x: Tensor, weight: Tensor, eps: float, turns: Tens
 def gated(gate: Tensor, hidden: Tensor, result: Tensor) -> None:
     """Does what `rms_norm.reference_gated` does."""
     tensors = gate, hidden, result
-    _gated[_grid(gate)](*tensors, gate.shape[-1], *(each.stride(-2) for each in tensors), BLOCK=_GATED, num_warps=8)
+    _gated[_grid(gate)](*tensors, gate.shape[-1], *map(_step, tensors), BLOCK=_GATED, num_warps=8)
 
 
 def gated_grad(grad: Tensor, gate: Tensor, hidden: Tensor, for_gate: Tensor, for_hidden: Tensor) -> None:
     """Does what `rms_norm.reference_gated_grad` does."""
     tensors = grad, gate, hidden, for_gate, for_hidden
-    _gated_grad[_grid(gate)](
-        *tensors, gate.shape[-1], *(each.stride(-2) for each in tensors), BLOCK=_GATED, num_warps=8
-    )
+    _gated_grad[_grid(gate)](*tensors, gate.shape[-1], *map(_step, tensors), BLOCK=_GATED, num_warps=8)
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
     """A program for each word, and each block of its width."""
     return x.shape[:-1].numel(), triton.cdiv(x.shape[-1], _GATED)
+
+
+def _step(x: Tensor) -> int:
+    """How far words are from each other, of all rows; where rows have one word, its own stride says nothing."""
+    return x.flatten(0, -2).stride(0)

@@ -102,7 +102,9 @@ def compare_all(device: str = "cpu", shapes: Sequence[tuple[int, ...]] = SHAPES)
                 [x.unflatten(-1, (heads, width)), added.unflatten(-1, (heads, width))],
                 draw(rows, 2 * words, heads, width),
             )
-            compare(swiglu, lambda gate, hidden: F.silu(gate) * hidden, [x, added], grad)
+            part = draw(rows, words + 2, heads * width)[:, 1:-1]  # rows are farther from each other than words
+            for its in (grad, part, grad[..., :1].expand_as(grad)):
+                compare(swiglu, lambda gate, hidden: F.silu(gate) * hidden, [x, added], its)
             compare(
                 swiglu_of_halves,
                 lambda both: F.silu(both.chunk(2, -1)[0]) * both.chunk(2, -1)[1],
