@@ -142,7 +142,8 @@ class Prior:
 
 def draw_prior(job: Context, checked: Checked, loaded: Loaded) -> Prior:
     """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs."""
-    shown = Path(job.world.first(tempfile.mkdtemp(prefix="class-pictures-")))
+    scratch = tempfile.TemporaryDirectory(prefix="class-pictures-", ignore_cleanup_errors=True)
+    shown = Path(job.world.first(job.background.enter_context(scratch)))
     with job.report.phase("class_images"):
         subjects = make_class_images(
             loaded.base,

@@ -54,7 +54,6 @@ def save(trained: TrainedModel, h: Hyperparameters, shown: Path, checkpoints: Pa
             make_way(directory, name)
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (fresh / name).replace(directory / name)
-    shutil.rmtree(shown, ignore_errors=True)
     if too_large:
         kept = f", and checkpoints in {checkpoints}" if all_checkpoints(checkpoints) else ""
         raise UserError(

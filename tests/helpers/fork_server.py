@@ -19,13 +19,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,6 +139,7 @@ def _become(job: Job, streams: list[int], from_imports: Mapping[str, str]) -> No
     os.chdir(job.directory)
     os.environ.clear()
     os.environ.update({**from_imports, **job.environment})
+    tempfile.tempdir = None  # TMPDIR is the job's own
     for name, number in (("stdout", 1), ("stderr", 2)):
         before, raw = getattr(sys, name), io.FileIO(number, "w", closefd=False)
         stream = io.TextIOWrapper(
@@ -184,7 +185,7 @@ def _find_tiny_models_to_run() -> None:
     from dreambooth_sm.models import read_stored
     from tests.helpers.tiny import save_tiny_pipeline, save_tiny_xl_pipeline
 
-    with TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         for number, save in enumerate((save_tiny_pipeline, save_tiny_xl_pipeline)):
             read_stored(save(Path(folder, str(number))))
 

@@ -232,8 +232,12 @@ def test_a_stopped_job_is_resumed_and_ends_with_the_same_weights(
 
 def test_sigterm_while_class_images_are_made(lay_out_job: Callable[..., JobTree]) -> None:
     job = lay_out_job(num_class_images="400")
+    scratch = job.base / "scratch"
+    scratch.mkdir()
+    job.environment["TMPDIR"] = str(scratch)
     process = job.start("train")
     read_until(process, "phase=class_images state=started")
+    assert any(scratch.iterdir()), "pictures to look at"
     process.send_signal(signal.SIGTERM)
     ended = end(process)
     assert ended.code == EXIT_STOPPED, ended.log
@@ -252,6 +256,7 @@ def test_sigterm_while_class_images_are_made(lay_out_job: Callable[..., JobTree]
     ended = job.run("train")
     assert ended.code == EXIT_OK, ended.log
     assert f"class_images found={len(made)} missing=1" in ended.log
+    assert not any(scratch.iterdir()), "neither job left a file behind"
 
 
 def test_after_sigkill_the_job_is_resumed_from_the_last_whole_checkpoint(
