@@ -1,13 +1,13 @@
 """SageMaker's ``train``: reads the contract, runs the job, answers by exit code and failure file.
 
-``serve``, which SageMaker calls for an endpoint, is answered with where to serve the model instead, and any other
-command with how to run it.
+``serve``, which SageMaker calls for an endpoint, becomes ``serve.py``; other commands are answered with how to run it.
 
 Exit codes: 0 done; 2 bad input; 143 stopped on request, with a checkpoint; 1 anything else.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import traceback
@@ -26,7 +26,8 @@ from dreambooth_sm.report import Reporter
 USAGE = (
     "docker run IMAGE [train] [--name value ...]: trains on what is mounted at /opt/ml as SageMaker mounts it; options "
     "go over /opt/ml/input/config/hyperparameters.json, and "
-    "`docker run --entrypoint python IMAGE -m dreambooth_sm.hyperparameters` lists them"
+    "`docker run --entrypoint python IMAGE -m dreambooth_sm.hyperparameters` lists them. "
+    "docker run IMAGE serve: answers requests with the model in /opt/ml/model"
 )
 
 
@@ -34,17 +35,14 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h"} & {*arguments} or arguments == ["help"]:
         print(USAGE)
         return EXIT_OK
+    if arguments[:1] == ["serve"]:
+        os.execv(sys.executable, [sys.executable, "-u", str(Path(__file__).with_name("serve.py")), *arguments[1:]])
     base = sagemaker.base_directory()
     stop = sagemaker.stop_event()
     report = Reporter()
     try:
         if __build__ and not distributed.is_worker():
             report.say(f"image: {__build__}")
-        if arguments[:1] == ["serve"]:
-            raise UserError(
-                "this image trains and serves no endpoint: what it writes is a diffusers pipeline directory; serve it "
-                "with an image that loads one, such as an AWS inference container for PyTorch"
-            )
         if arguments[:1] == ["train"]:
             arguments = arguments[1:]
         elif arguments and shutil.which(arguments[0]):

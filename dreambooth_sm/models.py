@@ -91,6 +91,27 @@ class PretrainedModel:
         for part, value in parts.items():
             setattr(self, part, value)
 
+    @classmethod
+    def of(cls, name: str, stored: StoredModel, dtype: torch.dtype | None = torch.float32) -> PretrainedModel:
+        """A model whose weights still lie in files.
+
+        Args:
+            name: what messages call it.
+            dtype: see above.
+        """
+        pipeline = stored.pipeline
+        modules = parts_of(pipeline)
+        parts = [*modules, *tokenizers_of(modules), "scheduler", "feature_extractor"]
+        return cls(
+            name,
+            family_of(pipeline),
+            {part: getattr(pipeline, part) for part in parts if hasattr(pipeline, part)},
+            config=pipeline.config,
+            remarks=stored.remarks,
+            files=stored.tensors,
+            dtype=dtype,
+        )
+
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """The parts with weights, by name."""
@@ -459,17 +480,6 @@ def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
             f"{name} is a {found.title} model, and the job was planned for {planned.title}; set "
             f"base_architecture={found.name}"
         )
-    pipeline = stored.pipeline
-    if pipeline.config.get(DISTILLED) and not h.train_distilled:
+    if stored.pipeline.config.get(DISTILLED) and not h.train_distilled:
         raise UserError(is_distilled(name, found))
-    modules = parts_of(pipeline)
-    all_parts = [*modules, *tokenizers_of(modules), "scheduler", "feature_extractor"]
-    return PretrainedModel(
-        name,
-        family_of(pipeline),
-        {part: getattr(pipeline, part) for part in all_parts if hasattr(pipeline, part)},
-        config=pipeline.config,
-        remarks=stored.remarks,
-        files=stored.tensors,
-        dtype=dtype,
-    )
+    return PretrainedModel.of(name, stored, dtype)

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.files import Stored, write_safetensors
+from dreambooth_sm.stored.opening import open_tensors
 
 # Names of the tensors in files for models with several text encoders, in their order.
 KEYS = ("clip_l", "clip_g")
@@ -61,3 +63,16 @@ def split_bundle(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Ten
         else:
             others[name] = tensor
     return {word: dict(sorted(vectors.items())) for word, vectors in words.items()}, others
+
+
+def read_embedding(path: Path) -> dict[str, Tensor]:
+    """What :func:`write_embedding` wrote: a word's vectors by text encoder.
+
+    Raises:
+        UserError: where the file is damaged, or holds something else.
+    """
+    found = {name: stored.read() for name, stored in open_tensors(path).tensors.items()}
+    vectors = {_PARTS.get(name, "text_encoder"): value for name, value in found.items()}
+    if not 1 <= len(vectors) == len(found) <= len(KEYS) or any(value.dim() != 2 for value in vectors.values()):
+        raise UserError(f"{path} does not hold the vectors of a word")
+    return dict(sorted(vectors.items()))

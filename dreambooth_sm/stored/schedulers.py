@@ -7,6 +7,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
+# Schedulers that pictures can be drawn with by name, and their classes.
+BY_NAME = {
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "dpm2": "KDPM2DiscreteScheduler",
+    "dpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+
 
 def training_scheduler(scheduler: Any) -> DDPMScheduler:
     """Makes the scheduler that the model was trained with, whatever it draws with."""
@@ -24,3 +37,16 @@ def drawing_scheduler(scheduler: Any) -> DPMSolverMultistepScheduler:
     others = dict.fromkeys(("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), False)
     made: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, **options, **others)
     return made
+
+
+def scheduler_by_name(scheduler: Any, name: str) -> Any:
+    """Makes another scheduler on the noise schedule of a model's.
+
+    Args:
+        scheduler: the model's.
+        name: one of ``BY_NAME``, or ``model``: another one like the model's.
+    """
+    from dreambooth_sm.stored.classes import named
+
+    kind = type(scheduler) if name == "model" else named(BY_NAME[name])
+    return kind.from_config(scheduler.config)

@@ -623,7 +623,8 @@ def test_the_images_pins_satisfy_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = pins("image.in")
     assert "torch" not in pinned, "torch comes with the base image"
-    for text in [*project["dependencies"], *project["optional-dependencies"]["train"]]:
+    extras = project["optional-dependencies"]
+    for text in [*project["dependencies"], *extras["train"], *extras["serve"]]:
         needed = Requirement(text)
         assert needed.name == "torch" or needed.specifier.contains(pinned.get(needed.name, "0"))
 

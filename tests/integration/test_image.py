@@ -34,7 +34,7 @@ def test_bad_input_ends_the_job_with_a_reason(image: str, tmp_path: Path, argume
         ([], "/opt/ml/input/config/hyperparameters.json is missing"),
         (["train"], "mount it as SageMaker does, or pass --name value options"),
         (["train", "extra"], "'extra'"),
-        (["serve"], "this image trains and serves no endpoint"),
+        (["serve"], "/opt/ml/model does not exist"),
         (["bash"], "docker run --entrypoint bash IMAGE"),
         (["/bin/sh", "-c", "echo"], "docker run --entrypoint /bin/sh IMAGE"),
         (["python", "-c", "print(1)"], "docker run --entrypoint python IMAGE"),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_STOPPED
+from dreambooth_sm.toybox import BASE
 from dreambooth_sm.training.checkpoint import latest_checkpoint
 from tests.helpers.containers import ROOT, STRICT, TAG, build, docker, mounts, needs_engine, running
 from tests.helpers.hub import Hub
@@ -65,11 +66,30 @@ def test_too_little_memory_is_an_exit_code_and_no_model(image: str, lay_out_job:
     assert not list(job.model.iterdir())
 
 
-def test_serve_says_that_this_image_trains(image: str, tmp_path: Path) -> None:
+def test_it_serves_what_lies_in_opt_ml_model(image: str, tmp_path: Path) -> None:
+    """As strictly as it trains, and without a network: the loopback interface is all there is."""
+    shutil.copytree(BASE, tmp_path / "model")
+    ask = """
+import json, urllib.request as http
+assert http.urlopen("http://127.0.0.1:8080/ping").status == 200
+asked = json.dumps({"prompt": "photo of a hat", "steps": 2}).encode()
+headers = {"Content-Type": "application/json", "Accept": "image/png"}
+print(http.urlopen(http.Request("http://127.0.0.1:8080/invocations", asked, headers)).read()[:4])
+"""
+    with running(*STRICT, *mounts(tmp_path), image, "serve") as container:
+        log = read_until(container.process, "^ready: ")
+        asked = docker("exec", container.name, "python", "-c", ask)
+        container.process.send_signal(signal.SIGTERM)
+        ended = end(container.process, log)
+    assert asked.stdout.strip() == repr(b"\x89PNG"), asked.stderr
+    assert ended.code == EXIT_OK, ended.log
+
+
+def test_serve_without_a_model_ends_with_one_line(image: str, tmp_path: Path) -> None:
     done = docker("run", "--rm", *STRICT, *mounts(tmp_path), image, "serve")
     assert done.returncode == EXIT_BAD_INPUT
     (line,) = done.stderr.strip().splitlines()
-    assert "this image trains" in line
+    assert "/opt/ml/model" in line
 
 
 def test_a_gpu_instance_without_its_driver_is_told_of_it(image: str, lay_out_job: Callable[..., JobTree]) -> None:

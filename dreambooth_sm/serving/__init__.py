@@ -1,0 +1,1 @@
+"""Serving what was trained: pictures by HTTP, as SageMaker asks for them."""

@@ -1,0 +1,142 @@
+"""What an endpoint answers: ``GET /ping``, ``POST /invocations``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.s3 import TransferError
+from dreambooth_sm.serving.answers import answer
+from dreambooth_sm.serving.log import RequestLine
+from dreambooth_sm.serving.refusal import Refusal
+from dreambooth_sm.serving.requests import read_request
+from dreambooth_sm.serving.settings import LARGEST_BODY
+
+if TYPE_CHECKING:
+    from dreambooth_sm.serving.engine import Engine
+    from dreambooth_sm.serving.orders import Order
+
+# SageMaker's name for the adapter of a request, and for a request.
+_ADAPTER = "X-Amzn-SageMaker-Adapter-Identifier"
+_IDS = ("X-Amzn-SageMaker-Inference-Id", "X-Request-Id")
+_LONGEST_ID = 100
+_GONE = 499
+# Seconds that a body may take to come.
+_PATIENCE = 30
+
+
+class Service:
+    """The server's part of an endpoint.
+
+    Attributes:
+        engine: draws; None: it can't draw yet.
+    """
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+
+    def app(self) -> Starlette:
+        """The application."""
+        return Starlette(
+            routes=[
+                Route("/ping", self._ping, methods=["GET"]),
+                Route("/invocations", self._invocations, methods=["POST"]),
+            ],
+            exception_handlers={404: _no_such_path, 405: _no_such_path},
+        )
+
+    async def _ping(self, request: Request) -> Response:
+        can_draw = self.engine is not None and self.engine.is_alive
+        return Response(status_code=200 if can_draw else 503)
+
+    async def _invocations(self, request: Request) -> Response:
+        line = RequestLine(_identity(request))
+        status, body, kind = await self._answered(request, line)
+        line.write(status)
+        return Response(body, status, {"X-Request-Id": line.identity}, media_type=kind)
+
+    async def _answered(self, request: Request, line: RequestLine) -> tuple[int, bytes, str]:
+        try:
+            if self.engine is None:
+                raise Refusal("the model is not read yet; ask again when /ping answers 200", 503)
+            asked = read_request(
+                await _body(request),
+                self.engine.offer,
+                content_type=request.headers.get("Content-Type", ""),
+                accept=request.headers.get("Accept", ""),
+                adapter=request.headers.get(_ADAPTER),
+            )
+            order = self.engine.submit(asked)
+            line.tell(order, self.engine)
+            pictures = await _drawn(request, order)
+            content, kind = await run_in_threadpool(answer, asked, pictures)
+        except Refusal as refusal:
+            return refusal.status, *_problems(refusal.problems)
+        except ClientDisconnect:
+            return _GONE, *_problems(["whoever asked has gone"])
+        except UserError as error:  # where the pictures were to go to
+            return 400, *_problems(error.problems)
+        except TransferError as error:
+            return 502, *_problems([str(error)])
+        except Exception as error:
+            return 500, *_problems([f"the pictures could not be drawn ({type(error).__name__}); the log says more"])
+        return 200, content, kind
+
+
+async def _body(request: Request) -> bytes:
+    """A request's body; what is larger than SageMaker sends is not read to its end."""
+    content = bytearray()
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > LARGEST_BODY:
+                    raise Refusal(f"the body has more than {LARGEST_BODY:,} bytes", 413)
+    except TimeoutError:
+        raise Refusal(f"the body did not come in {_PATIENCE} seconds", 408) from None
+    return bytes(content)
+
+
+async def _drawn(request: Request, order: Order) -> Any:
+    """The pictures of an order; where nobody waits for them any more it is given up."""
+    pictures = asyncio.wrap_future(order.pictures)
+    gone = asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((pictures, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not pictures.done():
+            raise ClientDisconnect
+        return pictures.result()
+    finally:
+        order.give_up()
+        gone.cancel()
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _problems(problems: Iterable[str]) -> tuple[bytes, str]:
+    return json.dumps({"errors": [*problems]}, ensure_ascii=False).encode(), "application/json"
+
+
+async def _no_such_path(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    body, kind = _problems([f"{request.method} {request.url.path} is not answered here; GET /ping, POST /invocations"])
+    return Response(body, status, media_type=kind)
+
+
+def _identity(request: Request) -> str:
+    """What the log calls a request: its own name, where it has one that can be shown."""
+    said = next((value for name in _IDS if (value := request.headers.get(name))), "")
+    return said if said.isascii() and said.isprintable() and len(said) <= _LONGEST_ID and said else str(uuid.uuid4())

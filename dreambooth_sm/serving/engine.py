@@ -1,0 +1,234 @@
+"""One thread that draws: requests join the pictures that are being drawn at the next step of the denoiser."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dreambooth_sm.latents import latent_channels
+from dreambooth_sm.memory import free_memory
+from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.printing import safe
+from dreambooth_sm.sampling import decode
+from dreambooth_sm.serving.offer import KnownSubject, Offer
+from dreambooth_sm.serving.orders import Order
+from dreambooth_sm.serving.prompts import PromptEncoder, side_by_side
+from dreambooth_sm.serving.refusal import Refusal
+from dreambooth_sm.serving.requests import PictureRequest
+from dreambooth_sm.serving.runs import PictureRun
+from dreambooth_sm.serving.served_model import ServedModel
+from dreambooth_sm.serving.settings import ServingSettings
+from dreambooth_sm.stored.schedulers import BY_NAME, scheduler_by_name
+
+_USUAL, _MODELS = "default", "model"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A picture of an order."""
+
+    order: Order
+    number: int
+
+
+class Engine:
+    """Draws what is asked for, with a model on one device.
+
+    At each step of the denoiser it asks about all pictures of one shape together, whatever their prompts, seeds, steps,
+    guidance and schedulers; pictures that wait join as soon as there is room. With ``batch=1`` pictures are, on the
+    CPU, to the bit those of diffusers' pipeline; in larger batches matrix products may round otherwise.
+    """
+
+    def __init__(self, served: ServedModel, settings: ServingSettings) -> None:
+        """Reads the model onto the device.
+
+        Raises:
+            UserError: where its files are damaged.
+        """
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        in_half = self._device.type != "cpu" and settings.precision != "fp32"
+        self.model = _on_device(served.model, self._device, in_half)
+        self.settings, self._batch = settings, settings.batch
+        self._pipeline = self.model.pipeline()
+        self._prompts = PromptEncoder(self.model)
+        self._waiting: deque[_Place] = deque()
+        self._running: dict[_Place, PictureRun] = {}
+        self._together: tuple[tuple[_Place, ...], Any] | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self.offer = _offer(self.model, served, settings)
+        self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """Pictures that are not begun."""
+        return len(self._waiting)
+
+    def submit(self, request: PictureRequest) -> Order:
+        """Takes a request.
+
+        Raises:
+            Refusal: where too many pictures wait, or a scheduler or an adapter is not to be had.
+        """
+        if request.adapters:
+            raise Refusal((f"adapters: {name} is not known here" for name in request.adapters), 404)
+        try:
+            self._scheduler(request)
+        except (ValueError, ImportError) as error:
+            raise Refusal(f"scheduler: {request.scheduler} takes no {request.steps} steps ({error})") from None
+        order = Order(request)
+        with self._changed:
+            if self._closing:
+                raise Refusal("the server is about to end; ask another one", 503)
+            if len(self._waiting) + len(request.prompts) > self.settings.queue:
+                raise Refusal(f"{len(self._waiting)} pictures wait, which is as many as may; ask again later", 429)
+            self._waiting += [_Place(order, number) for number in range(len(request.prompts))]
+            self._changed.notify()
+        return order
+
+    def close(self) -> None:
+        """Ends the thread; what is not drawn is not drawn any more."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        for place in (*self._waiting, *self._running):
+            place.order.fail(Refusal("the server has ended", 503))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._closing):
+                    self._changed.wait()
+                if self._closing:
+                    return
+                self._drop_what_is_over()
+                joining: list[_Place] = []
+                while self._waiting and len(self._running) + len(joining) < self._batch:
+                    joining.append(self._waiting.popleft())
+            for place in joining:
+                self._begin(place)
+            kinds: dict[Any, list[_Place]] = {}
+            for place, run in self._running.items():
+                kinds.setdefault(run.kind, []).append(place)
+            for places in kinds.values():
+                self._advance(tuple(places))
+
+    def _drop_what_is_over(self) -> None:
+        self._waiting = deque(place for place in self._waiting if not place.order.is_over)
+        for place in [place for place in self._running if place.order.is_over]:
+            del self._running[place]
+
+    def _begin(self, place: _Place) -> None:
+        order, request = place.order, place.order.request
+        try:
+            width, height = (side // self.model.latent_scale for side in request.size)
+            prompt = request.prompts[place.number]
+            self._running[place] = PictureRun(
+                self.model.family,
+                self._scheduler(request),
+                self._prompts.conditions(prompt, request.negative_prompt, request.size, request.guidance),
+                seed=request.seeds[place.number],
+                guidance=request.guidance,
+                shape=(latent_channels(self.model.vae), height, width),
+                device=self._device,
+            )
+            order.begun = order.begun or time.monotonic()
+        except Exception as error:
+            self._fail([place], error)
+
+    def _advance(self, places: tuple[_Place, ...]) -> None:
+        """One step of pictures of one kind; those that are drawn then are decoded."""
+        try:
+            if due := tuple(place for place in places if not self._running[place].is_done):
+                self._step(due)
+            for place in places:
+                place.order.batch = max(place.order.batch, len(places))
+                if self._running[place].is_done:
+                    picture = decode(self._pipeline, self._running[place].latents)[0]
+                    del self._running[place]
+                    place.order.add(place.number, picture)
+        except torch.OutOfMemoryError as error:
+            there = [place for place in places if place in self._running]
+            if len(there) == 1:
+                self._fail(there, error)
+            else:
+                self._batch = len(there) // 2
+                self._put_off(there[self._batch :])
+            self._together = None
+            free_memory()
+        except Exception as error:
+            self._fail(places, error)
+
+    @torch.no_grad()
+    def _step(self, places: tuple[_Place, ...]) -> None:
+        runs = [self._running[place] for place in places]
+        if self._together is None or self._together[0] != places:
+            self._together = places, side_by_side([run.conditioning for run in runs])
+        denoiser = self.model.denoiser
+        noised = torch.cat([run.noised() for run in runs]).to(denoiser.dtype)
+        times = torch.cat([run.time for run in runs])
+        predicted = self.model.family.predict(denoiser, noised, times, self._together[1]).float()
+        for run, rows in zip(runs, predicted.split([run.rows for run in runs]), strict=True):
+            run.take(rows)
+
+    def _put_off(self, places: list[_Place]) -> None:
+        """Pictures are begun again later: their seeds make them what they would have been."""
+        for place in places:
+            del self._running[place]
+        with self._changed:
+            self._waiting.extendleft(reversed(places))
+
+    def _fail(self, places: Any, error: Exception) -> None:
+        if not isinstance(error, Refusal):
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                print(f"| {safe(line)}", file=sys.stderr, flush=True)
+        for place in places:
+            self._running.pop(place, None)
+            place.order.fail(error)
+
+    def _scheduler(self, request: PictureRequest) -> Any:
+        if request.scheduler == _USUAL:
+            return self.model.family.sampler(self.model, request.steps, request.size, self._device)
+        scheduler = scheduler_by_name(self.model.scheduler, request.scheduler)
+        scheduler.set_timesteps(request.steps, device=self._device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        return scheduler
+
+
+def _on_device(model: PretrainedModel, device: torch.device, in_half: bool) -> PretrainedModel:
+    types = {part: model.vae_dtype if part == "vae" else model.half for part in model.family.facts.parts}
+    return model.with_parts(
+        {part: model.part(part, device, kind if in_half else torch.float32) for part, kind in types.items()}
+    )
+
+
+def _offer(model: PretrainedModel, served: ServedModel, settings: ServingSettings) -> Offer:
+    facts = model.family.facts
+    side = served.resolution
+    if side is None:
+        latents = getattr(model.denoiser.config, "sample_size", None)
+        side = latents * model.latent_scale if isinstance(latents, int) else facts.resolution
+    side = min(side, settings.max_side) // facts.multiple * facts.multiple
+    return Offer(
+        steps=min(facts.drawing.steps, settings.max_steps),
+        guidance=facts.drawing.guidance,
+        size=(side, side),
+        multiple=facts.multiple,
+        schedulers=(_USUAL,) if facts.matches_flow else (_USUAL, _MODELS, *BY_NAME),
+        subjects={name: KnownSubject(prompt) for name, prompt in served.prompts.items()},
+        settings=settings,
+    )

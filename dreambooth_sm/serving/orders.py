@@ -1,0 +1,51 @@
+"""Requests that were taken, while their pictures are drawn."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from PIL.Image import Image
+
+from dreambooth_sm.serving.requests import PictureRequest
+
+
+@dataclass(eq=False)
+class Order:
+    """A request that was taken.
+
+    Attributes:
+        pictures: the future of all of its pictures, in their order.
+        taken, begun: when it came, and when its first picture was begun; None: it waits.
+        batch: most pictures, of whatever request, that were drawn together with one of its own.
+    """
+
+    request: PictureRequest
+    pictures: Future[list[Image]] = field(default_factory=Future)
+    taken: float = field(default_factory=time.monotonic)
+    begun: float | None = None
+    batch: int = 0
+    _drawn: dict[int, Image] = field(default_factory=dict)
+    _given_up: threading.Event = field(default_factory=threading.Event)
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more: what is not drawn yet is not drawn."""
+        self._given_up.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more has to be drawn of it."""
+        return self._given_up.is_set() or self.pictures.done()
+
+    def add(self, number: int, picture: Image) -> None:
+        """Gives it one of its pictures."""
+        self._drawn[number] = picture
+        if len(self._drawn) == len(self.request.prompts) and not self.pictures.done():
+            self.pictures.set_result([self._drawn[each] for each in sorted(self._drawn)])
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it without pictures."""
+        if not self.pictures.done():
+            self.pictures.set_exception(error)

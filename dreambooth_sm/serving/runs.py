@@ -1,0 +1,91 @@
+"""One picture on its way from noise: its own scheduler, seed, guidance and step, whatever else is drawn beside it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreambooth_sm.families import Conditioning, Family
+
+
+class PictureRun:
+    """A picture while it is drawn.
+
+    Args:
+        family: of the model that draws it.
+        scheduler: of diffusers, before its first step; the picture's own.
+        conditioning: of the prompt, in the last row; with classifier-free guidance, of the negative prompt in the row
+            before it.
+        shape: of its latents, ``(channels, height, width)``.
+
+    Attributes:
+        latents: float32 ``(1, channels, height, width)``.
+        rows: what the denoiser is asked of it in a step: 2 with classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        scheduler: Any,
+        conditioning: Conditioning,
+        *,
+        seed: int,
+        guidance: float,
+        shape: tuple[int, int, int],
+        device: torch.device,
+    ) -> None:
+        self._family, self._scheduler, self._guidance = family, scheduler, guidance
+        self.conditioning = conditioning
+        self._times = list(scheduler.timesteps)
+        self._position = 0
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn((1, *shape), generator=generator).to(device)
+        self.latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        # Some schedulers add noise at each step, which follows from the same seed.
+        takes = inspect.signature(scheduler.step).parameters
+        self._noise = {"generator": generator} if "generator" in takes else {}
+        self._scales = hasattr(scheduler, "scale_model_input")
+
+    @property
+    def rows(self) -> int:
+        return len(self.conditioning)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Runs of one kind can be asked of the denoiser in one batch."""
+        parts = (self.conditioning.text, self.conditioning.extras)
+        named = [(name, value.shape[1:], value.dtype) for part in parts for name, value in part.items()]
+        return (self.latents.shape[1:], *named)
+
+    @property
+    def is_done(self) -> bool:
+        return self._position == len(self._times)
+
+    @property
+    def time(self) -> Tensor:
+        """Of the step that comes next, float32 ``(rows,)``."""
+        time: Tensor = self._times[self._position].to(self.latents.device, torch.float32)
+        return time.expand(self.rows)
+
+    def noised(self) -> Tensor:
+        """What the denoiser is shown, ``(rows, channels, height, width)``."""
+        latents = torch.cat([self.latents] * self.rows)
+        if self._scales:
+            latents = self._scheduler.scale_model_input(latents, self._times[self._position])
+        return latents
+
+    def take(self, predicted: Tensor) -> None:
+        """Takes a step.
+
+        Args:
+            predicted: the denoiser's answer, float32 ``(rows, channels, height, width)``.
+        """
+        if self.rows == 2:
+            without, asked = predicted.chunk(2)
+            predicted = self._family.guide(asked, without, self._guidance)
+        time = self._times[self._position]
+        self.latents = self._scheduler.step(predicted, time, self.latents, return_dict=False, **self._noise)[0]
+        self._position += 1

@@ -1,0 +1,253 @@
+"""An endpoint, asked by HTTP as SageMaker and its clients ask."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK
+from dreambooth_sm.serving.engine import Engine
+from dreambooth_sm.serving.served_model import open_served
+from dreambooth_sm.serving.settings import LARGEST_BODY, ServingSettings
+from dreambooth_sm.storage import S3Uri, get_object
+from launcher.local.program import ENTRYPOINT
+from launcher.local.s3 import EmbeddedS3
+from tests.helpers.jobs import read_until
+from tests.helpers.patience import PATIENCE
+from tests.helpers.serving import Client, served
+
+SMALL: dict[str, Any] = {"prompt": "photo of a toy", "steps": 1, "width": 32, "height": 32, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_base: Path) -> Iterator[Engine]:
+    engine = Engine(open_served(tiny_base, None), ServingSettings(queue=8, max_steps=1000))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[Client]:
+    with served(engine) as (client, _):
+        yield client
+
+
+def opened(content: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(content))
+    picture.load()
+    return picture
+
+
+def test_it_is_well_once_it_can_draw(engine: Engine) -> None:
+    with served(None) as (client, service):
+        assert client.send("GET", "/ping").status == 503
+        assert client.draw(SMALL).status == 503
+        service.engine = engine
+        assert client.send("GET", "/ping").status == 200
+
+
+def test_pictures_come_in_the_form_that_is_asked_for(client: Client) -> None:
+    ours = client.draw({**SMALL, "number": 2}, X_Request_Id="one")
+    assert (ours.status, ours.headers["content-type"]) == (200, "application/json")
+    assert ours.headers["x-request-id"] == "one"
+    first, second = ours.json["pictures"]
+    assert (first["seed"], second["seed"], second["prompt"]) == (3, 4, "photo of a toy")
+    png = client.draw(SMALL, Accept="image/png")
+    assert png.headers["content-type"] == "image/png"
+    picture = opened(png.body)
+    assert picture.size == (32, 32)
+    (alone,) = client.draw(SMALL).json["pictures"]
+    assert np.array_equal(picture, opened(base64.b64decode(alone["picture"])))
+    assert opened(client.draw(SMALL, Accept="image/webp").body).format == "WEBP"
+    assert opened(client.draw({**SMALL, "seed": 4}, Accept="image/*").body).tobytes() != picture.tobytes()
+
+
+def test_clients_of_jumpstart_get_what_they_know(client: Client, engine: Engine) -> None:
+    asked = {"prompt": "photo of a toy", "num_inference_steps": 1, "width": 32, "height": 32, "seed": 3}
+    arrays = client.draw(asked, Accept="application/json").json
+    picture = opened(client.draw(SMALL, Accept="image/png").body)
+    assert np.array_equal(np.array(arrays["generated_images"][0], np.uint8), picture)
+    encoded = client.draw(asked, Accept="application/json;jpeg").json
+    assert opened(base64.b64decode(encoded["generated_images"][0])).format == "JPEG"
+    headers = {"Content_Type": "application/x-text", "Accept": "application/json;jpeg"}
+    text = client.send("POST", "/invocations", b"photo of a toy", **headers).json
+    assert opened(base64.b64decode(text["generated_image"])).size == engine.offer.size
+
+
+def test_the_quick_kits_client_finds_its_pictures_in_s3(
+    client: Client, s3: EmbeddedS3, target: S3Uri, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    asked = {"prompt": "a toy", "steps": 1, "sampler": "euler_a", "count": 2, "width": 32, "height": 32}
+    answer = client.draw({**asked, "output_s3uri": f"{target}/"})
+    assert answer.status == 200
+    places = answer.json["result"]
+    assert len(set(places)) == 2
+    for place in places:
+        content = get_object(S3Uri.parse(place))
+        assert content is not None
+        assert opened(content).format == "JPEG"
+    nowhere = client.draw({**asked, "output_s3uri": "s3://no-such-bucket-of-ours/x"})
+    assert nowhere.status == 400
+    assert "no-such-bucket-of-ours" in nowhere.json["errors"][0]
+
+
+def malformed(number: int) -> tuple[bytes, dict[str, str]]:
+    """A request with something wrong in it; of each number another one."""
+    pick = random.Random(number)
+    odd: list[Any] = [
+        None,
+        -1,
+        0,
+        10**30,
+        1e308,
+        "",
+        "x" * 5000,
+        [],
+        {},
+        [[]],
+        True,
+        "\ud800",
+        {"a": {"b": []}},
+        ["", 3],
+    ]
+    names = ("prompt", "prompts", "steps", "guidance", "width", "seeds", "number", "scheduler", "adapters", "output")
+    values = SMALL | {name: pick.choice(odd) for name in pick.sample(names, 3)} | {"colour": "red"}
+    body = json.dumps(values).encode()
+    if number % 3 == 0:
+        body = body[: pick.randrange(1, len(body))]
+    elif number % 3 == 1:
+        start = pick.randrange(len(body))
+        body = body[:start] + pick.randbytes(3) + body[start:]
+    headers = pick.choice([{}, {"Content-Type": "application/json"}, {"Content-Type": "text/csv"}, {"Accept": "a/b"}])
+    return body, headers
+
+
+def test_two_hundred_malformed_requests_are_refused_each_with_its_reasons(client: Client, engine: Engine) -> None:
+    def send(number: int) -> int:
+        body, headers = malformed(number)
+        answer = client.send("POST", "/invocations", body, **headers)
+        lines = answer.json["errors"]
+        assert lines
+        assert all(line and "\n" not in line for line in lines)
+        return answer.status
+
+    with ThreadPoolExecutor(4) as threads:
+        found = set(threads.map(send, range(200)))
+    assert found <= {400, 404, 406, 415}
+    assert client.draw(SMALL).status == 200
+    assert engine.is_alive
+
+
+def test_other_paths_bodies_and_adapters_are_refused(client: Client) -> None:
+    assert client.send("GET", "/models").status == 404
+    assert client.send("GET", "/invocations").status == 405
+    unknown = client.draw({**SMALL, "adapters": ["zwx"]})
+    assert (unknown.status, unknown.json) == (404, {"errors": ["adapters: zwx is not known here"]})
+    with socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE) as connection:
+        head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGEST_BODY * 2}\r\n\r\n"
+        connection.sendall(head.encode() + b" " * (LARGEST_BODY + 1))
+        assert connection.recv(12) == b"HTTP/1.1 413"
+
+
+def test_more_than_may_wait_are_told_so_at_once_and_whoever_leaves_is_not_drawn_for(
+    client: Client, engine: Engine
+) -> None:
+    body = json.dumps({**SMALL, "steps": 1000, "number": 8}).encode()
+    head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    connections = [socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE) for _ in range(2)]
+    for connection in connections:
+        connection.sendall(head + body)
+        time.sleep(0.05)
+    until = time.monotonic() + PATIENCE
+    while (answer := client.draw({**SMALL, "number": 2})).status != 429:
+        assert time.monotonic() < until
+    assert "ask again later" in answer.json["errors"][0]
+    for connection in connections:
+        connection.close()
+    while (answer := client.draw(SMALL)).status != 200:  # eight places are free again
+        assert time.monotonic() < until
+
+
+def start(model: Path, **environment: str) -> subprocess.Popen[str]:
+    """The image's program, as SageMaker calls it."""
+    return subprocess.Popen(
+        [sys.executable, str(ENTRYPOINT), "serve"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "SAGEMAKER_BASE_DIR": str(model.parent), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_what_is_asked_for_is_drawn_to_its_end_when_the_platform_ends_it(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tiny_base)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = start(tmp_path / "model", SAGEMAKER_BIND_TO_PORT=str(port), SERVE_LOG_PROMPTS="true")
+    try:
+        read_until(process, "^ready: ")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection.request("POST", "/invocations", json.dumps({**SMALL, "steps": 40}))
+        assert Client(port).send("GET", "/ping").status == 200  # what came before it was read as well
+        process.send_signal(signal.SIGTERM)
+        assert connection.getresponse().status == 200
+        connection.close()
+        log, _ = process.communicate(timeout=PATIENCE)
+    finally:
+        process.kill()
+    assert process.returncode == EXIT_OK, log
+    (line,) = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    assert (line["status"], line["prompts"], line["Pictures"]) == (200, ["photo of a toy"], 1)
+    metrics = line["_aws"]["CloudWatchMetrics"][0]
+    assert all(metric["Name"] in line for metric in metrics["Metrics"])
+
+
+@pytest.mark.slow
+def test_a_model_that_is_not_there_ends_it_with_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path / "model", SAGEMAKER_BIND_TO_PORT="0")
+    log, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == EXIT_BAD_INPUT, log
+    (line,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert str(tmp_path / "model") in line
+    wrong = start(tmp_path / "model", SAGEMAKER_BIND_TO_PORT="http", SERVE_BATCHES="2")
+    log, _ = wrong.communicate(timeout=PATIENCE)
+    assert (wrong.returncode, log) == (
+        EXIT_BAD_INPUT,
+        "error: SERVE_BATCHES: unknown setting; did you mean SERVE_BATCH?\n",
+    )
+
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", re.findall(r"^```json\n(.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE))
+def test_the_documents_examples_are_answered(client: Client, example: str) -> None:
+    assert client.send("POST", "/invocations", example.encode(), Content_Type="application/json").status == 200
+
+
+def test_the_document_has_all_settings() -> None:
+    for name, default, meaning in ServingSettings.table():
+        assert f"| `{name}` | {'' if default == 'none' else default} | {meaning} |\n" in DOCUMENT
