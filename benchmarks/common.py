@@ -28,6 +28,7 @@ from diffusers import (
     FluxTransformer2DModel,
     PNDMScheduler,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
@@ -97,8 +98,7 @@ def sdxl() -> PretrainedModel:
             projection_class_embeddings_input_dim=2816,
         )
         vae, text_encoder = _vae(scaling_factor=0.13025, force_upcast=True), CLIPTextModel(_clip())
-        second = _clip(width=1280, layers=32, heads=20, hidden_act="gelu", projection_dim=1280)
-        text_encoder_2 = CLIPTextModelWithProjection(second)
+        text_encoder_2 = CLIPTextModelWithProjection(_clip(**_CLIP_G))
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     )
@@ -157,6 +157,8 @@ def flux2_klein() -> PretrainedModel:
     return _put_away(PretrainedModel("flux2_klein", FAMILIES["flux2"], parts))
 
 
+# OpenCLIP bigG.
+_CLIP_G: dict[str, Any] = {"width": 1280, "layers": 32, "heads": 20, "hidden_act": "gelu", "projection_dim": 1280}
 # The encoder of T5-XXL.
 _T5: dict[str, Any] = {
     "vocab_size": 32_128,
@@ -222,6 +224,25 @@ def chroma() -> PretrainedModel:
     return _put_away(PretrainedModel("chroma", FAMILIES["chroma"], parts))
 
 
+def sd35_medium() -> PretrainedModel:
+    """Stable Diffusion 3.5 Medium's architecture in bf16, likewise."""
+    torch.manual_seed(0)
+    config: dict[str, Any] = dict(FAMILIES["sd3"].facts.config)
+    vae: dict[str, Any] = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+    parts = {
+        "transformer": _made(lambda: SD3Transformer2DModel(**config)),
+        "vae": _made(lambda: _vae(**vae, use_quant_conv=False, use_post_quant_conv=False)),
+        "text_encoder": _made(lambda: CLIPTextModelWithProjection(_clip(projection_dim=768))),
+        "tokenizer": byte_tokenizer(),
+        "text_encoder_2": _made(lambda: CLIPTextModelWithProjection(_clip(**_CLIP_G))),
+        "tokenizer_2": byte_tokenizer(),
+        "text_encoder_3": _made(lambda: T5EncoderModel(T5Config(**_T5))),
+        "tokenizer_3": t5_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+    return _put_away(PretrainedModel("sd35_medium", FAMILIES["sd3"], parts))
+
+
 def _made(make: Callable[[], torch.nn.Module]) -> Any:
     """A module with random weights in bf16, made on the device in seconds; what is computed stays as it is."""
     with init_empty_weights(include_buffers=False):
@@ -246,8 +267,9 @@ MODELS: dict[str, Callable[[], PretrainedModel]] = {
     "flux1": flux1,
     "qwen_image": qwen_image,
     "chroma": chroma,
+    "sd35_medium": sd35_medium,
 }
-_FAMILIES = {name: name for name in MODELS} | {"sd15": "sd", "flux2_klein": "flux2"}
+_FAMILIES = {name: name for name in MODELS} | {"sd15": "sd", "flux2_klein": "flux2", "sd35_medium": "sd3"}
 
 
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:

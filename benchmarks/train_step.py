@@ -1,5 +1,5 @@
 """Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, SDXL, Z-Image, FLUX.2
-klein, FLUX.1, Qwen-Image or Chroma at 1,024.
+klein, FLUX.1, Qwen-Image, Chroma or SD 3.5 Medium at 1,024.
 
     python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
         [--write dreambooth_sm/planning/measured]
@@ -115,7 +115,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 OTHERS_VARIANTS = {
     "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small", "lora_linear"),
     **dict.fromkeys(
-        ("z_image", "flux2_klein", "flux1", "qwen_image", "chroma"),
+        ("z_image", "flux2_klein", "flux1", "qwen_image", "chroma", "sd35_medium"),
         ("lora", "lora_small", "lora_alone", "lora_alone_small", "lora_alone_nf4", "lora_linear"),
     ),
 }

@@ -54,7 +54,7 @@ class Hyperparameters(
         """Takes what the family of the base model has in place of defaults, of itself and for the method, what the
         optimizer has, and what the preset has."""
         values = {name: type(self).model_fields[name].default for name in ("learning_rate", *PRESET_KNOBS)}
-        values |= FAMILIES[self.architecture].facts.methods.get(self.method, {})
+        values |= self.facts.methods.get(self.method, {})
         values |= self.optimizer_defaults(values["learning_rate"])
         for name, value in values.items():
             if name not in self.model_fields_set:
@@ -83,7 +83,7 @@ class Hyperparameters(
 
     @rule("pretrained_model_name_or_path", "base_architecture")
     def _family_takes_what_is_set(self) -> Iterator[str]:
-        facts = FAMILIES[self.architecture].facts
+        facts = self.facts
         for name, (values, why) in facts.takes.items():
             value = getattr(self, name)
             if value not in values:
@@ -94,7 +94,7 @@ class Hyperparameters(
 
     @rule("pretrained_model_name_or_path", "base_architecture", "time_sampling", "time_shift")
     def _times_are_of_flow_matching(self) -> Iterator[str]:
-        facts = FAMILIES[self.architecture].facts
+        facts = self.facts
         for name in ("time_sampling", "time_shift"):
             if not facts.matches_flow and getattr(self, name) != type(self).model_fields[name].default:
                 others = ", ".join(each.facts.title for each in FAMILIES.values() if each.facts.matches_flow)
@@ -102,7 +102,7 @@ class Hyperparameters(
 
     @rule("pretrained_model_name_or_path", "base_architecture", "resolution")
     def _resolution_is_a_multiple_of_the_familys(self) -> Iterator[str]:
-        facts = FAMILIES[self.architecture].facts
+        facts = self.facts
         if self.resolution % 8 == 0 and self.resolution % facts.multiple:
             nearest = round(self.resolution / facts.multiple) * facts.multiple
             yield f"resolution={self.resolution}: {facts.title} takes multiples of {facts.multiple}; set {nearest}"

@@ -14,7 +14,7 @@ import torch
 
 from dreambooth_sm import sources, toybox
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.families import FAMILIES, Family, family_of
+from dreambooth_sm.families import Family, family_of
 from dreambooth_sm.families.find import DISTILLED
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.model import is_distilled
@@ -466,7 +466,7 @@ def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
             planned for.
     """
     name, vae, parts = _base_name(h), _vae_name(h), _parts_name(h)
-    planned = FAMILIES[h.architecture].facts
+    planned = h.facts
     _check_names(h, name, vae, parts)
     fetch = partial(sources.fetch, token_secret=h.hf_token_secret)
     replacement = read_vae(fetch(vae)) if vae else None

@@ -14,7 +14,7 @@ from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.data.check import ClassFindings, Findings, check_class_folder, check_folder
 from dreambooth_sm.data.folder import list_pictures
 from dreambooth_sm.errors import Problems, UserError
-from dreambooth_sm.families import DEFAULT, FAMILIES
+from dreambooth_sm.families import DEFAULT
 from dreambooth_sm.families.find import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.model import distilled_problems, licence_problems, other_kind_problems
@@ -115,7 +115,7 @@ def read_draft(options: Mapping[str, Any], look: Lookup) -> Draft:
     draft.problems.found += _left_here(draft)
     if (h := draft.hyperparameters) and MODEL_CHANNEL in draft.sources:
         # Its channel has another name.
-        facts, name = FAMILIES[h.architecture].facts, str(data["base_model"])
+        facts, name = h.facts, str(data["base_model"])
         draft.problems.found += [] if h.train_distilled else distilled_problems("base_model", name, facts)
         draft.problems.found += other_kind_problems("base_model", name, facts)
         draft.problems.found += licence_problems("base_model", name, facts, h.accept_license)

@@ -96,12 +96,13 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     samples: float = h.train_batch_size * (2 if h.prior_preservation else 1)
     if asks_base(h):
         samples += h.train_batch_size * _FORWARD_SHARE
-    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * figure(h.architecture, "step_cost")
+    relative = h.facts.relative.cost
+    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * relative * figure(h.architecture, "step_cost")
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
     seconds = step * _steps(h, pictures, processes)
     if h.prior_preservation and not asks_base_of_classes(h):
         batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
-        image = _CLASS_IMAGE_S * slower * size * figure(h.architecture, "class_image_cost")
+        image = _CLASS_IMAGE_S * slower * size * relative * figure(h.architecture, "class_image_cost")
         seconds += batches * max(_CLASS_BATCH_HOST_S, plan.sample_batch_size * image)
     minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
     price = instance.usd_per_hour

@@ -54,22 +54,28 @@ def dotted(key: str, facts: Facts) -> str:
     return key.removeprefix(prefix)
 
 
-def unlikeness(layers: Mapping[str, Layer], facts: Facts) -> tuple[int, int]:
+def unlikeness(layers: Mapping[str, Layer], facts: Facts) -> tuple[int, int, int]:
     """How little layers look like those of a family, where several have the same names: how many have other sides than
-    its own, relative to each other, and how many kinds of layers of its attention are missing.
+    its own, relative to each other; how many of other sides than in the size that is nearest; and how many kinds of
+    layers of its attention are missing.
 
     Args:
         layers: by the names that diffusers gives them.
     """
     known, _ = _known(facts.name)
+    sides = {
+        name: (layer.up.shape[0], layer.down.shape[1])
+        for name, layer in layers.items()
+        if isinstance(layer, LowRank) and "#" in _numberless(name)
+    }
     others = 0
-    for name, layer in layers.items():
-        outputs, inputs = known[_numberless(name)]
-        if isinstance(layer, LowRank) and "#" in _numberless(name):
-            others += abs(layer.up.shape[0] / layer.down.shape[1] / (outputs / inputs) - 1) > _ROUNDING
+    for name, (outputs, inputs) in sides.items():
+        its = known[_numberless(name)]
+        others += abs(outputs / inputs / (its[0] / its[1]) - 1) > _ROUNDING
+    nearest = min(sum(size[_numberless(name)] != its for name, its in sides.items()) for size in _sizes(facts.name))
     ends = tuple({f".{_numberless(end)}" for end in facts.adapted["attention"].denoiser})
     attention = {name for name in known if f".{name}".endswith(ends)}
-    return others, len(attention - set(map(_numberless, layers)))
+    return others, nearest, len(attention - set(map(_numberless, layers)))
 
 
 def in_diffusers(layers: Mapping[str, Layer], facts: Facts) -> tuple[dict[str, Layer], list[str]]:
@@ -131,14 +137,27 @@ def _known(family: str) -> tuple[dict[str, tuple[int, int]], re.Pattern[str]]:
     """The names of the layers of a family's denoiser, whatever their numbers, with outputs and inputs by default;
     and a pattern for the words of these names and of the makers'."""
     facts = FAMILIES[family].facts
-    module = empty_module(facts.denoiser, {}, facts.pipeline)
-    weights = {
-        name.removesuffix(".weight"): weight for name, weight in module.state_dict().items() if name.endswith(".weight")
-    }
-    names = [*weights, *(known.theirs for known in facts.makers_names)]
+    sides = _sides(facts, facts.config)
+    names = [*sides, *(known.theirs for known in facts.makers_names)]
     words = sorted({word for name in names for word in name.split(".") if "_" in word}, key=len, reverse=True)
-    sides = {_numberless(name): (weight.shape[0], weight.shape[-1]) for name, weight in weights.items()}
     return sides, re.compile("|".join([*map(re.escape, words), "[^_]+"]))
+
+
+@cache
+def _sizes(family: str) -> list[dict[str, tuple[int, int]]]:
+    """Outputs and inputs of the layers, whatever their numbers, in each of a family's sizes."""
+    facts = FAMILIES[family].facts
+    configs = [facts.config, *({**facts.config, **size.config} for size in facts.sizes)]
+    return [_sides(facts, config) for config in configs]
+
+
+def _sides(facts: Facts, config: Mapping[str, object]) -> dict[str, tuple[int, int]]:
+    weights = empty_module(facts.denoiser, dict(config), facts.pipeline).state_dict()
+    return {
+        _numberless(name.removesuffix(".weight")): (weight.shape[0], weight.shape[-1])
+        for name, weight in weights.items()
+        if name.endswith(".weight")
+    }
 
 
 def _numberless(name: str) -> str:

@@ -17,7 +17,6 @@ from dreambooth_sm.data.masks import Box, read_mask, subject_box
 from dreambooth_sm.data.pictures import Shape, open_picture, problems_of, read_size
 from dreambooth_sm.data.tokens import Vocabulary, find_vocabulary, too_long
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.pictures import FILEWORDS
 from dreambooth_sm.knobs.textual_inversion import mentions, split_at
@@ -223,7 +222,7 @@ def _other_prompts(directory: Path, h: Hyperparameters) -> list[str]:
 
 def _too_long(pictures: Sequence[Picture], h: Hyperparameters, base: str) -> list[str]:
     """A line for each prompt that has more tokens than the job will encode."""
-    if FAMILIES[h.architecture].facts.longest_prompt:  # of another tokenizer
+    if h.facts.longest_prompt:  # of another tokenizer
         return []
     prompts = {picture.prompt: f"{picture.path}: its prompt" for picture in reversed(pictures)}
     prompts |= {h.class_prompt: "class_prompt"} if h.class_prompt and h.instance_prompt else {}

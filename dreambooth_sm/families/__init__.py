@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dreambooth_sm.families import chroma, flux1, flux2, qwen_image, sd, sdxl, z_image
+from dreambooth_sm.families import chroma, flux1, flux2, qwen_image, sd, sd3, sdxl, z_image
 from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import Facts, ModelFootprint
 from dreambooth_sm.families.family import Family
@@ -13,7 +13,16 @@ __all__ = ["DEFAULT", "FAMILIES", "Conditioning", "Facts", "Family", "ModelFootp
 
 FAMILIES: dict[str, Family] = {
     family.facts.name: family
-    for family in (sd.FAMILY, sdxl.FAMILY, z_image.FAMILY, flux2.FAMILY, flux1.FAMILY, qwen_image.FAMILY, chroma.FAMILY)
+    for family in (
+        sd.FAMILY,
+        sdxl.FAMILY,
+        sd3.FAMILY,
+        z_image.FAMILY,
+        flux2.FAMILY,
+        flux1.FAMILY,
+        qwen_image.FAMILY,
+        chroma.FAMILY,
+    )
 }
 # What a model of none of the others is taken for.
 DEFAULT = next(iter(FAMILIES))

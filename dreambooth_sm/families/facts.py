@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from dreambooth_sm.families.file_rules import FileRules
@@ -53,6 +53,44 @@ class AdaptedLayers:
     text_encoder: tuple[str, ...]
     width: int
     text_width: int
+
+
+@dataclass(frozen=True)
+class Relative:
+    """How a size compares with the one that the family's figures (``planning/measured``) are of, by arithmetic.
+
+    Attributes:
+        kept, recomputed: activations, all of them, and those that are kept where activations are recomputed.
+        text: activations of the text encoders.
+        cost: time of a step.
+    """
+
+    kept: float = 1.0
+    recomputed: float = 1.0
+    text: float = 1.0
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """Models of a family that have more parameters than the one that its facts are of.
+
+    Attributes:
+        names: found in what their makers call them.
+        config: of their denoiser, by which it is told from others.
+        tensor: found in the header of their single files.
+        footprint: their own.
+        widths, text_widths: those of their :class:`AdaptedLayers`, by the choices of ``lora_targets``.
+        relative: to the family's figures.
+    """
+
+    names: re.Pattern[str]
+    config: Mapping[str, object]
+    tensor: bytes
+    footprint: ModelFootprint
+    widths: Mapping[str, int]
+    relative: Relative
+    text_widths: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,9 +155,12 @@ class Facts:
         short, article: the same in a word, and what stands before that: "an SDXL base model".
         listed: how a list of all families calls it, after those before it.
         resolution: side of the pictures that it was trained on last, in pixels; what users expect where they name none.
+        sizes: its larger models.
+        relative: of the model's size.
         pipeline: the class of diffusers that draws with it.
         drawing: how that is done here.
         parts: its modules with weights, by their names in the pipeline; the denoiser comes first.
+        config: of its denoiser, where what diffusers makes of one without any is of another size.
         tags: what the hub calls its models.
         methods: that can train it, each with the defaults of hyperparameters that are others for it.
         adapted: the layers that adapters may lie beside, by the choices of ``lora_targets``.
@@ -160,8 +201,11 @@ class Facts:
     drawing: Drawing
     parts: tuple[str, ...]
     tags: tuple[str, ...]
+    config: Mapping[str, object] = field(default_factory=dict)
     methods: Mapping[str, Mapping[str, object]] = field(default_factory=lambda: {"full": {}})
     adapted: Mapping[str, AdaptedLayers] = field(default_factory=dict)
+    sizes: tuple[Size, ...] = ()
+    relative: Relative = Relative()
     licences: Mapping[str, str] = field(default_factory=dict)
     gates: Mapping[str, re.Pattern[str]] = field(default_factory=dict)
     folder: str | None = None
@@ -189,3 +233,15 @@ class Facts:
     def denoiser(self) -> str:
         """Name of the part that is trained."""
         return self.parts[0]
+
+    def of_size(self, size: Size) -> Facts:
+        """Those of the family's models of a size."""
+        adapted = {
+            targets: replace(
+                layers,
+                width=size.widths[targets],
+                text_width=size.text_widths.get(targets, layers.text_width),
+            )
+            for targets, layers in self.adapted.items()
+        }
+        return replace(self, footprint=size.footprint, adapted=adapted, relative=size.relative)

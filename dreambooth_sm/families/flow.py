@@ -56,26 +56,34 @@ def read_prompts(
 
 
 def read_texts(
-    tokenizer: Any, prompts: Sequence[str], texts: Sequence[str], title: str, *, before: int = 0, max_tokens: int | None
+    tokenizer: Any,
+    prompts: Sequence[str],
+    texts: Sequence[str],
+    title: str,
+    *,
+    before: int = 0,
+    window: int = WINDOW,
+    max_tokens: int | None,
 ) -> dict[str, Tensor]:
     """Reads what was made of prompts, as :func:`read_prompts` does.
 
     Args:
         texts: the prompts in their template.
-        before: tokens of the template that are not among those of :data:`WINDOW`.
+        before: tokens of the template that are not among those of the window.
+        window: tokens that are read.
     """
     from dreambooth_sm.errors import UserError
 
     if max_tokens is not None:
         counts = [len(ids) - before for ids in tokenizer(list(texts), verbose=False).input_ids]
         problems = {
-            f"the prompt {prompt!r} has {count} tokens with its template, and {title} reads {WINDOW}; shorten it"
+            f"the prompt {prompt!r} has {count} tokens with its template, and {title} reads {window}; shorten it"
             for prompt, count in zip(prompts, counts, strict=True)
-            if count > WINDOW
+            if count > window
         }
         if problems:
             raise UserError(sorted(problems))
-    length = WINDOW + before
+    length = window + before
     read = tokenizer(
         list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt", verbose=False
     )

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
-from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, MakersName, ModelFootprint
+from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, MakersName, ModelFootprint, Relative, Size
 from dreambooth_sm.families.family import LossKnobs, Pair
 from dreambooth_sm.families.file_rules import is_number
 from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_prompts, reader_problems
@@ -143,6 +143,7 @@ class Flux2:
             batch=2,
         ),
         parts=("transformer", "vae", "text_encoder"),
+        config={"num_attention_heads": 24},
         methods={
             "lora": {
                 "learning_rate": 1e-4,
@@ -163,6 +164,26 @@ class Flux2:
         scale_option="attention_kwargs",
         makers_names=tuple(_makers_names()),
         files=_Files(),
+        sizes=(
+            Size(
+                names=re.compile(r"9b", re.IGNORECASE),
+                config={"num_attention_heads": 32},
+                tensor=b"double_blocks.7.",
+                footprint=ModelFootprint(
+                    denoiser=9078.6,
+                    text_encoder=7568.4,
+                    vae=84.0,
+                    text_width=12_288,
+                    denoiser_coded=9078.6,
+                    text_coded=6945.8,
+                    largest_coded=151.0,
+                    trains_text_encoder=False,
+                ),
+                widths={"attention": 1_736_704, "linear": 2_719_744},
+                # 32 blocks to 25, of 4,096 to 3,072; a block's own; parameters.
+                relative=Relative(kept=1.71, recomputed=1.45, cost=2.35),
+            ),
+        ),
         tags=("flux2",),
         licences={
             "black-forest-labs/FLUX.2-klein-base-4B": "apache-2.0",

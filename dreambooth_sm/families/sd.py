@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
-from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint
+from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint, Relative, Size
 from dreambooth_sm.families.family import LossKnobs, Pair
 
 if TYPE_CHECKING:
@@ -69,6 +70,25 @@ class StableDiffusion:
             "linear": AdaptedLayers(LINEAR, TEXT_LINEAR, width=423_936, text_width=165_888),
             "all": AdaptedLayers(ALL, TEXT_LINEAR, width=1_050_816, text_width=165_888),
         },
+        sizes=(
+            Size(
+                # Of 2, whose text encoder is another: stable-diffusion-2-1, v2-1_768, sd21.
+                names=re.compile(r"(?<![a-z])(stable[-_. ]?diffusion|sd)[-_. ]?2(?!\d{2})|/v2-1", re.IGNORECASE),
+                config={"cross_attention_dim": 1024},
+                tensor=b'"cond_stage_model.model.',
+                footprint=ModelFootprint(
+                    denoiser=865.9,
+                    text_encoder=340.4,
+                    vae=83.7,
+                    text_width=1024,
+                    denoiser_coded=865.5,
+                    text_coded=289.4,
+                ),
+                widths={"attention": 207_488, "linear": 432_128, "all": 1_059_008},
+                text_widths={"attention": 188_416, "linear": 423_936, "all": 423_936},
+                relative=Relative(text=2.55),  # 23 layers of 1,024 to 12 of 768
+            ),
+        ),
         tags=("stable-diffusion", "stable-diffusion-diffusers"),
         licences={
             "stable-diffusion-v1-5/": "creativeml-openrail-m",

@@ -4,7 +4,7 @@ blocks of both in one, and whose prompts T5 reads."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dreambooth_sm.families.facts import MakersName
 from dreambooth_sm.families.family import LossKnobs, Pair
@@ -62,11 +62,11 @@ def makers_names(*, modulated: bool) -> Iterator[MakersName]:
         yield MakersName(f"{ours}norm.linear", f"{theirs}modulation.lin")
 
 
-def scale_problems(config: Mapping[str, Any], where: str) -> list[str]:
+def scale_problems(config: Mapping[str, Any], where: str, usual: Mapping[str, float] = _SCALES) -> list[str]:
     """What is wrong with how a VAE's configuration says that latents are scaled and shifted."""
     return [
-        f"{where}: {key} is {value!r:.60} and should be a number such as {usual}"
-        for key, usual in _SCALES.items()
+        f"{where}: {key} is {value!r:.60} and should be a number such as {example}"
+        for key, example in usual.items()
         if not is_number(value := config.get(key)) or (key == "scaling_factor" and value <= 0)
     ]
 
@@ -160,11 +160,11 @@ def heads_of(project: Any, x: Tensor, width: int) -> Tensor:
 
 def attend_together(
     attention: Any, words: Tensor, picture: Tensor, turns: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, Tensor]:
     """Attention of words and a picture, which look at each other, in one pass each for norms and rotations.
 
     Args:
-        attention: a block's, with projections of its own for words.
+        attention: a block's, with projections of its own for words; without one for what they have seen, that is None.
         words, picture: ``(rows, words, width)``.
         turns: of words, then those of the picture, complex ``(rows, words, pairs)``.
         mask: of words, then the picture, as `dreambooth_sm.training.parallel_block.attend` takes it.
@@ -188,8 +188,25 @@ def attend_together(
     )
     values = heads_of(attention.add_v_proj, words, width), heads_of(attention.to_v, picture, width)
     seen = attend(query, key, torch.cat(values, dim=1), mask).flatten(2)
-    cut = words.shape[1]
-    return attention.to_add_out(seen[:, :cut]), attention.to_out[0](seen[:, cut:])
+    cut, told = words.shape[1], attention.to_add_out
+    return None if told is None else told(seen[:, :cut]), attention.to_out[0](seen[:, cut:])
+
+
+def attend_alone(attention: Any, x: Tensor, turns: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention within one sequence ``(rows, words, width)``, as :func:`attend_together`."""
+    return cast("Tensor", attention.to_out[0](_seen_alone(attention, x, turns, mask)))
+
+
+def _seen_alone(attention: Any, x: Tensor, turns: Tensor, mask: Tensor | None) -> Tensor:
+    from dreambooth_sm.training.parallel_block import attend
+    from dreambooth_sm.training.rms_norm import turned_norm
+
+    width = len(attention.norm_q.weight)
+    query, key = (
+        turned_norm(heads_of(project, x, width), norm.weight, norm.eps, turns)
+        for project, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
+    )
+    return attend(query, key, heads_of(attention.to_v, x, width), mask).flatten(2)
 
 
 def changed_by(
@@ -249,17 +266,10 @@ def in_one_sequence(
     import torch
 
     from dreambooth_sm.training.modulation import gated_sum, modulated_norm
-    from dreambooth_sm.training.parallel_block import attend
-    from dreambooth_sm.training.rms_norm import turned_norm
 
-    attention, width = block.attn, len(block.attn.norm_q.weight)
     shift, scale, gate = changes
     asked, x = modulated_norm(x, scale, shift, block.norm.norm.eps)
-    query, key = (
-        turned_norm(heads_of(project, asked, width), norm.weight, norm.eps, turns)
-        for project, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
-    )
-    seen = attend(query, key, heads_of(attention.to_v, asked, width), mask).flatten(2)
+    seen = _seen_alone(block.attn, asked, turns, mask)
     made = torch.cat([seen, block.act_mlp(block.proj_mlp(asked))], dim=-1)
     return gated_sum(x, gate, block.proj_out(made))
 

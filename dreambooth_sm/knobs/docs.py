@@ -6,6 +6,7 @@ from pydantic.fields import FieldInfo
 
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.knobs.declare import Knobs
+from dreambooth_sm.knobs.messages import listed
 from dreambooth_sm.knobs.takes import expected
 
 
@@ -31,10 +32,14 @@ def _defaults_of_methods(name: str) -> list[str]:
             values.setdefault(method, {})[each.title] = defaults.get(name)
     said = []
     for method, by_family in values.items():
-        own = {title: value for title, value in by_family.items() if value is not None}
-        alike = len({*own.values()}) == 1 and len(own) == len(by_family)
-        said += [f"with method={method}{'' if alike else f' of {title}'} `{value}`" for title, value in own.items()]
-    return list(dict.fromkeys(said))
+        own: dict[object, list[str]] = {}
+        for title, value in by_family.items():
+            if value is not None:
+                own.setdefault(value, []).append(title)
+        for value, titles in own.items():
+            of = "" if len(titles) == len(by_family) else f" of {listed(titles)}"
+            said.append(f"with method={method}{of} `{value}`")
+    return said
 
 
 def help_text(field: FieldInfo, default: object) -> str:

@@ -22,6 +22,11 @@ def short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:80]} … ({len(text):,} characters)"
 
 
+def listed(words: Sequence[str]) -> str:
+    """Words as a sentence lists them."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
 def unknown(key: str, known: Sequence[str]) -> str:
     near = near_name(key.lower().replace("-", "_"), known)
     hint = f"did you mean {near}?" if near else "`python -m dreambooth_sm.hyperparameters` lists those that exist"

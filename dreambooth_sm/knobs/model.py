@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dreambooth_sm.families import FAMILIES, Facts
-from dreambooth_sm.families.find import find_family, says_distilled
+from dreambooth_sm.families.find import find_facts, find_family, says_distilled
 from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.messages import near_name, short
 from dreambooth_sm.toybox import NAME as TOYBOX
@@ -93,6 +93,11 @@ class ModelKnobs(Knobs):
         return self.base_architecture
 
     @property
+    def facts(self) -> Facts:
+        """Of the base model: its family's, and its size's where that is known."""
+        return find_facts(self.architecture, self.pretrained_model_name_or_path)
+
+    @property
     def licence_note(self) -> str | None:
         """What a plan says of a licence that was accepted."""
         if self.accept_license is None:
@@ -109,26 +114,26 @@ class ModelKnobs(Knobs):
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path", "train_distilled")
     def _base_is_not_distilled(self) -> Iterator[str]:
-        facts = FAMILIES[self.architecture].facts
+        facts = self.facts
         for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
             if not self.train_distilled:
                 yield from distilled_problems(field, getattr(self, field) or "", facts)
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path")
     def _base_is_of_its_kind(self) -> Iterator[str]:
-        facts = FAMILIES[self.architecture].facts
+        facts = self.facts
         for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
             yield from other_kind_problems(field, getattr(self, field) or "", facts)
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path", "accept_license")
     def _licence_is_accepted(self) -> Iterator[str]:
-        facts = FAMILIES[self.architecture].facts
+        facts = self.facts
         for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
             yield from licence_problems(field, getattr(self, field) or "", facts, self.accept_license)
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path")
     def _all_parts_are_named(self) -> Iterator[str]:
-        facts, name = FAMILIES[self.architecture].facts, self.pretrained_model_name_or_path
+        facts, name = self.facts, self.pretrained_model_name_or_path
         if self.pretrained_parts_name_or_path and facts.has_single_file:
             yield (
                 f"pretrained_parts_name_or_path: files of {facts.title} hold all parts; leave it out, or set "

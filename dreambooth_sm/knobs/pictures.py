@@ -12,7 +12,7 @@ from pydantic import model_validator
 from dreambooth_sm.families import DEFAULT, FAMILIES
 from dreambooth_sm.knobs.concepts import Concept
 from dreambooth_sm.knobs.declare import knob, rule
-from dreambooth_sm.knobs.messages import short
+from dreambooth_sm.knobs.messages import listed, short
 from dreambooth_sm.knobs.output import DEFAULT_MODELS_PATH, OutputKnobs
 from dreambooth_sm.knobs.ranges import Auto, Fraction
 
@@ -26,8 +26,11 @@ FILEWORDS = "[filewords]"
 def _other_resolutions() -> str:
     """In words, of the families whose resolution is not the knob's default."""
     facts = [family.facts for family in FAMILIES.values()]
-    others = [each for each in facts if each.resolution != FAMILIES[DEFAULT].facts.resolution]
-    return ", ".join(f"{each.resolution} for {each.short}" for each in others)
+    by_resolution: dict[int, list[str]] = {}
+    for each in facts:
+        if each.resolution != FAMILIES[DEFAULT].facts.resolution:
+            by_resolution.setdefault(each.resolution, []).append(each.short)
+    return ", ".join(f"{resolution} for {listed(names)}" for resolution, names in by_resolution.items())
 
 
 class PictureKnobs(OutputKnobs):
@@ -100,7 +103,7 @@ class PictureKnobs(OutputKnobs):
     def fit_to_base(self) -> Self:
         """Takes the base model's own resolution, where none is asked for."""
         if "resolution" not in self.model_fields_set:
-            self._default("resolution", FAMILIES[self.architecture].facts.resolution)
+            self._default("resolution", self.facts.resolution)
         return self
 
     def moved(self, values: Mapping[str, object]) -> Self:

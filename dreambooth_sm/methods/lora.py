@@ -52,7 +52,7 @@ class Lora:
     )
 
     def trained_millions(self, footprint: ModelFootprint, h: Hyperparameters, text_encoder: bool) -> float:
-        layers = FAMILIES[h.architecture].facts.adapted[h.lora_targets]
+        layers = h.facts.adapted[h.lora_targets]
         width = layers.width + (layers.text_width if text_encoder else 0)
         return _PARAMETERS.get(h.lora_variant, 1.0) * h.lora_rank * width * 1e-6
 

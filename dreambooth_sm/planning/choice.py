@@ -6,7 +6,6 @@ import dataclasses
 from typing import Literal
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card
@@ -119,7 +118,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     if optimizer in ON_MASTERS and h.cuda_graph is not False:
         notes.append(f"the update follows the CUDA graph: {ON_MASTERS[optimizer].host}")
     ema = _choose(h.use_ema, rung.use_ema and optimizer != "schedule_free")  # whose weights are an average
-    by_default = FAMILIES[h.architecture].facts.footprint.trains_text_encoder
+    by_default = h.facts.footprint.trains_text_encoder
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and by_default)
     if draws_while_training(h):
         notes.append(f"validation_steps: drawing takes {drawing_gb(precision, h):.1f} GB beside training's memory")
@@ -160,7 +159,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
     # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
     sizes = (64, 32, 16, 8, 4, 2, 1) if card.memory_gib >= _FAST_FROM_GIB else (16, 8, 4, 2, 1)
-    most = FAMILIES[h.architecture].facts.drawing.batch
+    most = h.facts.drawing.batch
     batches = [n for n in sizes if n <= most and sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
 
@@ -199,7 +198,7 @@ def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
 def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     """Explicit values that this card, or the base model, can't run, whatever its memory."""
     problems: list[str] = []
-    facts = FAMILIES[h.architecture].facts
+    facts = h.facts
     if h.method not in facts.methods:
         others = " or ".join(facts.methods)
         problems.append(
@@ -248,7 +247,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
         "max_grad_norm": h.max_grad_norm if isinstance(h.max_grad_norm, float) else object(),
     }
     asked = {name: "auto" for name, value in wishes.items() if getattr(h, name) == value}
-    resolution = min(h.resolution, FAMILIES[h.architecture].facts.resolution)
+    resolution = min(h.resolution, h.facts.resolution)
     smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": resolution}
     asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
     text = (
@@ -261,7 +260,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
             relaxed = h.model_copy(update=change)
             if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card)):
                 return [f"{text}; it fits with {' '.join(f'{k}={v}' for k, v in change.items())}"]
-    overflows = FAMILIES[h.architecture].facts.overflows
+    overflows = h.facts.overflows
     able = [c for c in CARDS.values() if c.has_bf16 or not overflows]
     needed = [c for c in able if c.budget_gb >= smallest.predicted_peak_gb]
     return [f"{text}; use a larger card{f', such as {needed[0].name}' if needed else ''}"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dreambooth_sm.families import FAMILIES, ModelFootprint
+from dreambooth_sm.families import ModelFootprint
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS, asks_base_of_classes, encodes_in_steps
 from dreambooth_sm.planning.figures import figure
@@ -22,7 +22,7 @@ _ENCODING_GB, _DECODING_GB = figure("shared", "encoding_gb"), figure("shared", "
 
 def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     """Highest allocation of the training phase, in GB (1e9 bytes)."""
-    model = FAMILIES[h.architecture].facts.footprint
+    model = h.facts.footprint
     method = METHODS[h.method]
     millions = method.trained_millions(model, h, plan.train_text_encoder)
     encodes = encodes_in_steps(plan, h)
@@ -44,12 +44,14 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     # Of one 512-pixel sample in 16 bits: recomputed unit by unit, or everything kept.
     kept = "checkpointed_gb" if plan.gradient_checkpointing else "activations_gb"
     activations = figure(h.architecture, method.activations(h) + kept)
+    relative = h.facts.relative
     if method.leaves_base and not _keeps_less(plan):
         activations += figure(h.architecture, "elsewhere_" + kept)
+    activations *= relative.recomputed if plan.gradient_checkpointing else relative.kept
     scale = (h.resolution / 512) ** 2 * (2 if plan.precision == "fp32" else 1)
     text = 0.0
     if encodes and not plan.gradient_checkpointing:
-        text = figure(h.architecture, "text_activations_gb")
+        text = figure(h.architecture, "text_activations_gb") * relative.text
     samples = casts + rows * (activations * scale + text)
     passing = max(samples, gradients) + _OVERLAP * min(samples, gradients)
     vae = 0.0 if plan.cache_latents else 4e-3 * model.vae + _ENCODING_GB * (h.resolution / 512) ** 2
@@ -94,7 +96,7 @@ def draws_while_training(h: Hyperparameters) -> bool:
 
 def drawing_gb(precision: Precision, h: Hyperparameters) -> float:
     """Predicts what a validation picture takes beside training: a pipeline with its VAE, only while it draws."""
-    facts = FAMILIES[h.architecture].facts
+    facts = h.facts
     peak = sampling_peak_gb(1, h)
     if METHODS[h.method].leaves_base and facts.overflows and precision == "bf16":
         peak -= 2e-3 * facts.footprint.denoiser  # training's own draws, in the same type
@@ -103,7 +105,7 @@ def drawing_gb(precision: Precision, h: Hyperparameters) -> float:
 
 def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
-    model = FAMILIES[h.architecture].facts.footprint
+    model = h.facts.footprint
     text = 0.0 if model.has_language_model else model.text_encoder  # which is let go of before the denoiser is read
     models = 2e-3 * (model.denoiser + text) + 1e-3 * model.vae_bytes * model.vae
     decoding = _DECODING_GB * model.vae_bytes

@@ -190,7 +190,9 @@ def read_part(
     if file:
         return StoredPart(module, read_denoiser(file, part, module))
     files, _ = find_files(directory, part, variant)
-    tensors = {today(name, part): tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
+    found = {name: tensor for file in files for name, tensor in open_tensors(file).tensors.items()}
+    known = module.state_dict().keys()
+    tensors = {today(name, part, known): tensor for name, tensor in found.items()}
     check_complete(str(directory), part, module, tensors)
     return StoredPart(module, tensors)
 

@@ -7,7 +7,7 @@ sizes, and both directions.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,16 @@ def places(part: str, names: Mapping[str, tuple[int, ...]], configs: Configs) ->
     return {name: TensorPlace(f"{prefix}text_model.{inner[name]}") for name in names}
 
 
-def today(name: str, part: str) -> str:
-    """Renames a tensor that earlier versions of diffusers and transformers wrote as today's call it."""
+def today(name: str, part: str, known: Collection[str] = ()) -> str:
+    """Renames a tensor that earlier versions of diffusers and transformers wrote as today's call it.
+
+    Args:
+        known: names in the module, which stay as they are.
+    """
     if name == _EMBEDDING_OF_T5[0]:
         return _EMBEDDING_OF_T5[1]
+    if name in known:
+        return name
     if part == "text_encoder":
         # Of language models with their head, everything else is in a module of its own; of those that see pictures, in
         # one within it.

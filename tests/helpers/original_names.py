@@ -236,3 +236,62 @@ def flux1_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
             else:
                 made[f"{to}.{(_FLUX1_SINGLE if single else _FLUX1)[inner]}.{end}"] = value
     return made
+
+
+_SD3 = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "proj_out": "final_layer.linear",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+}
+_SD3_FUSED = (
+    ("x_block.attn.qkv", ("attn.to_q", "attn.to_k", "attn.to_v")),
+    ("context_block.attn.qkv", ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")),
+    ("x_block.attn2.qkv", ("attn2.to_q", "attn2.to_k", "attn2.to_v")),
+)
+
+
+def sd3_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Stable Diffusion 3's transformer as its makers name it: one layer of queries, keys and values, and modulations
+    whose scale comes last in the last ones."""
+    left, made = dict(tensors), {}
+    numbers = {int(name.split(".")[1]) for name in tensors if name.startswith("transformer_blocks.")}
+    for number in sorted(numbers):
+        for theirs, parts in _SD3_FUSED:
+            for end in ("weight", "bias"):
+                names = [f"transformer_blocks.{number}.{part}.{end}" for part in parts]
+                if names[0] in left:
+                    made[f"joint_blocks.{number}.{theirs}.{end}"] = torch.cat([left.pop(name) for name in names])
+    swapped = ("norm_out.linear", f"transformer_blocks.{max(numbers)}.norm1_context.linear")
+    for name, value in left.items():
+        layer, _, end = name.rpartition(".")
+        value = torch.cat(value.chunk(2)[::-1]) if layer in swapped else value
+        if layer == "norm_out.linear":
+            made[f"final_layer.adaLN_modulation.1.{end}"] = value
+        elif name in _SD3:
+            made[_SD3[name]] = value
+        elif layer.startswith("transformer_blocks."):
+            _, number, inner = layer.split(".", 2)
+            made[f"joint_blocks.{number}.{_SD3[inner]}.{end}"] = value
+        else:
+            made[f"{_SD3[layer]}.{end}"] = value
+    return made

@@ -24,6 +24,8 @@ from diffusers import (
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -258,6 +260,43 @@ def save_tiny_flux1_pipeline(directory: Path, *, guidance: bool = True, dynamic:
             tokenizer=clip,
             text_encoder_2=_t5(reader),
             tokenizer_2=reader,
+            transformer=transformer,
+        )
+    return _save(pipeline, directory)
+
+
+def save_tiny_sd3_pipeline(directory: Path, *, norms: bool = True, seed: int = 0) -> Path:
+    """Writes a diffusers directory of a Stable Diffusion 3.5 pipeline of some 1 M parameters.
+
+    Args:
+        norms: whether heads are normalised, and the first block looks at the picture alone as well; not so in 3.
+    """
+    clip, reader = byte_tokenizer(), t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=8,
+            out_channels=8,
+            num_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            caption_projection_dim=64,
+            pooled_projection_dim=16 + 24,
+            pos_embed_max_size=64,
+            dual_attention_layers=(0, 1) if norms else (),
+            qk_norm="rms_norm" if norms else None,
+        )
+        pipeline = StableDiffusion3Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_shifted_vae(),
+            text_encoder=CLIPTextModelWithProjection(_text_config(width=16, heads=4, projection=16)),
+            tokenizer=clip,
+            text_encoder_2=CLIPTextModelWithProjection(_text_config(width=24, heads=4, projection=24)),
+            tokenizer_2=clip,
+            text_encoder_3=_t5(reader),
+            tokenizer_3=reader,
             transformer=transformer,
         )
     return _save(pipeline, directory)

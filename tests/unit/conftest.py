@@ -84,6 +84,22 @@ def flux1(loaded_flux1: PretrainedModel) -> PretrainedModel:
 
 
 @pytest.fixture(scope="session")
+def loaded_sd3(tiny_sd3: Path) -> PretrainedModel:
+    """The tiny Stable Diffusion 3.5 pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    values = {"pretrained_model_name_or_path": str(tiny_sd3), "method": "lora"}
+    return load_base(hyperparameters(**values))
+
+
+@pytest.fixture
+def sd3(loaded_sd3: PretrainedModel) -> PretrainedModel:
+    """The tiny Stable Diffusion 3.5 pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_sd3)
+
+
+@pytest.fixture(scope="session")
 def loaded_chroma(tiny_chroma: Path) -> PretrainedModel:
     """The tiny Chroma pipeline's parts; not to be written to."""
     from dreambooth_sm.models import load_base

@@ -57,6 +57,7 @@ BASES = {
     "flux1": "loaded_flux1",
     "qwen_image": "loaded_qwen_image",
     "chroma": "loaded_chroma",
+    "sd3": "loaded_sd3",
 }
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
@@ -76,6 +77,7 @@ QUICK = [
     ("flux1", "lora"),
     ("qwen_image", "lora"),
     ("chroma", "lora"),
+    ("sd3", "lora"),
 ]
 
 

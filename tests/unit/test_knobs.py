@@ -153,6 +153,7 @@ def test_a_rule_names_every_knob_that_it_reads(name: str) -> None:
         "_prompts": {"instance_prompt", "class_prompt", "concepts_list"},
         "_placeholder": {"placeholder_token"},
         "architecture": {"base_architecture", "pretrained_model_name_or_path"},
+        "facts": {"base_architecture", "pretrained_model_name_or_path"},
     }
     read = set(re.findall(r"self\.(\w+)", source))
     for word in read:

@@ -1,4 +1,5 @@
-"""Whole jobs on small FLUX.1 and Chroma base models: class images, captions, buckets, masks, and what is exported."""
+"""Whole jobs on small FLUX.1, Chroma and Stable Diffusion 3.5 base models: class images, captions, buckets, masks, and
+what is exported."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ChromaPipeline, FluxPipeline
+from diffusers import ChromaPipeline, FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
 from dreambooth_sm.adapters.layers import LowRank
@@ -29,8 +30,12 @@ FULL = {
 }
 
 
-# Name, class of its pipeline, and what people call it.
-FAMILIES: list[tuple[str, Any, str]] = [("flux1", FluxPipeline, "FLUX.1"), ("chroma", ChromaPipeline, "Chroma")]
+# Name, class of its pipeline, and what messages call it.
+FAMILIES: list[tuple[str, Any, str]] = [
+    ("flux1", FluxPipeline, "a FLUX.1"),
+    ("chroma", ChromaPipeline, "a Chroma"),
+    ("sd3", StableDiffusion3Pipeline, "an SD 3.5"),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family[0])
@@ -101,4 +106,4 @@ def test_what_the_family_does_not_take_ends_the_job_before_it_begins(
     ended = job.run("train")
     assert ended.code == EXIT_BAD_INPUT
     assert job.failure is not None
-    assert f"method=full: the base model is a {title} model; set method to lora" in job.failure
+    assert f"method=full: the base model is {title} model; set method to lora" in job.failure

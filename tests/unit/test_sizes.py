@@ -1,0 +1,196 @@
+"""Families of several sizes: plans are of the one that is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families.find import find_facts
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.planning.cards import CARDS
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.stored.model import empty_module
+from launcher.estimates import estimate_on
+from launcher.instances import Instance
+
+PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
+_T5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+# Family, the first size's name, a larger one's, and its modules as its makers configure them.
+LARGER: list[tuple[str, str, str, dict[str, dict[str, Any]]]] = [
+    (
+        "sd",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "stabilityai/stable-diffusion-2-1",
+        {
+            "unet": {
+                "cross_attention_dim": 1024,
+                "attention_head_dim": (5, 10, 20, 20),
+                "use_linear_projection": True,
+            },
+            "text_encoder": {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 23,
+                "num_attention_heads": 16,
+            },
+        },
+    ),
+    (
+        "flux2",
+        "black-forest-labs/FLUX.2-klein-base-4B",
+        "black-forest-labs/FLUX.2-klein-base-9B",
+        {
+            "transformer": {
+                "num_layers": 8,
+                "num_single_layers": 24,
+                "num_attention_heads": 32,
+                "joint_attention_dim": 12288,
+                "guidance_embeds": False,
+            },
+            "text_encoder": {
+                "vocab_size": 151936,
+                "hidden_size": 4096,
+                "intermediate_size": 12288,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            },
+        },
+    ),
+    (
+        "sd3",
+        "stabilityai/stable-diffusion-3.5-medium",
+        "stabilityai/stable-diffusion-3.5-large",
+        {
+            "transformer": {
+                "num_layers": 38,
+                "num_attention_heads": 38,
+                "caption_projection_dim": 2432,
+                "pos_embed_max_size": 192,
+                "qk_norm": "rms_norm",
+            },
+            "text_encoder": {
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_attention_heads": 12,
+                "projection_dim": 768,
+            },
+            "text_encoder_2": {
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 20,
+                "projection_dim": 1280,
+            },
+            "text_encoder_3": {**_T5, "feed_forward_proj": "gated-gelu"},
+        },
+    ),
+]
+EVERY = pytest.mark.parametrize(("family", "first", "larger", "configs"), LARGER, ids=[family for family, *_ in LARGER])
+
+
+def parse(name: str, **values: object) -> Hyperparameters:
+    family = next(found for found, *names, _ in LARGER if name in names)
+    gates = FAMILIES[family].facts.gates
+    accepted = next((licence for licence, names in gates.items() if names.search(name)), None)
+    usual = {"method": "full" if family == "sd" else "lora", "accept_license": accepted}
+    return Hyperparameters.parse({**PROMPTS, "pretrained_model_name_or_path": name, **usual, **values})
+
+
+@EVERY
+def test_facts_are_those_of_the_true_model(
+    family: str, first: str, larger: str, configs: dict[str, dict[str, Any]]
+) -> None:
+    facts = parse(larger).facts
+    assert facts != parse(first).facts == FAMILIES[family].facts
+    modules = {part: empty_module(part, config, facts.pipeline) for part, config in configs.items()}
+    denoiser = modules.pop(facts.denoiser)
+    stored = {name: value.numel() for name, value in denoiser.state_dict().items()}  # with its table of places
+    assert facts.footprint.denoiser == pytest.approx(sum(stored.values()) / 1e6, rel=1e-3)
+    texts = [value.numel() for module in modules.values() for value in module.parameters()]
+    assert facts.footprint.text_encoder == pytest.approx(sum(texts) / 1e6, rel=1e-3)
+    linear = [layer.weight.numel() / 1e6 for layer in denoiser.modules() if isinstance(layer, nn.Linear)]
+    if family != "sd":
+        assert facts.footprint.largest_coded == pytest.approx(max(linear), rel=1e-2)
+        assert facts.footprint.denoiser_coded == pytest.approx(sum(linear), rel=1e-3)
+    for layers in facts.adapted.values():
+        for ends, width, found in (
+            (layers.denoiser, layers.width, [denoiser]),
+            (layers.text_encoder, layers.text_width, [*modules.values()]),
+        ):
+            named = [
+                m for module in found for name, m in module.named_modules() if f".{name}".endswith(_after_dots(ends))
+            ]
+            assert width == sum(m.weight.shape[0] + m.weight.shape[1:].numel() for m in named)
+
+
+def _after_dots(ends: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f".{end}" for end in ends)
+
+
+@EVERY
+def test_a_larger_model_needs_more_and_takes_longer(
+    family: str, first: str, larger: str, configs: dict[str, dict[str, Any]]
+) -> None:
+    plans = [make_plan(parse(name), CARDS["H100"]) for name in (first, larger)]
+    assert plans[1].predicted_peak_gb > plans[0].predicted_peak_gb + 2
+    assert {plan.tier for plan in plans} == {"roomy"}
+    minutes = [
+        estimate_on(parse(name, max_train_steps=1000), Instance("a type", CARDS["H100"], 1, 1.0)).minutes
+        for name in (first, larger)
+    ]
+    assert None not in minutes
+    assert (minutes[1] > minutes[0]) == (family != "sd")  # type: ignore[operator]
+
+
+def test_the_configuration_of_a_directory_counts_for_more_than_its_name(tiny_base: Path, tmp_path: Path) -> None:
+    first = FAMILIES["sd"].facts
+    model = tmp_path / "stable-diffusion-2-1"
+    (model / "unet").mkdir(parents=True)
+    (model / "model_index.json").write_text((tiny_base / "model_index.json").read_text())
+    config = model / "unet" / "config.json"
+    for width, is_second in ((768, False), (1024, True)):
+        config.write_text(json.dumps({"cross_attention_dim": width}))
+        assert (find_facts("sd", str(model)) != first) == is_second
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "is_larger"),
+    [
+        ("sd", "cond_stage_model.transformer.text_model.final_layer_norm.weight", False),
+        ("sd", "cond_stage_model.model.ln_final.weight", True),
+        ("flux2", "double_blocks.4.img_attn.proj.weight", False),
+        ("flux2", "double_blocks.7.img_attn.proj.weight", True),
+        ("sd3", "model.diffusion_model.joint_blocks.23.x_block.attn.proj.weight", False),
+        ("sd3", "model.diffusion_model.joint_blocks.37.x_block.attn.proj.weight", True),
+    ],
+)
+def test_what_a_single_file_holds_counts_for_more_than_its_name(
+    tmp_path: Path, family: str, tensor: str, is_larger: bool
+) -> None:
+    path = tmp_path / "sd2-9b-large.safetensors"
+    save_file({tensor: torch.zeros(1)}, path)
+    assert (find_facts(family, str(path)) != FAMILIES[family].facts) == is_larger
+
+
+@pytest.mark.parametrize(
+    ("name", "is_larger"),
+    [
+        ("stabilityai/stable-diffusion-2", True),
+        ("stabilityai/stable-diffusion-2-base", True),
+        ("s3://models/sd21/", True),
+        ("s3://models/v2-1_768-ema-pruned.safetensors", True),
+        ("someone/dreamshaper-v2", False),
+        ("someone/sd2022", False),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", False),
+    ],
+)
+def test_of_what_is_not_here_the_name_tells(name: str, is_larger: bool) -> None:
+    assert (find_facts("sd", name) != FAMILIES["sd"].facts) == is_larger
