@@ -16,7 +16,15 @@ from pathlib import Path
 import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
 from dreambooth_sm import __build__, distributed, sagemaker
 from dreambooth_sm.data.captions import read_dataset_info
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_FAILURE, EXIT_OK, EXIT_STOPPED, StopRequested, UserError
+from dreambooth_sm.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILURE,
+    EXIT_OK,
+    EXIT_STOPPED,
+    StopRequested,
+    SubjectsFailed,
+    UserError,
+)
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.importing import importing
 from dreambooth_sm.knobs.decode import split_arguments
@@ -60,12 +68,18 @@ def main(arguments: list[str]) -> int:
             processes = distributed.count_processes(hyperparameters.num_processes, on_cpu=hyperparameters.use_cpu)
             if processes * len(contract.hosts) > 1:
                 return distributed.run_workers([sys.executable, "-u", __file__, *arguments], contract, processes)
-        with importing():
-            from dreambooth_sm.job import run  # imports torch, which bad input does not have to wait for
+        with importing():  # torch, which bad input does not have to wait for
+            from dreambooth_sm.fleet.run import run_fleet
+            from dreambooth_sm.job import run
 
-        run(hyperparameters, contract, report=report, stop=stop)
+        if hyperparameters.fleet is None:
+            run(hyperparameters, contract, report=report, stop=stop)
+        else:
+            run_fleet(hyperparameters, contract, report=report, stop=stop)
     except UserError as error:
         return fail(base, "\n".join([*error.problems, *getattr(error, "__notes__", ())]), EXIT_BAD_INPUT)
+    except SubjectsFailed as error:
+        return fail(base, str(error), EXIT_FAILURE)
     except StopRequested as request:
         report.say(f"stopped: {request}")
         return EXIT_STOPPED

@@ -19,6 +19,8 @@ from dreambooth_sm.sagemaker import Contract
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+    from dreambooth_sm.shared import Shared
+
 
 @dataclass
 class Context:
@@ -33,6 +35,7 @@ class Context:
         report: its log and its record.
         stop: set when it should end, with what was trained in a checkpoint.
         background: what works beside it, and is closed with it.
+        shared: what it shares with other subjects of a fleet; None for a job by itself.
     """
 
     h: Hyperparameters
@@ -42,6 +45,7 @@ class Context:
     report: Reporter
     stop: threading.Event
     background: contextlib.ExitStack
+    shared: Shared | None = None
 
     @property
     def method(self) -> Method:

@@ -11,7 +11,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -128,8 +129,13 @@ def run_workers(command: Sequence[str], contract: Contract, processes: int) -> i
     return code if code >= 0 else 128 - code
 
 
-def join() -> World:
-    """Meets the other processes; a world of one where :func:`run_workers` did not start this process."""
+def join(patience: timedelta = timedelta(minutes=30)) -> World:
+    """Meets the other processes; a world of one where :func:`run_workers` did not start this process.
+
+    Args:
+        patience: how long processes wait for each other: loading a base model, or drawing class images, may take one
+            of them longer than the others.
+    """
     if not is_worker():
         return World()
     import torch
@@ -139,9 +145,18 @@ def join() -> World:
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() > world.local_rank
     if on_gpu:
         torch.cuda.set_device(world.local_rank)
-    # Loading a base model or drawing class images may take one process longer than the others.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=patience)
     return world
+
+
+@contextmanager
+def joined(patience: timedelta = timedelta(minutes=30)) -> Iterator[World]:
+    """Inside, this process is one of those that :func:`join` met."""
+    world = join(patience)
+    try:
+        yield world
+    finally:
+        leave()
 
 
 def leave() -> None:

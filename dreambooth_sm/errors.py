@@ -62,5 +62,9 @@ class Problems:
             raise UserError(dict.fromkeys(self.found))
 
 
+class SubjectsFailed(Exception):  # noqa: N818 - the job did what it could
+    """Some subjects of a fleet have no model; a line says how many, and one a subject why."""
+
+
 class StopRequested(Exception):  # noqa: N818 - not an error: the platform asked the job to end
     """The job was asked to stop (SIGTERM) and has reached a point where it can."""

@@ -6,7 +6,6 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +16,19 @@ from dreambooth_sm.context import Context
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.data.prior import make_class_images
-from dreambooth_sm.distributed import World, join, leave
-from dreambooth_sm.fidelity import Encoders, load_encoders
+from dreambooth_sm.distributed import joined
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.live_samples import live_samples
+from dreambooth_sm.loading import open_model
 from dreambooth_sm.memory import free_memory
-from dreambooth_sm.methods import Trainable
-from dreambooth_sm.models import PretrainedModel, open_base
+from dreambooth_sm.methods import Resettable
 from dreambooth_sm.preflight import Checked, check_prompts, preflight
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.results import REPORT_FILES, gather_facts, write_results
 from dreambooth_sm.resume import Start, find_start
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.selection import Examiner
+from dreambooth_sm.shared import Opened
 from dreambooth_sm.space import Space
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.training.loop import TrainingSet
@@ -47,14 +46,30 @@ def run(h: Hyperparameters, contract: Contract, *, report: Reporter, stop: threa
         UserError: bad input, before anything is downloaded where that is possible.
         StopRequested: ``stop`` was set; what was trained is in a checkpoint.
     """
-    with _joined() as world, contextlib.ExitStack() as background:
+    with joined() as world, contextlib.ExitStack() as background:
         if not world.is_main:
             report = Reporter(open(os.devnull, "w"))  # noqa: PTH123, SIM115 - for as long as the process lives
-        return _run(Context(h, h, contract, world, report, stop, background))
+        job = Context(h, h, contract, world, report, stop, background)
+        checked = preflight(job)
+        made = make(job, checked)
+        return job.directory if made is None or checked.target is None else send(job, checked.target, made)
 
 
-def _run(job: Context) -> Path | S3Uri:
-    checked = preflight(job)
+@dataclass(frozen=True)
+class Made:
+    """A trained model in its directory.
+
+    Attributes:
+        start: where its training began.
+        written: names of its files.
+    """
+
+    start: Start
+    written: set[str]
+
+
+def make(job: Context, checked: Checked) -> Made | None:
+    """Trains the model and writes it into its directory; None on processes that only help with it."""
     start = find_start(job, checked.plan, checked.subjects, checked.target)
     loaded = load(job, checked, start)
     job.stop_if_asked()
@@ -67,36 +82,20 @@ def _run(job: Context) -> Path | S3Uri:
     del data
     free_memory()
     if not job.world.is_main:
-        return job.directory
+        return None
     measure_after(job, start, examiner)
     draw_after(job, start, validator)
-    written = save(job, checked, start, trained, prior)
-    return job.directory if checked.target is None else send(job, checked.target, start, written)
-
-
-@contextlib.contextmanager
-def _joined() -> Iterator[World]:
-    world = join()
-    try:
-        yield world
-    finally:
-        leave()
+    return Made(start, save(job, checked, start, trained, prior))
 
 
 @dataclass(frozen=True)
-class Loaded:
+class Loaded(Opened):
     """The base model, loaded, and all that belongs to its training.
 
     Attributes:
-        base: the base model.
-        trainable: what is trained of it.
-        encoders: that measure fidelity; None where nothing is measured.
         space: what the job will write, and where to.
     """
 
-    base: PretrainedModel
-    trainable: Trainable
-    encoders: Encoders | None
     space: Space
 
 
@@ -104,27 +103,19 @@ def load(job: Context, checked: Checked, start: Start) -> Loaded:
     """Loads the base model, and looks at everything that could not be looked at without it."""
     h, plan, report = job.h, checked.plan, job.report
     with report.phase("load_base"):
-        # Host memory is short where cards are small: weights wait in the precision of their files, unless they are
-        # drawn with as they are.
-        on_host = torch.float32 if plan.device == "cpu" or plan.precision == "fp32" else None
-        base = open_base(h, on_host)
-        for remark in base.remarks:
-            report.warn(remark)
-        trainable = job.method.attach(base, plan, h, start.seed)
+        opened = open_model(job, plan, start.seed)
+        trainable = opened.trainable
         check_prompts(trainable.model, checked.subjects, h)
         space = Space.needed(trainable, h, plan, start.checkpoints)
         if warning := space.check(h.checkpoints_total_limit if h.save_steps else 1):
             report.warn(warning)
-        start.fit_to(base, trainable.parameters, h, report)
-        # Before class images are made: encoders that can't be had end the job here. On the CPU: the card's memory is
-        # planned for training.
-        encoders = load_encoders(h.fidelity_encoders) if h.fidelity_encoders and job.world.is_main else None
+        start.fit_to(opened.digests, trainable.parameters, h, report)
     samples, previous = job.directory / SAMPLES, start.previous
     if previous:
         if job.world.is_main:
             take_over_pictures(previous.pictures, samples)
         report.resume(previous.record, previous.step, samples)
-    return Loaded(base, trainable, encoders, space)
+    return Loaded(**vars(opened), space=space)
 
 
 @dataclass(frozen=True)
@@ -154,6 +145,7 @@ def draw_prior(job: Context, checked: Checked, loaded: Loaded) -> Prior:
             report=job.report,
             stop=job.stop,
             world=job.world,
+            shared=job.shared,
         )
     return Prior(subjects, shown)
 
@@ -178,9 +170,7 @@ def encode(job: Context, checked: Checked, loaded: Loaded, prior: Prior, start: 
     """Puts everything that the steps read on the device."""
     with job.report.phase("encode"):
         device = torch.device(checked.plan.device)
-        return encode_training_set(
-            loaded.trainable.model, prior.subjects, job.h, checked.plan, device=device, seed=start.seed
-        )
+        return encode_training_set(loaded.reader, prior.subjects, job.h, checked.plan, device=device, seed=start.seed)
 
 
 def measure_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior) -> Examiner | None:
@@ -211,6 +201,7 @@ def teach(
             report=job.report,
             stop=job.stop,
             world=job.world,
+            bench=job.shared.bench if job.shared and isinstance(loaded.trainable, Resettable) else None,
         )
 
 
@@ -243,11 +234,12 @@ def save(job: Context, checked: Checked, start: Start, trained: TrainedModel, pr
     return written | set(REPORT_FILES)
 
 
-def send(job: Context, target: S3Uri, start: Start, written: set[str]) -> S3Uri:
+def send(job: Context, target: S3Uri, made: Made) -> S3Uri:
     """Uploads what was written."""
     with job.report.phase("upload"):
         job.background.close()  # pictures that still wait come with the model
-        outputs.upload(job.directory, written, target, job.h, start.schedule.steps, job.contract, job.report)
-        if start.remote:
-            start.remote.clear()
+        steps = made.start.schedule.steps
+        outputs.upload(job.directory, made.written, target, job.h, steps, job.contract, job.report)
+        if made.start.remote:
+            made.start.remote.clear()
     return target

@@ -78,7 +78,7 @@ class SyncedSamples:
         self.directory = synced / SAMPLES
 
     def send(self, samples: Sequence[ValidationPicture]) -> None:
-        self.directory.mkdir(exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         for sample in samples:
             shutil.copyfile(sample.path, self.directory / sample.path.name)
 
@@ -95,4 +95,4 @@ def live_samples(
         client = upload_client(h, attempts=2, timeout=10)
         return background.enter_context(RemoteSamples(target, h.s3_options, client, report))
     synced = contract.checkpoint_directory
-    return SyncedSamples(synced) if synced.is_dir() else None
+    return SyncedSamples(synced) if contract.keeps_checkpoints else None

@@ -212,6 +212,14 @@ class PretrainedModel:
             setattr(other, name, module)
         return other
 
+    def apart(self) -> PretrainedModel:
+        """A model of the same files with parts of its own, which it may read or replace: this one stays as it is."""
+        other = copy.copy(self)
+        other._files = dict(self._files)
+        for name in self._files:
+            setattr(other, name, copy.deepcopy(getattr(self, name)))
+        return other
+
     def with_frames(self, *names: str) -> PretrainedModel:
         """A model whose modules of these names are others around the same weights, wherever these are: what is put into
         them is not in this model."""

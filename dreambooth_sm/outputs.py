@@ -6,14 +6,17 @@ import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dreambooth_sm import storage
+from dreambooth_sm.checksums import encoded, extended
 from dreambooth_sm.context import upload_client
 from dreambooth_sm.convert import EXPORT_DTYPES
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.manifest import MANIFEST_NAME, Manifest, ManifestEntry
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
@@ -109,6 +112,18 @@ def upload(
         with contextlib.suppress(OSError):  # something else is in it
             (directory / folder).rmdir()
     pointer.write_text(f"{target}\n")
+
+
+def seal(directory: Path, written: set[str], job: str, step: int) -> None:
+    """Lists the job's files in a manifest, as an upload does, where they stay on this machine."""
+    entries = []
+    for name in sorted(written):
+        content = (directory / name).read_bytes()
+        entries.append(ManifestEntry(name, len(content), encoded(extended(0, content))))
+    manifest = Manifest(tuple(entries), datetime.now(UTC).isoformat(timespec="seconds"), job, step)
+    partial = directory / f".{MANIFEST_NAME}.partial"
+    partial.write_text(manifest.to_json(), encoding="utf-8")
+    partial.rename(directory / MANIFEST_NAME)
 
 
 @contextlib.contextmanager

@@ -60,7 +60,8 @@ def preflight(job: Context) -> Checked:
         with problems.collected():
             subjects = find_subjects(h, job.report.warn)
         with problems.collected():
-            check_base(h)
+            if job.shared is None:  # a fleet's base model is looked at once
+                check_base(h)
         with problems.collected():
             check_output(h)
         with problems.collected():
@@ -144,9 +145,10 @@ def check_output(h: Hyperparameters) -> None:
 def check_checkpoints(contract: Contract) -> None:
     """Raises UserError unless checkpoints can be written to the directory that SageMaker syncs, where there is one."""
     directory = contract.checkpoint_directory
-    if not directory.is_dir():
+    if not contract.keeps_checkpoints:
         return
     try:
+        directory.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise UserError(

@@ -64,14 +64,21 @@ class Start:
     _older: Iterator[Checkpoint]
 
     def fit_to(
-        self, base: PretrainedModel, parameters: Mapping[str, torch.nn.Parameter], h: Hyperparameters, report: Reporter
+        self,
+        digests: Mapping[str, str],
+        parameters: Mapping[str, torch.nn.Parameter],
+        h: Hyperparameters,
+        report: Reporter,
     ) -> None:
         """Looks whether the checkpoint is one of this model, now that it is loaded; an older one may be.
+
+        Args:
+            digests: of the model, see :func:`fingerprint`.
 
         Raises:
             UserError: where it is of another job.
         """
-        self.identity[BASE_MODEL_KEY] = fingerprint(base)
+        self.identity[BASE_MODEL_KEY] = dict(digests)
         self.previous = first_that_fits(self.previous, self._older, parameters, report)
         if self.previous:
             check_resumable(self.previous, self.identity, self.schedule)
@@ -255,7 +262,7 @@ def checkpoint_directory(h: Hyperparameters, contract: Contract) -> Path:
     """Returns where checkpoints outlive the container: the synced directory if the job has one, else the model
     directory, which SageMaker saves when a job is stopped."""
     synced = contract.checkpoint_directory
-    return synced if synced.is_dir() else Path(h.models_path) / "checkpoints"
+    return synced if contract.keeps_checkpoints else Path(h.models_path) / "checkpoints"
 
 
 def remote_checkpoints(
@@ -267,7 +274,7 @@ def remote_checkpoints(
     report: Reporter,
 ) -> RemoteCheckpoints | None:
     """Checkpoints beside the model in S3, unless SageMaker syncs them, or other hosts would need them as well."""
-    if target is None or contract.checkpoint_directory.is_dir() or len(contract.hosts) > 1 or not world.is_main:
+    if target is None or contract.keeps_checkpoints or len(contract.hosts) > 1 or not world.is_main:
         return None
     return RemoteCheckpoints(target, h.s3_options, upload_client(h), report, owns)
 

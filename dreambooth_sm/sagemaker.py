@@ -36,6 +36,7 @@ class Contract:
         instance_type: such as ``ml.g4dn.xlarge``; empty where the platform does not say.
         job_name: name of the training job; ``local`` outside of SageMaker.
         network_interface: the one between the hosts, such as ``eth0``.
+        subject: of a fleet, whose checkpoints lie by themselves; empty where the job is not one subject's of several.
     """
 
     base: Path
@@ -46,10 +47,16 @@ class Contract:
     instance_type: str = ""
     job_name: str = "local"
     network_interface: str = ""
+    subject: str = ""
 
     @property
     def checkpoint_directory(self) -> Path:
-        return self.base / "checkpoints"
+        return self.base / "checkpoints" / self.subject
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether the platform does: it syncs the directory with S3."""
+        return (self.base / "checkpoints").is_dir()
 
     @property
     def has_gpu_instance(self) -> bool:

@@ -68,7 +68,7 @@ def encode_training_set(
     (empty,) = table.rows("") if h.caption_dropout else (0,)
     masks = [read_mask(sample.picture) for sample in instances] + [None] * len(classes)
     views = views_of(pictures, trained_in, masks, seed, random_crop=not h.center_crop, mirror=h.hflip)
-    vae = base.copy_of("vae", device, torch.float32)
+    vae = base.part("vae", device, torch.float32)
     latents = Latents(pictures, trained_in, views, vae, base.family, cached=plan.cache_latents)
     del vae
     extras = PictureExtras(pictures, trained_in, views, base.family.extras)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -35,6 +37,18 @@ SHOWN = 4
 _FIRST_SEED = 2**30
 
 
+class KnownWeights(Protocol):
+    """What the subjects of a fleet know of each other's class images.
+
+    Attributes:
+        scratch: directory for those that can't go elsewhere.
+        class_weights: digest of what draws them; None before any were drawn.
+    """
+
+    scratch: Path
+    class_weights: str | None
+
+
 class ClassImages:
     """Makes class images with one base model, or finds those that earlier jobs made.
 
@@ -46,6 +60,7 @@ class ClassImages:
         model: the untrained base model, on the device that draws.
         weights: digest of what shapes the latents, see :func:`~dreambooth_sm.data.class_cache.fingerprint`; None where
             the pipeline has all of it.
+        draw_with: makes what draws, where ``model`` has no weights and only tells of itself.
         remote: where pictures are kept for later jobs, beside the subject's class directory.
         options: how they are written there.
         scratch: takes their place where the class directory is read-only (a channel in FastFile mode, for example).
@@ -66,10 +81,12 @@ class ClassImages:
         world: World = World(),  # noqa: B008 - frozen
         options: S3Options = S3Options(),  # noqa: B008
         weights: str | None = None,
+        draw_with: Callable[[], Sampler] | None = None,
     ) -> None:
         import diffusers
 
         self._options = options
+        self._draw_with = draw_with
         self._sampler = model if isinstance(model, Sampler) else Sampler(model)
         self._pipeline = pipeline = self._sampler.pipeline
         self._batch_size, self._guidance = batch_size, guidance
@@ -122,6 +139,9 @@ class ClassImages:
     def _make(self, names: dict[int, str], recipe: Recipe, cache: ClassCache) -> dict[str, bytes]:
         """Draws the pictures of these numbers, and gives what all processes drew, by name."""
         share = list(names)[self._world.rank :: self._world.size]
+        if self._draw_with:
+            self._sampler, self._draw_with = self._draw_with(), None
+            self._pipeline = self._sampler.pipeline
         batches = draw_latents(
             self._sampler,
             recipe.prompt,
@@ -184,33 +204,43 @@ def make_class_images(
     report: Reporter,
     stop: threading.Event,
     world: World,
+    shared: KnownWeights | None = None,
 ) -> tuple[Subject, ...]:
     """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs.
 
     Args:
         shown: directory for pictures of some of them.
+        shared: with other subjects of a fleet, whose base model is known once the first of them had pictures made.
     """
     if h.prior == "output" or all(
         s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects
     ):
         return subjects
-    text = {part: tensor_sums(part, drawing_part(base, plan, part)) for part in base.text_parts}
     prompts = [subject.class_prompt for subject in subjects if subject.class_prompt]
-    sampler = make_sampler(base, plan, prompts, h.sample_guidance_scale)
-    denoiser = base.family.facts.denoiser
-    sums = {denoiser: tensor_sums(denoiser, getattr(sampler.pipeline, denoiser))} | text
+    make = partial(make_sampler, base, plan, prompts, h.sample_guidance_scale)
+    weights = shared.class_weights if shared else None
+    sampler = None
+    if weights is None:
+        text = {part: tensor_sums(part, drawing_part(base, plan, part)) for part in base.text_parts}
+        sampler = make()
+        denoiser = base.family.facts.denoiser
+        sums = {denoiser: tensor_sums(denoiser, getattr(sampler.pipeline, denoiser))} | text
+        weights = digest({part: sums[part] for part in shaping(base.family.facts.parts)})
+    if shared:
+        shared.class_weights = weights
     images = ClassImages(
-        sampler,
+        sampler or base.pipeline(),
+        draw_with=None if sampler else make,
         batch_size=plan.sample_batch_size,
         guidance=h.sample_guidance_scale,
         remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
-        scratch=scratch_directory(h),
+        scratch=shared.scratch if shared else scratch_directory(h),
         shown=shown,
         options=h.s3_options,
         report=report,
         stop=stop,
         world=world,
-        weights=digest({part: sums[part] for part in shaping(base.family.facts.parts)}),
+        weights=weights,
     )
     completed: list[Subject] = []
     for subject, instances in zip(subjects, shapes_of(subjects, h), strict=True):

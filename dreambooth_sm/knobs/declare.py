@@ -54,6 +54,7 @@ class Meaning:
         path: whether the value may be a path in the container, which lies elsewhere where the job runs without one.
         text: whether the value is a prompt, whose blanks may be escaped.
         common: whether people set it; short help texts show it.
+        per_subject: whether the subjects of a fleet may have values of their own: neither plan nor model depends on it.
         tunable: where a search for good values looks; None where there is nothing to search for.
         methods: those that the knob is one of; all, where none is named.
         aliases: other names that it is accepted by.
@@ -63,6 +64,7 @@ class Meaning:
     path: bool = False
     text: bool = False
     common: bool = False
+    per_subject: bool = False
     tunable: Tunable | None = None
     methods: tuple[str, ...] = ()
     aliases: tuple[Alias, ...] = ()
@@ -70,7 +72,7 @@ class Meaning:
     def __call__(self, schema: JsonDict) -> None:
         """Tells the JSON schema of the field, as pydantic asks for it."""
         schema["resume"] = self.resume
-        schema.update({name: True for name in ("path", "text", "common") if getattr(self, name)})
+        schema.update({name: True for name in ("path", "text", "common", "per_subject") if getattr(self, name)})
         if self.tunable:
             schema["tunable"] = asdict(self.tunable)
         if self.methods:
@@ -91,6 +93,7 @@ def knob(
     path: bool = False,
     text: bool = False,
     common: bool = False,
+    per_subject: bool = False,
     tunable: Tunable | None = None,
     methods: tuple[str, ...] = (),
     aliases: tuple[Alias, ...] = (),
@@ -100,10 +103,17 @@ def knob(
     Args:
         default: its value where it is left out.
         help: a sentence or two, in Markdown.
-        resume, path, text, common, tunable, methods, aliases: see :class:`Meaning`.
+        resume, path, text, common, per_subject, tunable, methods, aliases: see :class:`Meaning`.
     """
     said = Meaning(
-        resume=resume, path=path, text=text, common=common, tunable=tunable, methods=methods, aliases=aliases
+        resume=resume,
+        path=path,
+        text=text,
+        common=common,
+        per_subject=per_subject,
+        tunable=tunable,
+        methods=methods,
+        aliases=aliases,
     )
     return Field(default, description=help, json_schema_extra=said)
 

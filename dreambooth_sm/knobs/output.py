@@ -26,6 +26,7 @@ class OutputKnobs(ModelKnobs):
         "aws-trained-dreambooth-model",
         "Name of the trained model, as the log gives it.",
         resume="free",
+        per_subject=True,
     )
     models_path: str = knob(
         DEFAULT_MODELS_PATH,

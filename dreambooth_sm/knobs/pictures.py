@@ -13,7 +13,7 @@ from dreambooth_sm.families import DEFAULT, FAMILIES
 from dreambooth_sm.knobs.concepts import Concept
 from dreambooth_sm.knobs.declare import knob, rule
 from dreambooth_sm.knobs.messages import listed, short
-from dreambooth_sm.knobs.output import DEFAULT_MODELS_PATH, OutputKnobs
+from dreambooth_sm.knobs.output import DEFAULT_MODELS_PATH, OutputKnobs, refused_location
 from dreambooth_sm.knobs.ranges import Auto, Fraction
 
 # The channel names of the seed notebook, as SageMaker mounts them.
@@ -54,9 +54,10 @@ class PictureKnobs(OutputKnobs):
         "each picture, or for the words of its name where it has none.",
         text=True,
         common=True,
+        per_subject=True,
     )
     class_prompt: str | None = knob(
-        None, 'Prompt of the class, without the token: "photo of a toy".', text=True, common=True
+        None, 'Prompt of the class, without the token: "photo of a toy".', text=True, common=True, per_subject=True
     )
     concepts_list: str | tuple[Concept, ...] | None = knob(
         None,
@@ -64,6 +65,19 @@ class PictureKnobs(OutputKnobs):
         "class_data_dir, instance_prompt, class_prompt}.",
         resume="free",
         path=True,
+    )
+    fleet: str | None = knob(
+        None,
+        "Many subjects, each trained by itself, one after another, with a model of its own: path of their list, a line "
+        "of JSON each, in a channel ([fleets](fleets.md)).",
+        resume="free",
+        path=True,
+    )
+    fleet_outcomes: str | None = knob(
+        None,
+        "`s3://bucket/prefix`: a copy of each subject's manifest.json or failure.json, below its id: one listing tells "
+        "how far a fleet is.",
+        resume="free",
     )
     resolution: Annotated[int, Ge(64), Le(2048)] = knob(
         FAMILIES[DEFAULT].facts.resolution,
@@ -131,9 +145,9 @@ class PictureKnobs(OutputKnobs):
         """The concepts given as JSON; empty where ``concepts_list`` is a path or is left out."""
         return self.concepts_list if isinstance(self.concepts_list, tuple) else ()
 
-    @rule("instance_prompt", "concepts_list")
+    @rule("instance_prompt", "concepts_list", "fleet")
     def _subject_has_a_prompt(self) -> Iterator[str]:
-        if self.concepts_list is None and not self.instance_prompt:
+        if self.concepts_list is None and self.fleet is None and not self.instance_prompt:
             yield (
                 "instance_prompt is missing; set it to the prompt of your subject with a rare token, such as "
                 '"photo of zwx toy"'
@@ -141,6 +155,17 @@ class PictureKnobs(OutputKnobs):
         for number, concept in enumerate(self.inline_concepts):
             if not (concept.instance_prompt or self.instance_prompt):
                 yield f"concepts_list: concept {number} has no instance_prompt"
+
+    @rule("fleet_outcomes")
+    def _outcomes_go_to_s3(self) -> Iterator[str]:
+        yield from refused_location("fleet_outcomes", self.fleet_outcomes)
+
+    @rule("fleet", "concepts_list")
+    def _subjects_of_a_fleet_are_by_themselves(self) -> Iterator[str]:
+        if self.fleet is not None and self.concepts_list is not None:
+            yield (
+                "fleet trains each subject by itself, and concepts_list several in one model; leave one of the two out"
+            )
 
     @rule("class_prompt", "concepts_list")
     def _class_has_no_captions(self) -> Iterator[str]:

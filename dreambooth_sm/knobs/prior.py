@@ -39,7 +39,7 @@ class PriorKnobs(PictureKnobs):
     )
     prior_loss_weight: NonNegativeFloat = knob(0.5, "Weight of the class images' loss.", tunable=Tunable(0.1, 1.0))
     num_class_images: Annotated[int, Ge(1), Le(100_000)] = knob(
-        50, "Class images wanted; those that are missing are generated.", common=True
+        50, "Class images wanted; those that are missing are generated.", common=True, per_subject=True
     )
     sample_batch_size: Few | Auto = knob("auto", "Class images generated at a time.", resume="free")
     sample_guidance_scale: Annotated[float, Ge(1)] = knob(

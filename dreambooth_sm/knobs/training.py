@@ -40,8 +40,9 @@ class TrainingKnobs(Knobs):
         resume="free",
         common=True,
         tunable=Tunable(200, 2000),
+        per_subject=True,
     )
-    num_train_epochs: Steps | None = knob(None, "Passes over the instance pictures.", resume="free")
+    num_train_epochs: Steps | None = knob(None, "Passes over the instance pictures.", resume="free", per_subject=True)
     train_batch_size: Few = knob(
         1, "Instance pictures a step; prior preservation adds as many class images.", common=True
     )
@@ -51,6 +52,7 @@ class TrainingKnobs(Knobs):
         "Peak learning rate. Where it is left out, optimizer=lion takes a fifth of the default, optimizer=prodigy 1.",
         common=True,
         tunable=Tunable(5e-7, 1e-5, logarithmic=True),
+        per_subject=True,
     )
     scale_lr: bool = knob(False, "Multiply the learning rate by batch size, accumulation steps and processes.")
     lr_scheduler: Literal[
@@ -97,7 +99,9 @@ class TrainingKnobs(Knobs):
         "Add this much of noise that is the same all over a picture, so that very dark and very bright pictures can be "
         "learned (Guttenberg 2023); 0.05 to 0.1 is usual.",
     )
-    seed: Seed | None = knob(None, "Seed of everything random in the job; None draws one and logs it.", common=True)
+    seed: Seed | None = knob(
+        None, "Seed of everything random in the job; None draws one and logs it.", common=True, per_subject=True
+    )
 
     @property
     def text_encoder_factor(self) -> float:

@@ -26,6 +26,7 @@ class ValidationKnobs(CheckpointKnobs):
         resume="free",
         text=True,
         common=True,
+        per_subject=True,
     )
     validation_steps: StepsOrNone = knob(
         0,

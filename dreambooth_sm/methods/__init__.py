@@ -81,6 +81,14 @@ class Removable(Protocol):
 
 
 @runtime_checkable
+class Resettable(Protocol):
+    """What is trained again and again, from the beginning each time, without loading the base model again."""
+
+    def reset(self, seed: int) -> None:
+        """Gives the parameters, which stay the same objects, the values on the CPU that they would begin with."""
+
+
+@runtime_checkable
 class Measurable(Protocol):
     """What is trained beside a base model, and says how far that makes the model another one."""
 

@@ -78,6 +78,8 @@ class WholeModel:
 
     def __init__(self, model: PretrainedModel, *, text_encoder: bool, text_encoder_factor: float = 1.0) -> None:
         self.model = model
+        # Keeps what its weights come from, while those of the model are trained.
+        self._base = model.with_parts({})
         self._text_encoder, self._text_encoder_factor = text_encoder, text_encoder_factor
         self._parts = (model.family.facts.denoiser, *(model.text_parts if text_encoder else ()))
 
@@ -96,6 +98,12 @@ class WholeModel:
 
     def load(self) -> None:
         self.model.load(*self._parts)
+
+    def reset(self, seed: int) -> None:
+        for part in self._parts:
+            weights = self._base.weights(part)
+            for key, parameter in getattr(self.model, part).named_parameters():
+                parameter.data = weights[key].read()
 
     def place(self, plan: Plan, device: torch.device) -> None:
         from dreambooth_sm.training.placement import place, speed_up

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -180,6 +181,16 @@ class Adapters:
             torch.manual_seed(self._seed)
             self._inject()
         self._seed = None
+
+    def reset(self, seed: int) -> None:
+        # The magnitudes of DoRA begin as norms of the weights; all else begins by shapes alone.
+        plan = self._plan if self._h.lora_variant == "dora" else replace(self._plan, base_weights="plain")
+        fresh = Adapters.of(self._base.with_parts({}), plan, self._h, seed)
+        fresh.load()
+        values = fresh.parameters
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name].detach()
+        self._drawn.clear()
 
     def _loaded(self, part: str) -> torch.nn.Module:
         """A part of the base model, in the bits that the plan keeps it in."""

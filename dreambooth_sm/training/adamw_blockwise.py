@@ -195,6 +195,7 @@ class BlockwiseAdamW(Optimizer):
         self._bias_correction = bias_correction
         self._seed = seed
         self._loss_scale_bounds = (min_loss_scale, max_loss_scale)
+        self._initial_loss_scale = initial_loss_scale
         self._growth_interval = growth_interval
         self._steps = 0
         self._prepared = False
@@ -527,6 +528,22 @@ class BlockwiseAdamW(Optimizer):
         high, low = split(_in_memory_order(full))
         _in_memory_order(param.detach()).copy_(high)
         residual[: param.numel()].copy_(low)
+
+    @torch.no_grad()
+    def restart(self, seed: int) -> None:
+        """Forget all steps: what follows is what a new optimizer would do. Captured graphs stay valid.
+
+        Residuals are forgotten as well: set the weights after it.
+        """
+        self._seed, self._steps, self._prepared = seed, 0, False
+        for slot in self._slots:
+            for tensor in self.state[slot.param].values():
+                tensor.zero_()
+        for scalar in (self.found_nonfinite, self.nonfinite_steps, self.grad_norm, self._clean_steps):
+            scalar.zero_()
+        self.loss_scale.fill_(self._initial_loss_scale if self._dynamic else 1.0)
+        self._scalars.control.zero_()
+        self._scalars.control[0] = self.loss_scale.reciprocal()
 
     def close(self) -> None:
         """Remove the hooks. Without this they keep the model alive for as long as its graph nodes live."""

@@ -53,6 +53,19 @@ class BatchLoss:
             assert isinstance(trained, Measurable)
             self._distance = trained.distance
 
+    def take(self, prompts: Mapping[str, Tensor], has_classes: bool) -> bool:
+        """Takes the prompts of another training of the same model into the memory that graphs know.
+
+        Returns:
+            whether they fit there; otherwise this is the loss of the training before.
+        """
+        shapes, own = ({n: (p.shape, p.dtype) for n, p in each.items()} for each in (prompts, self._prompts))
+        if shapes != own or has_classes != (self._prior is not None):
+            return False
+        for name, table in self._prompts.items():
+            table.copy_(prompts[name])
+        return True
+
     def __call__(self, inputs: Inputs) -> Loss:
         """The loss of one batch, with its graph."""
         if self._watch:

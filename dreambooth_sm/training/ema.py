@@ -40,6 +40,7 @@ class Ema:
         self.parameters = list(parameters)
         self.decay = decay
         self.updates = 0
+        self._read = read
         self._average_into = average_into or (
             lambda average, parameter, weight: average.lerp_(read(parameter).to(average.device), weight)
         )
@@ -65,6 +66,13 @@ class Ema:
             return
         for parameter, average in zip(self.parameters, self.average, strict=True):
             self._average_into(average, parameter, self._weight)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forgets all steps: the average is what the parameters are now."""
+        self.updates = 0
+        for parameter, average in zip(self.parameters, self.average, strict=True):
+            average.copy_(self._read(parameter))
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": self.average}

@@ -68,6 +68,7 @@ class Trainer:
         device: where to.
         identity: what a checkpoint of this job is recognised by.
         world: the processes that train together.
+        stays: whether the model stays on the device after training, for :meth:`restart`.
 
     Attributes:
         rate_after: the learning rate of the step that follows so many steps.
@@ -86,10 +87,10 @@ class Trainer:
         identity: dict[str, Any],
         report: Reporter,
         world: World = World(),  # noqa: B008 - frozen
+        stays: bool = False,
     ) -> None:
-        self.world = world
-        self.data, self.plan, self.h, self.schedule = data, plan, h, schedule
-        self.device, self.identity, self.report = device, identity, report
+        self.world, self.plan, self.device = world, plan, device
+        self._trained, self._stays = trained, stays
         self.base, self.family = trained.model, trained.model.family
         self.encodes = encodes_in_steps(plan, h)
         trained.load()
@@ -110,21 +111,14 @@ class Trainer:
                 parameter.data = original
             raise
         del originals
-        self._loss = BatchLoss(
-            trained,
-            data.prompts,
-            plan,
-            h,
-            device=device,
-            has_classes=bool(data.batch_sampler.classes),
-        )
+        # Where the device has the parameters.
+        self._memory = [parameter.data for parameter in self.parameters] if stays else []
+        self._loss = self._loss_of(data, h)
         self.make_step = (CapturedStep if plan.cuda_graph else Step)(self._loss, self.updater, attention)
         self.make_step.shapes = len(data.batch_sampler.shapes)
         if world.size > 1:
             self.make_step.average = GradientAverage(self.parameters)
-        self.rate_after = make_rate(h, schedule)
         self._factors = list(groups)
-        self._set_rates(self.rate_after(0))
         if plan.use_ema:
             on_cpu = plan.ema == "cpu" and device.type != "cpu"
             self.make_step.ema = Ema(
@@ -134,17 +128,61 @@ class Trainer:
                 average_into=None if on_cpu else self.updater.average_into,
                 on_cpu=on_cpu,
             )
+        self._begin(data, h, schedule, identity, report)
+
+    def _loss_of(self, data: TrainingSet, h: Hyperparameters) -> BatchLoss:
+        classes = bool(data.batch_sampler.classes)
+        return BatchLoss(self._trained, data.prompts, self.plan, h, device=self.device, has_classes=classes)
+
+    def _begin(
+        self,
+        data: TrainingSet,
+        h: Hyperparameters,
+        schedule: Schedule,
+        identity: dict[str, Any],
+        report: Reporter,
+    ) -> None:
+        self.data, self.h, self.schedule, self.identity, self.report = data, h, schedule, identity, report
+        self.rate_after = make_rate(h, schedule)
+        self._set_rates(self.rate_after(0))
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
         self._checked = False
         self._rise_told = self._complained = False
         self._skipped = 0
         # Whether all losses were finite, and how many were before one was not; on the device, so that no step waits.
-        self._is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self._finite_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._is_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._finite_steps = torch.zeros((), dtype=torch.int64, device=self.device)
         self._started_after = 0
         self._last_saved: Path | None = None
         self._window = Window()
+
+    def restart(
+        self,
+        data: TrainingSet,
+        h: Hyperparameters,
+        schedule: Schedule,
+        identity: dict[str, Any],
+        report: Reporter,
+    ) -> None:
+        """Begins another training, from the values that the parameters have now: to the bit what a trainer of its own
+        would do. The model is on the device, and graphs serve again where shapes are the same.
+
+        Args:
+            h: what of it is the model's and the plan's is as it was.
+        """
+        values = [parameter.detach() for parameter in self.parameters]
+        for parameter, memory in zip(self.parameters, self._memory, strict=True):
+            parameter.data = memory
+        self.updater.restart(identity["seed"])
+        for parameter, value in zip(self.parameters, values, strict=True):
+            self.updater.write(parameter, value.to(self.device))
+        if self.ema:
+            self.ema.restart()
+        if not self._loss.take(data.prompts, bool(data.batch_sampler.classes)):
+            self._loss = self._loss_of(data, h)
+        self.make_step.restart(self._loss, len(data.batch_sampler.shapes))
+        self._begin(data, h, schedule, identity, report)
 
     @property
     def ema(self) -> Ema | None:
@@ -171,6 +209,7 @@ class Trainer:
             self.updater.load_state_dict(state["step"])
         else:
             self.report.warn("Adam's moments have another format than this plan's and start from zero")
+        self.make_step.forget()  # optimizers may have new memory
         self._set_rates(self.rate_after(step))
         if self.ema and state["ema"]:
             self.ema.load_state_dict(state["ema"])
@@ -296,6 +335,9 @@ class Trainer:
         """
         self._check_finite()
         self._put_back(self.ema.average if self.ema else None)
+        if self._stays:
+            return
+        self.close()
         for part in (self.family.facts.denoiser, *(self.base.text_parts if self.encodes else ())):
             getattr(self.base, part).to("cpu")  # what of it is frozen as well
 
@@ -326,11 +368,16 @@ class Trainer:
         self.updater.drop_gradients()
         state = self.state()
         self._put_back(None)
+        self.close()
         return state
+
+    def close(self) -> None:
+        """Lets go of the model, and of the device's memory for its parameters."""
+        self.make_step.close()
+        self._memory = []
 
     @torch.no_grad()
     def _put_back(self, values: list[torch.Tensor] | None) -> None:
-        self.make_step.close()
         for number, parameter in enumerate(self.parameters):
             value = self.updater.read(parameter) if values is None else values[number]
             parameter.grad = None

@@ -162,6 +162,18 @@ class Step:
     def _update(self) -> None:
         self.updater.update()
 
+    def restart(self, loss: LossFunction, shapes: int) -> None:
+        """Makes the steps of another training; updater and average begin again as well.
+
+        Args:
+            loss: the same as before where graphs are to serve again.
+            shapes: how many shapes the latents of its steps have.
+        """
+        self._loss, self.shapes = loss, shapes
+
+    def forget(self) -> None:
+        """Lets go of what was captured."""
+
     def close(self) -> None:
         """Lets go of the model."""
         if self.average:
@@ -190,6 +202,8 @@ class CapturedStep(Step):
         # Warm-up, capture and replay share one stream: autograd's accumulation nodes remember theirs.
         self._stream.wait_stream(torch.cuda.current_stream())
         shape = parts[0].latents.shape
+        if self._graphs and shape not in self._graphs:  # of another training than the one that was captured
+            self.forget()
         with torch.cuda.stream(self._stream):
             if self._eager_steps < WARM_UP_STEPS or len(self._inputs) < self.shapes:
                 self._eager_steps += 1
@@ -232,8 +246,16 @@ class CapturedStep(Step):
             self._gradients[shape] = [parameter.grad for parameter in self.updater.parameters]
             self.updater.drop_gradients()
 
+    def restart(self, loss: LossFunction, shapes: int) -> None:
+        if loss is not self._loss or not self._graphs:
+            self.forget()
+        super().restart(loss, shapes)
+
     def close(self) -> None:
         super().close()
+        self.forget()
+
+    def forget(self) -> None:
         self._graphs, self._inputs, self._gradients = {}, {}, {}
 
 

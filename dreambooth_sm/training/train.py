@@ -40,6 +40,31 @@ class TrainedModel:
         self.trainable.export(directory, h, dtype)
 
 
+@dataclass
+class Bench:
+    """Keeps the trainer of one training for the next one of the same plan."""
+
+    _trainer: Trainer | None = None
+    _plan: Plan | None = None
+
+    def take(self, plan: Plan) -> Trainer | None:
+        """The trainer that was kept for a plan, which is not kept any more; one of another plan is let go of."""
+        if self._plan != plan:
+            self.clear()
+        trainer, self._trainer = self._trainer, None
+        return trainer
+
+    def clear(self) -> None:
+        """Lets go of the trainer."""
+        if self._trainer:
+            self._trainer.close()
+        self._trainer = self._plan = None
+
+    def keep(self, trainer: Trainer, plan: Plan) -> None:
+        """Keeps a trainer that has finished, for trainings of this plan, though its own may be a smaller one."""
+        self._trainer, self._plan = trainer, plan
+
+
 def train(
     trainable: Trainable,
     data: TrainingSet,
@@ -56,29 +81,37 @@ def train(
     report: Reporter,
     stop: threading.Event,
     world: World,
+    bench: Bench | None = None,
 ) -> TrainedModel:
     """Trains in place. Where the card runs out of memory nevertheless, continues with the next smaller plan.
+
+    Args:
+        bench: that the last training of the same model left, and the next one will take over.
 
     Raises:
         UserError: where not even the smallest plan fits.
         StopRequested: ``stop`` was set; the steps done are in a checkpoint.
     """
     rescued: tuple[dict[str, Any], int] | None = None
+    asked = plan
     while True:
-        trainer: Trainer | None = None
+        trainer = bench.take(asked) if bench else None
         try:
-            device = torch.device(plan.device)
-            trainer = Trainer(
-                trainable,
-                data,
-                plan,
-                h,
-                schedule,
-                device=device,
-                identity=identity,
-                report=report,
-                world=world,
-            )
+            if trainer:
+                trainer.restart(data, h, schedule, identity, report)
+            else:
+                trainer = Trainer(
+                    trainable,
+                    data,
+                    plan,
+                    h,
+                    schedule,
+                    device=torch.device(plan.device),
+                    identity=identity,
+                    report=report,
+                    world=world,
+                    stays=bench is not None,
+                )
             trainer.on_save = on_save
             if rescued is not None:
                 trainer.load_state(*rescued)
@@ -87,11 +120,13 @@ def train(
                 trainer.resume(previous)
                 report.say(f"resumed after step {previous.step}, from {previous.directory}")
             trainer.train(checkpoints, stop, validator, keep_last)
+            if bench:
+                bench.keep(trainer, asked)
             return TrainedModel(trainable)
         except torch.OutOfMemoryError as error:
             reason = str(error).splitlines()[0]
         # Not inside the except clause: the exception's frames hold what has to be freed.
-        smaller = smaller_plan(plan, h)
+        smaller = smaller_plan(trainer.plan if trainer else plan, h)
         if world.size > 1:
             raise UserError(f"out of memory on process {world.rank} ({reason}); set gradient_checkpointing=true")
         if smaller is None:

@@ -6,6 +6,7 @@ the host, and their updates follow the graph.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,6 +95,14 @@ class Updater(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave; the weights have to be written before."""
 
+    @abstractmethod
+    def restart(self, seed: int) -> None:
+        """Forgets all steps, in the memory that graphs know; the weights have to be written after it.
+
+        Args:
+            seed: of stochastic rounding.
+        """
+
     def drop_gradients(self) -> None:
         """Lets go of the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -173,6 +182,9 @@ class BlockwiseUpdater(Updater):
         state["blockwise"]["master"] = own["blockwise"]["master"]
         self.optimizer.load_state_dict(state)
 
+    def restart(self, seed: int) -> None:
+        self.optimizer.restart(seed)
+
     def close(self) -> None:
         self.optimizer.close()
 
@@ -194,6 +206,12 @@ class AutocastUpdater(Updater):
         self._max_grad_norm = max_grad_norm
         self._scaler = torch.amp.GradScaler(self.parameters[0].device.type, enabled=scales_loss)
         self._norm: Tensor | None = None
+        self._first_scaler = self._scaler.state_dict()
+        # Some optimizers count and estimate in their groups.
+        self._first_groups = [
+            {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
 
     def scale(self, loss: Tensor) -> Tensor:
         return self._scaler.scale(loss)
@@ -224,6 +242,19 @@ class AutocastUpdater(Updater):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
+
+    def restart(self, seed: int) -> None:
+        if self.capturable:  # a graph knows where the state is, which begins with zeros
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+        else:
+            self.optimizer.state.clear()
+        for group, first in zip(self.optimizer.param_groups, self._first_groups, strict=True):
+            group.update(copy.deepcopy(first))
+        if self.scales_loss:
+            self._scaler.load_state_dict(self._first_scaler)
+        self._norm = None
 
 
 class CapturableUpdater(AutocastUpdater):
@@ -331,6 +362,9 @@ class MasterUpdater(Updater):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._updater.load_state_dict(state)
         self._round()
+
+    def restart(self, seed: int) -> None:
+        self._updater.restart(seed)
 
     def drop_gradients(self) -> None:
         self._updater.drop_gradients()

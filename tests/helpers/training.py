@@ -28,7 +28,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Trainer, TrainingSet
 from dreambooth_sm.training.schedule import make_schedule
-from dreambooth_sm.training.train import train
+from dreambooth_sm.training.train import Bench, train
 
 CPU = torch.device("cpu")
 SEED = 7
@@ -167,6 +167,23 @@ class Run:
         self.recorder.stop_at = stop_at
         self.trainer.train(self.root / "checkpoints", self.recorder.stop)
         return self
+
+    def train_on(self, bench: Bench, other: Run) -> None:
+        """Trains this model on what another run reads, as the next subject of a fleet."""
+        train(
+            self.trainable,
+            other.data,
+            self.plan,
+            other.h,
+            other.schedule,
+            {"seed": SEED},
+            None,
+            self.root / "checkpoints",
+            report=other.recorder,
+            stop=other.recorder.stop,
+            world=World(),
+            bench=bench,
+        )
 
     def train_as_a_job(self) -> str:
         """Trains as a job does, with smaller plans where memory runs out; the log."""

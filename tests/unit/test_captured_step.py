@@ -14,6 +14,7 @@ from dreambooth_sm.data.concepts import Subject
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.training import loop
 from dreambooth_sm.training.step import WARM_UP_STEPS, CapturedStep
+from dreambooth_sm.training.train import Bench
 from tests.helpers.training import Run, paint_pictures, same
 
 VALUES: dict[str, Any] = {"method": "hypernetwork", "max_train_steps": 6, "center_crop": False, "bucket_step": 8}
@@ -98,3 +99,34 @@ def test_an_update_follows_the_graph(
     step = captured.trainer.make_step
     assert isinstance(step, StepWithoutCard)
     assert step._eager_steps == WARM_UP_STEPS
+
+
+@pytest.mark.usefixtures("_no_card")
+@pytest.mark.slow
+def test_graphs_serve_for_later_trainings_of_the_same_shapes(base: PretrainedModel, tmp_path: Path) -> None:
+    """And are made again where a shape is new; to the bit as without them."""
+    wide, tall = (120, 80), (80, 120)
+    subjects = [
+        Subject(tuple(paint_pictures(tmp_path / str(n), 2, size=size, seed=n)), "zwx", None, tmp_path / "class", ())
+        for n, size in enumerate([wide, wide, tall])
+    ]
+    values = VALUES | {"method": "lora", "learning_rate": 1e-2, "max_train_steps": WARM_UP_STEPS + 2}
+    plan = {"precision": "bf16", "weights": "master", "optimizer": "lion"}
+    runs, alone = (
+        [Run(base, tmp_path / name, subject=each, plan=plan | {"cuda_graph": graph}, **values) for each in subjects]
+        for name, graph in (("graphs", True), ("eager", False))
+    )
+    begins = [runs[0].trainer.updater.read(p).clone() for p in runs[0].trainer.parameters]
+    bench, graphs = Bench(), []
+    for run in runs:
+        for parameter, value in zip(runs[0].trainable.parameters.values(), begins, strict=True):
+            parameter.data = value
+        runs[0].train_on(bench, run)
+        assert bench._trainer is not None
+        step = bench._trainer.make_step
+        assert isinstance(step, StepWithoutCard)
+        graphs.append(dict(step._graphs))
+    assert graphs[0] == graphs[1]
+    assert len(graphs[1]) == len(graphs[2]) == 1
+    assert not graphs[1].keys() & graphs[2].keys()
+    assert [run.losses for run in runs] == [run.train().losses for run in alone]

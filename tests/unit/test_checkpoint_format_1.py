@@ -160,7 +160,7 @@ def test_a_line_says_what_cannot_be_compared(loaded_base: PretrainedModel, tmp_p
     found = latest_checkpoint(tmp_path / "checkpoints")
     h, report = hyperparameters(), Recorder()
     start = Start(7, identity, SCHEDULE, tmp_path / "checkpoints", None, found, iter(()))
-    start.fit_to(loaded_base, attach(loaded_base, h, cpu_plan(h)).parameters, h, report)
+    start.fit_to(fingerprint(loaded_base), attach(loaded_base, h, cpu_plan(h)).parameters, h, report)
     assert start.previous == found
     log = report.stream.getvalue()  # type: ignore[attr-defined]
     assert log.count("warning: ") == format_1

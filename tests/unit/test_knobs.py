@@ -193,6 +193,7 @@ def test_paths_and_prompts_are_what_they_say() -> None:
         "instance_data_dir",
         "class_data_dir",
         "concepts_list",
+        "fleet",
     }
     assert set(Hyperparameters.names_where(lambda each: each.text)) == {
         "initial_text",

@@ -1,0 +1,1 @@
+"""Fleets: many subjects, each trained by itself, one after another, in one job or several."""
