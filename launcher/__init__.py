@@ -17,11 +17,15 @@ from launcher.api import (
     request,
 )
 from launcher.aws.service_errors import ServiceError
+from launcher.fleets.api import attach_fleet, check_many, fit_many
+from launcher.fleets.fleet import Fleet, FleetStatus
 from launcher.jobs.job import Job, JobFailed, JobStopped
 from launcher.local.run import local_services
 from launcher.resources import Resources
 
 __all__ = [
+    "Fleet",
+    "FleetStatus",
     "Job",
     "JobFailed",
     "JobStopped",
@@ -29,11 +33,14 @@ __all__ = [
     "Resources",
     "ServiceError",
     "attach",
+    "attach_fleet",
     "check",
+    "check_many",
     "contact_sheet",
     "estimate",
     "estimator",
     "fit",
+    "fit_many",
     "list_jobs",
     "local_services",
     "model_trainer",

@@ -66,6 +66,44 @@ def fit(no_wait: bool, directory: Path | None, **options: Any) -> None:
     print(f"model: {job.model_uri}" if not no_wait else f"started: dreambooth-launcher attach {job.name}")
 
 
+def fleet(
+    subjects: str,
+    dry_run: bool,
+    skip_bad: bool,
+    parallel: int,
+    subjects_per_job: int | None,
+    no_wait: bool,
+    directory: Path | None,
+    **options: Any,
+) -> None:
+    how: dict[str, Any] = {"skip_bad": skip_bad, "parallel": parallel, "subjects_per_job": subjects_per_job}
+    if dry_run:
+        launcher.check_many(subjects, **how, **_read(options))
+        return
+    started = launcher.fit_many(subjects, **how, directory=directory, wait=not no_wait, **_read(options))
+    _tell_of_fleet(started)
+
+
+def attach_fleet(name: str, retry: bool, bad_input: bool, no_wait: bool) -> None:
+    found = launcher.attach_fleet(name)
+    if isinstance(found, launcher.Fleet):
+        if retry:
+            found.retry(bad_input=bad_input)
+        if not no_wait:
+            found.wait()
+    _tell_of_fleet(found)
+
+
+def _tell_of_fleet(fleet: Any) -> None:
+    """Raises UserError where subjects have failed."""
+    status = fleet.status()
+    print(status.line())
+    for subject, place in fleet.models().items():
+        print(f"model: {subject}: {place}")
+    if status.failed:
+        raise UserError(f"{subject}: {reason}" for subject, reason in status.failed.items())
+
+
 def check(**options: Any) -> None:
     launcher.check(**_read(options))
 
@@ -124,7 +162,7 @@ def list_jobs(name_contains: str, limit: int) -> None:
         print(f"{job.created:%Y-%m-%d %H:%M}  {job.status:10}  {job.name}")
 
 
-_IN_AN_ACCOUNT = (fit, check, request, attach, logs, stop, download, list_jobs)
+_IN_AN_ACCOUNT = (fit, fleet, attach_fleet, check, request, attach, logs, stop, download, list_jobs)
 
 
 def _parser(*, everything: bool) -> command_line.Parser:
@@ -158,6 +196,24 @@ def _parser(*, everything: bool) -> command_line.Parser:
         if run is fit:
             command.add_argument("--no_wait", action="store_true", help="only start the job")
             command.add_argument("--directory", type=Path, help="of a job on this machine, which keeps its files there")
+
+    many = add(fleet, "fleet", "Check many subjects, start jobs that train several each, and follow them")
+    many.usage = "dreambooth-launcher fleet SUBJECTS [--NAME VALUE] ..."
+    many.add_argument("subjects", help="a folder of folders of pictures, or a .csv or .jsonl, here or s3://...")
+    own = {name: field for name, field in _fields().items() if not name.startswith("fleet")}
+    default = inspect.signature(launcher.fit_many).parameters["instance_type"].default
+    add_options(many, own, _group, everything=everything, defaults={"instance_type": default})
+    many.add_argument("--dry_run", action="store_true", help="only check, and print minutes and dollars")
+    many.add_argument("--skip_bad", action="store_true", help="leave out subjects that can't be trained")
+    many.add_argument("--parallel", type=_count, default=4, help="jobs that run at a time; 4 if left out")
+    many.add_argument("--subjects_per_job", type=_count, help="at most; chosen by the estimate if left out")
+    many.add_argument("--no_wait", action="store_true", help="only start the jobs that may run now")
+    many.add_argument("--directory", type=Path, help="of a fleet on this machine, which keeps its files there")
+    followed = add(attach_fleet, "attach_fleet", "Follow a fleet, and start what remains of it")
+    followed.add_argument("name", help="of the fleet, the s3:// place of its state, or its directory")
+    followed.add_argument("--retry", action="store_true", help="try failed subjects again")
+    followed.add_argument("--bad_input", action="store_true", help="with --retry: those with bad input as well")
+    followed.add_argument("--no_wait", action="store_true", help="only print how far it is")
 
     add(instances, "instances", "Print what usual jobs need on each instance type, as a Markdown table")
     policies = add(iam, "iam", "Print the least policies of the notebook's role and of the execution role")

@@ -47,6 +47,7 @@ class Estimate:
     Attributes:
         minutes: billed minutes that are expected, the start of the container included; None on CPUs.
         usd: the same in dollars on demand, for all instances; None where the price is not known.
+        training_minutes: of them, those of the steps alone; 0 on CPUs.
     """
 
     instance: Instance
@@ -55,6 +56,7 @@ class Estimate:
     plan: Plan
     minutes: float | None
     usd: float | None
+    training_minutes: float = 0.0
 
     def lines(self) -> list[str]:
         """For people: instance, plan, memory, time and cost."""
@@ -99,7 +101,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     relative = h.facts.relative.cost
     step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * relative * figure(h.architecture, "step_cost")
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
-    seconds = step * _steps(h, pictures, processes)
+    training = seconds = step * _steps(h, pictures, processes)
     if h.prior_preservation and not asks_base_of_classes(h):
         batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
         image = _CLASS_IMAGE_S * slower * size * relative * figure(h.architecture, "class_image_cost")
@@ -107,7 +109,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
     price = instance.usd_per_hour
     usd = None if price is None else minutes / 60 * price * instance_count
-    return Estimate(instance, instance_count, h.method, plan, minutes, usd)
+    return Estimate(instance, instance_count, h.method, plan, minutes, usd, training / 60)
 
 
 def cheapest_that_fits(h: Hyperparameters, instance_count: int, pictures: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,20 +70,21 @@ def split_options(
     return data, resources, hyperparameters
 
 
-def with_options(instance_type: str) -> Callable[[Function], Function]:
+def with_options(instance_type: str, without: Collection[str] = ()) -> Callable[[Function], Function]:
     """Gives a function that takes ``**options`` a signature and a help text that name each of them.
 
     IPython completes from it and ``help()`` shows it; nothing is written twice.
 
     Args:
         instance_type: the function's default.
+        without: names of options that the function sets itself.
     """
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
         taken = {parameter.name for parameter in own}
-        options = {name: field for name, field in all_options().items() if name not in taken}
+        options = {name: field for name, field in all_options().items() if name not in {*taken, *without}}
         named = [
             inspect.Parameter(
                 name,

@@ -71,9 +71,9 @@ def run_fleet(h: Hyperparameters, contract: Contract, *, report: Reporter, stop:
         SubjectsFailed: some have no model; each has a file that says why where its model would be.
         StopRequested: ``stop`` was set; the subject that was trained is in a checkpoint.
     """
-    with joined(_PATIENCE) as world:
+    with joined(_PATIENCE) as world, tempfile.TemporaryDirectory(prefix="fleet-") as scratch:
         subjects = _read(h, contract, report, stop)
-        fleet = _Fleet(h, contract, world, report, stop)
+        fleet = _Fleet(h, contract, world, report, stop, Path(scratch))
         stopped: StopRequested | None = None
         try:
             fleet.train(subjects[world.rank :: world.size])
@@ -115,16 +115,25 @@ def _read(h: Hyperparameters, contract: Contract, report: Reporter, stop: thread
 class _Fleet:
     """The subjects of this process.
 
+    Args:
+        scratch: directory for what is fetched for them.
+
     Attributes:
         failures: of those that have no model.
     """
 
     def __init__(
-        self, h: Hyperparameters, contract: Contract, world: World, report: Reporter, stop: threading.Event
+        self,
+        h: Hyperparameters,
+        contract: Contract,
+        world: World,
+        report: Reporter,
+        stop: threading.Event,
+        scratch: Path,
     ) -> None:
         self.failures: list[Failure] = []
         self._h, self._contract, self._world, self._report, self._stop = h, contract, world, report, stop
-        local = localize(h, contract)
+        self._scratch, local = scratch, localize(h, contract)
         self._list_directory = Path(str(local.fleet)).parent
         self._shared = Shared(outputs.scratch_directory(local))
         self._store: Store | None = None
@@ -163,18 +172,7 @@ class _Fleet:
         Returns:
             the failure that it has had in this job before it was interrupted; None where the model is there.
         """
-        scratch = Path(tempfile.mkdtemp(prefix="subject-"))
-        try:
-            found = self._prepare_in(scratch, subject)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-        if not isinstance(found, Prepared):
-            shutil.rmtree(scratch, ignore_errors=True)
-        return found
-
-    def _prepare_in(self, scratch: Path, subject: FleetSubject) -> Prepared | Failure | None:
-        place = self._place(subject)
+        scratch, place = self._scratch / subject.id, self._place(subject)
         if place.conclude():
             return None
         failed = place.failure()
