@@ -81,6 +81,13 @@ class Hyperparameters(
         said = " ".join(found) if found else f"nothing with method={self.method} and the values that are set"
         return f"preset={self.preset} sets {said}"
 
+    @rule("method", "pretrained_model_name_or_path", "base_architecture")
+    def _method_is_for_the_base(self) -> Iterator[str]:
+        facts = self.facts
+        if self.method not in facts.methods:
+            others = " or ".join(facts.methods)
+            yield f"method={self.method}: the base model is {facts.article} {facts.short} model; set method to {others}"
+
     @rule("pretrained_model_name_or_path", "base_architecture")
     def _family_takes_what_is_set(self) -> Iterator[str]:
         facts = self.facts

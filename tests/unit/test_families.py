@@ -31,7 +31,8 @@ def test_the_parts_are_those_of_the_model_files() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_loaded_model_knows_its_family(name: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue({"sd": "tiny_base", "sdxl": "tiny_xl_base"}.get(name, f"tiny_{name}"))
-    model = load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=name))
+    method = next(iter(FAMILIES[name].facts.methods))
+    model = load_base(hyperparameters(pretrained_model_name_or_path=str(path), base_architecture=name, method=method))
     assert model.family is FAMILIES[name] is family_of(model.pipeline())
     assert tuple(model.modules) == model.family.facts.parts
     assert model.denoiser is getattr(model, model.family.facts.parts[0])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.families.find import find_facts
 from dreambooth_sm.hyperparameters import Hyperparameters
@@ -194,3 +195,11 @@ def test_what_a_single_file_holds_counts_for_more_than_its_name(
 )
 def test_of_what_is_not_here_the_name_tells(name: str, is_larger: bool) -> None:
     assert (find_facts("sd", name) != FAMILIES["sd"].facts) == is_larger
+
+
+def test_all_that_keeps_a_model_from_being_trained_is_told_at_once() -> None:
+    values = {"pretrained_model_name_or_path": "stabilityai/stable-diffusion-3.5-large", "resolution": 520}
+    with pytest.raises(UserError) as told:
+        Hyperparameters.parse({**PROMPTS, **values})
+    for part in ("method=full: the base model is an SD 3.5 model", "accept_license=", "takes multiples of 16"):
+        assert sum(part in problem for problem in told.value.problems) == 1
