@@ -285,8 +285,9 @@ def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtyp
         memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
     stored = {id(value) for value in module.state_dict(keep_vars=True).values()}
     for buffer in module.buffers():  # what is not stored is computed: rotary frequencies, in full precision
-        cast = buffer.is_floating_point() and id(buffer) in stored
-        memo[id(buffer)] = buffer.to(device, dtype if cast else None, copy=True)
+        is_stored = id(buffer) in stored
+        where = device if is_stored or torch.device(device).type != "meta" else buffer.device  # no file gives it back
+        memo[id(buffer)] = buffer.to(where, dtype if is_stored and buffer.is_floating_point() else None, copy=True)
     return copy.deepcopy(module, memo)
 
 

@@ -1,4 +1,4 @@
-"""What an endpoint answers: ``GET /ping``, ``POST /invocations``."""
+"""What an endpoint answers: ``GET /ping``, ``POST /invocations``, and SageMaker's protocol of adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from dreambooth_sm.errors import UserError
@@ -19,7 +19,7 @@ from dreambooth_sm.s3 import TransferError
 from dreambooth_sm.serving.answers import answer
 from dreambooth_sm.serving.log import RequestLine
 from dreambooth_sm.serving.refusal import Refusal
-from dreambooth_sm.serving.requests import read_request
+from dreambooth_sm.serving.requests import read_addition, read_request
 from dreambooth_sm.serving.settings import LARGEST_BODY
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ class Service:
             routes=[
                 Route("/ping", self._ping, methods=["GET"]),
                 Route("/invocations", self._invocations, methods=["POST"]),
+                Route("/adapters", self._adapters, methods=["GET", "POST"]),
+                Route("/adapters/{name}", self._remove, methods=["DELETE"]),
             ],
             exception_handlers={404: _no_such_path, 405: _no_such_path},
         )
@@ -67,17 +69,17 @@ class Service:
 
     async def _answered(self, request: Request, line: RequestLine) -> tuple[int, bytes, str]:
         try:
-            if self.engine is None:
-                raise Refusal("the model is not read yet; ask again when /ping answers 200", 503)
-            asked = read_request(
+            engine = self._ready()
+            asked = await run_in_threadpool(
+                read_request,
                 await _body(request),
-                self.engine.offer,
+                engine.offer,
                 content_type=request.headers.get("Content-Type", ""),
                 accept=request.headers.get("Accept", ""),
                 adapter=request.headers.get(_ADAPTER),
             )
-            order = self.engine.submit(asked)
-            line.tell(order, self.engine)
+            order = await run_in_threadpool(engine.submit, asked)
+            line.tell(order, engine)
             pictures = await _drawn(request, order)
             content, kind = await run_in_threadpool(answer, asked, pictures)
         except Refusal as refusal:
@@ -91,6 +93,37 @@ class Service:
         except Exception as error:
             return 500, *_problems([f"the pictures could not be drawn ({type(error).__name__}); the log says more"])
         return 200, content, kind
+
+    async def _adapters(self, request: Request) -> Response:
+        """Lists adapters, or is told where one lies."""
+        try:
+            store = self._ready().store
+            if request.method == "GET":
+                return JSONResponse({"adapters": store.names})
+            added = read_addition(await _body(request))
+            await run_in_threadpool(store.add, added.name, added.source, added.preload, added.pin)
+        except (Refusal, TransferError) as error:
+            return _refused(error)
+        return JSONResponse({"name": added.name, "src": added.source})
+
+    async def _remove(self, request: Request) -> Response:
+        """Forgets an adapter."""
+        try:
+            self._ready().store.remove(request.path_params["name"])
+        except Refusal as refusal:
+            return _refused(refusal)
+        return JSONResponse({"name": request.path_params["name"]})
+
+    def _ready(self) -> Engine:
+        if self.engine is None:
+            raise Refusal("the model is not read yet; ask again when /ping answers 200", 503)
+        return self.engine
+
+
+def _refused(error: Refusal | TransferError) -> Response:
+    problems, status = (error.problems, error.status) if isinstance(error, Refusal) else ([str(error)], 502)
+    body, kind = _problems(problems)
+    return Response(body, status, media_type=kind)
 
 
 async def _body(request: Request) -> bytes:
@@ -132,7 +165,7 @@ def _problems(problems: Iterable[str]) -> tuple[bytes, str]:
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
-    body, kind = _problems([f"{request.method} {request.url.path} is not answered here; GET /ping, POST /invocations"])
+    body, kind = _problems([f"{request.method} {request.url.path} is not answered here; docs/serving.md says what is"])
     return Response(body, status, media_type=kind)
 
 

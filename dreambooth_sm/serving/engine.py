@@ -17,7 +17,8 @@ from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.printing import safe
 from dreambooth_sm.sampling import decode
-from dreambooth_sm.serving.offer import KnownSubject, Offer
+from dreambooth_sm.serving.adapter_store import AdapterStore
+from dreambooth_sm.serving.offer import Offer
 from dreambooth_sm.serving.orders import Order
 from dreambooth_sm.serving.prompts import PromptEncoder, side_by_side
 from dreambooth_sm.serving.refusal import Refusal
@@ -25,6 +26,7 @@ from dreambooth_sm.serving.requests import PictureRequest
 from dreambooth_sm.serving.runs import PictureRun
 from dreambooth_sm.serving.served_model import ServedModel
 from dreambooth_sm.serving.settings import ServingSettings
+from dreambooth_sm.serving.slots import AdapterSlots, busy_slots
 from dreambooth_sm.stored.schedulers import BY_NAME, scheduler_by_name
 
 _USUAL, _MODELS = "default", "model"
@@ -56,14 +58,20 @@ class Engine:
         in_half = self._device.type != "cpu" and settings.precision != "fp32"
         self.model = _on_device(served.model, self._device, in_half)
         self.settings, self._batch = settings, settings.batch
+        # Before layers are replaced.
+        shapes = {
+            part: {k: v.shape for k, v in module.state_dict().items()} for part, module in self.model.modules.items()
+        }
+        self.store = AdapterStore(settings.adapters, shapes, self.model.name, settings.adapter_bytes)
         self._pipeline = self.model.pipeline()
-        self._prompts = PromptEncoder(self.model)
+        self._slots = AdapterSlots(self.model, settings.adapter_slots)
+        self._prompts = PromptEncoder(self.model, self._slots)
         self._waiting: deque[_Place] = deque()
         self._running: dict[_Place, PictureRun] = {}
         self._together: tuple[tuple[_Place, ...], Any] | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self.offer = _offer(self.model, served, settings)
+        self.offer = _offer(self.model, served, self.store, settings)
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
         self._thread.start()
 
@@ -76,27 +84,37 @@ class Engine:
         """Pictures that are not begun."""
         return len(self._waiting)
 
+    @property
+    def is_drawing(self) -> bool:
+        """Whether pictures are begun and not done."""
+        return bool(self._running)
+
     def submit(self, request: PictureRequest) -> Order:
-        """Takes a request.
+        """Takes a request; as long as its adapters take to be read.
 
         Raises:
             Refusal: where too many pictures wait, or a scheduler or an adapter is not to be had.
+            TransferError: an adapter can't be had from S3.
         """
-        if request.adapters:
-            raise Refusal((f"adapters: {name} is not known here" for name in request.adapters), 404)
+        self._check_room(request)
         try:
             self._scheduler(request)
         except (ValueError, ImportError) as error:
             raise Refusal(f"scheduler: {request.scheduler} takes no {request.steps} steps ({error})") from None
-        order = Order(request)
+        began = time.monotonic()
+        adapters = [(self.store.get(name), strength) for name, strength in request.adapters.items()]
+        order = Order(request, adapters, reading=time.monotonic() - began)
         with self._changed:
-            if self._closing:
-                raise Refusal("the server is about to end; ask another one", 503)
-            if len(self._waiting) + len(request.prompts) > self.settings.queue:
-                raise Refusal(f"{len(self._waiting)} pictures wait, which is as many as may; ask again later", 429)
+            self._check_room(request)
             self._waiting += [_Place(order, number) for number in range(len(request.prompts))]
             self._changed.notify()
         return order
+
+    def _check_room(self, request: PictureRequest) -> None:
+        if self._closing:
+            raise Refusal("the server is about to end; ask another one", 503)
+        if len(self._waiting) + len(request.prompts) > self.settings.queue:
+            raise Refusal(f"{len(self._waiting)} pictures wait, which is as many as may; ask again later", 429)
 
     def close(self) -> None:
         """Ends the thread; what is not drawn is not drawn any more."""
@@ -118,8 +136,7 @@ class Engine:
                 joining: list[_Place] = []
                 while self._waiting and len(self._running) + len(joining) < self._batch:
                     joining.append(self._waiting.popleft())
-            for place in joining:
-                self._begin(place)
+            self._begin_all(joining)
             kinds: dict[Any, list[_Place]] = {}
             for place, run in self._running.items():
                 kinds.setdefault(run.kind, []).append(place)
@@ -131,23 +148,38 @@ class Engine:
         for place in [place for place in self._running if place.order.is_over]:
             del self._running[place]
 
-    def _begin(self, place: _Place) -> None:
+    def _begin_all(self, places: list[_Place]) -> None:
+        """Begins pictures, up to one whose adapters have to wait for those of others."""
+        for number, place in enumerate(places):
+            if not self._begin(place):
+                self._put_off(places[number:])
+                return
+
+    def _begin(self, place: _Place) -> bool:
         order, request = place.order, place.order.request
         try:
+            busy = busy_slots(run.adapters for run in self._running.values())
+            uses = self._slots.take(order.adapters, busy)
+            if uses is None:
+                return False
             width, height = (side // self.model.latent_scale for side in request.size)
             prompt = request.prompts[place.number]
             self._running[place] = PictureRun(
                 self.model.family,
                 self._scheduler(request),
-                self._prompts.conditions(prompt, request.negative_prompt, request.size, request.guidance),
+                self._prompts.conditions(
+                    prompt, request.negative_prompt, request.size, request.guidance, order.adapters, uses
+                ),
                 seed=request.seeds[place.number],
                 guidance=request.guidance,
                 shape=(latent_channels(self.model.vae), height, width),
                 device=self._device,
+                adapters=uses,
             )
             order.begun = order.begun or time.monotonic()
         except Exception as error:
             self._fail([place], error)
+        return True
 
     def _advance(self, places: tuple[_Place, ...]) -> None:
         """One step of pictures of one kind; those that are drawn then are decoded."""
@@ -178,6 +210,7 @@ class Engine:
         if self._together is None or self._together[0] != places:
             self._together = places, side_by_side([run.conditioning for run in runs])
         denoiser = self.model.denoiser
+        self._slots.rows.set([run.adapters for run in runs for _ in range(run.rows)], self._device)
         noised = torch.cat([run.noised() for run in runs]).to(denoiser.dtype)
         times = torch.cat([run.time for run in runs])
         predicted = self.model.family.predict(denoiser, noised, times, self._together[1]).float()
@@ -187,7 +220,7 @@ class Engine:
     def _put_off(self, places: list[_Place]) -> None:
         """Pictures are begun again later: their seeds make them what they would have been."""
         for place in places:
-            del self._running[place]
+            self._running.pop(place, None)
         with self._changed:
             self._waiting.extendleft(reversed(places))
 
@@ -216,7 +249,7 @@ def _on_device(model: PretrainedModel, device: torch.device, in_half: bool) -> P
     )
 
 
-def _offer(model: PretrainedModel, served: ServedModel, settings: ServingSettings) -> Offer:
+def _offer(model: PretrainedModel, served: ServedModel, store: AdapterStore, settings: ServingSettings) -> Offer:
     facts = model.family.facts
     side = served.resolution
     if side is None:
@@ -229,6 +262,7 @@ def _offer(model: PretrainedModel, served: ServedModel, settings: ServingSetting
         size=(side, side),
         multiple=facts.multiple,
         schedulers=(_USUAL,) if facts.matches_flow else (_USUAL, _MODELS, *BY_NAME),
-        subjects={name: KnownSubject(prompt) for name, prompt in served.prompts.items()},
+        subjects=served.prompts,
         settings=settings,
+        find_prompt=lambda name: store.get(name).prompt,
     )

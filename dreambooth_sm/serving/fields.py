@@ -61,6 +61,14 @@ class Fields:
         self._fail(name, value, f"a number from {low:g} to {high:g}")
         return default
 
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._take(name)
+        if value is None or isinstance(value, bool):
+            return default if value is None else value
+        self._fail(name, value, "true or false")
+        return default
+
     def text(self, name: str, default: str | None, longest: int) -> str | None:
         """A text that text encoders can read."""
         value = self._take(name)

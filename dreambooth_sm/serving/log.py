@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from dreambooth_sm.serving.orders import Order
 
 NAMESPACE = "dreambooth-sm"
-_UNITS = {"Seconds": "Seconds", "QueueSeconds": "Seconds", "Pictures": "Count", "Batch": "Count", "Queue": "Count"}
+_UNITS = {
+    "Seconds": "Seconds",
+    "QueueSeconds": "Seconds",
+    "AdapterSeconds": "Seconds",
+    "Pictures": "Count",
+    "Batch": "Count",
+    "Queue": "Count",
+}
 
 
 class RequestLine:
@@ -43,6 +50,7 @@ class RequestLine:
             request = order.request
             values |= {
                 "QueueSeconds": round((order.begun or now) - order.taken, 3),
+                "AdapterSeconds": round(order.reading, 3),
                 "Queue": self._waiting,
                 "Pictures": len(request.prompts),
                 "Batch": order.batch,

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dreambooth_sm.serving.settings import ServingSettings
-
-
-@dataclass(frozen=True)
-class KnownSubject:
-    """A subject that the model, or an adapter, was taught.
-
-    Attributes:
-        prompt: that it was taught with.
-        adapter: name of the adapter that knows it; None: the model itself.
-    """
-
-    prompt: str
-    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,8 +16,10 @@ class Offer:
         steps, guidance, size: of pictures where nobody says otherwise; width and height in pixels.
         multiple: of which sides have to be, in pixels.
         schedulers: names; the first is used where none is named.
-        subjects: by name.
+        subjects: prompts that the model was taught with, by the names of their subjects.
         settings: with the limits.
+        find_prompt: the prompt of an adapter's subject, by the adapter's name; it may have to be read for that. It
+            raises :class:`~dreambooth_sm.serving.refusal.Refusal` where there is no such adapter.
     """
 
     steps: int
@@ -38,5 +27,6 @@ class Offer:
     size: tuple[int, int]
     multiple: int
     schedulers: tuple[str, ...]
-    subjects: Mapping[str, KnownSubject] = field(default_factory=dict)
+    subjects: Mapping[str, str] = field(default_factory=dict)
     settings: ServingSettings = field(default_factory=ServingSettings)
+    find_prompt: Callable[[str], str] | None = None

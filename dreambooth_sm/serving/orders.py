@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from PIL.Image import Image
 
+from dreambooth_sm.serving.host_adapter import HostAdapter
 from dreambooth_sm.serving.requests import PictureRequest
 
 
@@ -17,13 +19,17 @@ class Order:
     """A request that was taken.
 
     Attributes:
+        adapters: that draw it, with their strengths.
         pictures: the future of all of its pictures, in their order.
+        reading: seconds that its adapters took to be there.
         taken, begun: when it came, and when its first picture was begun; None: it waits.
         batch: most pictures, of whatever request, that were drawn together with one of its own.
     """
 
     request: PictureRequest
+    adapters: Sequence[tuple[HostAdapter, float]] = ()
     pictures: Future[list[Image]] = field(default_factory=Future)
+    reading: float = 0.0
     taken: float = field(default_factory=time.monotonic)
     begun: float | None = None
     batch: int = 0

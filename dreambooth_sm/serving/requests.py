@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dreambooth_sm.errors import Problems
+from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.knobs.messages import short
 from dreambooth_sm.s3_uri import S3Uri
 from dreambooth_sm.serving.answer_size import check_size
-from dreambooth_sm.serving.fields import Fields
+from dreambooth_sm.serving.fields import Fields, is_adapter_name
 from dreambooth_sm.serving.offer import Offer
 from dreambooth_sm.serving.refusal import Refusal
 
@@ -84,6 +84,39 @@ def read_request(
     manner: Manner = "ours" if not jumpstart else "encoded" if wanted == "json;jpeg" else "arrays"
     names = _OURS | (_JUMPSTART if jumpstart else {})
     return _Reading(values, offer, names, manner, wanted, adapter, single=kind == _TEXT).request()
+
+
+@dataclass(frozen=True)
+class Addition:
+    """Where an adapter lies.
+
+    Attributes:
+        preload: whether it is read at once.
+        pin: whether it stays in memory.
+    """
+
+    name: str
+    source: str
+    preload: bool
+    pin: bool
+
+
+def read_addition(body: bytes) -> Addition:
+    """Reads a request that adds an adapter.
+
+    Raises:
+        Refusal: with everything that is wrong with it.
+    """
+    problems: list[str] = []
+    fields = Fields(_json(body), problems)
+    name, source = fields.text("name", None, 100), fields.text("src", None, 1024)
+    preload, pin = fields.flag("preload", True), fields.flag("pin", False)
+    missing = {"name": name, "src": source}
+    problems += [f"{each}: it is missing" for each, said in missing.items() if not said and each not in fields.failed]
+    fields.check_all_taken()
+    if problems or not name or not source:
+        raise Refusal(problems)
+    return Addition(name, source, preload, pin)
 
 
 def _decoded(body: bytes) -> str:
@@ -216,14 +249,23 @@ class _Reading:
         name = self._fields.text("subject", None, 200)
         if name is None:
             return ""
-        subject = self._offer.subjects.get(name)
-        if subject is None:
-            known = ", ".join(sorted(self._offer.subjects)[:10]) or "none: the model has no report.json"
-            self._problems.found.append(f"subject: {short(name)} is not known; the model knows {known}")
-            self._fields.failed.add("subject")
-            return ""
-        self._adapter = subject.adapter or self._adapter
-        return subject.prompt
+        if prompt := self._offer.subjects.get(name):
+            return prompt
+        why = "none: it has no report.json"
+        if self._offer.find_prompt and is_adapter_name(name):
+            try:
+                prompt = self._offer.find_prompt(name)
+            except UserError as error:
+                why = f"none of this name ({error})"
+            else:
+                self._adapter = name
+                if prompt:
+                    return prompt
+                why = "none of this name: its adapter says no prompt"
+        known = ", ".join(sorted(self._offer.subjects)[:10]) or why
+        self._problems.found.append(f"subject: {short(name)} is not known; the model knows {known}")
+        self._fields.failed.add("subject")
+        return ""
 
     def _adapters(self) -> Mapping[str, float]:
         asked = self._fields.strengths("adapters") if self._manner in ("ours", "picture") else {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_sm.families import Conditioning, Family
+from dreambooth_sm.serving.bank import AdapterUse
 
 
 class PictureRun:
@@ -20,6 +21,7 @@ class PictureRun:
         conditioning: of the prompt, in the last row; with classifier-free guidance, of the negative prompt in the row
             before it.
         shape: of its latents, ``(channels, height, width)``.
+        adapters: that draw it.
 
     Attributes:
         latents: float32 ``(1, channels, height, width)``.
@@ -36,9 +38,10 @@ class PictureRun:
         guidance: float,
         shape: tuple[int, int, int],
         device: torch.device,
+        adapters: tuple[AdapterUse, ...] = (),
     ) -> None:
         self._family, self._scheduler, self._guidance = family, scheduler, guidance
-        self.conditioning = conditioning
+        self.conditioning, self.adapters = conditioning, adapters
         self._times = list(scheduler.timesteps)
         self._position = 0
         generator = torch.Generator().manual_seed(seed)

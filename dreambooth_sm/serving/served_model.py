@@ -53,20 +53,20 @@ def open_served(directory: Path, base: str | None) -> ServedModel:
     directory = _place_of(directory)
     report = read_report(directory)
     h = _hyperparameters(report)
-    adapter_file, words = None, {}
-    if not (directory / INDEX).is_file() and directory.is_dir():
-        adapter_file = directory / FILE if (directory / FILE).is_file() else find_adapter(directory)
-        words = _words(directory, h)
-    if adapter_file or words:
+    file, words = None, {}
+    if holds_model(directory) and not (directory / INDEX).is_file():
+        file = adapter_file(directory)
+        words = learned_words(directory, report)
+    if file or words:
         model = open_beside(base, h, str(directory))
-        if adapter_file:
-            model = merged(model, read_adapter(adapter_file))
-    elif base and not _holds_model(directory):
+        if file:
+            model = merged(model, read_adapter(file))
+    elif base and not holds_model(directory):
         model = _open(base)
     else:
         model = PretrainedModel.of(str(directory), read_stored(directory))
     # What is trained beside a model that is exported as a whole lies beside it as well.
-    words = words or _words(directory, h)
+    words = words or learned_words(directory, report)
     return ServedModel(with_words(model, words), subject_prompts(report), h.resolution if h else None)
 
 
@@ -78,8 +78,8 @@ def _place_of(directory: Path) -> Path:
     return sources.fetch(pointer.read_text(encoding="utf-8").strip()) if pointer.is_file() else directory
 
 
-def _holds_model(directory: Path) -> bool:
-    """Whether a model's directory is there, and holds anything but adapters further down."""
+def holds_model(directory: Path) -> bool:
+    """Whether a model's directory is there, and holds anything but folders of adapters."""
     return directory.is_dir() and any(
         path.is_file() and path.name != _REPORT and not path.name.startswith(".") for path in directory.iterdir()
     )
@@ -181,7 +181,17 @@ def with_words(model: PretrainedModel, words: Mapping[str, Mapping[str, Any]]) -
     return LearnedWords(model, vectors).model
 
 
-def _words(directory: Path, h: Hyperparameters | None) -> dict[str, dict[str, Any]]:
-    """The words that a job learned, from their files."""
+def adapter_file(directory: Path) -> Path | None:
+    """The file of an adapter in a directory that a job left, or that holds one alone.
+
+    Raises:
+        UserError: where a file is damaged.
+    """
+    return directory / FILE if (directory / FILE).is_file() else find_adapter(directory)
+
+
+def learned_words(directory: Path, report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The words that a job learned, ``(vectors, width)`` by word and text encoder, from their files."""
+    h = _hyperparameters(report)
     files = {word: directory / f"{word}.safetensors" for word in (h.placeholders if h else ())}
     return {word: read_embedding(path) for word, path in files.items() if path.is_file()}

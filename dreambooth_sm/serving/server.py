@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,14 +58,22 @@ def open_engine(model: Path, settings: ServingSettings) -> Engine:
         import torch
 
         from dreambooth_sm.serving.engine import Engine
-        from dreambooth_sm.serving.served_model import ADDITIONAL, open_served
+        from dreambooth_sm.serving.served_model import ADDITIONAL, holds_model, open_served
 
-    base = settings.base_model or (str(ADDITIONAL / "base") if (ADDITIONAL / "base").is_dir() else None)
+    base = settings.base_model or _additional(ADDITIONAL / "base")
+    adapters = settings.adapters or _additional(ADDITIONAL / "adapters")
+    if adapters is None and base and model.is_dir() and not holds_model(model):
+        adapters = str(model)
+    settings = replace(settings, adapters=adapters)
     served = open_served(model, base)
     for remark in served.model.remarks:
         print(f"warning: {safe(remark)}", flush=True)
     with torch.no_grad():
         return Engine(served, settings)
+
+
+def _additional(channel: Path) -> str | None:
+    return str(channel) if channel.is_dir() else None
 
 
 def serve(model: Path, settings: ServingSettings, *, port: int, host: str = "0.0.0.0") -> int:

@@ -1,4 +1,4 @@
-"""A server in this process, on a port of its own, and requests to it."""
+"""Engines and servers in this process, and requests to them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,66 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import uvicorn
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
 
 from dreambooth_sm.serving.app import Service
+from dreambooth_sm.serving.engine import Engine
+from dreambooth_sm.serving.orders import Order
+from dreambooth_sm.serving.requests import PictureRequest, read_request
+from dreambooth_sm.serving.served_model import open_served
+from dreambooth_sm.serving.settings import ServingSettings
 from tests.helpers.patience import PATIENCE
 
-if TYPE_CHECKING:
-    from dreambooth_sm.serving.engine import Engine
+
+@contextmanager
+def engine_of(directory: Path, base: str | None = None, **settings: Any) -> Iterator[Engine]:
+    engine = Engine(open_served(directory, base), ServingSettings(**settings))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def request(engine: Engine, **values: Any) -> PictureRequest:
+    values = {"prompt": "photo of a toy", "width": 32, "height": 32, "steps": 3, "seed": 5, **values}
+    return read_request(json.dumps(values).encode(), engine.offer)
+
+
+def pictures(order: Order) -> list[Image]:
+    return order.pictures.result(PATIENCE)
+
+
+def draw(engine: Engine, **values: Any) -> Image:
+    return pictures(engine.submit(request(engine, **values)))[0]
+
+
+def difference(one: Image, other: Image) -> int:
+    """The largest of any pixel, of 255."""
+    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+@cache
+def opened(directory: Path) -> Any:
+    pipe = DiffusionPipeline.from_pretrained(directory)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @dataclass(frozen=True)

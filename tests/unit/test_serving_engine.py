@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 from PIL.Image import Image
 
 from dreambooth_sm.adapters.adapter import Adapter
@@ -24,41 +20,11 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.sampling import draw as draw_one_by_one
 from dreambooth_sm.serving.engine import Engine
-from dreambooth_sm.serving.orders import Order
 from dreambooth_sm.serving.refusal import Refusal
-from dreambooth_sm.serving.requests import PictureRequest, read_request
 from dreambooth_sm.serving.served_model import open_served
-from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.stored.schedulers import scheduler_by_name
 from tests.helpers.adapters import ATTENTION, pipeline, trained
-from tests.helpers.patience import PATIENCE
-
-
-@contextmanager
-def engine_of(directory: Path, base: str | None = None, **settings: Any) -> Iterator[Engine]:
-    engine = Engine(open_served(directory, base), ServingSettings(**settings))
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-def request(engine: Engine, **values: Any) -> PictureRequest:
-    values = {"prompt": "photo of a toy", "width": 32, "height": 32, "steps": 3, "seed": 5, **values}
-    return read_request(json.dumps(values).encode(), engine.offer)
-
-
-def pictures(order: Order) -> list[Image]:
-    return order.pictures.result(PATIENCE)
-
-
-def draw(engine: Engine, **values: Any) -> Image:
-    return pictures(engine.submit(request(engine, **values)))[0]
-
-
-def difference(one: Image, other: Image) -> int:
-    """The largest of any pixel, of 255."""
-    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other)).max())
+from tests.helpers.serving import difference, draw, engine_of, opened, pictures, request, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +37,6 @@ def alone(tiny_base: Path) -> Iterator[Engine]:
 def together(tiny_base: Path) -> Iterator[Engine]:
     with engine_of(tiny_base, batch=8) as engine:
         yield engine
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < until
-        time.sleep(0.002)
-
-
-@cache
-def opened(directory: Path) -> Any:
-    pipe = DiffusionPipeline.from_pretrained(directory)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def of_diffusers(directory: Path, scheduler: Any = None, **values: Any) -> Image:

@@ -17,10 +17,18 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.s3_uri import S3Uri
 from dreambooth_sm.serving.answer_size import picture_bytes
 from dreambooth_sm.serving.answers import answer
-from dreambooth_sm.serving.offer import KnownSubject, Offer
+from dreambooth_sm.serving.offer import Offer
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import PictureRequest, read_request
 from dreambooth_sm.serving.settings import LARGEST_BODY, ServingSettings
+
+
+def found_prompt(name: str) -> str:
+    """Of an adapter."""
+    if name not in ("duck", "dumb"):
+        raise Refusal("not known", 404)
+    return {"duck": "photo of a duck"}.get(name, "")
+
 
 OFFER = Offer(
     steps=25,
@@ -28,7 +36,8 @@ OFFER = Offer(
     size=(512, 512),
     multiple=8,
     schedulers=("default", "euler", "euler_a", "ddim"),
-    subjects={"zwx": KnownSubject("photo of zwx toy", adapter="zwx")},
+    subjects={"zwx": "photo of zwx toy"},
+    find_prompt=found_prompt,
 )
 
 
@@ -62,10 +71,13 @@ def test_each_prompt_gets_its_number_of_pictures_and_each_picture_a_seed() -> No
 
 def test_a_subject_stands_for_the_prompt_that_it_was_taught_with() -> None:
     alone = read({"subject": "zwx"})
-    assert (alone.prompts, alone.adapters) == (("photo of zwx toy",), {"zwx": 1.0})
+    assert (alone.prompts, alone.adapters) == (("photo of zwx toy",), {})
+    assert read({"subject": "duck"}).adapters == {"duck": 1.0}
     assert read({"subject": "zwx", "prompt": "{subject} on the beach"}).prompts == ("photo of zwx toy on the beach",)
-    assert read({"subject": "zwx", "adapters": {"zwx": 0.5, "style": 1}}).adapters == {"zwx": 0.5, "style": 1.0}
-    assert refused({"subject": "other"}) == ["subject: 'other' is not known; the model knows zwx"]
+    assert read({"subject": "duck", "adapters": {"duck": 0.5, "style": 1}}).adapters == {"duck": 0.5, "style": 1.0}
+    assert read({"prompt": "a"}, adapter="duck").adapters == {"duck": 1.0}
+    for unknown in ("other", "dumb", "../x"):
+        assert refused({"subject": unknown}) == [f"subject: {unknown!r} is not known; the model knows zwx"]
     (problem,) = refused({"prompt": "{subject}"})
     assert "set subject" in problem
 

@@ -1,0 +1,181 @@
+"""Adapters by their names: where they lie, and those that are in the host's memory."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections import OrderedDict, defaultdict
+from pathlib import Path
+
+from dreambooth_sm import storage
+from dreambooth_sm.checksums import checksum_of, encoded
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.knobs.messages import short
+from dreambooth_sm.manifest import MANIFEST_NAME, Manifest
+from dreambooth_sm.methods.lora import FILE
+from dreambooth_sm.s3 import TransferError
+from dreambooth_sm.s3_uri import S3Uri
+from dreambooth_sm.serving.fields import is_adapter_name
+from dreambooth_sm.serving.host_adapter import HostAdapter, Shapes, read_host_adapter
+from dreambooth_sm.serving.refusal import Refusal
+from dreambooth_sm.sources import is_s3
+
+_SAFETENSORS, _REPORT = ".safetensors", "report.json"
+# Bytes of a file: an adapter has some MB, and a learned word some KB.
+_LARGEST, _WORD = 2**30, 2**20
+
+
+class AdapterStore:
+    """Finds adapters, reads them when they are asked for, and lets go of those that were not asked for lately.
+
+    Args:
+        place: folder or ``s3://`` prefix: the adapter ``zwx`` lies below ``zwx`` there. None: only those that are added
+            can be had.
+        shapes: of the weights of the model that they lie beside, and ``base``, what messages call that.
+        size: bytes of the host's memory that they may take.
+    """
+
+    def __init__(self, place: str | None, shapes: Shapes, base: str, size: int) -> None:
+        self._place, self._shapes, self._base, self._size = place, shapes, base, size
+        self._added: dict[str, str] = {}
+        self._pinned: set[str] = set()
+        self._kept: OrderedDict[str, HostAdapter] = OrderedDict()
+        self._lock = threading.Lock()
+        self._reading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that were added, or are in memory."""
+        with self._lock:
+            return tuple(sorted({*self._added, *self._kept}))
+
+    def get(self, name: str) -> HostAdapter:
+        """An adapter; read, where it is not in memory. Takes as long as that; other threads get others meanwhile.
+
+        Raises:
+            Refusal: 404 where there is none of this name, 422 where it can't be drawn with.
+            TransferError: S3 does not answer.
+        """
+        if (found := self._find(name)) is not None:
+            return found
+        with self._lock:
+            reading = self._reading[name]
+        with reading:  # whoever asks for the same one waits for it
+            if (found := self._find(name)) is not None:
+                return found
+            try:
+                adapter = self._read(name)
+            finally:
+                with self._lock:
+                    self._reading.pop(name, None)
+            with self._lock:
+                self._kept[name] = adapter
+                self._let_go(beside=name)
+            return adapter
+
+    def _let_go(self, beside: str) -> None:
+        """Lets go of those that were not asked for lately, until the rest is small enough."""
+        over = sum(each.size for each in self._kept.values()) - self._size
+        for name in [name for name in self._kept if name != beside and name not in self._pinned]:
+            if over <= 0:
+                return
+            over -= self._kept.pop(name).size
+
+    def add(self, name: str, source: str, preload: bool = True, pin: bool = False) -> None:
+        """Says where an adapter lies.
+
+        Args:
+            source: a path, or an ``s3://`` object or prefix.
+            preload: read it at once; if it can't be drawn with, it is not added.
+            pin: keep it in memory once it is there.
+
+        Raises:
+            Refusal: where the name can't be one, or is another adapter's; and what :meth:`get` raises.
+            TransferError: S3 does not answer.
+        """
+        if not is_adapter_name(name):
+            raise Refusal(f"name: {short(name)} is not valid; set letters, digits, dots and hyphens")
+        with self._lock:
+            if self._added.get(name, source) != source:
+                raise Refusal(f"{name} is {self._added[name]}; DELETE /adapters/{name} first", 409)
+            self._added[name] = source
+            self._pinned |= {name} if pin else set()
+        if preload:
+            try:
+                self.get(name)
+            except (Refusal, TransferError):
+                with self._lock:
+                    self._added.pop(name, None)
+                raise
+
+    def remove(self, name: str) -> None:
+        """Forgets an adapter: if it is asked for again, it is read again.
+
+        Raises:
+            Refusal: where there is none of this name.
+        """
+        with self._lock:
+            known = self._added.pop(name, None) is not None
+            self._pinned.discard(name)
+            if self._kept.pop(name, None) is None and not known:
+                raise Refusal(f"{short(name)} is not known here", 404)
+
+    def _find(self, name: str) -> HostAdapter | None:
+        with self._lock:
+            if name in self._kept:
+                self._kept.move_to_end(name)
+            return self._kept.get(name)
+
+    def _read(self, name: str) -> HostAdapter:
+        source = self._source(name)
+        try:
+            if not is_s3(source):
+                path = Path(source)
+                if not path.exists():
+                    raise Refusal(f"adapters: {short(name)} is not known here", 404)
+                return read_host_adapter(name, path, self._shapes, self._base)
+            with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+                _download(S3Uri.parse(source), Path(folder), name)
+                return read_host_adapter(name, Path(folder), self._shapes, self._base)
+        except Refusal:
+            raise
+        except UserError as error:
+            raise Refusal([f"adapters: {name}: {problem}" for problem in error.problems], 422) from None
+
+    def _source(self, name: str) -> str:
+        with self._lock:
+            if name in self._added:
+                return self._added[name]
+        if self._place is None or not is_adapter_name(name):
+            raise Refusal(f"adapters: {short(name)} is not known here", 404)
+        return f"{self._place.rstrip('/')}/{name}"
+
+
+def _download(source: S3Uri, folder: Path, name: str) -> None:
+    """Brings what is needed of an adapter here, and nothing else that a job left beside it.
+
+    Raises:
+        Refusal: where it is not there, or is not what its manifest says.
+    """
+    if source.prefix.endswith(_SAFETENSORS):
+        storage.download_object(source, folder / source.prefix.rpartition("/")[2])
+        return
+    sizes = storage.list_objects(source)
+    files = {key for key in sizes if key.endswith(_SAFETENSORS) and "/" not in key}
+    if not files:
+        raise Refusal(f"adapters: {short(name)} is not known here", 404)
+    if FILE in files:  # the others are learned words, or the same adapter once more
+        files = {key for key in files if key == FILE or sizes[key] <= _WORD}
+    if large := [key for key in files if sizes[key] > _LARGEST]:
+        raise Refusal(f"adapters: {name}: {large[0]} has {sizes[large[0]]:,} bytes, as no adapter has", 422)
+    manifest = storage.read_manifest(source) if MANIFEST_NAME in sizes else None
+    for key in sorted(files | ({_REPORT} & sizes.keys())):
+        storage.download_object(source / key, folder / key)
+        _check(manifest, key, folder / key, name)
+
+
+def _check(manifest: Manifest | None, key: str, path: Path, name: str) -> None:
+    """Raises Refusal where a file is not the one that its manifest lists."""
+    entry = next((each for each in manifest.files if each.path == key), None) if manifest else None
+    if entry and entry.crc64nvme and encoded(checksum_of(path.read_bytes())) != entry.crc64nvme:
+        raise Refusal(f"adapters: {name}: {key} is not what its manifest says; send it again", 422)
