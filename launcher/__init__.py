@@ -9,6 +9,7 @@ from launcher.api import (
     attach,
     check,
     contact_sheet,
+    deploy,
     estimate,
     estimator,
     fit,
@@ -20,10 +21,13 @@ from launcher.aws.service_errors import ServiceError
 from launcher.fleets.api import attach_fleet, check_many, fit_many
 from launcher.fleets.fleet import Fleet, FleetStatus
 from launcher.jobs.job import Job, JobFailed, JobStopped
+from launcher.local.endpoint import Endpoint, EndpointFailed
 from launcher.local.run import local_services
 from launcher.resources import Resources
 
 __all__ = [
+    "Endpoint",
+    "EndpointFailed",
     "Fleet",
     "FleetStatus",
     "Job",
@@ -37,6 +41,7 @@ __all__ = [
     "check",
     "check_many",
     "contact_sheet",
+    "deploy",
     "estimate",
     "estimator",
     "fit",

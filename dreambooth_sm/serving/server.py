@@ -35,6 +35,8 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
         await super().startup(sockets)  # type: ignore[arg-type]
+        for server in self.servers if self.started else ():
+            print(f"listening: port={server.sockets[0].getsockname()[1]}", flush=True)
         loop = asyncio.get_running_loop()
         # Not one of the loop's own threads, which the process would wait for at its end.
         threading.Thread(target=self._read, args=(loop,), name="read", daemon=True).start()
@@ -76,7 +78,7 @@ def _additional(channel: Path) -> str | None:
     return str(channel) if channel.is_dir() else None
 
 
-def serve(model: Path, settings: ServingSettings, *, port: int, host: str = "0.0.0.0") -> int:
+def serve(model: Path, settings: ServingSettings, *, port: int) -> int:
     """Serves until SIGTERM or SIGINT; then what is asked for already is drawn, for as long as SageMaker waits.
 
     Args:
@@ -92,7 +94,7 @@ def serve(model: Path, settings: ServingSettings, *, port: int, host: str = "0.0
     service = Service()
     config = uvicorn.Config(
         service.app(),
-        host=host,
+        host=settings.host,
         port=port,
         lifespan="off",
         log_level="warning",

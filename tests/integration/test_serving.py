@@ -22,11 +22,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK
+import launcher
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.serving.engine import Engine
 from dreambooth_sm.serving.served_model import open_served
 from dreambooth_sm.serving.settings import LARGEST_BODY, ServingSettings
-from dreambooth_sm.storage import S3Uri, get_object
+from dreambooth_sm.storage import S3Uri, get_object, upload_directory
 from launcher.local.program import ENTRYPOINT
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.jobs import read_until
@@ -250,3 +251,26 @@ def test_the_documents_examples_are_answered(client: Client, example: str) -> No
 def test_the_document_has_all_settings() -> None:
     for name, default, meaning in ServingSettings.table():
         assert f"| `{name}` | {'' if default == 'none' else default} | {meaning} |\n" in DOCUMENT
+
+
+@pytest.mark.slow
+def test_the_launcher_serves_a_model_on_this_machine(
+    tiny_base: Path, s3: EmbeddedS3, target: S3Uri, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    upload_directory(tiny_base, target)
+    block = re.findall(r"^```python\n(import launcher\n.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)[0]
+    found: dict[str, Any] = {"model": str(target)}
+    exec(block, found)
+    assert [picture.size for picture in found["pictures"]] == [(64, 64)] * 2
+    with pytest.raises(launcher.EndpointFailed, match="does not answer"):
+        found["endpoint"].draw("a toy")  # the context has ended it
+    with launcher.deploy(tiny_base, batch=1) as endpoint:
+        with pytest.raises(UserError, match="steps: 0 is not valid") as caught:
+            endpoint.draw("a toy", steps=0, width=7)
+        assert len(caught.value.problems) == 2
+    with pytest.raises(UserError, match="SERVE_BATCHES: unknown setting"):
+        launcher.deploy(tiny_base, batches=1)
+    with pytest.raises(UserError, match="not a directory"):
+        launcher.deploy("/nowhere")
