@@ -30,7 +30,7 @@ PLANS = {rung.name: rung for rung in METHODS["full"].ladder}
 def trainer(rung: Rung | None, precision: str, steps: int, work: Path) -> Trainer:
     """On the small model; the reference for no rung. UNet alone, so that all losses are of one kind."""
     if not (work / "base").is_dir():
-        save_tiny_pipeline(work / "base")
+        save_tiny_pipeline(work / "base", vae_levels=2)
     h = Hyperparameters.parse(
         {
             **PROMPTS,

@@ -36,8 +36,8 @@ from dreambooth_sm.storage import s3_client
 from tests.helpers.aws_descriptions import remembered
 from tests.helpers.drawing import FEW_STEPS, draw_otherwise
 
-# Steps of a job that no test waits for.
-MANY = 1000
+# Steps of a job that no test waits for, and of one that may be stopped on its way.
+MANY, SOME = 1000, 10
 # What may be ignored from the start: a shell does so in the background, and ``nohup``.
 TERMINAL = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT)
 
@@ -107,15 +107,16 @@ class Worker(subprocess.Popen[Any]):
             os._exit(1)
 
 
-def _take_time_for_many_steps() -> None:
-    """A job of many steps is there to be stopped: it does not compute all the time until it is."""
+def _take_time_for_steps() -> None:
+    """A job of many steps is there to be stopped: it does not compute all the time until it is; and one of some steps
+    is not through with them before a test on a busy machine stops it."""
     from dreambooth_sm.training.loop import Trainer
 
     step = Trainer.optimizer_step
 
     def slowly(trainer: Trainer, rate: float) -> Any:
-        if trainer.schedule.steps >= MANY and trainer.step > 2:
-            time.sleep(0.2)
+        if trainer.schedule.steps >= SOME and trainer.step > 2:
+            time.sleep(0.2 if trainer.schedule.steps >= MANY else 0.03)
         return step(trainer, rate)
 
     Trainer.optimizer_step = slowly  # type: ignore[method-assign]
@@ -201,7 +202,7 @@ def main() -> None:
         draw_otherwise(setattr, **FEW_STEPS)
         if "torch" in sys.modules:
             _find_tiny_models_to_run()
-            _take_time_for_many_steps()
+            _take_time_for_steps()
         distributed.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": Worker})  # type: ignore[attr-defined]
         if len([*Path("/proc/self/task").iterdir()]) > 1:
             raise RuntimeError("something has started threads, which no fork would have")

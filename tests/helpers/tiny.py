@@ -56,12 +56,19 @@ _NOISE: dict[str, Any] = {
     "beta_schedule": "scaled_linear",
     "steps_offset": 1,
 }
+# Of the pictures that UNets are made for, in pixels.
+_SIDE = 64
 # Small words of the example prompts; everything else, such as "zwx", is spelled letter by letter.
 _WORDS = ("a", "of", "on", "the", "photo", "toy", "cat", "dog", "duck")
 
 
 def save_tiny_pipeline(
-    directory: Path, *, width: int = 32, scheduler_options: dict[str, object] | None = None, seed: int = 0
+    directory: Path,
+    *,
+    width: int = 32,
+    scheduler_options: dict[str, object] | None = None,
+    seed: int = 0,
+    vae_levels: int = 3,
 ) -> Path:
     """Writes a diffusers directory of a pipeline of about ``width``² x 300 parameters.
 
@@ -69,15 +76,16 @@ def save_tiny_pipeline(
         width: channels of the UNet's first level; a multiple of 32.
         scheduler_options: put over the noise scheduler's, such as ``{"prediction_type": "v_prediction"}``.
         seed: of the weights.
+        vae_levels: a latent is ``2 ** (vae_levels - 1)`` pixels wide.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionPipeline(
-            vae=_vae(width),
+            vae=_vae(width, levels=vae_levels),
             text_encoder=CLIPTextModel(_text_config(width=32, heads=4)),
             tokenizer=byte_tokenizer(),
             unet=UNet2DConditionModel(
-                sample_size=32,
+                sample_size=_SIDE >> (vae_levels - 1),
                 block_out_channels=(width, 2 * width),
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -94,25 +102,25 @@ def save_tiny_pipeline(
 
 
 def save_tiny_xl_pipeline(
-    directory: Path, *, scheduler_options: dict[str, object] | None = None, seed: int = 0
+    directory: Path, *, scheduler_options: dict[str, object] | None = None, seed: int = 0, vae_levels: int = 3
 ) -> Path:
     """Writes a diffusers directory of an SDXL pipeline of some 3 M parameters.
 
     Args:
-        scheduler_options, seed: as of :func:`save_tiny_pipeline`.
+        scheduler_options, seed, vae_levels: as of :func:`save_tiny_pipeline`.
     """
     second_tokenizer = byte_tokenizer()
     second_tokenizer.add_special_tokens({"pad_token": "!"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionXLPipeline(
-            vae=_vae(32, scaling_factor=0.13025, force_upcast=True),
+            vae=_vae(32, levels=vae_levels, scaling_factor=0.13025, force_upcast=True),
             text_encoder=CLIPTextModel(_text_config(width=64, heads=1)),
             text_encoder_2=CLIPTextModelWithProjection(_text_config(width=128, heads=2, projection=96)),
             tokenizer=byte_tokenizer(),
             tokenizer_2=second_tokenizer,
             unet=UNet2DConditionModel(
-                sample_size=32,
+                sample_size=_SIDE >> (vae_levels - 1),
                 block_out_channels=(64, 128),
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -447,11 +455,11 @@ def byte_tokenizer() -> CLIPTokenizer:
     return bpe_tokenizer(merges)
 
 
-def _vae(width: int, *, latent_channels: int = 4, **options: Any) -> AutoencoderKL:
+def _vae(width: int, *, levels: int = 3, latent_channels: int = 4, **options: Any) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(width, width),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(width,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
         latent_channels=latent_channels,
         **options,

@@ -26,7 +26,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "master": {"precision": "bf16", "weights": "master"},
     "tiny": {**FAST, "precision": "bf16", "weights": "stochastic", "gradient_checkpointing": True, "state_bits": 4},
 }
-JOB: dict[str, Any] = {"max_train_steps": 8, "learning_rate": 3e-4, "with_prior_preservation": True}
+JOB: dict[str, Any] = {"max_train_steps": 6, "learning_rate": 1e-3, "with_prior_preservation": True}
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,15 @@ def test_learns_as_the_reference_does(
     """
     run = Run(loaded_base, tmp_path, plan=PLANS[name], **JOB).train()
     losses = [loss[0] for loss in run.losses]
-    learned = reference[0] - sum(reference[-5:]) / 5
+    learned = reference[0] - sum(reference[-3:]) / 3
     assert learned > 0.3
     distance = sum(abs(a - b) for a, b in zip(losses, reference, strict=True)) / len(reference)
     assert distance / learned < (0.06 if PLANS[name]["weights"] == "stochastic" else 0.04)
 
 
-@pytest.mark.parametrize("text_encoder", [False, True])
-@pytest.mark.parametrize("name", ["medium", "medium fp16", "tiny"])
+@pytest.mark.parametrize(
+    ("name", "text_encoder"), [("medium", False), ("medium", True), ("medium fp16", True), ("tiny", True)]
+)
 def test_a_base_that_waits_in_half_precision_trains_the_same_to_the_bit(
     name: str, text_encoder: bool, base: PretrainedModel, tmp_path: Path
 ) -> None:

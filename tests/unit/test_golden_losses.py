@@ -19,10 +19,11 @@ import torch
 from diffusers import DDPMScheduler
 
 from dreambooth_sm.errors import StopRequested
-from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.models import PretrainedModel, load_base
 from tests.helpers.marks import slow_except
 from tests.helpers.optimizers import PLAIN_OPTIMIZERS, PlainScheduleFree
-from tests.helpers.training import Run, attach, same
+from tests.helpers.tiny import save_tiny_pipeline, save_tiny_xl_pipeline
+from tests.helpers.training import Run, attach, hyperparameters, same
 
 STORED = Path(__file__).parent / "golden"
 STEPS = 20
@@ -114,9 +115,22 @@ def begin(base: PretrainedModel, root: Path, name: str) -> Run:
     return run
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PretrainedModel]:
+    """Of the latents that the stored losses are of: half as wide as the pictures."""
+    folder = tmp_path_factory.mktemp("bases")
+    saved = {
+        "sd": save_tiny_pipeline(folder / "sd", vae_levels=2),
+        "xl": save_tiny_xl_pipeline(folder / "xl", vae_levels=2),
+    }
+    return {name: load_base(hyperparameters(pretrained_model_name_or_path=str(path))) for name, path in saved.items()}
+
+
 @pytest.fixture(scope="module", params=slow_except(["schedule_free", "textual_inversion", "lora"], CASES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    base = request.getfixturevalue("loaded_xl_base" if request.param.startswith("xl") else "loaded_base")
+def case(
+    request: pytest.FixtureRequest, bases: dict[str, PretrainedModel], tmp_path_factory: pytest.TempPathFactory
+) -> Case:
+    base = bases["xl" if request.param.startswith("xl") else "sd"]
     run = begin(base, tmp_path_factory.mktemp(request.param), request.param)
     compared = {name: parameter.detach().clone() for name, parameter in run.trainable.parameters.items()}
     run.recorder.stop.clear()

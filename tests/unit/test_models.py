@@ -32,7 +32,7 @@ def copied(tiny_base: Path, tmp_path: Path) -> Path:
 
 def test_modules_are_loaded_in_fp32_frozen_and_in_eval_mode(tiny_base: Path) -> None:
     base = load_base(of(tiny_base))
-    assert base.latent_scale == 2
+    assert base.latent_scale == 4
     for module in (base.unet, base.vae, base.text_encoder):
         assert not module.training
         assert {(p.dtype, p.requires_grad, p.device.type) for p in module.parameters()} == {

@@ -97,7 +97,7 @@ def test_missing_pictures_are_made_beside_the_others(base: PretrainedModel, subj
     made = Made(base, subject, tmp_path)
     assert {path.parent for path in made.paths} == {subject.class_directory}
     assert sorted(subject.class_directory.iterdir()) == sorted(made.paths)
-    assert made.latents.shape == (WANTED, 4, 32, 32)
+    assert made.latents.shape == (WANTED, 4, 16, 16)
     assert not torch.equal(made.latents[0], made.latents[1])
 
 
@@ -150,7 +150,7 @@ def test_a_stop_between_batches_keeps_what_is_done(base: PretrainedModel, subjec
 
 def test_pictures_of_several_sizes(base: PretrainedModel, subject: Subject, tmp_path: Path) -> None:
     made = Made(base, subject, tmp_path, sizes=[(64, 64), (96, 64), (64, 64)], batch_size=2)
-    assert [tuple(read_latents(path).shape) for path in made.paths] == [(4, 32, 32), (4, 32, 48), (4, 32, 32)]
+    assert [tuple(read_latents(path).shape) for path in made.paths] == [(4, 16, 16), (4, 16, 24), (4, 16, 16)]
     assert made.drawn == WANTED
 
 

@@ -55,7 +55,7 @@ def test_all_shapes_and_prompts_are_trained_on(base: PretrainedModel, subject: S
     batch_sampler = run.data.batch_sampler
     assert batch_sampler.shapes == [(64, 64), (48, 80), (80, 48)]
     latents = Counter(tuple(run.data.latents(batch_sampler.batch(step, 1)).shape) for step in range(8))
-    assert latents == {(2, 4, 24, 40): 4, (2, 4, 40, 24): 2, (2, 4, 32, 32): 2}
+    assert latents == {(2, 4, 12, 20): 4, (2, 4, 20, 12): 2, (2, 4, 16, 16): 2}
     # Four prompts of pictures, one of the class, and the empty one.
     assert len(run.data.prompts["states"]) == 6
     assert run.train().losses == Run(base, tmp_path, subject=subject, **VALUES).train().losses

@@ -409,11 +409,11 @@ def test_directory_to_file_to_directory(which: str, request: pytest.FixtureReque
 
 
 @pytest.mark.parametrize(
-    ("size", "said", "read"), [(None, "128x128", 64), ([24, 40], "80x80", [24, 40]), (32, "64x64", 32)]
+    ("size", "said", "read"), [(None, "256x256", 64), ([24, 40], "160x160", [24, 40]), (16, "64x64", 16)]
 )
 def test_the_size_that_a_unet_says_it_was_made_for(size: Any, said: str, read: Any, tmp_path: Path) -> None:
-    """Two numbers are valid as well, and without any it is its kind's; the VAE of the tiny model has two pixels a
-    latent."""
+    """Two numbers are valid as well, and without any it is its kind's; the VAE of the tiny model has four pixels
+    a latent."""
     model = read_directory(save_tiny_pipeline(tmp_path / "base"))
     model.pipeline.unet.register_to_config(sample_size=size)
     write_single_file(model, tmp_path / "m.safetensors")

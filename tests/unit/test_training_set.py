@@ -300,8 +300,8 @@ def test_latents_are_a_draw_from_the_vaes_posterior_of_the_view(base: Pretrained
         pictures=torch.tensor([0, 1, 0]),
         views=torch.tensor([1, 0, 0]),
         prompts=torch.zeros(3, dtype=torch.int64),
-        latent_noise=torch.randn(3, 4, 32, 32, generator=torch.Generator().manual_seed(0)),
-        noise=torch.zeros(3, 4, 32, 32),
+        latent_noise=torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+        noise=torch.zeros(3, 4, 16, 16),
         timesteps=torch.zeros(3, dtype=torch.int64),
     )
     ours = latents(batch)
@@ -320,8 +320,8 @@ def test_cached_latents_need_neither_the_files_nor_the_vae(base: PretrainedModel
     for path in pictures:
         path.unlink()
     samples = [TrainingRow(path, (0,), (64, 64)) for path in pictures]
-    batch_sampler = BatchSampler(samples, [], views=1, channels=4, latent_scale=2, timesteps=9, seed=0)
-    assert latents(batch_sampler.batch(0, 2)).shape == (2, 4, 32, 32)
+    batch_sampler = BatchSampler(samples, [], views=1, channels=4, latent_scale=4, timesteps=9, seed=0)
+    assert latents(batch_sampler.batch(0, 2)).shape == (2, 4, 16, 16)
     assert latents._vae is None
 
 

@@ -380,9 +380,9 @@ def test_the_shift_is_the_models_own_unless_one_is_asked_for(z_image: Pretrained
 
     assert shift() == pytest.approx(6.0)
     assert shift(time_shift=2.5) == pytest.approx(2.5)
-    # 32 x 32 latents a side make 256 words of pictures of 64 pixels; and 1,024 those of 128.
-    assert shift(time_shift="resolution") == pytest.approx(math.exp(0.5))
-    assert shift(time_shift="resolution", resolution=128) == pytest.approx(math.exp(0.5 + 0.65 * 768 / 3840))
+    # 32 x 32 latents make 256 words of pictures of 128 pixels; and 1,024 those of 256.
+    assert shift(time_shift="resolution", resolution=128) == pytest.approx(math.exp(0.5))
+    assert shift(time_shift="resolution", resolution=256) == pytest.approx(math.exp(0.5 + 0.65 * 768 / 3840))
 
 
 @pytest.mark.parametrize(
