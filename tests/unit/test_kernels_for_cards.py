@@ -13,7 +13,7 @@ import pytest
 
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.training.kernel_builds import ARCHITECTURES, compiling_for, launch_all
-from dreambooth_sm.training.kernels import LEAST, take_builds
+from dreambooth_sm.training.kernels import LEAST, folder_of, take_builds
 from dreambooth_sm.training.moments import BLOCK_FORMATS
 from tests.helpers.patience import PATIENCE
 
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow
 SHARED = {(7, 5): 64, (8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
 # Those that all formats of the optimizer are compiled for: the oldest, and the one that figures are measured on.
 WHOLE = ((7, 5), (9, 0))
+# What the image has is made for this one; its kernels are compiled once for all tests.
+BUILT = (9, 0)
 KERNELS = {
     *("_scale", "_dequantise", "_update_one", "_update_many", "_average", "_moments", "_statistics", "_apply", "_sums"),
     *("_group_means", "_input_grad", "_affine_grads", "_added_grads"),
@@ -33,14 +35,18 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_kernels_compile(capability: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+def test_kernels_compile(
+    capability: tuple[int, int], built: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(folder_of(BUILT, built[0]) if capability == BUILT else tmp_path))
     with compiling_for(capability) as compiled:
         launch_all(ARCHITECTURES[capability], None if capability in WHOLE else [BLOCK_FORMATS[8]])
     assert {kernel.metadata.name for kernel in compiled} == KERNELS
+    architecture = 10 * capability[0] + capability[1]
     for kernel in compiled:
         assert kernel.asm["cubin"]
-        assert f"sm_{10 * capability[0] + capability[1]}" in kernel.asm["ptx"]
+        assert kernel.metadata.target.arch == architecture
+        assert capability == BUILT or f"sm_{architecture}" in kernel.asm["ptx"]  # builds keep machine code alone
         assert kernel.metadata.shared <= 1024 * SHARED[capability]
 
 
@@ -48,12 +54,12 @@ def test_there_are_kernels_for_the_cards_of_all_instances() -> None:
     assert {card.capability for card in CARDS.values() if card.capability >= LEAST} <= {*ARCHITECTURES}
 
 
-BUILD = """
+BUILD = f"""
 import sys
 from pathlib import Path
 from dreambooth_sm.training.kernel_builds import build
 
-print(build(Path(sys.argv[1]), (9, 0)))
+print(build(Path(sys.argv[1]), {BUILT}))
 """
 # A job's launches at a model's true sizes; prints the kernels that Triton had to compile.
 JOB = """
@@ -129,11 +135,18 @@ print(json.dumps([compiled, len(launched)]))
 """
 
 
-def test_jobs_find_what_was_compiled_before(tmp_path: Path) -> None:
-    builds, cache = tmp_path / "builds", tmp_path / "cache"
-    count = _printed(BUILD, builds, TRITON_CACHE_DIR=str(tmp_path / "unused"))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """What the image has for one architecture, and how many kernels."""
+    folder = tmp_path_factory.mktemp("builds")
+    count = _printed(BUILD, folder / "builds", TRITON_CACHE_DIR=str(folder / "unused"))
+    return folder / "builds", int(count)
+
+
+def test_jobs_find_what_was_compiled_before(built: tuple[Path, int], tmp_path: Path) -> None:
+    (builds, count), cache = built, tmp_path / "cache"
     kernels = {path.name for path in (builds / "sm_90").iterdir()}
-    assert len(kernels) == int(count)
+    assert len(kernels) == count
     compiled, launched = json.loads(_printed(JOB, builds, TRITON_CACHE_DIR=str(cache)))
     assert compiled == []
     assert launched > 50
