@@ -146,10 +146,10 @@ print(peak() - before)
 
 @pytest.mark.slow
 def test_the_host_has_room_for_less_than_a_third_of_a_transformer(tiny_z_image: Path, tmp_path: Path) -> None:
-    """A process of its own is asked for its peak; its transformer has 0.6 GB, its adapters 5 MB."""
+    """A process of its own is asked for its peak; its transformer has 0.3 GB, its adapters 3 MB."""
     folder = tmp_path / "base" / "transformer"
     shutil.copytree(tiny_z_image, tmp_path / "base")
-    config = json.loads((folder / "config.json").read_text()) | {"dim": 1024, "n_layers": 20, "n_heads": 32}
+    config = json.loads((folder / "config.json").read_text()) | {"dim": 1024, "n_layers": 9, "n_heads": 32}
     with torch.device("meta"):
         shapes = {n: p.shape for n, p in ZImageTransformer2DModel.from_config(config).state_dict().items()}
     (folder / "config.json").write_text(json.dumps(config))
@@ -157,7 +157,7 @@ def test_the_host_has_room_for_less_than_a_third_of_a_transformer(tiny_z_image: 
         {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, tmp_path / "base" / WEIGHTS
     )
     size = (tmp_path / "base" / WEIGHTS).stat().st_size
-    assert size > 5e8
+    assert size > 2.5e8
     # What is freed is given back at once: otherwise threads keep some of it, however large the model is.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "base")]

@@ -829,7 +829,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One model of 80 million parameters: an fp32 directory, an fp16 directory and an fp16 file."""
     folder = tmp_path_factory.mktemp("large")
     paths = {
-        "fp32": save_tiny_pipeline(folder / "fp32", width=512),
+        "fp32": save_tiny_pipeline(folder / "fp32", width=256),
         "fp16": folder / "fp16",
         "file": folder / "m.safetensors",
     }
