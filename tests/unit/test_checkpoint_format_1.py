@@ -38,34 +38,41 @@ def as_first_of_format_2(directory: Path) -> None:
     rewrite_tensors(directory, lay_weights_by_part)
 
 
+@pytest.fixture(scope="module", params=JOBS)
+def whole(
+    request: pytest.FixtureRequest, loaded_base: PretrainedModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Run]:
+    """A job that ran to its end, with the checkpoint of its second step. Not to be written to."""
+    values = {"max_train_steps": 4, "save_steps": 2, "checkpoints_total_limit": 5, **JOBS[request.param]}
+    return request.param, Run(loaded_base, tmp_path_factory.mktemp("whole"), **values).train()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("age", [as_format_1, as_first_of_format_2])
 def test_a_job_that_an_earlier_version_began_ends_as_if_it_had_not_been_interrupted(
-    loaded_base: PretrainedModel, tmp_path: Path, job: str, age: Callable[[Path], None]
+    loaded_base: PretrainedModel, whole: tuple[str, Run], tmp_path: Path, age: Callable[[Path], None]
 ) -> None:
     """To the bit: metric lines, with one that is about steps of both versions, and weights."""
-    values = {"max_train_steps": 4, **JOBS[job]}
-    whole = Run(loaded_base, tmp_path / "whole", **values).train()
-    Run(loaded_base, tmp_path / "stopped", save_steps=2, checkpoints_total_limit=5, **values).train()
+    job, uninterrupted = whole
+    shutil.copytree(uninterrupted.root / "checkpoints", tmp_path / "stopped" / "checkpoints")
     first, last = all_checkpoints(tmp_path / "stopped" / "checkpoints")
     age(first.directory)
     shutil.rmtree(last.directory)
     checkpoint = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.format) == (2, 1 if age is as_format_1 else 2)
-    resumed = Run(loaded_base, tmp_path / "stopped", **values)
+    resumed = Run(loaded_base, tmp_path / "stopped", **{"max_train_steps": 4, **JOBS[job]})
     shapes = {name: p.shape for name, p in resumed.trainer.named_parameters.items()}
     assert checkpoint.find_misfit(shapes) is None
     resumed.recorder.resume(checkpoint.record, checkpoint.step, tmp_path)
     resumed.trainer.resume(checkpoint)
     resumed.train()
     names = ("step", "loss", "instance_loss", "lr")
-    ours, theirs = ([[row[n] for n in names] for row in r.recorder.training_rows] for r in (resumed, whole))
+    ours, theirs = ([[row[n] for n in names] for row in r.recorder.training_rows] for r in (resumed, uninterrupted))
     assert ours == theirs
     assert [row["step"] for row in resumed.recorder.steps] == [3, 4]
-    assert same(weights(resumed.base.unet), weights(whole.base.unet))
-    assert same(weights(resumed.base.text_encoder), weights(whole.base.text_encoder))
+    assert same(weights(resumed.base.unet), weights(uninterrupted.base.unet))
+    assert same(weights(resumed.base.text_encoder), weights(uninterrupted.base.text_encoder))
     newest = latest_checkpoint(tmp_path / "stopped" / "checkpoints")
     assert newest is not None
     assert (newest.step, newest.format) == (4, 2)

@@ -138,6 +138,10 @@ def run(root: Path, base: Path, family: str, stop_at: int | None = None, **value
     return log.getvalue()
 
 
+# One of each objective; `test_every_family.py` resumes all families with the methods that are there.
+RESUMED = ("sd", "flux2")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_drawing")
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,7 +168,8 @@ def test_it_runs_whole_jobs_and_is_resumed(family: str, request: pytest.FixtureR
     assert "with other biases" in (model / "README.md").read_text()
     assert "bitfit" in (model / "README.md").read_text()
     assert json.loads((model / "report.json").read_text())["hyperparameters"]["learning_rate"] == 1e-2
-
+    if family not in RESUMED:
+        return
     with pytest.raises(StopRequested):
         run(tmp_path / "parts", base, family, stop_at=1, use_ema=True)
     assert "resumed after step 1" in run(tmp_path / "parts", base, family, use_ema=True)
