@@ -1,16 +1,16 @@
-"""Python blocks of the documents, run as they stand: with the pictures and the base model that they name."""
+"""Python blocks of the documents, run as they stand but for numbers of steps and class images: with the pictures and
+the base model that they name."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from launcher.local.services import EmbeddedServices
-from tests.helpers.readme_blocks import README, blocks, python_blocks
+from tests.helpers.readme_blocks import README, blocks, python_blocks, run
 from tests.helpers.sdks import start_script
 
 ROOT = README.parent
@@ -24,16 +24,9 @@ def beside_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run_here(sources: list[str], page: str) -> None:
-    """Runs blocks one after the other with one namespace; their jobs are forks."""
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in sources:
-        exec(compile(block, page, "exec"), namespace)
-
-
 @pytest.mark.usefixtures("services")
 def test_the_blocks_run_in_order(beside_tests: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    run_here(blocks("launcher"), "README.md")
+    run(blocks("launcher"), "README.md")
     assert len(blocks("launcher")) == 3
     lines = capfd.readouterr().out.splitlines()
     here, on_sagemaker = (line for line in lines if re.fullmatch(r"(/|s3:)\S+/model", line))
@@ -55,7 +48,7 @@ def test_the_methods_blocks_train_an_adapter_a_hypernetwork_and_a_word_and_draw_
     beside_tests: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    run_here(python_blocks(ROOT / "docs" / "methods.md"), "methods.md")
+    run(python_blocks(ROOT / "docs" / "methods.md"), "methods.md")
     for name in ("zwx-duck.png", "zwx-toy.png", "zwx-word.png"):
         with Image.open(beside_tests / name) as picture:
             assert picture.size == (128, 128)
