@@ -18,6 +18,7 @@ from launcher.api import (
     request,
 )
 from launcher.aws.service_errors import ServiceError
+from launcher.endpoint_request import endpoint_requests
 from launcher.fleets.api import attach_fleet, check_many, fit_many
 from launcher.fleets.fleet import Fleet, FleetStatus
 from launcher.jobs.job import Job, JobFailed, JobStopped
@@ -42,6 +43,7 @@ __all__ = [
     "check_many",
     "contact_sheet",
     "deploy",
+    "endpoint_requests",
     "estimate",
     "estimator",
     "fit",

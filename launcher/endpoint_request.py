@@ -1,0 +1,130 @@
+"""The description of an endpoint: the three requests that make one of what a job left in S3.
+
+:func:`endpoint_requests` is pure: it reads no file, no environment and no account.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.serving.settings import ServingSettings
+from dreambooth_sm.storage import S3Uri
+
+_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+_ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", re.ASCII)
+_INSTANCE = re.compile(r"ml\.[a-z0-9]+(-[a-z]+)?\.[a-z0-9]+")
+# Seconds: that files may take to come, and the server to answer after that.
+_DOWNLOAD, _START = 1800, 900
+# Bytes: what SageMaker takes of an asynchronous invocation.
+_ASYNCHRONOUS_ANSWER = 10**9
+
+
+def endpoint_requests(
+    name: str,
+    model: str,
+    *,
+    image_uri: str,
+    role: str,
+    instance_type: str,
+    instance_count: int = 1,
+    base_model: str | None = None,
+    adapters: str | None = None,
+    asynchronous: str | None = None,
+    network_isolation: bool = False,
+    **settings: object,
+) -> dict[str, dict[str, Any]]:
+    """The requests of one endpoint, by the names that boto3's client of SageMaker has for them, in their order.
+
+    Args:
+        name: of endpoint, configuration and model.
+        model: ``s3://`` prefix that a job's output lies below, as it lies.
+        image_uri: of the image that trained it.
+        role: ARN of the execution role, which reads the prefixes.
+        base_model: that an adapter lies beside: an ``s3://`` prefix, or a hub id.
+        adapters: ``s3://`` prefix with the adapters that requests may name: read when they are asked for, or, where
+            the network is isolated, all of them before the endpoint is there.
+        asynchronous: ``s3://`` prefix that answers go to, of an endpoint that is asked by way of S3.
+        network_isolation: whether the container reaches nothing, S3 neither.
+        settings: of the server, without ``SERVE_`` and in small letters, such as ``batch=16``.
+
+    Raises:
+        UserError: with everything that SageMaker or the server would refuse.
+
+    Examples:
+        >>> requests = endpoint_requests(
+        ...     "zwx", "s3://models/zwx", image_uri="image:1", role="arn:aws:iam::123456789012:role/serve",
+        ...     instance_type="ml.g5.xlarge",
+        ... )
+        >>> list(requests)
+        ['create_model', 'create_endpoint_config', 'create_endpoint']
+        >>> for operation, request in requests.items():  # doctest: +SKIP
+        ...     getattr(boto3.client("sagemaker"), operation)(**request)
+    """
+    problems = Problems()
+    for field, value, pattern, such in (
+        ("name", name, _NAME, "letters, digits and single hyphens, at most 63"),
+        ("role", role, _ROLE, "the ARN of a role"),
+        ("instance_type", instance_type, _INSTANCE, "a type such as ml.g5.xlarge"),
+    ):
+        if not pattern.fullmatch(value):
+            problems.found.append(f"{field}: {value!r} is not valid; set {such}")
+    if instance_count < 1:
+        problems.found.append(f"instance_count: {instance_count} is not valid; set a whole number from 1")
+    sources = {field: _source(field, value, problems) for field, value in (("model", model), ("adapters", adapters))}
+    channels = {}
+    chosen: dict[str, object] = dict(settings)
+    if base_model and base_model.startswith("s3://"):
+        channels["base"] = _source("base_model", base_model, problems)
+    elif base_model and network_isolation:
+        problems.found.append(f"base_model: {base_model} is not in S3, and the network is isolated; name a prefix")
+    elif base_model:
+        chosen["base_model"] = base_model
+    if adapters and network_isolation:
+        channels["adapters"] = sources["adapters"]
+    elif adapters:
+        chosen["adapters"] = adapters
+    if asynchronous:
+        _source("asynchronous", asynchronous, problems)
+        chosen.setdefault("answer_bytes", _ASYNCHRONOUS_ANSWER)
+    environment = {f"SERVE_{key.upper()}": str(value) for key, value in chosen.items()}
+    with problems.collected():
+        ServingSettings.of(environment)
+    problems.raise_any()
+    container: dict[str, Any] = {"Image": image_uri, "ModelDataSource": sources["model"], "Environment": environment}
+    if channels:
+        container["AdditionalModelDataSources"] = [{"ChannelName": key, **each} for key, each in channels.items()]
+    variant = {
+        "VariantName": "all",
+        "ModelName": name,
+        "InstanceType": instance_type,
+        "InitialInstanceCount": instance_count,
+        "ModelDataDownloadTimeoutInSeconds": _DOWNLOAD,
+        "ContainerStartupHealthCheckTimeoutInSeconds": _START,
+    }
+    output = {"AsyncInferenceConfig": {"OutputConfig": {"S3OutputPath": asynchronous}}} if asynchronous else {}
+    return {
+        "create_model": {
+            "ModelName": name,
+            "ExecutionRoleArn": role,
+            "PrimaryContainer": container,
+            "EnableNetworkIsolation": network_isolation,
+        },
+        "create_endpoint_config": {"EndpointConfigName": name, "ProductionVariants": [variant], **output},
+        "create_endpoint": {"EndpointName": name, "EndpointConfigName": name},
+    }
+
+
+def _source(field: str, prefix: str | None, problems: Problems) -> Mapping[str, Any]:
+    """The data source of a prefix, with all that lies below it."""
+    if prefix is None:
+        return {}
+    uri = S3Uri("")
+    with problems.collected():
+        try:
+            uri = S3Uri.parse(prefix)
+        except UserError as error:
+            raise UserError(f"{field}: {problem}" for problem in error.problems) from None
+    return {"S3DataSource": {"S3Uri": f"{uri}/", "S3DataType": "S3Prefix", "CompressionType": "None"}}

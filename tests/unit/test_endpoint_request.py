@@ -1,0 +1,77 @@
+"""The requests of an endpoint, as SageMaker's own description of them wants them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import launcher
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.serving.settings import ServingSettings
+from tests.helpers.api import refusals
+
+OPERATIONS = {
+    "create_model": "CreateModel",
+    "create_endpoint_config": "CreateEndpointConfig",
+    "create_endpoint": "CreateEndpoint",
+}
+USUAL: dict[str, Any] = {
+    "name": "zwx",
+    "model": "s3://models/jobs/zwx/",
+    "image_uri": "123456789012.dkr.ecr.us-west-2.amazonaws.com/dreambooth-sm:1",
+    "role": "arn:aws:iam::123456789012:role/serve",
+    "instance_type": "ml.g5.xlarge",
+}
+
+
+def source(prefix: str) -> dict[str, Any]:
+    return {"S3DataSource": {"S3Uri": prefix, "S3DataType": "S3Prefix", "CompressionType": "None"}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"base_model": "owner/model", "adapters": "s3://models/fleet", "batch": 16, "log_prompts": True},
+        {"base_model": "s3://models/base", "adapters": "s3://models/fleet", "network_isolation": True},
+        {"asynchronous": "s3://models/answers", "instance_count": 2},
+    ],
+)
+def test_sagemaker_takes_them(more: dict[str, Any]) -> None:
+    requests = launcher.endpoint_requests(**USUAL, **more)
+    assert list(requests) == list(OPERATIONS)
+    for operation, request in requests.items():
+        assert refusals(OPERATIONS[operation], request) == []
+    container = requests["create_model"]["PrimaryContainer"]
+    assert container["ModelDataSource"] == source("s3://models/jobs/zwx/")
+    read = ServingSettings.of(container["Environment"])
+    assert (read.batch, read.log_prompts) == (more.get("batch", 8), more.get("log_prompts", False))
+
+
+def test_what_an_isolated_container_needs_comes_as_channels() -> None:
+    more = {"base_model": "s3://models/base", "adapters": "s3://models/fleet/", "network_isolation": True}
+    made = launcher.endpoint_requests(**USUAL, **more)["create_model"]
+    assert made["EnableNetworkIsolation"] is True
+    assert made["PrimaryContainer"]["Environment"] == {}
+    assert made["PrimaryContainer"]["AdditionalModelDataSources"] == [
+        {"ChannelName": "base", **source("s3://models/base/")},
+        {"ChannelName": "adapters", **source("s3://models/fleet/")},
+    ]
+
+
+def test_all_that_would_be_refused_is_told_at_once() -> None:
+    wrong = {"name": "a_b", "role": "serve", "instance_type": "local", "model": "models/zwx"}
+    with pytest.raises(UserError) as caught:
+        launcher.endpoint_requests(
+            **{**USUAL, **wrong},
+            base_model="owner/model",
+            network_isolation=True,
+            instance_count=0,
+            asynchronous="s3://B/x",
+            batches=3,
+        )
+    starts = [line.partition(":")[0] for line in caught.value.problems]
+    assert starts == [
+        "name", "role", "instance_type", "instance_count", "model", "base_model", "asynchronous", "SERVE_BATCHES",
+    ]  # fmt: skip
