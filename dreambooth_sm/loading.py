@@ -6,7 +6,7 @@ import torch
 
 from dreambooth_sm.context import Context
 from dreambooth_sm.fidelity import load_encoders
-from dreambooth_sm.methods import encodes_in_steps
+from dreambooth_sm.methods import Resettable, encodes_in_steps
 from dreambooth_sm.models import PretrainedModel, open_base
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.resume import fingerprint
@@ -29,7 +29,8 @@ def open_model(job: Context, plan: Plan, seed: int) -> Opened:
         job.report.warn(remark)
     trained_in = base.apart() if job.shared else base
     trainable = job.method.attach(trained_in, plan, job.h, seed)
-    reader = _resident_reader(base, plan, job) if job.shared else trainable.model
+    resident = job.shared and isinstance(trainable, Resettable)
+    reader = _resident_reader(base, plan, job) if resident else trainable.model
     encoders = None
     if job.h.fidelity_encoders and job.world.is_main:
         # Before class images are made: encoders that can't be had end the job here. On the CPU: the card's memory is

@@ -95,13 +95,14 @@ def attach_fleet(name: str, retry: bool, bad_input: bool, no_wait: bool) -> None
 
 
 def _tell_of_fleet(fleet: Any) -> None:
-    """Raises UserError where subjects have failed."""
+    """Raises JobFailed where subjects have failed."""
     status = fleet.status()
     print(status.line())
     for subject, place in fleet.models().items():
         print(f"model: {subject}: {place}")
     if status.failed:
-        raise UserError(f"{subject}: {reason}" for subject, reason in status.failed.items())
+        lines = [f"  {subject}: {reason}" for subject, reason in status.failed.items()]
+        raise launcher.JobFailed("fleet", "\n".join([f"{len(lines)} subjects failed", *lines]))
 
 
 def check(**options: Any) -> None:

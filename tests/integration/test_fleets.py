@@ -14,11 +14,12 @@ import pytest
 from botocore.exceptions import ClientError
 
 import launcher
-from dreambooth_sm.errors import UserError
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.fleet.outcome import FAILURE_NAME, Failure
 from dreambooth_sm.manifest import MANIFEST_NAME
 from dreambooth_sm.storage import S3Uri, list_objects, put_object, read_manifest, upload_directory
 from launcher.aws.clients import Clients
+from launcher.cli import main
 from launcher.fleets import fleet as fleets
 from launcher.local.s3 import EmbeddedS3
 from launcher.local.sagemaker import RequestError
@@ -145,6 +146,18 @@ def test_all_that_is_wrong_with_any_subject_is_told_at_once(tmp_path: Path) -> N
     launcher.check_many(subjects, skip_bad=True, log=lines.append, **OPTIONS)
     assert lines[0].startswith("fleet: 1 subjects")
     assert sum(line.startswith("left out: ") for line in lines) >= 3
+
+
+def test_the_command_line_says_what_a_fleet_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("duck", "cat"):
+        paint_pictures(tmp_path / name, 4)
+    (tmp_path / "odd").mkdir()
+    words = [str(tmp_path), "--instance_prompt", "photo of zwx toy", "--resolution", "64", "--dry_run"]
+    assert main(["fleet", *words]) == EXIT_BAD_INPUT
+    assert "odd: " in capsys.readouterr().err
+    assert main(["fleet", *words, "--skip_bad"]) == EXIT_OK
+    assert capsys.readouterr().out.startswith("fleet: 2 subjects")
+    assert main(["attach_fleet", str(tmp_path)]) == EXIT_BAD_INPUT
 
 
 class Platform:

@@ -51,6 +51,7 @@ OTHERS: dict[str, Any] = {
     "concepts_list": None,
     "manual_upload_model_path": "s3://bucket/prefix",
     "class_cache": "s3://bucket/cache",
+    "fleet_outcomes": "s3://bucket/outcomes",
     "s3_endpoint_url": "https://host:9000",
     "s3_tags": "a=1",
     "lr_warmup_steps": None,
