@@ -262,14 +262,16 @@ def test_the_launcher_serves_a_model_on_this_machine(
     upload_directory(tiny_base, target)
     block = re.findall(r"^```python\n(import launcher\n.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)[0]
     found: dict[str, Any] = {"model": str(target)}
-    exec(block, found)
-    assert [picture.size for picture in found["pictures"]] == [(64, 64)] * 2
-    with pytest.raises(launcher.EndpointFailed, match="does not answer"):
-        found["endpoint"].draw("a toy")  # the context has ended it
-    with launcher.deploy(tiny_base, batch=1) as endpoint:
+    code, delete, _ = block.partition("endpoint.delete()")
+    exec(code, found)
+    with found["endpoint"] as endpoint:
+        assert [picture.size for picture in found["pictures"]] == [(64, 64)] * 2
         with pytest.raises(UserError, match="steps: 0 is not valid") as caught:
             endpoint.draw("a toy", steps=0, width=7)
         assert len(caught.value.problems) == 2
+        exec(delete, found)
+        with pytest.raises(launcher.EndpointFailed, match="does not answer"):
+            endpoint.draw("a toy")
     with pytest.raises(UserError, match="SERVE_BATCHES: unknown setting"):
         launcher.deploy(tiny_base, batches=1)
     with pytest.raises(UserError, match="not a directory"):
