@@ -20,6 +20,7 @@ from typing import Any
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.fleet.outcome import FAILURE_NAME, Failure, states
 from dreambooth_sm.fleet.subjects import FleetSubject, read_list, write_list
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, delete_directory, get_object, list_objects, put_object
 from launcher.aws.clients import Clients
@@ -95,9 +96,11 @@ class Fleet:
             raise UserError(f"there is no fleet at {root}: check its name, or name it as s3://bucket/prefix")
         self._state: dict[str, Any] = json.loads(state)
         self.name: str = self._state["name"]
+        # What is written later is written as its jobs write.
+        self._options = Hyperparameters.parse(self._state["request"]["HyperParameters"]).s3_options
         # By the name of the job.
         self._lists: dict[str, tuple[FleetSubject, ...]] = {}
-        self._reasons: dict[str, str] = {}
+        self._failures: dict[str, Failure] = {}
         self._not_taken = 0
         self._not_before = 0.0
 
@@ -113,7 +116,7 @@ class Fleet:
             ServiceError: AWS can't be reached, or not with these credentials.
         """
         jobs = self._jobs()  # first: a job that has ended by now has left the outcomes of all its subjects
-        ended = states(list_objects(self.root / OUTCOMES, client=self._clients("s3")))
+        ended = states(list_objects(self.root / OUTCOMES, self._options, client=self._clients("s3")))
         job_of = self._job_of()
         open_yet = {subject: jobs.get(job, "") for subject, job in job_of.items() if subject not in ended}
         running = [subject for subject, status in open_yet.items() if status and status not in ENDED]
@@ -128,7 +131,7 @@ class Fleet:
 
     def models(self) -> dict[str, str]:
         """Where the models of the subjects lie that are done, by their ids."""
-        done = states(list_objects(self.root / OUTCOMES, client=self._clients("s3")))
+        done = states(list_objects(self.root / OUTCOMES, self._options, client=self._clients("s3")))
         found = {subject.id: subject.output or f"{self._state['models']}/{subject.id}" for subject in self.subjects()}
         return {name: found[name] for name, is_done in done.items() if is_done}
 
@@ -144,11 +147,11 @@ class Fleet:
 
     def _read_lists(self) -> None:
         """Reads the lists that are new."""
-        names = list_objects(self.root / "jobs", client=self._clients("s3"))
+        names = list_objects(self.root / "jobs", self._options, client=self._clients("s3"))
         new = [name for name in names if name.endswith(f"/{LIST_FILE}") and name.partition("/")[0] not in self._lists]
 
         def read(name: str) -> tuple[FleetSubject, ...]:
-            content = get_object(self.root / "jobs" / name, client=self._clients("s3")) or b""
+            content = get_object(self.root / "jobs" / name, self._options, client=self._clients("s3")) or b""
             return read_list(content.decode(), name)
 
         self._lists |= dict(zip((name.partition("/")[0] for name in new), self._in_parallel(read, new), strict=True))
@@ -168,14 +171,20 @@ class Fleet:
                 if job["TrainingJobName"].startswith(f"{self.name}-")
             }
 
-    def _reason(self, subject: str) -> str:
-        if subject not in self._reasons:
-            content = get_object(self.root / OUTCOMES / subject / FAILURE_NAME, client=self._clients("s3"))
+    def _failure(self, subject: str) -> Failure | None:
+        """What a subject has failed with; None where that can't be read."""
+        if subject not in self._failures:
+            place = self.root / OUTCOMES / subject / FAILURE_NAME
             try:
-                self._reasons[subject] = redact(Failure.from_json(content or b"").reason)
+                content = get_object(place, self._options, client=self._clients("s3"))
+                self._failures[subject] = Failure.from_json(content or b"")
             except ValueError:
-                return "unknown"
-        return self._reasons[subject]
+                return None
+        return self._failures[subject]
+
+    def _reason(self, subject: str) -> str:
+        failure = self._failure(subject)
+        return redact(failure.reason) if failure else "unknown"
 
     def _in_parallel(self, act: Callable[[str], Any], names: list[str]) -> list[Any]:
         with ThreadPoolExecutor(_WORKERS) as pool:
@@ -275,18 +284,15 @@ class Fleet:
         lost = [subject for subject in status.remaining if self._job_of()[subject] in status.jobs]
         again = [subject for subject in status.failed if bad_input or not self._was_bad(subject)]
         for subject in again:
-            delete_directory(self.root / OUTCOMES / subject, client=self._clients("s3"))
-            self._reasons.pop(subject, None)
+            delete_directory(self.root / OUTCOMES / subject, self._options, client=self._clients("s3"))
+            self._failures.pop(subject, None)
         self._plan([*lost, *again])
         self.advance(log)
         return self
 
     def _was_bad(self, subject: str) -> bool:
-        content = get_object(self.root / OUTCOMES / subject / FAILURE_NAME, client=self._clients("s3"))
-        try:
-            return Failure.from_json(content or b"").bad_input
-        except ValueError:
-            return False
+        failure = self._failure(subject)
+        return failure is not None and failure.bad_input
 
     def _plan_again_what_was_lost(self, status: FleetStatus) -> None:
         job_of = self._job_of()
@@ -311,7 +317,7 @@ class Fleet:
         parts = [subjects[first : first + largest] for first in range(0, len(subjects), largest)]
         for job, part in zip(job_names(self.name, len(parts), round), parts, strict=True):
             lines = write_list(known[subject] for subject in part).encode()
-            put_object(self.root / "jobs" / job / LIST_FILE, lines, client=self._clients("s3"))
+            put_object(self.root / "jobs" / job / LIST_FILE, lines, self._options, client=self._clients("s3"))
         self._read_lists()
 
 

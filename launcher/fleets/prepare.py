@@ -76,7 +76,7 @@ class PreparedFleet:
             subjects = list(pool.map(staged, self.subjects))
         say(f"pictures: of {len(subjects)} subjects in S3")
         root = resources.workspace / "fleets" / self.name
-        h = _with_places(self.job.hyperparameters, root)
+        h = _with_places(self.job.hyperparameters, root, options.kms_key)
         first = resources.model_copy(update={"name": self.name})
         channels = {**self.job.channels, FLEET_CHANNEL: Channel(root / "jobs" / self.name)}
         state = {
@@ -97,10 +97,16 @@ class PreparedFleet:
         return fleet
 
 
-def _with_places(h: Hyperparameters, root: S3Uri) -> Hyperparameters:
-    """With the places of models and outcomes, in the fleet's own folder where none are asked for."""
+def _with_places(h: Hyperparameters, root: S3Uri, key: str | None) -> Hyperparameters:
+    """With the places of models and outcomes, in the fleet's own folder where none are asked for.
+
+    Args:
+        key: that files are encrypted with; None: as the hyperparameters say.
+    """
     models = h.manual_upload_model_path or str(root / "models")
     places = {"manual_upload_model_path": models, "fleet_outcomes": str(root / OUTCOMES)}
+    if key:
+        places["s3_kms_key_id"] = key
     return Hyperparameters.parse({**h.model_dump(exclude_unset=True), **places})
 
 

@@ -69,7 +69,9 @@ def test_a_table_of_subjects_becomes_a_model_of_each(
 
     monkeypatch.setattr(services.sagemaker, "create", refusing)
     lines: list[str] = []
-    how = {"instance_type": "ml.g5.xlarge", "role": services.role, "base_model": tiny_base, "bucket": bucket.bucket}
+    key = "arn:aws:kms:us-east-1:123456789012:key/toys"
+    place = {"role": services.role, "bucket": bucket.bucket, "kms": key}
+    how = {"instance_type": "ml.g5.xlarge", "base_model": tiny_base, **place}
     started = launcher.fit_many(
         tmp_path / "toys.csv",
         parallel=1,
@@ -94,8 +96,10 @@ def test_a_table_of_subjects_becomes_a_model_of_each(
     assert status.jobs.keys() == {"toys-0001", "toys-0002"}
     models = fleet.models()
     assert models["duck"] == "s3://toys-of-many/own/duck"
-    for place in models.values():
-        assert read_manifest(S3Uri.parse(place)).step == 1
+    for model in models.values():
+        assert read_manifest(S3Uri.parse(model)).step == 1
+        uri = S3Uri.parse(model) / MANIFEST_NAME
+        assert services.client().head_object(Bucket=uri.bucket, Key=uri.prefix)["SSEKMSKeyId"] == key
 
     paint_pictures(tmp_path / "better", 2, seed=5)
     upload_directory(tmp_path / "better", bucket / "pictures" / "bad")
@@ -237,7 +241,7 @@ def test_all_subjects_end_and_none_twice_whatever_the_platform_does(s3: Embedded
     root = target / "fleets" / "many"
     request = {
         "TrainingJobName": "many",
-        "HyperParameters": {},
+        "HyperParameters": {"fleet": "/opt/ml/input/data/fleet/fleet.jsonl"},
         "InputDataConfig": [{"ChannelName": "fleet", "DataSource": {"S3DataSource": {"S3Uri": f"{root}/jobs/many/"}}}],
         "CheckpointConfig": {"S3Uri": "s3://x/y"},
     }
