@@ -195,16 +195,17 @@ def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
         build_digest([f"BASE_IMAGE={BASE_IMAGE}"], checkout),
     )
     command = ["./build_and_push.sh", *options, "--repository", repository, "--base-image", BASE_IMAGE]
-    for _ in range(2):  # the second finds the build, and makes nothing
+    helps_itself = "credential helper" in engine
+    for _ in range(1 if helps_itself else 2):  # the second finds the build, and makes nothing
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
         uris += done.stdout.splitlines()
         first = len(uris) == 1
         assert ("creating the ECR repository" in done.stderr) == first
         assert (f"{tag} is there already" in done.stderr) == (not first)
-        assert ("logs in by itself" in done.stderr) == (first and "credential helper" in engine)
+        assert ("logs in by itself" in done.stderr) == (first and helps_itself)
     digest, media_type = stored(registry, repository, "latest")
-    assert uris == [f"{registry}/{repository}@{digest}"] * 2
+    assert {*uris} == {f"{registry}/{repository}@{digest}"}
     assert media_type == MANIFEST
     assert stored(registry, repository, __version__) == stored(registry, repository, tag) == (digest, media_type)
 
@@ -214,6 +215,8 @@ def test_what_is_pushed_can_be_pulled_by_the_uri_that_is_printed(
     labels = docker("image", "inspect", "--format", "{{.Config.Labels.version}} {{.Config.Labels.build}}", uris[0])
     assert labels.stdout.split() == [__version__, tag]
     docker("rmi", uris[0])
+    if helps_itself:
+        return  # all else is as without it
 
     (checkout / "dreambooth_sm" / "new.py").write_text("")
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE)

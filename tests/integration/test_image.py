@@ -145,9 +145,11 @@ def test_the_password_of_an_index_is_used_and_left_nowhere(tmp_path: Path) -> No
     (tmp_path / "pip.conf").write_text(
         f"[global]\nindex-url = {index.url.replace('://', '://user:swordfish@')}/simple\n"
     )
-    # A secret alone makes no layer again; the host, with its new port, does.
+    # A secret alone makes no layer again; the host, with its new port, does. The layers that lie on top of these are
+    # made without the secret.
     host = f"PIP_TRUSTED_HOST=127.0.0.1:{index.server.server_port}"
-    done = build(host, tag=tag, options=[f"--secret=id=pip.conf,src={tmp_path}/pip.conf"])
+    secret = f"--secret=id=pip.conf,src={tmp_path}/pip.conf"
+    done = build(host, tag=tag, options=[secret, "--target=dependencies"])
     assert done.returncode == 0, done.stderr[-4000:]
     assert {*index.asked.values()} == {f"Basic {b64encode(b'user:swordfish').decode()}"}
     history = docker("history", "--no-trunc", tag).stdout + docker("image", "inspect", tag).stdout

@@ -34,14 +34,14 @@ from dreambooth_sm.training.schedule import Schedule
 from tests.helpers.drawing import draw_otherwise
 from toybox import paint, toys
 
-STEPS = 80
+STEPS = 30
 SETTINGS: dict[str, Any] = {
     "pretrained_model_name_or_path": toybox.NAME,
     "instance_prompt": "photo of zwx toy",
     "class_prompt": "photo of a toy",
     "resolution": 128,
     "train_batch_size": 4,
-    "learning_rate": 2e-4,
+    "learning_rate": 4e-4,
     "prior_loss_weight": 1.0,
     "sample_batch_size": 8,
     "seed": 0,
@@ -73,7 +73,7 @@ def subject(toybox_base: PretrainedModel, tmp_path_factory: pytest.TempPathFacto
             stop=threading.Event(),
         )
     photos = Subject(tuple(sorted(folder.iterdir())), "photo of zwx toy", "photo of a toy", folder / "class", ())
-    return images.complete(photos, [(128, 128)] * 24)
+    return images.complete(photos, [(128, 128)] * 4)
 
 
 @dataclass
