@@ -152,7 +152,8 @@ def _sizes(family: str) -> list[dict[str, tuple[int, int]]]:
 
 
 def _sides(facts: Facts, config: Mapping[str, object]) -> dict[str, tuple[int, int]]:
-    weights = empty_module(facts.denoiser, dict(config), facts.pipeline).state_dict()
+    with torch.device("meta"):  # some compute tables of positions for seconds
+        weights = empty_module(facts.denoiser, dict(config), facts.pipeline).state_dict()
     return {
         _numberless(name.removesuffix(".weight")): (weight.shape[0], weight.shape[-1])
         for name, weight in weights.items()

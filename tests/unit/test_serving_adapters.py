@@ -14,10 +14,14 @@ from PIL.Image import Image
 
 from dreambooth_sm.adapters.adapter import Adapter
 from dreambooth_sm.adapters.embedding_file import write_embedding
+from dreambooth_sm.adapters.layers import LowRank
 from dreambooth_sm.adapters.peft_file import write_peft
+from dreambooth_sm.adapters.read import read_adapter
 from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.serving.engine import Engine
 from dreambooth_sm.serving.refusal import Refusal
+from dreambooth_sm.serving.served_model import ServedModel, merged, open_served
+from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.storage import S3Uri, put_object, upload_directory
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.adapters import ATTENTION, CONVOLUTIONS, TEXT, pipeline, trained
@@ -201,3 +205,30 @@ def test_adapters_come_from_s3_verified(
         assert client.send("POST", "/adapters", json.dumps({**other, "src": f"{target}/gone"}).encode()).status == 404
         wrong = client.send("POST", "/adapters", b'{"src": 3, "pin": "x", "source": 1}')
         assert (wrong.status, len(wrong.json["errors"])) == (400, 4)
+
+
+@pytest.mark.slow
+def test_adapters_of_transformers_are_drawn_with_as_well(tiny_flux2: Path, tmp_path: Path) -> None:
+    """As with one that is merged into its weights."""
+    opened_base = open_served(tiny_flux2, None).model
+    generator = torch.Generator().manual_seed(0)
+    layers = {}
+    for name, weight in opened_base.weights("transformer").items():
+        layer = name.removesuffix(".weight")
+        if layer.endswith((".to_q", ".to_out.0", ".to_qkv_mlp_proj")):
+            rows, columns = weight.shape
+            down, up = (torch.randn(*shape, generator=generator) for shape in ((4, columns), (rows, 4)))
+            layers[layer] = LowRank(0.3 * down, 0.3 * up)
+    assert layers
+    write_peft(tmp_path / "zwx.safetensors", Adapter({"transformer": layers}))
+    (tmp_path / "zwx").symlink_to("zwx.safetensors")
+    wish = {"steps": 2, "guidance": 3}
+    with engine_of(tiny_flux2, adapters=str(tmp_path)) as engine:
+        orders = [engine.submit(request(engine, **wish, adapters=names)) for names in ([], ["zwx"])]
+        without, ours = (pictures(order)[0] for order in orders)
+    whole = ServedModel(merged(opened_base, read_adapter(tmp_path / "zwx.safetensors")))
+    engine = Engine(whole, ServingSettings())
+    theirs = draw(engine, **wish)
+    engine.close()
+    assert difference(ours, theirs) <= 1
+    assert difference(ours, without) > 3
