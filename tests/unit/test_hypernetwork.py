@@ -200,9 +200,10 @@ def test_the_text_encoder_can_not_be_trained_beside_it() -> None:
 
 
 def test_a_family_that_it_is_not_for_is_refused_before_anything_is_downloaded() -> None:
-    h = Hyperparameters.parse(
-        {"instance_prompt": "photo of zwx toy", "method": "hypernetwork", "base_architecture": "sdxl"}
-    )
+    values = {"instance_prompt": "photo of zwx toy", "method": "hypernetwork"}
+    with pytest.raises(UserError, match="method=hypernetwork: the base model is an SDXL model; set method to full"):
+        Hyperparameters.parse({**values, "base_architecture": "sdxl"})
+    h = Hyperparameters.parse(values).model_copy(update={"base_architecture": "sdxl"})  # found in its files
     for card in ("CPU", "A10G"):
         with pytest.raises(UserError, match="method=hypernetwork: the base model is an SDXL model; set method to full"):
             make_plan(h, CARDS[card])
