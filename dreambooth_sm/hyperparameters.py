@@ -83,10 +83,8 @@ class Hyperparameters(
 
     @rule("method", "pretrained_model_name_or_path", "base_architecture")
     def _method_is_for_the_base(self) -> Iterator[str]:
-        facts = self.facts
-        if self.method not in facts.methods:
-            others = " or ".join(facts.methods)
-            yield f"method={self.method}: the base model is {facts.article} {facts.short} model; set method to {others}"
+        if refusal := self.facts.refusal_of(self.method):
+            yield refusal
 
     @rule("pretrained_model_name_or_path", "base_architecture")
     def _family_takes_what_is_set(self) -> Iterator[str]:

@@ -234,6 +234,13 @@ class Facts:
         """Name of the part that is trained."""
         return self.parts[0]
 
+    def refusal_of(self, method: str) -> str | None:
+        """Tells why a method does not train it, and which do; None where it does."""
+        if method in self.methods:
+            return None
+        others = " or ".join(self.methods)
+        return f"method={method}: the base model is {self.article} {self.short} model; set method to {others}"
+
     def of_size(self, size: Size) -> Facts:
         """Those of the family's models of a size."""
         adapted = {

@@ -199,11 +199,8 @@ def _impossible(h: Hyperparameters, card: Card) -> list[str]:
     """Explicit values that this card, or the base model, can't run, whatever its memory."""
     problems: list[str] = []
     facts = h.facts
-    if h.method not in facts.methods:  # of a base model whose architecture was found in its files
-        others = " or ".join(facts.methods)
-        problems.append(
-            f"method={h.method}: the base model is {facts.article} {facts.short} model; set method to {others}"
-        )
+    if refusal := facts.refusal_of(h.method):  # of a base model that is what its files say
+        problems.append(refusal)
     if h.train_text_encoder is True and not METHODS[h.method].trains_text_encoder:
         problems.append(f"train_text_encoder=true: method={h.method} leaves it as it is; set it to false or auto")
     if h.prior == "dco" and not METHODS[h.method].has_live_base:
