@@ -17,6 +17,7 @@ from starlette.routing import Route
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.s3 import TransferError
 from dreambooth_sm.serving.answers import answer
+from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.log import RequestLine
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import read_addition, read_request
@@ -91,6 +92,7 @@ class Service:
         except TransferError as error:
             return 502, *_problems([str(error)])
         except Exception as error:
+            show(error)
             return 500, *_problems([f"the pictures could not be drawn ({type(error).__name__}); the log says more"])
         return 200, content, kind
 

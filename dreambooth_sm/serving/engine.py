@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +13,9 @@ import torch
 from dreambooth_sm.latents import latent_channels
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.printing import safe
 from dreambooth_sm.sampling import decode
 from dreambooth_sm.serving.adapter_store import AdapterStore
+from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.offer import Offer
 from dreambooth_sm.serving.orders import Order
 from dreambooth_sm.serving.prompts import PromptEncoder, side_by_side
@@ -226,8 +224,7 @@ class Engine:
 
     def _fail(self, places: Any, error: Exception) -> None:
         if not isinstance(error, Refusal):
-            for line in "".join(traceback.format_exception(error)).splitlines():
-                print(f"| {safe(line)}", file=sys.stderr, flush=True)
+            show(error)
         for place in places:
             self._running.pop(place, None)
             place.order.fail(error)

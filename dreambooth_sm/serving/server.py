@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from dreambooth_sm.errors import EXIT_FAILURE, EXIT_OK, UserError
 from dreambooth_sm.importing import importing
 from dreambooth_sm.printing import safe
 from dreambooth_sm.serving.app import Service
+from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.settings import ServingSettings
 
 if TYPE_CHECKING:
@@ -112,7 +112,6 @@ def serve(model: Path, settings: ServingSettings, *, port: int) -> int:
     if isinstance(server.error, UserError):
         raise server.error
     if server.error:
-        for line in "".join(traceback.format_exception(server.error)).splitlines():
-            print(f"| {safe(line)}", flush=True)
+        show(server.error)
         return EXIT_FAILURE
     return EXIT_OK

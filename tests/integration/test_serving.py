@@ -158,6 +158,18 @@ def test_two_hundred_malformed_requests_are_refused_each_with_its_reasons(client
     assert engine.is_alive
 
 
+def test_the_log_has_what_broke_an_answer(
+    client: Client, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*given: object) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr("dreambooth_sm.serving.app.answer", broken)
+    refused = client.draw({"prompt": "photo of a toy", "width": 32, "height": 32, "steps": 1})
+    assert (refused.status, len(refused.json["errors"])) == (500, 1)
+    assert capfd.readouterr().err.count("| RuntimeError: no such luck\n") == 1
+
+
 def test_other_paths_bodies_and_adapters_are_refused(client: Client) -> None:
     assert client.send("GET", "/models").status == 404
     assert client.send("GET", "/invocations").status == 405
