@@ -118,7 +118,7 @@ class Place:
         return True
 
     def fail(self, failure: Failure) -> None:
-        """Writes why there is no model."""
+        """Writes why the model is missing."""
         content = failure.to_json().encode()
         if self._index and self._store:
             self._store.put(self._index / FAILURE_NAME, content)

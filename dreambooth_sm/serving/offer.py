@@ -19,7 +19,7 @@ class Offer:
         subjects: prompts that the model was taught with, by the names of their subjects.
         settings: with the limits.
         find_prompt: the prompt of an adapter's subject, by the adapter's name; it may have to be read for that. It
-            raises :class:`~dreambooth_sm.serving.refusal.Refusal` where there is no such adapter.
+            raises :class:`~dreambooth_sm.serving.refusal.Refusal` where an adapter can't be found.
     """
 
     steps: int

@@ -48,7 +48,7 @@ def open_served(directory: Path, base: str | None) -> ServedModel:
         base: the model that these lie beside; None: the one that the job's report names.
 
     Raises:
-        UserError: where there is no such model.
+        UserError: where the model can't be found.
     """
     directory = _place_of(directory)
     report = read_report(directory)

@@ -131,7 +131,7 @@ def attach_fleet(
         session: boto3's, for credentials and region; default: the standard AWS settings.
 
     Raises:
-        UserError: there is no such fleet.
+        UserError: the fleet can't be found.
     """
     if location := s3_text(name):
         return Fleet(S3Uri.parse(location), clients or Clients(session))

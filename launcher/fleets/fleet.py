@@ -86,14 +86,14 @@ class Fleet:
         clients: of SageMaker and S3.
 
     Raises:
-        UserError: there is no fleet.
+        UserError: the fleet can't be found.
     """
 
     def __init__(self, root: S3Uri, clients: Clients) -> None:
         self.root, self._clients = root, clients
         state = get_object(root / "fleet.json", client=clients("s3"))
         if state is None:
-            raise UserError(f"there is no fleet at {root}: check its name, or name it as s3://bucket/prefix")
+            raise UserError(f"{root} holds no fleet: check its name, or name it as s3://bucket/prefix")
         self._state: dict[str, Any] = json.loads(state)
         self.name: str = self._state["name"]
         # What is written later is written as its jobs write.

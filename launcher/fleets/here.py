@@ -23,14 +23,14 @@ class LocalFleet:
         job: that was started.
 
     Raises:
-        UserError: there is no fleet in the directory.
+        UserError: the directory holds no fleet.
     """
 
     def __init__(self, directory: Path, prepared: PreparedLocalJob | None = None, job: Job | None = None) -> None:
         self.directory, self._prepared, self.job = directory, prepared, job
         self._list = directory / "input" / "data" / FLEET_CHANNEL / LIST_FILE
         if prepared is None and not self._list.is_file():
-            raise UserError(f"there is no fleet in {directory}: name the directory that its job was given")
+            raise UserError(f"{directory} holds no fleet: name the directory that its job was given")
 
     def __repr__(self) -> str:
         return f"LocalFleet({str(self.directory)!r})"

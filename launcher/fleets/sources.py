@@ -38,7 +38,7 @@ def read_subjects(subjects: Subjects, client: Callable[[], S3Client]) -> tuple[F
             raise UserError(f"subjects: {location} is not a list; name a .csv or .jsonl object, or a folder here")
         content = get_object(uri, client=client())
         if content is None:
-            raise UserError(f"subjects: there is no object {location}")
+            raise UserError(f"subjects: {location} can't be found: check bucket and key")
         return parse_subjects(_rows(content, uri.prefix))
     if isinstance(subjects, str | Path):
         path = Path(subjects).expanduser()
