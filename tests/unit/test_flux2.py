@@ -155,43 +155,6 @@ def test_the_loss_is_that_of_diffusers_script(flux2: PretrainedModel, tmp_path: 
     )
 
 
-@pytest.mark.slow
-def test_recomputed_gradients_are_the_same(flux2: PretrainedModel, tmp_path: Path) -> None:
-    values = {"learning_rate": 1e-3, "with_prior_preservation": True}
-    kept = train(flux2, tmp_path / "kept", **values)
-    again = train(flux2, tmp_path / "again", gradient_checkpointing=True, **values)
-    assert kept.losses == again.losses
-    for name, value in kept.trainable.parameters.items():
-        assert torch.equal(value, again.trainable.parameters[name]), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", ["int8", "nf4"])
-def test_trains_beside_fewer_bits(flux2: PretrainedModel, tmp_path: Path, bits: str) -> None:
-    run = train(flux2, tmp_path, base_weights=bits)
-    plain = train(flux2, tmp_path / "plain")
-    assert run.losses[0] == pytest.approx(plain.losses[0], rel=0.05)
-    assert run.losses[0] != plain.losses[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"with_prior_preservation": True, "prior": "output"},
-        {"prior": "dco", "class_prompt": "photo of a toy"},
-        {"lora_targets": "linear", "lora_dropout": 0.1, "lora_min_rank": 4, "distance_penalty": 0.1},
-        {"caption_dropout": 0.5, "center_crop": False, "gradient_accumulation_steps": 2},
-    ],
-    ids=["prior=output", "prior=dco", "ranks", "captions"],
-)
-def test_what_serves_other_families_serves_it(
-    flux2: PretrainedModel, tmp_path: Path, values: dict[str, object]
-) -> None:
-    run = train(flux2, tmp_path, **values)
-    assert all(math.isfinite(value) for losses in run.losses for value in losses)
-
-
 @pytest.fixture
 def exported(flux2: PretrainedModel, tmp_path: Path) -> tuple[Run, Path]:
     run = train(flux2, tmp_path / "run", lora_alpha=8, model_name="duck", lora_targets="linear")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -146,40 +145,6 @@ def test_a_step_does_not_wait_for_the_device(sd3: PretrainedModel) -> None:
     noised, times = torch.empty(2, 8, 8, 12, device="meta"), torch.empty(2, device="meta")
     made = sd3.family.predict(copy.deepcopy(sd3.transformer).to("meta"), noised, times, Conditioning(text))
     assert made.shape == noised.shape
-
-
-@pytest.mark.slow
-def test_recomputed_gradients_are_the_same(sd3: PretrainedModel, tmp_path: Path) -> None:
-    values = {"learning_rate": 1e-3, "with_prior_preservation": True}
-    kept = train(sd3, tmp_path / "kept", **values)
-    again = train(sd3, tmp_path / "again", gradient_checkpointing=True, **values)
-    assert kept.losses == again.losses
-    for name, value in kept.trainable.parameters.items():
-        assert torch.equal(value, again.trainable.parameters[name]), name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", ["int8", "nf4"])
-def test_trains_beside_fewer_bits(sd3: PretrainedModel, tmp_path: Path, bits: str) -> None:
-    run = train(sd3, tmp_path, base_weights=bits)
-    plain = train(sd3, tmp_path / "plain")
-    assert run.losses[0] == pytest.approx(plain.losses[0], rel=0.05)
-    assert run.losses[0] != plain.losses[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"with_prior_preservation": True, "prior": "output"},
-        {"lora_targets": "linear", "lora_dropout": 0.1, "lora_min_rank": 4, "distance_penalty": 0.1},
-        {"caption_dropout": 0.5, "center_crop": False, "gradient_accumulation_steps": 2},
-    ],
-    ids=["prior=output", "ranks", "captions"],
-)
-def test_what_serves_other_families_serves_it(sd3: PretrainedModel, tmp_path: Path, values: dict[str, object]) -> None:
-    run = train(sd3, tmp_path, **values)
-    assert all(math.isfinite(value) for losses in run.losses for value in losses)
 
 
 @pytest.mark.slow

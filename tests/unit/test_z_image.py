@@ -167,16 +167,6 @@ def test_the_loss_is_that_of_diffusers_script(z_image: PretrainedModel, tmp_path
     )
 
 
-@pytest.mark.slow
-def test_recomputed_gradients_are_the_same(z_image: PretrainedModel, tmp_path: Path) -> None:
-    values = {"learning_rate": 1e-3, "with_prior_preservation": True}
-    kept = train(z_image, tmp_path / "kept", **values)
-    again = train(z_image, tmp_path / "again", gradient_checkpointing=True, **values)
-    assert kept.losses == again.losses
-    for name, value in kept.trainable.parameters.items():
-        assert torch.equal(value, again.trainable.parameters[name]), name
-
-
 @pytest.mark.parametrize("part", ["noise_refiner", "context_refiner"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_block_in_fewer_passes_computes_the_same(z_image: PretrainedModel, part: str, masked: bool) -> None:
@@ -199,15 +189,6 @@ def test_a_block_in_fewer_passes_computes_the_same(z_image: PretrainedModel, par
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("bits", ["int8", "nf4"])
-def test_trains_beside_fewer_bits(z_image: PretrainedModel, tmp_path: Path, bits: str) -> None:
-    run = train(z_image, tmp_path, base_weights=bits)
-    plain = train(z_image, tmp_path / "plain")
-    assert run.losses[0] == pytest.approx(plain.losses[0], rel=0.05)
-    assert run.losses[0] != plain.losses[0]
-
-
 @pytest.mark.parametrize(("bits", "in_few"), [("plain", False), ("int8", False), ("nf4", True)])
 def test_prompts_are_read_in_4_bits_beside_a_transformer_in_4(
     z_image: PretrainedModel, bits: str, in_few: bool
@@ -216,24 +197,6 @@ def test_prompts_are_read_in_4_bits_beside_a_transformer_in_4(
     plan = make_plan(parse(base_weights=bits), CPU)
     assert is_quantised(drawing_part(z_image, plan, "text_encoder")) == in_few
     assert is_quantised(drawing_part(z_image, plan, "transformer")) == (bits != "plain")
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"with_prior_preservation": True, "prior": "output"},
-        {"prior": "dco", "class_prompt": "photo of a toy"},
-        {"lora_targets": "linear", "lora_dropout": 0.1, "lora_min_rank": 4, "distance_penalty": 0.1},
-        {"time_sampling": "logit_normal", "time_shift": "resolution", "loss": "huber", "noise_offset": 0.05},
-        {"caption_dropout": 0.5, "center_crop": False, "gradient_accumulation_steps": 2},
-    ],
-    ids=["prior=output", "prior=dco", "ranks", "times", "captions"],
-)
-def test_what_serves_other_families_serves_it(
-    z_image: PretrainedModel, tmp_path: Path, values: dict[str, object]
-) -> None:
-    run = train(z_image, tmp_path, **values)
-    assert all(math.isfinite(value) for losses in run.losses for value in losses)
 
 
 @pytest.fixture

@@ -1,0 +1,63 @@
+"""What all families do alike that match flows: fewer bits, recomputation, and what other families are trained with."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.models import PretrainedModel
+from tests.helpers.training import Run
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(params=[name for name, family in FAMILIES.items() if family.facts.matches_flow])
+def model(request: pytest.FixtureRequest) -> PretrainedModel:
+    """A tiny one of each family, the test's own."""
+    return copy.deepcopy(request.getfixturevalue(f"loaded_{request.param}"))
+
+
+def train(base: PretrainedModel, root: Path, **values: object) -> Run:
+    usual = {"method": "lora", "base_architecture": base.family.facts.name, "learning_rate": 1e-2, "max_train_steps": 2}
+    return Run(base, root, **{**usual, **values}).train()
+
+
+def test_recomputed_gradients_are_the_same(model: PretrainedModel, tmp_path: Path) -> None:
+    """Of Chroma, diffusers' own transformer forgets the mask in single blocks then."""
+    values = {"learning_rate": 1e-3, "with_prior_preservation": True}
+    kept = train(model, tmp_path / "kept", **values)
+    again = train(model, tmp_path / "again", gradient_checkpointing=True, **values)
+    assert kept.losses == again.losses
+    for name, value in kept.trainable.parameters.items():
+        assert torch.equal(value, again.trainable.parameters[name]), name
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_trains_beside_fewer_bits(model: PretrainedModel, tmp_path: Path, bits: str) -> None:
+    run = train(model, tmp_path, base_weights=bits)
+    plain = train(model, tmp_path / "plain")
+    assert run.losses[0] == pytest.approx(plain.losses[0], rel=0.05)
+    assert run.losses[0] != plain.losses[0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"with_prior_preservation": True, "prior": "output"},
+        {"prior": "dco", "class_prompt": "photo of a toy"},
+        {"lora_targets": "linear", "lora_dropout": 0.1, "lora_min_rank": 4, "distance_penalty": 0.1},
+        {"time_sampling": "logit_normal", "time_shift": "resolution", "loss": "huber", "noise_offset": 0.05},
+        {"caption_dropout": 0.5, "center_crop": False, "gradient_accumulation_steps": 2},
+    ],
+    ids=["prior=output", "prior=dco", "ranks", "times", "captions"],
+)
+def test_what_serves_other_families_serves_them(
+    model: PretrainedModel, tmp_path: Path, values: dict[str, object]
+) -> None:
+    run = train(model, tmp_path, **values)
+    assert all(math.isfinite(value) for losses in run.losses for value in losses)
