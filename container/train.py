@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import traceback
 from pathlib import Path
 
 import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
@@ -28,7 +27,7 @@ from dreambooth_sm.errors import (
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.importing import importing
 from dreambooth_sm.knobs.decode import split_arguments
-from dreambooth_sm.printing import safe, survive_streams
+from dreambooth_sm.printing import safe, survive_streams, traceback_lines
 from dreambooth_sm.report import Reporter
 
 USAGE = (
@@ -84,8 +83,7 @@ def main(arguments: list[str]) -> int:
         report.say(f"stopped: {request}")
         return EXIT_STOPPED
     except Exception as error:
-        for line in "".join(traceback.format_exception(error)).splitlines():
-            print(f"| {safe(line)}", file=sys.stderr)
+        print(*traceback_lines(error), sep="\n", file=sys.stderr)
         words = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
         return fail(base, "; ".join(words), EXIT_FAILURE)
     return EXIT_OK

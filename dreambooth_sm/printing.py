@@ -6,6 +6,7 @@ import io
 import os
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,11 @@ def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
 def safe(text: object) -> str:
     """Makes a text that quotes something from outside fit to be shown: :func:`redact` and :func:`printable`."""
     return printable(redact(str(text)))
+
+
+def traceback_lines(error: BaseException) -> list[str]:
+    """Where an error comes from, as logs show it."""
+    return [f"| {safe(line)}" for line in "".join(traceback.format_exception(error)).splitlines()]
 
 
 def has_userinfo(url: str) -> bool:

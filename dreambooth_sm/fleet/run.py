@@ -12,7 +12,6 @@ import io
 import shutil
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.job import Made, make, send
 from dreambooth_sm.models import check_base
 from dreambooth_sm.preflight import Checked, check_checkpoints, find_unused_channels, localize, preflight
-from dreambooth_sm.printing import safe
+from dreambooth_sm.printing import safe, traceback_lines
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.s3 import Store
 from dreambooth_sm.sagemaker import Contract
@@ -288,8 +287,8 @@ class _Fleet:
     def _tell(self, error: Exception) -> None:
         """Shows where an error comes from that is not about the input."""
         if not isinstance(error, UserError):
-            for line in "".join(traceback.format_exception(error)).splitlines():
-                self._report.say(f"| {line}")
+            for line in traceback_lines(error):
+                self._report.say(line)
 
 
 def _discard(prepared: Prepared) -> None:

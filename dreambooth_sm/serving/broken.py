@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-import traceback
 
-from dreambooth_sm.printing import safe
+from dreambooth_sm.printing import traceback_lines
 
 _SHOWN = "_is_in_the_log"
 
@@ -15,5 +14,4 @@ def show(error: BaseException) -> None:
     if getattr(error, _SHOWN, False):
         return
     setattr(error, _SHOWN, True)
-    for line in "".join(traceback.format_exception(error)).splitlines():
-        print(f"| {safe(line)}", file=sys.stderr, flush=True)
+    print(*traceback_lines(error), sep="\n", file=sys.stderr, flush=True)
