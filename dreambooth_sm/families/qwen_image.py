@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import AdaptedLayers, Drawing, Facts, ModelFootprint
-from dreambooth_sm.families.family import LossKnobs, Pair
-from dreambooth_sm.families.file_rules import is_number
-from dreambooth_sm.families.flow import TAKES, WINDOW, chosen_shift, read_texts, shift_by_words, vocabulary_problems
+from dreambooth_sm.families.flow import TAKES, WINDOW, read_texts, vocabulary_problems
+from dreambooth_sm.families.qwen_parts import (
+    BEFORE,
+    BEHIND,
+    UNSEEN,
+    QwenParts,
+    channel_problems,
+    filled_up,
+    statistics_problems,
+)
 from dreambooth_sm.families.two_streams import PATCH, TIMES, attend_together, changed_by, in_patches, of_patches
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from dreambooth_sm.objectives import Objective
-
-# What the model was shown prompts in, and how many tokens of it are before them.
-_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-_BEFORE = 34
 _ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
 _LINEAR = (
     *_ATTENTION,
@@ -49,7 +47,7 @@ class _Files:
 
     def config_problems(self, part: str, config: Mapping[str, Any], where: str) -> list[str]:
         if part == "vae":
-            return _statistics_problems(config, where)
+            return statistics_problems(config, where)
         if part != "transformer":
             return []
         usual = {
@@ -65,12 +63,7 @@ class _Files:
 
     def fit_problems(self, pipeline: Any) -> list[str]:
         transformer, vae, text = pipeline.transformer.config, pipeline.vae.config, pipeline.text_encoder.config
-        problems = vocabulary_problems(pipeline.tokenizer, text)
-        if PATCH**2 * vae.z_dim != transformer.in_channels:
-            problems.append(
-                f"the VAE makes latents of {vae.z_dim} channels, and the transformer takes {transformer.in_channels}, "
-                f"which is not {PATCH**2} times as many"
-            )
+        problems = [*vocabulary_problems(pipeline.tokenizer, text), *channel_problems(transformer, vae)]
         if transformer.out_channels != vae.z_dim:
             problems.append(
                 f"the VAE makes latents of {vae.z_dim} channels, and the transformer makes {transformer.out_channels}"
@@ -83,20 +76,7 @@ class _Files:
         return problems
 
 
-def _statistics_problems(config: Mapping[str, Any], where: str) -> list[str]:
-    channels = config.get("z_dim", 16)
-    if channels == 16 and not {"latents_mean", "latents_std"} & config.keys():
-        return []  # those of its class
-    problems = []
-    for key in ("latents_mean", "latents_std"):
-        values = config.get(key)
-        numbers = isinstance(values, list | tuple) and len(values) == channels and all(map(is_number, values))
-        if not numbers or (key == "latents_std" and not all(value > 0 for value in values or ())):
-            problems.append(f"{where}: {key} is {values!r:.60} and should be a list of {channels} numbers")
-    return problems
-
-
-class QwenImage:
+class QwenImage(QwenParts):
     """A transformer on a picture's patches and a prompt's words, side by side.
 
     Text: ``states`` ``(rows, words, width)`` of a language model, behind those of the template that comes first, and
@@ -167,25 +147,16 @@ class QwenImage:
     def tokenize(
         self, model: Any, prompts: Sequence[str], *, max_tokens: int | None = 75, pad: bool = True
     ) -> dict[str, Tensor]:
-        texts = [_TEMPLATE.format(prompt) for prompt in prompts]
-        return read_texts(model.tokenizer, prompts, texts, self.facts.title, before=_BEFORE, max_tokens=max_tokens)
+        texts = [f"{BEFORE}{prompt}{BEHIND}" for prompt in prompts]
+        return read_texts(model.tokenizer, prompts, texts, self.facts.title, before=UNSEEN, max_tokens=max_tokens)
 
     def encode(self, model: Any, tokens: Mapping[str, Tensor]) -> Conditioning:
-        import torch
-
-        words = [
-            model.text_encoder(input_ids=ids[mask][None], use_cache=False).last_hidden_state[0, _BEFORE:]
-            for ids, mask in zip(tokens["ids"], tokens["mask"], strict=True)  # one by one: nothing is filled up
-        ]
-        counts = torch.tensor([len(each) for each in words])
-        most = int(counts.max())
-        text = {"states": torch.stack([torch.nn.functional.pad(each, (0, 0, 0, most - len(each))) for each in words])}
-        if int(counts.min()) < most:
-            text["kept"] = (torch.arange(most) < counts[:, None]).to(text["states"].device)
-        return Conditioning(text)
-
-    def extras(self, size: Pair, crop: Pair, target: Pair) -> Mapping[str, Sequence[float]]:
-        return {}
+        return filled_up(
+            [
+                model.text_encoder(input_ids=ids[mask][None], use_cache=False).last_hidden_state[0, UNSEEN:]
+                for ids, mask in zip(tokens["ids"], tokens["mask"], strict=True)  # one by one: nothing is filled up
+            ]
+        )
 
     def predict(self, denoiser: Any, noised: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
         """Computes what the transformer's own forward does, block by block, so that each may have kernels."""
@@ -207,61 +178,12 @@ class QwenImage:
             words, picture = run(block, picture, words, kept, told, turns)
         return of_patches(denoiser.proj_out(denoiser.norm_out(picture, told)), noised.shape)
 
-    def sampler(self, model: Any, steps: int, size: Pair, device: torch.device) -> Any:
-        import numpy as np
-
-        # One step has no last but one, whose noise level is moved to the schedule's.
-        own = {"shift_terminal": None} if steps == 1 else {}
-        scheduler = type(model.scheduler).from_config(model.scheduler.config, **own)
-        shift = shift_by_words(scheduler.config, _words(model.vae, size))
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift, device=device)
-        scheduler.set_begin_index(0)
-        return scheduler
-
     def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
         """Each patch keeps the length that it has for the prompt alone."""
         asked, empty = in_patches(predicted), in_patches(without)
         guided = empty + guidance * (asked - empty)
         longer = asked.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
         return of_patches(guided * longer, predicted.shape)
-
-    def objective(self, model: Any, h: LossKnobs) -> Objective:
-        """With the shift that pictures are drawn with, where no other is asked for."""
-        import math
-
-        from dreambooth_sm.objectives import FlowMatching
-
-        config = model.scheduler.config
-        by_size = math.exp(shift_by_words(config, _words(model.vae, (h.resolution, h.resolution))))
-        return FlowMatching.of(chosen_shift(h, config, by_size), h.time_sampling, TIMES)
-
-    def scale(self, vae: Any) -> tuple[Tensor, Tensor]:
-        """Mean of latents, and 1 / deviation, ``(channels, 1, 1)``."""
-        import torch
-
-        mean, deviation = (
-            torch.tensor(vae.config[name], device=vae.device).view(-1, 1, 1) for name in ("latents_mean", "latents_std")
-        )
-        return mean, 1 / deviation
-
-    def normalise(self, scale: tuple[Tensor, Tensor], latents: Tensor) -> Tensor:
-        mean, factor = (each.to(latents) for each in scale)
-        return (latents - mean) * factor
-
-    def denormalise(self, scale: tuple[Tensor, Tensor], latents: Tensor) -> Tensor:
-        mean, factor = (each.to(latents) for each in scale)
-        return latents / factor + mean
-
-    def vae_dtype(self, vae: Any) -> torch.dtype:
-        import torch
-
-        return torch.bfloat16
-
-
-def _words(vae: Any, size: Pair) -> int:
-    """The patches of a picture of so many pixels."""
-    pixels: int = PATCH * 2 ** len(vae.config.temperal_downsample)
-    return size[0] // pixels * (size[1] // pixels)
 
 
 def _run(
