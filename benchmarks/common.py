@@ -26,6 +26,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     PNDMScheduler,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -41,6 +42,8 @@ from transformers import (
     Qwen2_5_VLTextModel,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLTextConfig,
+    Qwen3VLTextModel,
     T5Config,
     T5EncoderModel,
 )
@@ -243,6 +246,22 @@ def sd35_medium() -> PretrainedModel:
     return _put_away(PretrainedModel("sd35_medium", FAMILIES["sd3"], parts))
 
 
+def krea2() -> PretrainedModel:
+    """Krea 2's architecture in bf16, likewise."""
+    torch.manual_seed(0)
+    rotations = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    text: dict[str, Any] = {**_QWEN3, "rope_parameters": rotations}
+    shifts = {"base_shift": 0.5, "max_shift": 1.15, "max_image_seq_len": 6400}
+    parts = {
+        "transformer": _made(Krea2Transformer2DModel),
+        "vae": _made(AutoencoderKLQwenImage),
+        "text_encoder": _made(lambda: Qwen3VLTextModel(Qwen3VLTextConfig(**text))),
+        "tokenizer": chat_tokenizer(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **shifts),
+    }
+    return _put_away(PretrainedModel("krea2", FAMILIES["krea2"], parts))
+
+
 def _made(make: Callable[[], torch.nn.Module]) -> Any:
     """A module with random weights in bf16, made on the device in seconds; what is computed stays as it is."""
     with init_empty_weights(include_buffers=False):
@@ -268,6 +287,7 @@ MODELS: dict[str, Callable[[], PretrainedModel]] = {
     "qwen_image": qwen_image,
     "chroma": chroma,
     "sd35_medium": sd35_medium,
+    "krea2": krea2,
 }
 _FAMILIES = {name: name for name in MODELS} | {"sd15": "sd", "flux2_klein": "flux2", "sd35_medium": "sd3"}
 

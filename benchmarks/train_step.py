@@ -1,13 +1,13 @@
 """Speed and memory of one training step with prior preservation, batch 1: SD 1.5 at 512 pixels, SDXL, Z-Image, FLUX.2
-klein, FLUX.1, Qwen-Image, Chroma or SD 3.5 Medium at 1,024.
+klein, FLUX.1, Qwen-Image, Chroma, SD 3.5 Medium or Krea 2 at 1,024.
 
     python -m benchmarks.train_step [VARIANT ...] [--model sdxl] [--peer path/to/train_dreambooth.py] [--steps 60]
         [--write dreambooth_sm/planning/measured]
 
 One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures:
 ``train_dreambooth.py``, ``train_dreambooth_lora.py`` or, with another model, ``train_dreambooth_lora_sdxl.py`` or
-``train_dreambooth_lora_z_image.py``, ``train_dreambooth_lora_flux2_klein.py``, ``train_dreambooth_lora_flux.py``
-or ``train_dreambooth_lora_qwen_image.py``.
+``train_dreambooth_lora_z_image.py``, ``train_dreambooth_lora_flux2_klein.py``, ``train_dreambooth_lora_flux.py``,
+``train_dreambooth_lora_qwen_image.py`` or ``train_dreambooth_lora_krea2.py``.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 OTHERS_VARIANTS = {
     "sdxl": (*(name for name in VARIANTS if name.startswith("unet")), "lora", "lora_small", "lora_linear"),
     **dict.fromkeys(
-        ("z_image", "flux2_klein", "flux1", "qwen_image", "chroma", "sd35_medium"),
+        ("z_image", "flux2_klein", "flux1", "qwen_image", "chroma", "sd35_medium", "krea2"),
         ("lora", "lora_small", "lora_alone", "lora_alone_small", "lora_alone_nf4", "lora_linear"),
     ),
 }
@@ -157,6 +157,7 @@ PEERS = {
     "train_dreambooth_lora_flux2_klein": _FLOW,
     "train_dreambooth_lora_qwen_image": _FLOW,
     "train_dreambooth_lora_flux": _FLOW,
+    "train_dreambooth_lora_krea2": _FLOW,
 }
 
 

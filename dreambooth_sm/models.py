@@ -25,6 +25,7 @@ from dreambooth_sm.stored.directory import check_parts, read_directory, read_par
 from dreambooth_sm.stored.files import Stored, TensorFile
 from dreambooth_sm.stored.fit import check_fit
 from dreambooth_sm.stored.hollow import HollowModule
+from dreambooth_sm.stored.kept_in_fp32 import is_cast, kept_in_fp32
 from dreambooth_sm.stored.layout import Configs
 from dreambooth_sm.stored.locate import find_model
 from dreambooth_sm.stored.model import (
@@ -156,7 +157,7 @@ class PretrainedModel:
         module = getattr(self, name)
         there = torch.empty(0, device=device).device
         elsewhere = any(b.device != there for b in module.buffers())  # those of frames stay where they were
-        if name in self._files or elsewhere or not all(_is(p, there, dtype) for p in module.parameters()):
+        if name in self._files or elsewhere or not is_cast(module, there, dtype):
             return self.copy_of(name, there, dtype)
         return module
 
@@ -272,16 +273,14 @@ def frame_of(module: torch.nn.Module, copied: Iterable[torch.Tensor] = ()) -> to
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
-def _is(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a tensor is on a device and, unless it holds integers, of a type."""
-    return tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
-
-
 def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
     """A copy of a type on a device, made without a second copy in fp32 on the way."""
     memo: dict[int, Any] = {}
-    for parameter in module.parameters():
-        value = parameter.detach().to(device, dtype if parameter.is_floating_point() else None, copy=True)
+    parameters = dict(module.named_parameters())
+    kept = kept_in_fp32(module, parameters, dtype)
+    for name, parameter in parameters.items():
+        kind = torch.float32 if name in kept else dtype
+        value = parameter.detach().to(device, kind if parameter.is_floating_point() else None, copy=True)
         memo[id(parameter)] = torch.nn.Parameter(value, requires_grad=False)
     stored = {id(value) for value in module.state_dict(keep_vars=True).values()}
     for buffer in module.buffers():  # what is not stored is computed: rotary frequencies, in full precision

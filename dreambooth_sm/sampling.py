@@ -17,6 +17,7 @@ from dreambooth_sm.families import Conditioning, Family, family_of
 from dreambooth_sm.latents import latent_channels, pixels_of
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.plan import Plan
+from dreambooth_sm.stored.kept_in_fp32 import cast
 from dreambooth_sm.stored.model import Pipeline
 from dreambooth_sm.training.quantised import is_quantised, quantise_layers
 
@@ -89,7 +90,9 @@ def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     if plan.base_weights == "plain" or part not in quantised or is_quantised(getattr(base, part)):
         return base.part(part, plan.device, dtype)
     shrink = partial(quantise_layers, kind=plan.base_weights, dtype=dtype, device=torch.device(plan.device))
-    return base.copy_of(part, "cpu", None, shrink).to(plan.device, dtype)
+    module = base.copy_of(part, "cpu", None, shrink)
+    cast(module, plan.device, dtype)
+    return module
 
 
 def _in_half(plan: Plan) -> bool:

@@ -141,6 +141,14 @@ def tiny_qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_krea2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Krea 2 pipeline of 0.3 M parameters; not to be written to."""
+    from tests.helpers.tiny import save_tiny_krea2_pipeline
+
+    return save_tiny_krea2_pipeline(tmp_path_factory.mktemp("base") / "tiny-single-stream")
+
+
+@pytest.fixture(scope="session")
 def tiny_sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3.5 pipeline of 1 M parameters; not to be written to."""
     from tests.helpers.tiny import save_tiny_sd3_pipeline

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dreambooth_sm.families import chroma, flux1, flux2, qwen_image, sd, sd3, sdxl, z_image
+from dreambooth_sm.families import chroma, flux1, flux2, krea2, qwen_image, sd, sd3, sdxl, z_image
 from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.facts import Facts, ModelFootprint
 from dreambooth_sm.families.family import Family
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
         flux1.FAMILY,
         qwen_image.FAMILY,
         chroma.FAMILY,
+        krea2.FAMILY,
     )
 }
 # What a model of none of the others is taken for.

@@ -33,11 +33,14 @@ _MANY = (
     "reverse_transformer_layers_per_block",
 )
 _MOST_LAYERS, _MOST = 1000, 1_000_000
+# A wave length, of rotary positions.
+_NO_COUNT = "rope_theta"
 # A UNet that wants more than a picture, a time and a prompt can't be trained on pictures and prompts.
 # Text encoders' own names of their kinds, by their classes.
 _MODEL_TYPES = {
     "Qwen3Model": ("qwen3",),
     "Qwen2_5_VLTextModel": ("qwen2_5_vl", "qwen2_5_vl_text"),
+    "Qwen3VLTextModel": ("qwen3_vl", "qwen3_vl_text"),
     "T5EncoderModel": ("t5",),
 }
 _CLIP_TYPES = ("clip_text_model", "clip")
@@ -113,7 +116,7 @@ def make_module(part: str, config: Mapping[str, Any], where: str, pipeline: str 
     problems = [
         f"{where}: {key} is {plainly(value)}, and models have at most {most:,}"
         for key, value in config.items()
-        if (most := _MOST_LAYERS if key in _MANY else _MOST) < _largest(value)
+        if key != _NO_COUNT and (most := _MOST_LAYERS if key in _MANY else _MOST) < _largest(value)
     ]
     if part == "unet":
         problems += [

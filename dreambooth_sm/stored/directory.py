@@ -15,6 +15,7 @@ from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.stored.configs import class_name, make, make_module, read_json, read_tokenizer_directory
 from dreambooth_sm.stored.denoiser_file import other_parts, read_denoiser
 from dreambooth_sm.stored.files import Stored, TensorFile, write_safetensors
+from dreambooth_sm.stored.kept_in_fp32 import kept_in_fp32
 from dreambooth_sm.stored.layout import PARTS, today
 from dreambooth_sm.stored.locate import INDEX
 from dreambooth_sm.stored.model import (
@@ -47,6 +48,13 @@ _TITLES = [family.facts.title for family in FAMILIES.values()]
 _POSITIONS = 77
 # How the kinds end of language models that are a part of a larger one.
 _WITHIN = "_text"
+_WHOLES = {"Qwen3VLTextModel": "Qwen3VLModel"}
+# Whoever loads such a whole makes what sees pictures at random: as little of it as there can be.
+_NO_EYES = {
+    "depth": 0,
+    "deepstack_visual_indexes": [],
+    **dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size", "num_heads", "num_position_embeddings"), 1),
+}
 # How rotary positions are scaled, which alone says nothing where they are not.
 _KINDS = {"rope_type", "type"}
 # Of T5, which would take any number: those of the longest prompts that it was trained with.
@@ -169,7 +177,7 @@ def _named(kind: str) -> tuple[str, ...]:
     """What indices call a class: fast tokenizers have a name of their own, and language models one with their head, or
     with what lets them see pictures."""
     heads = kind.removesuffix("Model") + "ForCausalLM", kind.removesuffix("TextModel") + "ForConditionalGeneration"
-    return kind, f"{kind}Fast", *heads
+    return kind, f"{kind}Fast", kind.replace("VLTextModel", "VLModel"), *heads
 
 
 def read_part(
@@ -257,14 +265,16 @@ def write_directory(
     pipeline = model.pipeline
     directory.mkdir(parents=True, exist_ok=True)
     for part, stored in model.tensors.items():
-        folder = directory / part
+        folder, module = directory / part, getattr(pipeline, part)
         folder.mkdir(exist_ok=True)
         if part.startswith("text_encoder"):
-            write_json(folder / "config.json", _text_config(getattr(pipeline, part)))
+            write_json(folder / "config.json", _text_config(module))
         else:
-            getattr(pipeline, part).save_config(folder)
-        tensors = {_prefix(getattr(pipeline, part)) + name: tensor for name, tensor in stored.items()}
-        write_safetensors(folder / f"{_weights_name(part)}.safetensors", tensors, dtype=dtype, progress=progress)
+            module.save_config(folder)
+        tensors = {_prefix(module) + name: tensor for name, tensor in stored.items()}
+        kept = [_prefix(module) + name for name in kept_in_fp32(module, stored, None)]
+        path = folder / f"{_weights_name(part)}.safetensors"
+        write_safetensors(path, tensors, dtype=dtype, kept=kept, progress=progress)
     for name in tokenizers_of(model.tensors):
         write_tokenizer(getattr(pipeline, name), directory / name)
     for name in ("scheduler", "feature_extractor"):
@@ -275,23 +285,35 @@ def write_directory(
 
 def _write_index(pipeline: Pipeline, directory: Path) -> None:
     pipeline.save_config(directory)
+    named = {}
     if getattr(pipeline, "feature_extractor", None) is not None:
         # Where torchvision is missing, transformers 5 calls its class by a name that transformers 4 does not know.
-        path = directory / "model_index.json"
-        index = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, index | {"feature_extractor": ["transformers", "CLIPImageProcessor"]})
+        named["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    if whole := _whole_class(pipeline.text_encoder):
+        named["text_encoder"] = ["transformers", whole]
+    if named:
+        path = directory / INDEX
+        write_json(path, json.loads(path.read_text(encoding="utf-8")) | named)
 
 
 def _prefix(module: Any) -> str:
     """What stands before the names of a module's tensors in its file."""
     if type(module).__name__ == CLASSES["text_encoder"]:
         return _TEXT_PREFIX
-    return "model." if _is_within(module) else ""
+    if _is_within(module):
+        return "language_model." if _whole_class(module) else "model."
+    return ""
 
 
 def _is_within(module: Any) -> bool:
     """Whether a language model is a part of one that sees pictures, which other programs look for."""
     return str(getattr(module.config, "model_type", "")).endswith(_WITHIN)
+
+
+def _whole_class(module: Any) -> str | None:
+    """The class of the model that sees pictures, by which files of its language model are read where the language
+    model's own class does not read them; None elsewhere."""
+    return _WHOLES.get(type(module).__name__)
 
 
 def _text_config(text_encoder: Any) -> dict[str, Any]:
@@ -303,12 +325,14 @@ def _text_config(text_encoder: Any) -> dict[str, Any]:
     said |= _rotations_of_old(said.get("rope_parameters") or {})
     if not _is_within(text_encoder):
         return said
+    name = type(text_encoder).__name__
+    whole = _whole_class(text_encoder)
     return {
         "model_type": said["model_type"].removesuffix(_WITHIN),
-        "architectures": [type(text_encoder).__name__.replace("TextModel", "ForConditionalGeneration")],
+        "architectures": [whole or name.replace("TextModel", "ForConditionalGeneration")],
         "dtype": "float32",
         "text_config": said,
-        "vision_config": {"depth": 0},  # what sees pictures is not here
+        "vision_config": _NO_EYES if whole else {"depth": 0},  # what sees pictures is not here
     }
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -234,6 +234,7 @@ def write_safetensors(
     tensors: Mapping[str, Stored],
     *,
     dtype: torch.dtype | None = None,
+    kept: Collection[str] = (),
     notes: Mapping[str, str] | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> None:
@@ -241,6 +242,7 @@ def write_safetensors(
 
     Args:
         dtype: of the floating-point tensors in the file; None leaves them as they are.
+        kept: names of those that are float32 whatever the others are.
         notes: the file's metadata. A value for ``modelspec.hash_sha256`` is replaced by the hash of the file's tensors.
         progress: is called with the bytes of each piece once they are written.
 
@@ -252,7 +254,7 @@ def write_safetensors(
         entries["__metadata__"][HASH_FIELD] = _NO_HASH
     dtypes = {
         name: dtype if dtype and value.dtype.is_floating_point else value.dtype for name, value in tensors.items()
-    }
+    } | dict.fromkeys(kept, torch.float32)
     # Largest items first, as the format's own writer does: every tensor is then aligned to its items.
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
     offset = 0

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dreambooth_sm.stored.files import Stored, load_tensors
+from dreambooth_sm.stored.kept_in_fp32 import dtypes_of
 
 
 class HollowModule:
@@ -41,7 +42,8 @@ class HollowModule:
         # With its number: threads read, and have a current device of their own.
         device = torch.empty(0, device=device).device
         try:
-            for name, value in load_tensors(self._weights, dict.fromkeys(self._weights, dtype), device).items():
+            dtypes = dtypes_of(self.module, self._weights, dtype)
+            for name, value in load_tensors(self._weights, dtypes, device).items():
                 self._parameters[name].data = value
         except torch.OutOfMemoryError:
             for name, weight in self._weights.items():

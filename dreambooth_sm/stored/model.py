@@ -19,6 +19,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.families.file_rules import FileRules
 from dreambooth_sm.stored.files import Stored, load_tensors
+from dreambooth_sm.stored.kept_in_fp32 import kept_in_fp32
 from dreambooth_sm.stored.layout import PARTS, Configs
 from dreambooth_sm.stored.tokenizer import bpe_tokenizer
 
@@ -227,8 +228,11 @@ def weights_of(module: nn.Module, tensors: Mapping[str, Stored], dtype: torch.dt
         dtype: see :meth:`StoredModel.load`.
     """
     found = {name: tensors[name] for name in _weights(module)}
+    kept = kept_in_fp32(module, found, dtype)
     return {
-        name: tensor.cast(dtype or (tensor.dtype if tensor.dtype in _HALF else torch.float32))
+        name: tensor.cast(
+            torch.float32 if name in kept else dtype or (tensor.dtype if tensor.dtype in _HALF else torch.float32)
+        )
         for name, tensor in found.items()
     }
 
@@ -275,14 +279,18 @@ def make_pipeline(parts: Mapping[str, Any], index: Mapping[str, Any] = MappingPr
         if facts.files and type(parts.get(facts.denoiser)).__name__ == facts.files.classes[facts.denoiser]:
             kind = classes.named(facts.pipeline)
             names = (inspect.signature(kind).parameters.keys() - parts.keys()) & index.keys()
-            # Parts that are not made here stand there as their library and class.
-            options = {name: index[name] for name in names if not isinstance(index[name], list | tuple)}
+            options = {name: index[name] for name in names if not _is_part(index[name])}
             pipeline: Pipeline = kind(**parts, **options)
             return pipeline
     if "text_encoder_2" in parts:
         zeros = bool(index.get(ZEROS, True))
         return classes.StableDiffusionXLPipeline(force_zeros_for_empty_prompt=zeros, add_watermarker=False, **parts)
     return classes.StableDiffusionPipeline(safety_checker=None, requires_safety_checker=False, **parts)
+
+
+def _is_part(entry: Any) -> bool:
+    """Whether something that an index says is a part, which stands there as its library and class."""
+    return isinstance(entry, list | tuple) and all(each is None or isinstance(each, str) for each in entry)
 
 
 def clip_tokenizer(pad_token: str) -> CLIPTokenizer:

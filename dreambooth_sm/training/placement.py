@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from dreambooth_sm.planning.plan import Plan
+from dreambooth_sm.stored.kept_in_fp32 import cast
 from dreambooth_sm.training.channels_last import keep_channels_last
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates, repeated_blocks
@@ -19,9 +20,8 @@ def place(module: Any, plan: Plan, device: torch.device, *, trained: bool) -> No
         trained: whether its own parameters are; the frozen ones of others need no more than the precision that is
             computed in.
     """
-    module.to(device=device, dtype=weights_dtype(plan) if trained else frozen_dtype(plan)).requires_grad_(
-        trained
-    ).train()
+    cast(module, device, weights_dtype(plan) if trained else frozen_dtype(plan))
+    module.requires_grad_(trained).train()
     if plan.gradient_checkpointing:
         checkpoint_activations(module)
 

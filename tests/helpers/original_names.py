@@ -295,3 +295,41 @@ def sd3_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
         else:
             made[f"{_SD3[layer]}.{end}"] = value
     return made
+
+
+# Of Krea 2: parts of its names, the longest first, and what its makers call them.
+_KREA2 = {
+    "text_fusion.": "txtfusion.",
+    "transformer_blocks.": "blocks.",
+    "img_in.": "first.",
+    "time_embed.linear_1.": "tmlp.0.",
+    "time_embed.linear_2.": "tmlp.2.",
+    "time_mod_proj.": "tproj.1.",
+    "txt_in.norm.weight": "txtmlp.0.scale",
+    "txt_in.linear_1.": "txtmlp.1.",
+    "txt_in.linear_2.": "txtmlp.3.",
+    "final_layer.scale_shift_table": "last.modulation.lin",
+    "final_layer.norm.weight": "last.norm.scale",
+    "final_layer.linear.": "last.linear.",
+    ".scale_shift_table": ".mod.lin",
+    ".norm1.weight": ".prenorm.scale",
+    ".norm2.weight": ".postnorm.scale",
+    ".attn.norm_q.weight": ".attn.qknorm.qnorm.scale",
+    ".attn.norm_k.weight": ".attn.qknorm.knorm.scale",
+    ".attn.to_gate.": ".attn.gate.",
+    ".attn.to_out.0.": ".attn.wo.",
+    ".attn.to_q.": ".attn.wq.",
+    ".attn.to_k.": ".attn.wk.",
+    ".attn.to_v.": ".attn.wv.",
+    ".ff.": ".mlp.",
+}
+
+
+def krea2_original(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Krea 2's transformer as its makers name it, with the six modulations of a block in one row."""
+    made = {}
+    for name, value in tensors.items():
+        for ours, theirs in _KREA2.items():
+            name = name.replace(ours, theirs)
+        made[name] = value.flatten() if name.endswith(".mod.lin") else value.contiguous()
+    return made

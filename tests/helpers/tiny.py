@@ -22,6 +22,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -43,6 +45,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -403,14 +407,7 @@ def save_tiny_qwen_image_pipeline(directory: Path, *, seed: int = 0) -> Path:
                 },
             )
         )
-        vae = AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=8,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            latents_mean=torch.randn(8).tolist(),
-            latents_std=torch.rand(8).add(0.5).tolist(),
-        )
+        vae = _film_vae()
         scheduler = FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
         )
@@ -418,6 +415,85 @@ def save_tiny_qwen_image_pipeline(directory: Path, *, seed: int = 0) -> Path:
             scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, transformer=transformer
         )
     return _save(pipeline, directory)
+
+
+def save_tiny_krea2_pipeline(directory: Path, *, distilled: bool = False, seed: int = 0) -> Path:
+    """Writes a diffusers directory of a Krea 2 pipeline of some 0.3 M parameters, whose text encoder sees pictures.
+
+    Args:
+        distilled: whether it says that it draws in a few steps.
+    """
+    tokenizer = chat_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = Krea2Transformer2DModel(
+            in_channels=4 * 8,
+            num_layers=2,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=96,
+            timestep_embed_dim=32,
+            text_hidden_dim=32,
+            num_text_layers=3,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=48,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=(8, 12, 12),
+        )
+        for name, parameter in transformer.named_parameters():  # which begin at zero
+            if "norm" in name or name.endswith("scale_shift_table"):
+                torch.nn.init.normal_(parameter, std=0.2)
+        text_encoder = Qwen3VLModel(
+            Qwen3VLConfig(
+                text_config={
+                    "vocab_size": len(tokenizer),
+                    "hidden_size": 32,
+                    "intermediate_size": 64,
+                    "num_hidden_layers": 4,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "head_dim": 16,
+                    "max_position_embeddings": 2048,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [4, 2, 2]},
+                    "bos_token_id": 0,
+                    "eos_token_id": 0,
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 32,
+                    "intermediate_size": 32,
+                    "num_heads": 2,
+                    "out_hidden_size": 32,
+                    "deepstack_visual_indexes": [0],
+                },
+            )
+        )
+        pipeline = Krea2Pipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, max_image_seq_len=6400
+            ),
+            vae=_film_vae(),
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            text_encoder_select_layers=(1, 2, 4),
+            is_distilled=distilled,
+        )
+    return _save(pipeline, directory)
+
+
+def _film_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=8,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=torch.randn(8).tolist(),
+        latents_std=torch.rand(8).add(0.5).tolist(),
+    )
 
 
 def chat_tokenizer() -> Qwen2Tokenizer:

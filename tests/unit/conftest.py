@@ -136,6 +136,21 @@ def qwen_image(loaded_qwen_image: PretrainedModel) -> PretrainedModel:
     return copy.deepcopy(loaded_qwen_image)
 
 
+@pytest.fixture(scope="session")
+def loaded_krea2(tiny_krea2: Path) -> PretrainedModel:
+    """The tiny Krea 2 pipeline's parts; not to be written to."""
+    from dreambooth_sm.models import load_base
+    from tests.helpers.training import hyperparameters
+
+    return load_base(hyperparameters(pretrained_model_name_or_path=str(tiny_krea2), method="lora"))
+
+
+@pytest.fixture
+def krea2(loaded_krea2: PretrainedModel) -> PretrainedModel:
+    """The tiny Krea 2 pipeline's parts, the test's own."""
+    return copy.deepcopy(loaded_krea2)
+
+
 @pytest.fixture
 def z_image(loaded_z_image: PretrainedModel) -> PretrainedModel:
     """The tiny Z-Image pipeline's parts, the test's own."""

@@ -58,6 +58,7 @@ BASES = {
     "qwen_image": "loaded_qwen_image",
     "chroma": "loaded_chroma",
     "sd3": "loaded_sd3",
+    "krea2": "loaded_krea2",
 }
 # What is exported, read as its users read it, beside the base model where it needs that.
 READERS: dict[str, Callable[[Path, Any], Any]] = {
@@ -78,6 +79,7 @@ QUICK = [
     ("qwen_image", "lora"),
     ("chroma", "lora"),
     ("sd3", "lora"),
+    ("krea2", "lora"),
 ]
 
 

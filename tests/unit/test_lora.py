@@ -331,6 +331,17 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
             "num_key_value_heads": 8,
         },
     },
+    "krea2": {
+        "transformer": {},
+        "text_encoder": {
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        },
+    },
     "qwen_image": {
         "transformer": {},
         "text_encoder": {

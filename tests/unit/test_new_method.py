@@ -156,6 +156,7 @@ def test_it_runs_whole_jobs_and_is_resumed(family: str, request: pytest.FixtureR
             "qwen_image": "tiny_qwen_image",
             "chroma": "tiny_chroma",
             "sd3": "tiny_sd3",
+            "krea2": "tiny_krea2",
         }[family]
     )
     drawn = {"validation_prompt": "photo of zwx toy", "validation_steps": 2}
