@@ -9,7 +9,6 @@ from launcher.api import (
     attach,
     check,
     contact_sheet,
-    deploy,
     estimate,
     estimator,
     fit,
@@ -18,11 +17,13 @@ from launcher.api import (
     request,
 )
 from launcher.aws.service_errors import ServiceError
-from launcher.endpoint_request import endpoint_requests
+from launcher.endpoints.api import attach_endpoint, deploy
+from launcher.endpoints.endpoint import Endpoint, EndpointFailed
+from launcher.endpoints.hosted import HostedEndpoint
+from launcher.endpoints.requests import endpoint_requests
 from launcher.fleets.api import attach_fleet, check_many, fit_many
 from launcher.fleets.fleet import Fleet, FleetStatus
 from launcher.jobs.job import Job, JobFailed, JobStopped
-from launcher.local.endpoint import Endpoint, EndpointFailed
 from launcher.local.run import local_services
 from launcher.resources import Resources
 
@@ -31,6 +32,7 @@ __all__ = [
     "EndpointFailed",
     "Fleet",
     "FleetStatus",
+    "HostedEndpoint",
     "Job",
     "JobFailed",
     "JobStopped",
@@ -38,6 +40,7 @@ __all__ = [
     "Resources",
     "ServiceError",
     "attach",
+    "attach_endpoint",
     "attach_fleet",
     "check",
     "check_many",

@@ -17,7 +17,6 @@ from launcher.aws.service_errors import asking
 from launcher.draft import LOCAL, ON_THIS_MACHINE
 from launcher.estimates import Estimate
 from launcher.jobs.job import Job
-from launcher.local.endpoint import Endpoint
 from launcher.local.run import local_job
 from launcher.options import Images, split_options, with_options
 from launcher.prepare import PreparedJob, prepare, prepare_local
@@ -187,39 +186,6 @@ def _staged(options: Mapping[str, Any], session: Session | None) -> PreparedJob:
 def _tell(lines: Iterable[str], say: Callable[[str], None]) -> None:
     for line in lines:
         say(redact(line))
-
-
-def deploy(
-    model: Job | str | Path,
-    *,
-    instance_type: str = LOCAL,
-    base_model: str | Path | None = None,
-    adapters: str | Path | None = None,
-    log: Callable[[str], None] = lambda line: None,
-    **settings: object,
-) -> Endpoint:
-    """Serves a trained model on this machine, exactly as the image does on SageMaker.
-
-    Args:
-        model: a job, the directory that its output lies in, or an ``s3://`` prefix.
-        instance_type: ``local``; on SageMaker, ``create_model`` takes the prefix as it lies (``docs/serving.md``).
-        base_model: that an adapter lies beside; default: the one that its job's report names.
-        adapters: folder or ``s3://`` prefix with the adapters that requests may name.
-        log: gets each line of the server's log.
-        settings: of the server, without ``SERVE_`` and in small letters, such as ``batch=4``.
-
-    Raises:
-        UserError: where the model can't be served.
-
-    Examples:
-        >>> with deploy("zwx-job/model") as endpoint:  # doctest: +SKIP
-        ...     picture = endpoint.draw("photo of zwx toy on the beach")[0]
-    """
-    if instance_type != LOCAL:
-        raise UserError(f"instance_type={instance_type!r}: endpoints are started on this machine; set {LOCAL!r}")
-    chosen = {"base_model": base_model, "adapters": adapters, **settings}
-    variables = {f"SERVE_{name.upper()}": str(value) for name, value in chosen.items() if value is not None}
-    return Endpoint(model.model_uri if isinstance(model, Job) else str(model), variables, log)
 
 
 @dataclass(frozen=True)

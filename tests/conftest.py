@@ -22,7 +22,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
 import launcher
 from dreambooth_sm.storage import S3Uri
-from launcher.local import training_job
+from launcher.local import server_process, training_job
 from launcher.local.s3 import EmbeddedS3, embedded_s3
 from launcher.local.services import EmbeddedServices
 from tests.helpers import forks
@@ -70,8 +70,9 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_jobs() -> Iterator[None]:
-    """The embedded SageMaker forks its jobs."""
-    with patch.object(training_job, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": forks.Popen})):
+    """The embedded SageMaker forks its jobs and servers."""
+    forking = SimpleNamespace(**{**vars(subprocess), "Popen": forks.Popen})
+    with patch.object(training_job, "subprocess", forking), patch.object(server_process, "subprocess", forking):
         yield
 
 

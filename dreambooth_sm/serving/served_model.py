@@ -16,6 +16,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.models import RENAMED, PretrainedModel, open_base, read_stored
+from dreambooth_sm.serving.report import REPORT, trained_with
 from dreambooth_sm.sources import is_local
 from dreambooth_sm.stored.locate import INDEX
 
@@ -23,7 +24,6 @@ from dreambooth_sm.stored.locate import INDEX
 ADDITIONAL = Path("/opt/ml/additional-model-data-sources")
 # What a job with an upload of its own leaves in SageMaker's archive: where its model is.
 _POINTER = "model_location.txt"
-_REPORT = "report.json"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def open_served(directory: Path, base: str | None) -> ServedModel:
     """
     directory = _place_of(directory)
     report = read_report(directory)
-    h = _hyperparameters(report)
+    h = trained_with(report)
     file, words = None, {}
     if holds_model(directory) and not (directory / INDEX).is_file():
         file = adapter_file(directory)
@@ -81,28 +81,17 @@ def _place_of(directory: Path) -> Path:
 def holds_model(directory: Path) -> bool:
     """Whether a model's directory is there, and holds anything but folders of adapters."""
     return directory.is_dir() and any(
-        path.is_file() and path.name != _REPORT and not path.name.startswith(".") for path in directory.iterdir()
+        path.is_file() and path.name != REPORT and not path.name.startswith(".") for path in directory.iterdir()
     )
 
 
 def read_report(directory: Path) -> Mapping[str, Any]:
     """A job's report; empty where there is none, or something else by its name."""
     try:
-        found = json.loads((directory / _REPORT).read_text(encoding="utf-8"))
+        found = json.loads((directory / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _hyperparameters(report: Mapping[str, Any]) -> Hyperparameters | None:
-    """Those of the job; None where its report has none that this version knows."""
-    said = report.get("hyperparameters")
-    if not isinstance(said, dict):
-        return None
-    try:
-        return Hyperparameters.model_validate(said)
-    except ValueError:
-        return None
 
 
 def subject_prompts(report: Mapping[str, Any]) -> dict[str, str]:
@@ -192,6 +181,6 @@ def adapter_file(directory: Path) -> Path | None:
 
 def learned_words(directory: Path, report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The words that a job learned, ``(vectors, width)`` by word and text encoder, from their files."""
-    h = _hyperparameters(report)
+    h = trained_with(report)
     files = {word: directory / f"{word}.safetensors" for word in (h.placeholders if h else ())}
     return {word: read_embedding(path) for word, path in files.items() if path.is_file()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -258,19 +258,45 @@ class Account:
                 check_writable(place, options, client=self.clients("s3"))
         problems.raise_any()
 
+    def check_endpoint(self, image_uri: str, role: str, instance_type: str, count: int, written: S3Uri | None) -> None:
+        """Checks whether an endpoint can be made: image, role, where answers go, and quota.
+
+        Args:
+            count: of instances, at most.
+            written: where answers go, of an endpoint that is asked by way of S3.
+
+        Raises:
+            UserError: with everything that is in the way. What can't be looked at becomes a warning.
+        """
+        self.identity()
+        problems = Problems()
+        checks: list[Callable[[], None]] = [
+            lambda: self._check_image(image_uri),
+            lambda: self._check_role(role),
+            lambda: self._check_quotas([f"{instance_type} for endpoint usage"], instance_type, count, "the endpoint"),
+        ]
+        if written is not None:
+            checks.append(lambda: check_writable(written, client=self.clients("s3")))
+        for check in checks:
+            with problems.collected():
+                check()
+        problems.raise_any()
+
     def _check_quota(self, resources: Resources) -> None:
-        """Quotas of instances; most are 0 in a new account."""
         use = "spot training job" if resources.spot else "training job"
         wanted = [f"{resources.instance_type} for {use} usage"]
         if resources.keep_alive:
             wanted.append(f"{resources.instance_type} for training warm pool usage")
-        count = resources.instance_count
-        with self._looking(f"quota: whether it allows {count} x {resources.instance_type}", ""):
+        self._check_quotas(wanted, resources.instance_type, resources.instance_count, "the job")
+
+    def _check_quotas(self, wanted: Sequence[str], instance_type: str, count: int, user: str) -> None:
+        """Quotas of instances; most are 0 in a new account."""
+        with self._looking(f"quota: whether it allows {count} x {instance_type}", ""):
             quotas = self._quotas()
             low = [name for name in wanted if quotas.get(name, count) < count]
             if low:
                 raise UserError(
-                    f"quota: {name!r} is {quotas[name]:g} in {self.region}, and the job needs {count}; ask for more in "
+                    f"quota: {name!r} is {quotas[name]:g} in {self.region}, and {user} needs {count}; ask for more in "
                     "Service Quotas, or choose another instance type"
                     for name in low
                 )

@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 # all services.
 _ATTEMPTS = 10
 _CONNECT_S, _READ_S = 10, 60
+# SageMaker gives an invocation 60 seconds, and asks clients to wait longer.
+_INVOCATION_S = 70
 
 
-def retrying() -> Config:
-    """Configures how every client tries again, but for that of S3, which has the same figures and more."""
+def retrying(service: str) -> Config:
+    """Configures how every client tries again, but for that of S3, which has the same figures and more.
+
+    What is asked of an endpoint is drawn once, however long that takes.
+    """
     from botocore.config import Config
 
+    if service == "sagemaker-runtime":
+        return Config(retries={"total_max_attempts": 1}, connect_timeout=_CONNECT_S, read_timeout=_INVOCATION_S)
     return Config(
         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
         connect_timeout=_CONNECT_S,
@@ -63,7 +70,7 @@ class Clients:
             session: Any = self._session or boto3.session.Session()
             if service == "s3":
                 return s3_client(session, attempts=_ATTEMPTS, timeout=_READ_S)
-            return session.client(service, config=retrying())
+            return session.client(service, config=retrying(service))
         except NoRegionError:
             raise UserError("no AWS region is set: set AWS_DEFAULT_REGION, such as us-west-2") from None
         except (BotoCoreError, ValueError) as error:

@@ -109,7 +109,7 @@ def kind_of(error: Exception) -> Kind:
     status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     if status >= 500 or status == 429:
         return Kind.BUSY
-    if code == "ValidationException" and "not found" in message.lower():
+    if code.startswith("Validation") and any(words in message.lower() for words in ("not found", "could not find")):
         return Kind.MISSING
     if "still expired" in str(error):
         return Kind.CREDENTIALS

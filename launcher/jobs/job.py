@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
@@ -15,14 +15,13 @@ from dreambooth_sm.printing import redact
 from launcher.aws.advice import advice_for
 from launcher.aws.clients import Clients
 from launcher.aws.service_errors import Kind, ServiceError, asking
+from launcher.endpoints.api import deploy
+from launcher.endpoints.endpoint import Endpoint
 from launcher.instances import INSTANCES
 from launcher.jobs.logs import LogReader
 from launcher.jobs.outputs import ENDED, Outputs
 from launcher.jobs.progress import Progress
 from launcher.jobs.views import Display, Page, Pictures, Standing, choose_view
-
-if TYPE_CHECKING:
-    pass
 
 # Seconds between two looks at a job: of AWS, and of this machine.
 _POLL, _POLL_LOCAL = 2.0, 0.25
@@ -392,6 +391,15 @@ class Job:
             UserError: the job wrote none, or it lies in a ``model.tar.gz``.
         """
         return self._outputs().report()
+
+    def deploy(self, **options: Any) -> Endpoint:
+        """Makes an endpoint that draws with the trained model: see :func:`launcher.deploy`, whose options these are.
+
+        Raises:
+            UserError: there is no model yet; or with everything else that is in the way.
+            EndpointFailed: it can't draw.
+        """
+        return deploy(self, **{"clients": self._clients, **options})
 
     def _outputs(self) -> Outputs:
         return Outputs(self.name, self.describe(), self._clients, self.directory)

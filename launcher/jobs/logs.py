@@ -18,11 +18,12 @@ class LogReader:
 
     Args:
         client: boto3's CloudWatch Logs client.
-        job: name of the training job.
+        job: name of the training job; of an endpoint, that of its variant.
+        group: that its streams are in.
     """
 
-    def __init__(self, client: Any, job: str) -> None:
-        self._client = client
+    def __init__(self, client: Any, job: str, group: str = LOG_GROUP) -> None:
+        self._client, self._group = client, group
         self._prefix = f"{job}/"
         self._tokens: dict[str, str] = {}
         # What was read of a poll that an error ended; its tokens have moved on, so it must not be lost.
@@ -45,7 +46,7 @@ class LogReader:
         streams: list[str] = []
         try:
             pages = self._client.get_paginator("describe_log_streams").paginate(
-                logGroupName=LOG_GROUP, logStreamNamePrefix=self._prefix
+                logGroupName=self._group, logStreamNamePrefix=self._prefix
             )
             for page in pages:
                 streams += [stream["logStreamName"] for stream in page["logStreams"]]
@@ -59,7 +60,7 @@ class LogReader:
             token = self._tokens.get(stream)
             options = {"nextToken": token} if token else {}
             answer = self._client.get_log_events(
-                logGroupName=LOG_GROUP, logStreamName=stream, startFromHead=True, **options
+                logGroupName=self._group, logStreamName=stream, startFromHead=True, **options
             )
             self._tokens[stream] = answer["nextForwardToken"]
             yield answer["events"]

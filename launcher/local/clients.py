@@ -26,7 +26,7 @@ class EmbeddedClients(Clients):
 
         if service != "s3":
             session: Any = self._server.session(self._region)
-            config = retrying().merge(Config(proxies={}))  # this machine is not behind a proxy
+            config = retrying(service).merge(Config(proxies={}))  # this machine is not behind a proxy
             return session.client(service, endpoint_url=self._server.endpoint_url, config=config)
         return self._server.client(self._region) if self._with_s3 else super()._make(service)
 

@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 from dreambooth_sm.errors import UserError
 from launcher.jobs.job import Job
+from launcher.local.answers import RequestError
 from launcher.local.program import CONTAINER, ENTRYPOINT, docker
-from launcher.local.sagemaker import RequestError
 from launcher.local.services import EmbeddedServices, embedded_services
 
 

@@ -1,7 +1,9 @@
-"""An embedded SageMaker: training jobs that really run, on this machine, behind the API that boto3 and both SDKs speak.
+"""An embedded SageMaker: training jobs and endpoints that really run, on this machine, behind the API that boto3 and
+both SDKs speak.
 
-moto answers for S3, CloudWatch Logs, IAM, STS, ECR and the rest of SageMaker; the training job operations are answered
-here, in front of it, and run ``container/train.py`` as a process, or its image in a container.
+moto answers for S3, CloudWatch Logs, IAM, STS, ECR and the rest of SageMaker; the operations of training jobs are
+answered here, in front of it, and run ``container/train.py`` as a process, or its image in a container; those of
+endpoints by :mod:`launcher.local.hosting`.
 """
 
 from __future__ import annotations
@@ -9,39 +11,22 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from launcher.local.answers import Operation, RequestError, arn_of, check_shape, pairs, respond, send
 from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import HUB_TOKENS, loader_variables, own_credentials, own_settings
+from launcher.local.hosting import EmbeddedHosting
 from launcher.local.program import CONTAINER, ENTRYPOINT
 from launcher.local.s3 import REGION, EmbeddedS3
 from launcher.local.signatures import REGION_KEY, Application
 from launcher.local.training_job import GRACE, TrainingJob
 
-if TYPE_CHECKING:
-    from botocore.model import ServiceModel
-
-ACCOUNT = "123456789012"  # moto's
 _TARGET = "SageMaker."
 _QUOTAS = "ServiceQuotasV20190624.ListServiceQuotas"
-# What answers a request that is signed for a region.
-Operation = Callable[[dict[str, Any], str], dict[str, Any]]
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
-
-
-class RequestError(Exception):
-    """The API refuses a request; ``code`` is the error's name."""
-
-    def __init__(self, message: str, code: str = "ValidationException") -> None:
-        super().__init__(message)
-        self.code = code
-
-    def answer(self) -> dict[str, str]:
-        """As AWS's JSON protocol has it."""
-        return {"__type": self.code, "message": str(self)}
 
 
 class EmbeddedSageMaker:
@@ -80,19 +65,29 @@ class EmbeddedSageMaker:
             "ListTrainingJobs": self._list,
             "StopTrainingJob": self._stop,
         }
+        self._hosting = EmbeddedHosting(
+            directory / "endpoints",
+            server,
+            with_s3=with_s3,
+            environment=lambda region: self._environment(region, in_container=False, own=False),
+            tags=self._tags,
+        )
+        self._operations |= self._hosting.operations
         self._tag_operations: dict[str, Operation] = {
             "AddTags": self._add_tags,
             "DeleteTags": self._delete_tags,
-            "ListTags": lambda request, region: {"Tags": _pairs(self._tags[request["ResourceArn"]])},
+            "ListTags": lambda request, region: {"Tags": pairs(self._tags[request["ResourceArn"]])},
         }
 
     def answer(
         self, application: Application, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
-        """Answers a WSGI request that concerns training jobs, and passes every other one on."""
+        """Answers a WSGI request that concerns training jobs or endpoints, and passes every other one on."""
+        if (answered := self._hosting.invoked(environ, start_response)) is not None:
+            return answered
         target = environ.get("HTTP_X_AMZ_TARGET", "")
         if target == _QUOTAS:
-            return _respond(start_response, lambda request, region: {"Quotas": []}, {}, REGION)  # a laptop has none
+            return respond(start_response, lambda request, region: {"Quotas": []}, {}, REGION)  # a laptop has none
         if not target.startswith(_TARGET):
             return _pass_on(application, environ, start_response)
         operation = target.removeprefix(_TARGET)
@@ -101,18 +96,16 @@ class EmbeddedSageMaker:
             request = json.loads(body or b"{}")
             own_tags = request.get("ResourceArn") in self._tags
         except (ValueError, AttributeError, TypeError):
-            return _send(
-                start_response, "400 Bad Request", RequestError("malformed", "SerializationException").answer()
-            )
+            return send(start_response, "400 Bad Request", RequestError("malformed", "SerializationException").answer())
         handler = self._tag_operations.get(operation) if own_tags else self._operations.get(operation)
         if handler is None:
             return _pass_on(application, environ | {"wsgi.input": io.BytesIO(body)}, start_response)
 
         def checked(request: dict[str, Any], region: str) -> dict[str, Any]:
-            _check_shape(operation, request)
+            check_shape(operation, request)
             return handler(request, region)
 
-        return _respond(start_response, checked, request, environ[REGION_KEY])
+        return respond(start_response, checked, request, environ[REGION_KEY])
 
     def create(
         self, request: dict[str, Any], *, region: str = REGION, directory: Path | None = None, own: bool = False
@@ -131,7 +124,7 @@ class EmbeddedSageMaker:
         """
         _check(request)
         name = request["TrainingJobName"]
-        arn = _arn(name, region)
+        arn = arn_of("training-job", name, region)
         job = TrainingJob(
             request,
             arn,
@@ -168,7 +161,8 @@ class EmbeddedSageMaker:
         return {job.name: job for job in list(self.jobs.values())}[name]
 
     def close(self) -> None:
-        """Stops the jobs that still run, and waits for their end."""
+        """Stops the jobs and endpoints that still run, and waits for their end."""
+        self._hosting.close()
         running = [job for job in list(self.jobs.values()) if not job.ended]
         for job in running:
             job.stop()
@@ -183,7 +177,7 @@ class EmbeddedSageMaker:
 
     def _find(self, request: dict[str, Any], region: str) -> TrainingJob:
         try:
-            return self.jobs[_arn(request["TrainingJobName"], region)]
+            return self.jobs[arn_of("training-job", request["TrainingJobName"], region)]
         except KeyError:
             raise RequestError("Requested resource not found.") from None
 
@@ -216,7 +210,7 @@ class EmbeddedSageMaker:
     def _add_tags(self, request: dict[str, Any], region: str) -> dict[str, Any]:
         tags = self._tags[request["ResourceArn"]]
         tags.update({tag["Key"]: tag["Value"] for tag in request["Tags"]})
-        return {"Tags": _pairs(tags)}
+        return {"Tags": pairs(tags)}
 
     def _delete_tags(self, request: dict[str, Any], region: str) -> dict[str, Any]:
         for key in request["TagKeys"]:
@@ -230,46 +224,12 @@ def _pass_on(application: Application, environ: dict[str, Any], start_response: 
         return application(environ, start_response)
     except NotImplementedError as error:
         unknown = RequestError(f"not in the embedded services: {error}", "UnknownOperationException")
-        return _send(start_response, "400 Bad Request", unknown.answer())
-
-
-def _respond(
-    start_response: Callable[..., Any], handler: Operation, request: dict[str, Any], region: str
-) -> list[bytes]:
-    try:
-        return _send(start_response, "200 OK", handler(request, region))
-    except RequestError as error:
-        return _send(start_response, "400 Bad Request", error.answer())
-
-
-def _send(start_response: Callable[..., Any], status: str, answer: dict[str, Any]) -> list[bytes]:
-    body = json.dumps(answer).encode()
-    start_response(status, [("Content-Type", "application/x-amz-json-1.1"), ("Content-Length", str(len(body)))])
-    return [body]
-
-
-@cache
-def _model() -> ServiceModel:
-    """botocore's model of SageMaker, megabytes that are read once."""
-    import botocore.session
-
-    return botocore.session.get_session().get_service_model("sagemaker")
-
-
-def _check_shape(operation: str, request: dict[str, Any]) -> None:
-    """Raises RequestError for what botocore's model of SageMaker does not know."""
-    from botocore.validate import ParamValidator
-
-    shape = _model().operation_model(operation).input_shape
-    assert shape is not None
-    report = ParamValidator().validate(request, shape)
-    if report.has_errors():
-        raise RequestError(report.generate_report())
+        return send(start_response, "400 Bad Request", unknown.answer())
 
 
 def _check(request: dict[str, Any]) -> None:
     """Raises RequestError for what SageMaker refuses, and for what a laptop can't do."""
-    _check_shape("CreateTrainingJob", request)
+    check_shape("CreateTrainingJob", request)
     problems = list(_beyond_a_laptop(request))
     if not _NAME.fullmatch(request["TrainingJobName"]) or len(request["TrainingJobName"]) > 63:
         problems.insert(0, f"TrainingJobName {request['TrainingJobName']!r}: at most 63 letters, digits and hyphens")
@@ -302,15 +262,3 @@ def _beyond_a_laptop(request: dict[str, Any]) -> Iterator[str]:
     local = request.get("CheckpointConfig", {}).get("LocalPath", "/opt/ml/checkpoints")
     if not local.startswith("/opt/ml/"):
         yield f"CheckpointConfig.LocalPath {local}: the embedded SageMaker keeps checkpoints below /opt/ml"
-
-
-def _arn(name: str, region: str) -> str:
-    return f"arn:{_partition(region)}:sagemaker:{region}:{ACCOUNT}:training-job/{name}"
-
-
-def _partition(region: str) -> str:
-    return "aws-cn" if region.startswith("cn-") else "aws-us-gov" if region.startswith("us-gov-") else "aws"
-
-
-def _pairs(tags: Mapping[str, str]) -> list[dict[str, str]]:
-    return [{"Key": key, "Value": value} for key, value in tags.items()]

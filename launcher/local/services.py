@@ -14,10 +14,11 @@ from typing import Any
 from dreambooth_sm import __version__
 from launcher.aws.clients import Clients
 from launcher.aws.image_tags import code_digest, image_tag
+from launcher.local.answers import ACCOUNT
 from launcher.local.clients import EmbeddedClients
 from launcher.local.program import ENTRYPOINT
 from launcher.local.s3 import REGION, EmbeddedS3, embedded_s3
-from launcher.local.sagemaker import ACCOUNT, EmbeddedSageMaker
+from launcher.local.sagemaker import EmbeddedSageMaker
 from launcher.local.signatures import REGION_KEY, Application
 from launcher.local.training_job import GRACE
 

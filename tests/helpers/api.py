@@ -13,13 +13,13 @@ from botocore.validate import ParamValidator
 
 
 @cache
-def shape_of(operation: str) -> Any:
-    return botocore.session.get_session().get_service_model("sagemaker").operation_model(operation).input_shape
+def shape_of(operation: str, service: str = "sagemaker") -> Any:
+    return botocore.session.get_session().get_service_model(service).operation_model(operation).input_shape
 
 
-def refusals(operation: str, request: dict[str, Any]) -> list[str]:
+def refusals(operation: str, request: dict[str, Any], service: str = "sagemaker") -> list[str]:
     """What botocore refuses, and what breaks a length, pattern or list of values that its model only states."""
-    shape = shape_of(operation)
+    shape = shape_of(operation, service)
     report = ParamValidator().validate(request, shape).generate_report()
     return [*report.splitlines(), *_broken(shape, request, operation)]
 
@@ -30,7 +30,9 @@ def _broken(shape: Shape, value: Any, place: str) -> Iterator[str]:
     if isinstance(size, int) and not limits.get("min", size) <= size <= limits.get("max", size):
         yield f"{place}: {size} is not between {limits.get('min')} and {limits.get('max')}"
     if isinstance(value, str):
-        if "pattern" in limits and not regex.fullmatch(limits["pattern"], value):
+        # As pairs of surrogates, which Java's patterns have.
+        pattern = limits.get("pattern", "").replace(r"\uD800\uDC00-\uDBFF\uDFFF", r"\U00010000-\U0010FFFF")
+        if pattern and not regex.fullmatch(pattern, value):
             yield f"{place}: {value!r} does not match {limits['pattern']}"
         if "enum" in limits and value not in limits["enum"]:
             yield f"{place}: {value!r} is not one of its values"

@@ -156,6 +156,12 @@ def _become(job: Job, streams: list[int], from_imports: Mapping[str, str]) -> No
     sys.path[0] = str(Path(job.arguments[0]).parent)
 
 
+def _follow_exec(arguments: list[str]) -> None:
+    """The program becomes another one for ``serve``, as it is started anew: a fork is that one at once."""
+    if arguments[1:2] == ["serve"]:
+        arguments[:2] = [str(Path(arguments[0]).with_name("serve.py"))]
+
+
 def _run(script: str) -> None:
     """Runs a script and ends as the interpreter does, without a second of tearing down what it has imported."""
     code: object = 1
@@ -209,6 +215,7 @@ def main() -> None:
         gc.collect()
         gc.freeze()  # what the forks share is not walked, and so not copied, by each of them
         job, streams = _serve(socket.socket(fileno=int(sys.argv[1])))
+        _follow_exec(job.arguments)
         _become(job, streams, from_imports)
         _run(job.arguments[0])
 

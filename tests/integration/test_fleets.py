@@ -21,8 +21,8 @@ from dreambooth_sm.storage import S3Uri, list_objects, put_object, read_manifest
 from launcher.aws.clients import Clients
 from launcher.cli import main
 from launcher.fleets import fleet as fleets
+from launcher.local.answers import RequestError
 from launcher.local.s3 import EmbeddedS3
-from launcher.local.sagemaker import RequestError
 from launcher.local.services import EmbeddedServices
 from tests.helpers.training import paint_pictures
 

@@ -9,6 +9,8 @@ import pytest
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.serving.settings import ServingSettings
+from launcher.endpoints.requests import arguments_of
+from launcher.endpoints.scaling import Scaling
 from tests.helpers.api import refusals
 
 OPERATIONS = {
@@ -47,6 +49,9 @@ def test_sagemaker_takes_them(more: dict[str, Any]) -> None:
     assert container["ModelDataSource"] == source("s3://models/jobs/zwx/")
     read = ServingSettings.of(container["Environment"])
     assert (read.batch, read.log_prompts) == (more.get("batch", 8), more.get("log_prompts", False))
+    # What they describe makes the same again.
+    said = arguments_of(requests["create_model"], requests["create_endpoint_config"])
+    assert launcher.endpoint_requests(USUAL["name"], **said) == requests
 
 
 def test_what_an_isolated_container_needs_comes_as_channels() -> None:
@@ -58,6 +63,33 @@ def test_what_an_isolated_container_needs_comes_as_channels() -> None:
         {"ChannelName": "base", **source("s3://models/base/")},
         {"ChannelName": "adapters", **source("s3://models/fleet/")},
     ]
+
+
+@pytest.mark.parametrize("scaling", [Scaling(1, 4, 20), Scaling(0, 2, 3.5, asynchronous=True)])
+def test_application_autoscaling_and_cloudwatch_take_what_scales_it(scaling: Scaling) -> None:
+    operations = {
+        "register_scalable_target": "RegisterScalableTarget",
+        "put_scaling_policy": "PutScalingPolicy",
+        "put_metric_alarm": "PutMetricAlarm",
+    }
+    steps = scaling.requests("zwx")
+    for service, operation, request in steps:
+        assert refusals(operations[operation], request, service) == []
+    assert steps[0][2]["ResourceId"] == "endpoint/zwx/variant/all"
+    assert (steps[0][2]["MinCapacity"], steps[0][2]["MaxCapacity"]) == (scaling.least, scaling.most)
+    assert steps[1][2]["TargetTrackingScalingPolicyConfiguration"]["TargetValue"] == scaling.target
+    # Nobody counts what waits for each of no instances.
+    assert [operation for _, operation, _ in steps[2:]] == (
+        ["put_scaling_policy", "put_metric_alarm"] if scaling.least == 0 else []
+    )
+
+
+def test_a_number_of_instances_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError) as caught:
+        Scaling(0, 0, -1)
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "min_instances", "max_instances", "requests_per_instance",
+    ]  # fmt: skip
 
 
 def test_all_that_would_be_refused_is_told_at_once() -> None:

@@ -13,7 +13,11 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.storage import S3Uri
 
-_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+# What is made for an endpoint is known by it.
+OWNER_TAG = "dreambooth-sm:endpoint"
+VARIANT = "all"
+_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
+_LONGEST_NAME = 63
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", re.ASCII)
 _INSTANCE = re.compile(r"ml\.[a-z0-9]+(-[a-z]+)?\.[a-z0-9]+")
 # Seconds: that files may take to come, and the server to answer after that.
@@ -24,7 +28,7 @@ _ASYNCHRONOUS_ANSWER = 10**9
 
 def endpoint_requests(
     name: str,
-    model: str,
+    model: str | None,
     *,
     image_uri: str,
     role: str,
@@ -34,13 +38,14 @@ def endpoint_requests(
     adapters: str | None = None,
     asynchronous: str | None = None,
     network_isolation: bool = False,
+    version: str | None = None,
     **settings: object,
 ) -> dict[str, dict[str, Any]]:
     """The requests of one endpoint, by the names that boto3's client of SageMaker has for them, in their order.
 
     Args:
         name: of endpoint, configuration and model.
-        model: ``s3://`` prefix that a job's output lies below, as it lies.
+        model: ``s3://`` prefix that a job's output lies below, as it lies; None: the base model alone.
         image_uri: of the image that trained it.
         role: ARN of the execution role, which reads the prefixes.
         base_model: that an adapter lies beside: an ``s3://`` prefix, or a hub id.
@@ -48,6 +53,7 @@ def endpoint_requests(
             the network is isolated, all of them before the endpoint is there.
         asynchronous: ``s3://`` prefix that answers go to, of an endpoint that is asked by way of S3.
         network_isolation: whether the container reaches nothing, S3 neither.
+        version: follows the name of configuration and model, where another version of the endpoint has them.
         settings: of the server, without ``SERVE_`` and in small letters, such as ``batch=16``.
 
     Raises:
@@ -64,13 +70,18 @@ def endpoint_requests(
         ...     getattr(boto3.client("sagemaker"), operation)(**request)
     """
     problems = Problems()
+    inner = f"{name}-{version}" if version else name
+    if not _NAME.fullmatch(name) or len(inner) > _LONGEST_NAME:
+        longest = _LONGEST_NAME - len(inner) + len(name)
+        problems.found.append(f"name: {name!r} is not valid; set letters, digits and single hyphens, at most {longest}")
     for field, value, pattern, such in (
-        ("name", name, _NAME, "letters, digits and single hyphens, at most 63"),
         ("role", role, _ROLE, "the ARN of a role"),
         ("instance_type", instance_type, _INSTANCE, "a type such as ml.g5.xlarge"),
     ):
         if not pattern.fullmatch(value):
             problems.found.append(f"{field}: {value!r} is not valid; set {such}")
+    if model is None and base_model is None:
+        problems.found.append("model is missing; name an s3:// prefix, or a base_model to serve alone")
     if instance_count < 1:
         problems.found.append(f"instance_count: {instance_count} is not valid; set a whole number from 1")
     sources = {field: _source(field, value, problems) for field, value in (("model", model), ("adapters", adapters))}
@@ -93,28 +104,72 @@ def endpoint_requests(
     with problems.collected():
         ServingSettings.of(environment)
     problems.raise_any()
-    container: dict[str, Any] = {"Image": image_uri, "ModelDataSource": sources["model"], "Environment": environment}
+    container: dict[str, Any] = {"Image": image_uri, "Environment": environment}
+    if model:
+        container["ModelDataSource"] = sources["model"]
     if channels:
         container["AdditionalModelDataSources"] = [{"ChannelName": key, **each} for key, each in channels.items()]
     variant = {
-        "VariantName": "all",
-        "ModelName": name,
+        "VariantName": VARIANT,
+        "ModelName": inner,
         "InstanceType": instance_type,
         "InitialInstanceCount": instance_count,
         "ModelDataDownloadTimeoutInSeconds": _DOWNLOAD,
         "ContainerStartupHealthCheckTimeoutInSeconds": _START,
     }
-    output = {"AsyncInferenceConfig": {"OutputConfig": {"S3OutputPath": asynchronous}}} if asynchronous else {}
+    output = {}
+    if asynchronous:
+        places = {"S3OutputPath": asynchronous, "S3FailurePath": f"{asynchronous.rstrip('/')}/failures"}
+        output = {"AsyncInferenceConfig": {"OutputConfig": places}}
+    tags = [{"Key": OWNER_TAG, "Value": name}]
     return {
         "create_model": {
-            "ModelName": name,
+            "ModelName": inner,
             "ExecutionRoleArn": role,
             "PrimaryContainer": container,
             "EnableNetworkIsolation": network_isolation,
+            "Tags": tags,
         },
-        "create_endpoint_config": {"EndpointConfigName": name, "ProductionVariants": [variant], **output},
-        "create_endpoint": {"EndpointName": name, "EndpointConfigName": name},
+        "create_endpoint_config": {
+            "EndpointConfigName": inner,
+            "ProductionVariants": [variant],
+            "Tags": tags,
+            **output,
+        },
+        "create_endpoint": {"EndpointName": name, "EndpointConfigName": inner, "Tags": tags},
     }
+
+
+def arguments_of(model: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`endpoint_requests` was told, but for the name, by descriptions of what it made.
+
+    Args:
+        model: of DescribeModel.
+        configuration: of DescribeEndpointConfig.
+    """
+    container, (variant, *_) = model["PrimaryContainer"], configuration["ProductionVariants"]
+    environment = dict(container.get("Environment", {}))
+    found = {name.removeprefix("SERVE_").lower(): value for name, value in environment.items()}
+    channels = {each["ChannelName"]: _prefix(each) for each in container.get("AdditionalModelDataSources", ())}
+    output = configuration.get("AsyncInferenceConfig", {}).get("OutputConfig", {})
+    return {
+        "model": _prefix(container),
+        "image_uri": container["Image"],
+        "role": model["ExecutionRoleArn"],
+        "instance_type": variant["InstanceType"],
+        "instance_count": variant["InitialInstanceCount"],
+        "network_isolation": model.get("EnableNetworkIsolation", False),
+        "asynchronous": output.get("S3OutputPath"),
+        **found,
+        "base_model": channels.get("base", found.get("base_model")),
+        "adapters": channels.get("adapters", found.get("adapters")),
+    }
+
+
+def _prefix(source: Mapping[str, Any]) -> str | None:
+    """Where a container's model, or one of its channels, lies."""
+    where = source.get("ModelDataSource", source).get("S3DataSource")
+    return None if where is None else str(where["S3Uri"])
 
 
 def _source(field: str, prefix: str | None, problems: Problems) -> Mapping[str, Any]:

@@ -1,0 +1,79 @@
+"""What all endpoints can do, wherever they are."""
+
+from __future__ import annotations
+
+import base64
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class EndpointFailed(Exception):  # noqa: N818 - what it means is said best like this
+    """An endpoint ended, could not be made or changed, or could not draw."""
+
+
+class Endpoint(ABC):
+    """Draws with a trained model on request, until :meth:`delete`. Used as a context, it is deleted at the end of it.
+
+    Attributes:
+        name: of the endpoint.
+    """
+
+    name: str
+
+    def draw(self, prompt: str | None = None, **options: Any) -> list[Image]:
+        """Draws pictures.
+
+        Args:
+            options: fields of the request, such as ``number``, ``steps``, ``seed``, ``subject``, ``adapters``.
+
+        Returns:
+            the pictures, in the order of the answer.
+
+        Raises:
+            UserError: with everything that is wrong with the request.
+            EndpointFailed: where the endpoint could not draw.
+        """
+        from PIL import Image
+
+        answer = self.invoke({"prompt": prompt, **options})
+        return [Image.open(io.BytesIO(base64.b64decode(each["picture"]))) for each in answer["pictures"]]
+
+    @abstractmethod
+    def invoke(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends a request as it is, and returns the answer; raises what :meth:`draw` raises."""
+
+    @abstractmethod
+    def wait(self) -> Self:
+        """Waits until it can draw.
+
+        Raises:
+            EndpointFailed: it never will; with the reason and the end of its log.
+        """
+
+    @abstractmethod
+    def update(self, model: Any = None, **changes: Any) -> Self:
+        """Serves another model, or the same one otherwise. The old one answers until the new one does.
+
+        Args:
+            model: what :func:`launcher.deploy` takes; None: the one that is served now.
+            changes: other arguments of :func:`launcher.deploy`, for what is not to stay as it is.
+
+        Raises:
+            UserError: with everything that is wrong with the changes.
+            EndpointFailed: the new one can't draw; the old one still does.
+        """
+
+    @abstractmethod
+    def delete(self) -> None:
+        """Ends it, and removes what was made for it, and nothing else."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.delete()

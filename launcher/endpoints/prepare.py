@@ -1,0 +1,252 @@
+"""From arguments to an endpoint on SageMaker: checked as far as it can be before anything is made."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import METHODS
+from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb
+from dreambooth_sm.serving.report import REPORT, trained_with
+from dreambooth_sm.serving.settings import ServingSettings
+from dreambooth_sm.storage import S3Uri, TransferError, get_object, list_objects
+from launcher.aws.account import Account
+from launcher.aws.clients import Clients
+from launcher.aws.service_errors import Kind, ServiceError
+from launcher.endpoints.made import HostedPart
+from launcher.endpoints.models import Served
+from launcher.endpoints.requests import endpoint_requests
+from launcher.endpoints.scaling import Scaling
+from launcher.instances import INSTANCES, PRICES, Instance, find_instance
+
+AUTO = "auto"
+# What a request holds where the account had no answer.
+_STANDINS = {"role": "arn:aws:iam::000000000000:role/unknown", "image_uri": "unknown"}
+# Requests that one instance is to have: a minute, or waiting.
+_TARGETS = {False: 20.0, True: 4.0}
+
+
+@dataclass(frozen=True)
+class PreparedEndpoint:
+    """An endpoint that has been checked.
+
+    Attributes:
+        requests: operations of boto3 to their requests, in their order.
+        pictures: that its card draws at a time; None where that is not known.
+        peak_gb: memory that they take.
+        warnings: what could not be checked.
+    """
+
+    name: str
+    requests: Mapping[str, dict[str, Any]]
+    instance: Instance
+    count: int
+    scaling: Scaling | None
+    pictures: int | None
+    peak_gb: float
+    build: str | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    def lines(self) -> list[str]:
+        """Tells people what will be made."""
+        price, card = self.instance.usd_per_hour, self.instance.card
+        least, most = (self.scaling.least, self.scaling.most) if self.scaling else (self.count, self.count)
+        number = str(least) if least == most else f"{least} to {most}"
+        money = "at an unknown price" if price is None else _dollars(price, least, most)
+        lines = [f"endpoint: {self.name}"]
+        if self.build:
+            lines.append(f"image: {self.build}")
+        lines.append(f"instance: {number} x {self.instance.name} ({card.name})")
+        if self.pictures:
+            memory = "" if card.is_cpu else f", {self.peak_gb:.1f} of {card.budget_gb:.1f} GB"
+            lines.append(f"plan: {self.pictures} pictures at a time{memory}")
+        lines.append(f"cost: {money}, until it is deleted")
+        return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
+
+
+def _dollars(price: float, least: int, most: int) -> str:
+    amounts = [f"${price * count:.2f}" for count in dict.fromkeys((least, most))]
+    return f"about {' to '.join(amounts)} an hour (prices of training: {PRICES})"
+
+
+def prepare_endpoint(
+    served: Served,
+    account: Account,
+    *,
+    name: str | None = None,
+    instance_type: str = AUTO,
+    instance_count: int = 1,
+    role: str | None = None,
+    image_uri: str | None = None,
+    asynchronous: str | None = None,
+    network_isolation: bool = False,
+    min_instances: int | None = None,
+    max_instances: int | None = None,
+    requests_per_instance: float | None = None,
+    is_there: bool = False,
+    **settings: Any,
+) -> PreparedEndpoint:
+    """Checks everything that can be checked of an endpoint on SageMaker.
+
+    Args:
+        is_there: whether the endpoint is there, and gets another version.
+
+    Raises:
+        UserError: with everything that was found.
+    """
+    problems = Problems()
+    clients = account.clients
+    h = _look_at(served, clients, problems)
+    scaling: Scaling | None = None
+    if (min_instances, max_instances, requests_per_instance) != (None, None, None):
+        with problems.collected():
+            target = _TARGETS[asynchronous is not None] if requests_per_instance is None else requests_per_instance
+            least = 1 if min_instances is None else min_instances
+            most = max(1, least, instance_count) if max_instances is None else max_instances
+            scaling = Scaling(least, most, target, asynchronous is not None)
+    instance: Instance | None = None
+    with problems.collected():
+        instance = _choose(h, instance_type, _batch(settings))
+    found = {"role": _STANDINS["role"], "image_uri": _STANDINS["image_uri"]}
+    with problems.collected():
+        found["role"] = account.find_role() if role is None else account.complete_role(role)
+    with problems.collected():
+        found["image_uri"] = account.find_image() if image_uri is None else account.complete_image(image_uri)
+    name = name or f"dreambooth-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    requests: dict[str, dict[str, Any]] = {}
+    with problems.collected():
+        requests = endpoint_requests(
+            name,
+            served.model,
+            instance_type=instance.name if instance else next(iter(INSTANCES)),
+            instance_count=max(instance_count, 1 if scaling is None else scaling.least),
+            base_model=served.base_model,
+            adapters=served.adapters,
+            asynchronous=asynchronous,
+            network_isolation=network_isolation,
+            version=secrets.token_hex(4),
+            **found,
+            **settings,
+        )
+    if requests and not is_there:
+        with problems.collected():
+            _check_free(name, clients, account)
+    if instance and not _STANDINS.items() & found.items():
+        with problems.collected():
+            written = S3Uri.parse(asynchronous) if asynchronous else None
+            most = scaling.most if scaling else instance_count
+            account.check_endpoint(found["image_uri"], found["role"], instance.name, most, written)
+    problems.raise_any()
+    assert instance is not None
+    pictures = None
+    if h is not None and not instance.card.is_cpu:
+        pictures = pictures_at_a_time(h, instance.card, _batch(settings))
+    peak = serving_peak_gb(pictures, h) if h and pictures else 0.0
+    warnings = list(account.warnings)
+    if h is None:
+        warnings.append(f"model: there is no {REPORT}, so whether it fits the card can't be checked")
+    return PreparedEndpoint(
+        name, requests, instance, instance_count, scaling, pictures, peak, account.build, tuple(warnings)
+    )
+
+
+def _batch(settings: Mapping[str, object]) -> int:
+    """Pictures that the server draws at a time; the default where the setting is refused elsewhere."""
+    try:
+        return ServingSettings.of({"SERVE_BATCH": str(settings["batch"])}).batch
+    except (KeyError, UserError):
+        return ServingSettings().batch
+
+
+def _look_at(served: Served, clients: Clients, problems: Problems) -> Hyperparameters | None:
+    """What the model was trained with, by its report; None where that can't be known."""
+    h: Hyperparameters | None = None
+    for field_, place in (("model", served.model), ("base_model", served.base_model), ("adapters", served.adapters)):
+        if place is None or (field_ == "base_model" and not place.startswith("s3://") and not _is_path(place)):
+            continue  # the hub's
+        if not place.startswith("s3://"):
+            problems.found.append(f"{field_}: {place} is not in S3; upload it, and name its s3:// prefix")
+            continue
+        with problems.collected():
+            found = _read(field_, S3Uri.parse(place), clients)
+            h = h or found
+    if h is not None and served.base_model is None and METHODS[h.method].leaves_base:
+        base = h.pretrained_model_name_or_path
+        if base and _is_path(base):
+            problems.found.append(
+                "base_model is missing: what was trained lies beside a model that the endpoint does not have "
+                f"({base}); name its s3:// prefix or hub id"
+            )
+    return h
+
+
+def _is_path(place: str) -> bool:
+    return place.startswith(("/", ".", "~")) or (not place.startswith("s3://") and Path(place).exists())
+
+
+def _read(field_: str, place: S3Uri, clients: Clients) -> Hyperparameters | None:
+    """The hyperparameters of the job that left what lies there, or of the first of several."""
+    s3 = clients("s3")
+    try:
+        names = list_objects(place, client=s3)
+        if not names:
+            raise UserError(f"{field_}: there is nothing below {place}")
+        reports = sorted((name.count("/"), name) for name in names if f"/{name}".endswith(f"/{REPORT}"))
+        body = get_object(place / reports[0][1], client=s3) if reports else None
+        report = json.loads(body or b"{}")
+    except TransferError as error:
+        raise UserError(f"{field_}: {place} can't be looked at ({error})") from None
+    except ValueError:
+        return None
+    return trained_with(report) if isinstance(report, dict) else None
+
+
+def _choose(h: Hyperparameters | None, instance_type: str, batch: int) -> Instance:
+    """The instance type that was asked for, or the cheapest that the model fits.
+
+    Raises:
+        UserError: it does not fit, with what does.
+    """
+    priced = sorted((each.usd_per_hour, each.name) for each in INSTANCES.values() if each.usd_per_hour is not None)
+    if instance_type != AUTO:
+        instance = find_instance(instance_type)
+        if h is None or instance.card.is_cpu or pictures_at_a_time(h, instance.card, 1):
+            return instance
+        fitting = [name for _, name in priced if pictures_at_a_time(h, INSTANCES[name].card, 1)]
+        advice = f"; instance_type='auto' takes {fitting[0]}" if fitting else ""
+        raise UserError(
+            f"instance_type={instance_type!r}: a picture takes {serving_peak_gb(1, h):.1f} GB, and its "
+            f"{instance.card.name} has {instance.card.budget_gb:.1f}{advice}"
+        )
+    if h is None:
+        raise UserError(f"instance_type='auto': there is no {REPORT} that says what is served; name an instance type")
+    for _, name in priced:
+        if pictures_at_a_time(h, INSTANCES[name].card, batch) == batch:
+            return INSTANCES[name]
+    fitting = [name for _, name in priced if pictures_at_a_time(h, INSTANCES[name].card, 1)]
+    if not fitting:
+        raise UserError(f"instance_type='auto': a picture takes {serving_peak_gb(1, h):.1f} GB, more than any card has")
+    return INSTANCES[fitting[0]]
+
+
+def _check_free(name: str, clients: Clients, account: Account) -> None:
+    """Raises UserError where the name is taken."""
+    try:
+        taken = HostedPart("endpoint", name).is_there(clients("sagemaker"))
+    except ServiceError as error:
+        if error.kind is Kind.CREDENTIALS:
+            raise UserError(str(error)) from None
+        account.warnings.append(f"name: whether {name} is free can't be checked: {error.reason}")
+        return
+    if taken:
+        raise UserError(
+            f"name: there is an endpoint {name!r}; choose another name, or change that one: "
+            f"launcher.attach_endpoint({name!r}).update(...)"
+        )

@@ -1,0 +1,193 @@
+"""Endpoints on the embedded SageMaker: made, asked, changed and removed as on the real one."""
+
+from __future__ import annotations
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+import launcher
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.storage import S3Uri, put_object, upload_directory
+from launcher.local.services import EmbeddedServices
+
+PROMPT = "photo of zwx toy"
+SMALL: dict[str, Any] = {"steps": 1, "width": 32, "height": 32, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def bucket(services: EmbeddedServices, tiny_base: Path) -> S3Uri:
+    """Holds a model below ``model``, with the report of a job, and what is not a model below ``broken``."""
+    bucket = S3Uri(f"endpoints-{uuid.uuid4().hex}")
+    services.clients()("s3").create_bucket(Bucket=bucket.bucket)
+    upload_directory(tiny_base, bucket / "model", client=services.clients()("s3"))
+    put_object(bucket / "broken/model_index.json", b"{}", client=services.clients()("s3"))
+    return bucket
+
+
+@pytest.fixture
+def name() -> str:
+    return f"zwx-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(services: EmbeddedServices, name: str) -> Iterator[None]:
+    yield
+    assert made(services) == []
+
+
+def made(services: EmbeddedServices) -> list[str]:
+    """Models, configurations and endpoints that are there."""
+    sagemaker = services.clients()("sagemaker")
+    listed = (
+        [each["ModelName"] for each in sagemaker.list_models()["Models"]],
+        [each["EndpointConfigName"] for each in sagemaker.list_endpoint_configs()["EndpointConfigs"]],
+        [each["EndpointName"] for each in sagemaker.list_endpoints()["Endpoints"]],
+    )
+    return [name for names in listed for name in names]
+
+
+def test_it_draws_is_changed_while_it_draws_and_leaves_nothing_but_what_others_made(
+    services: EmbeddedServices, bucket: S3Uri, name: str
+) -> None:
+    said: list[str] = []
+    model, sagemaker = str(bucket / "model"), services.clients()("sagemaker")
+    endpoint = launcher.deploy(model, instance_type="ml.g5.xlarge", name=name, log=said.append, batch=1)
+    assert f"endpoint: {name}" in said
+    assert [line for line in said if line.startswith("cost: about $1.41 an hour")]
+    assert [line for line in said if line.startswith("warning: model: there is no report.json")]
+    pictures = endpoint.draw(PROMPT, number=2, **SMALL)
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
+    assert pictures[0].tobytes() == endpoint.draw(PROMPT, **SMALL)[0].tobytes() != pictures[1].tobytes()
+    with pytest.raises(UserError, match="steps: 0 is not valid") as caught:
+        endpoint.draw(PROMPT, steps=0, width=7)
+    assert len(caught.value.problems) == 2
+
+    done = threading.Event()
+
+    def draw_on() -> int:
+        drawn = 0
+        while not done.is_set():
+            drawn += len(endpoint.draw(PROMPT, **SMALL))
+        return drawn
+
+    with ThreadPoolExecutor(1) as threads:
+        drawing = threads.submit(draw_on)
+        launcher.attach_endpoint(name).update(batch=2, instance_count=2)
+        done.set()
+        assert drawing.result() > 0
+    assert len(made(services)) == 3
+    (configuration,) = sagemaker.list_endpoint_configs()["EndpointConfigs"]
+    variant = sagemaker.describe_endpoint_config(EndpointConfigName=configuration["EndpointConfigName"])
+    assert variant["ProductionVariants"][0]["InitialInstanceCount"] == 2
+    assert variant["ProductionVariants"][0]["InstanceType"] == "ml.g5.xlarge"
+    container = sagemaker.describe_model(ModelName=configuration["EndpointConfigName"])["PrimaryContainer"]
+    assert container["Environment"] == {"SERVE_BATCH": "2"}
+    assert container["ModelDataSource"]["S3DataSource"]["S3Uri"] == f"{model}/"
+
+    with pytest.raises(launcher.EndpointFailed, match=r"ping health check(.|\n)*error: (.|\n)*still is"):
+        endpoint.update(str(bucket / "broken"))
+    assert len(made(services)) == 3
+    assert endpoint.draw(PROMPT, **SMALL)[0].tobytes() == pictures[0].tobytes()
+
+    with pytest.raises(UserError, match=f"there is an endpoint '{name}'"):
+        launcher.deploy(model, instance_type="ml.g5.xlarge", name=name, log=said.append)
+    foreign = {"ModelName": f"{name}-another", "ExecutionRoleArn": services.role, "PrimaryContainer": {"Image": "x"}}
+    sagemaker.create_model(**foreign)
+    endpoint.delete()
+    assert made(services) == [foreign["ModelName"]]
+    sagemaker.delete_model(ModelName=foreign["ModelName"])
+    with pytest.raises(UserError, match="there is no endpoint"):
+        launcher.attach_endpoint(name)
+
+
+def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices, bucket: S3Uri, name: str) -> None:
+    clients, answers = services.clients(), str(bucket / "answers")
+    with launcher.deploy(
+        str(bucket / "model"),
+        instance_type="ml.g5.xlarge",
+        name=name,
+        asynchronous=answers,
+        min_instances=0,
+        max_instances=3,
+        log=lambda line: None,
+    ) as endpoint:
+        assert endpoint.draw(PROMPT, **SMALL)[0].size == (32, 32)
+        with pytest.raises(UserError, match="steps: 0 is not valid"):
+            endpoint.draw(PROMPT, steps=0)
+        where = {"ServiceNamespace": "sagemaker", "ResourceIds": [f"endpoint/{name}/variant/all"]}
+        (target,) = clients("application-autoscaling").describe_scalable_targets(**where)["ScalableTargets"]
+        assert (target["MinCapacity"], target["MaxCapacity"]) == (0, 3)
+        (alarm,) = clients("cloudwatch").describe_alarms()["MetricAlarms"]
+        assert "from-zero" in alarm["AlarmActions"][0]
+        endpoint.update(max_instances=2, min_instances=0)
+        (target,) = clients("application-autoscaling").describe_scalable_targets(**where)["ScalableTargets"]
+        assert (target["MinCapacity"], target["MaxCapacity"]) == (0, 2)
+    assert clients("application-autoscaling").describe_scalable_targets(**where)["ScalableTargets"] == []
+    assert clients("cloudwatch").describe_alarms()["MetricAlarms"] == []
+
+
+def test_one_that_never_draws_is_removed_with_its_reason(bucket: S3Uri, name: str) -> None:
+    with pytest.raises(launcher.EndpointFailed, match=rf"{name}: (.|\n)*error: \S*model"):
+        launcher.deploy(str(bucket / "broken"), instance_type="ml.g5.xlarge", name=name, log=lambda line: None)
+
+
+@pytest.mark.parametrize("removable", [True, False])
+def test_what_was_made_before_an_interruption_is_removed_or_named(
+    removable: bool, services: EmbeddedServices, bucket: S3Uri, name: str
+) -> None:
+    session, said = boto3.Session(), list[str]()
+
+    def interrupt(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def refuse(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "AccessDeniedException", "Message": "no"}}, "DeleteModel")
+
+    session.events.register("before-call.sagemaker.CreateEndpoint", interrupt)
+    if not removable:
+        session.events.register("before-call.sagemaker.DeleteModel", refuse)
+    with pytest.raises(KeyboardInterrupt):
+        launcher.deploy(
+            str(bucket / "model"), instance_type="ml.g5.xlarge", name=name, log=said.append, session=session
+        )
+    left = made(services)
+    assert len(left) == (0 if removable else 1)
+    for model in left:
+        assert said[-1].endswith(f": aws sagemaker delete-model --model-name {model}")
+        launcher.HostedEndpoint(name).delete()
+
+
+def test_all_that_is_in_the_way_is_told_before_anything_is_made(
+    services: EmbeddedServices, bucket: S3Uri, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = Hyperparameters.parse({"instance_prompt": PROMPT, "base_architecture": "flux1", "method": "lora"})
+    report = json.dumps({"hyperparameters": h.model_dump(mode="json")}).encode()
+    put_object(bucket / "large/report.json", report, client=services.clients()("s3"))
+    quotas = {"ml.g5.xlarge for endpoint usage": 0.0}
+    monkeypatch.setattr("launcher.aws.account.Account._quotas", lambda account: quotas)
+    with pytest.raises(UserError) as caught:
+        launcher.deploy(
+            str(bucket / "nothing"),
+            instance_type="ml.g5.xlarge",
+            name="a_b",
+            role="nobody",
+            base_model="/models/base",
+            max_instances=0,
+            batches=3,
+        )
+    starts = [line.partition(":")[0] for line in caught.value.problems]
+    assert starts == ["model", "base_model", "max_instances", "role", "name", "SERVE_BATCHES"]
+    with pytest.raises(UserError, match=r"instance_type='ml.g4dn.xlarge': a picture takes \d+\.\d GB.*'auto' takes ml"):
+        launcher.deploy(str(bucket / "large"), instance_type="ml.g4dn.xlarge")
+    with pytest.raises(UserError, match=r"'ml.g5.xlarge for endpoint usage' is 0 .*, and the endpoint needs 2"):
+        launcher.deploy(str(bucket / "model"), instance_type="ml.g5.xlarge", instance_count=2)
