@@ -43,18 +43,18 @@ def send(start_response: Callable[..., Any], status: str, answer: dict[str, Any]
 
 
 @cache
-def _model() -> ServiceModel:
-    """botocore's model of SageMaker, megabytes that are read once."""
+def _model(service: str) -> ServiceModel:
+    """botocore's model of a service, megabytes that are read once."""
     import botocore.session
 
-    return botocore.session.get_session().get_service_model("sagemaker")
+    return botocore.session.get_session().get_service_model(service)
 
 
-def check_shape(operation: str, request: dict[str, Any]) -> None:
-    """Raises RequestError for what botocore's model of SageMaker does not know."""
+def check_shape(operation: str, request: dict[str, Any], service: str = "sagemaker") -> None:
+    """Raises RequestError for what botocore's model of the service does not know."""
     from botocore.validate import ParamValidator
 
-    shape = _model().operation_model(operation).input_shape
+    shape = _model(service).operation_model(operation).input_shape
     assert shape is not None
     report = ParamValidator().validate(request, shape)
     if report.has_errors():

@@ -15,6 +15,7 @@ from dreambooth_sm import __version__
 from launcher.aws.clients import Clients
 from launcher.aws.image_tags import code_digest, image_tag
 from launcher.local.answers import ACCOUNT
+from launcher.local.batch import EmbeddedBatch
 from launcher.local.clients import EmbeddedClients
 from launcher.local.program import ENTRYPOINT
 from launcher.local.s3 import REGION, EmbeddedS3, embedded_s3
@@ -104,21 +105,27 @@ def embedded_services(
         []
     """
     services: EmbeddedServices
+    batch: EmbeddedBatch
     known: set[str] = set()
 
     def front(application: Application) -> Application:
+        def behind(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+            return services.sagemaker.answer(application, environ, start_response)
+
         def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
             if with_account and (region := environ[REGION_KEY]) not in known:
                 known.add(region)
                 services.set_up_account(region)
-            return services.sagemaker.answer(application, environ, start_response)
+            return batch.answer(behind, environ, start_response)
 
         return answer
 
     with tempfile.TemporaryDirectory(prefix="dreambooth-sm-") as directory, embedded_s3(front) as server:
         sagemaker = EmbeddedSageMaker(Path(directory), server, with_s3=with_s3, entrypoint=entrypoint, grace=grace)
+        batch = EmbeddedBatch(sagemaker)
         services = EmbeddedServices(server.endpoint_url, server.access_key, server.secret_key, sagemaker, with_s3)
         try:
             yield services
         finally:
+            batch.close()
             sagemaker.close()
