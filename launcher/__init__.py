@@ -22,7 +22,8 @@ from launcher.endpoints.endpoint import Endpoint, EndpointFailed
 from launcher.endpoints.hosted import HostedEndpoint
 from launcher.endpoints.requests import endpoint_requests
 from launcher.fleets.api import attach_fleet, check_many, fit_many
-from launcher.fleets.fleet import Fleet, FleetStatus
+from launcher.fleets.fleet import Fleet
+from launcher.fleets.status import FleetStatus
 from launcher.jobs.job import Job, JobFailed, JobStopped
 from launcher.local.run import local_services
 from launcher.resources import Resources

@@ -72,11 +72,25 @@ def fleet(
     skip_bad: bool,
     parallel: int,
     subjects_per_job: int | None,
+    alternatives: list[str],
+    queue: str | None,
+    share: str | None,
+    priority: int | None,
+    attempts: int,
     no_wait: bool,
     directory: Path | None,
     **options: Any,
 ) -> None:
-    how: dict[str, Any] = {"skip_bad": skip_bad, "parallel": parallel, "subjects_per_job": subjects_per_job}
+    how: dict[str, Any] = {
+        "skip_bad": skip_bad,
+        "parallel": parallel,
+        "subjects_per_job": subjects_per_job,
+        "alternatives": alternatives,
+        "queue": queue,
+        "share": share,
+        "priority": priority,
+        "attempts": attempts,
+    }
     if dry_run:
         launcher.check_many(subjects, **how, **_read(options))
         return
@@ -208,6 +222,17 @@ def _parser(*, everything: bool) -> command_line.Parser:
     many.add_argument("--skip_bad", action="store_true", help="leave out subjects that can't be trained")
     many.add_argument("--parallel", type=_count, default=4, help="jobs that run at a time; 4 if left out")
     many.add_argument("--subjects_per_job", type=_count, help="at most; chosen by the estimate if left out")
+    many.add_argument(
+        "--alternatives",
+        nargs="+",
+        default=[],
+        metavar="TYPE",
+        help="other instance types, where the first has no room",
+    )
+    many.add_argument("--queue", help="of AWS Batch for SageMaker training jobs, by name or ARN: all jobs wait there")
+    many.add_argument("--share", help="with --queue: its share identifier, where it has a scheduling policy")
+    many.add_argument("--priority", type=int, help="with --queue: within the share, 0 to 9999; higher ones first")
+    many.add_argument("--attempts", type=_count, default=1, help="with --queue: starts of a job, after faults of AWS")
     many.add_argument("--no_wait", action="store_true", help="only start the jobs that may run now")
     many.add_argument("--directory", type=Path, help="of a fleet on this machine, which keeps its files there")
     followed = add(attach_fleet, "attach_fleet", "Follow a fleet, and start what remains of it")

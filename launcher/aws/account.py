@@ -41,6 +41,7 @@ class Account:
         self.build: str | None = None
         self._metadata = metadata
         self._identity: dict[str, str] | None = None
+        self._known_quotas: dict[str, float] | None = None
 
     @property
     def region(self) -> str:
@@ -283,8 +284,7 @@ class Account:
         problems.raise_any()
 
     def _check_quota(self, resources: Resources) -> None:
-        use = "spot training job" if resources.spot else "training job"
-        wanted = [f"{resources.instance_type} for {use} usage"]
+        wanted = [_quota_name(resources.instance_type, spot=resources.spot)]
         if resources.keep_alive:
             wanted.append(f"{resources.instance_type} for training warm pool usage")
         self._check_quotas(wanted, resources.instance_type, resources.instance_count, "the job")
@@ -301,7 +301,20 @@ class Account:
                     for name in low
                 )
 
+    def room_for(self, instance_type: str, *, spot: bool) -> int | None:
+        """How many training jobs of one instance the account's quota allows at a time; None where it can't be asked
+        for, which becomes a warning."""
+        with self._looking(f"quota: of {instance_type}", ""):
+            found = self._quotas().get(_quota_name(instance_type, spot=spot))
+            return None if found is None else int(found)
+        return None
+
     def _quotas(self) -> dict[str, float]:
+        if self._known_quotas is None:
+            self._known_quotas = self._list_quotas()
+        return self._known_quotas
+
+    def _list_quotas(self) -> dict[str, float]:
         pages = self.clients("service-quotas").get_paginator("list_service_quotas").paginate(ServiceCode="sagemaker")
         return {quota["QuotaName"]: quota["Value"] for page in pages for quota in page["Quotas"]}
 
@@ -315,3 +328,7 @@ class Account:
             if error.kind is Kind.MISSING:
                 raise UserError(missing) from None
             self.warnings.append(f"{what} can't be checked: {error.reason}")
+
+
+def _quota_name(instance_type: str, *, spot: bool) -> str:
+    return f"{instance_type} for {'spot training job' if spot else 'training job'} usage"

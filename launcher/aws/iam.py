@@ -32,14 +32,18 @@ def notebook_policy(
     jobs = f"arn:{partition}:sagemaker:{region}:{account}:training-job/*"
     logs = f"arn:{partition}:logs:{region}:{account}:{_LOG_GROUP}*"
     sagemaker = ["CreateTrainingJob", "DescribeTrainingJob", "StopTrainingJob", "AddTags"]
+    batch = f"arn:{partition}:batch:{region}:{account}"
     pictures = f"arn:{partition}:s3:::{bucket}"
     return _policy(
         _allow("FindObjects", ["s3:ListBucket"], pictures),
         _allow("ReadAndWriteObjects", ["s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"], f"{pictures}/*"),
         _allow("RemoveWhatTriedTheUpload", ["s3:DeleteObject"], f"{pictures}/*{PROBE_NAME}"),
+        _allow("TrySubjectsAgain", ["s3:DeleteObject"], f"{pictures}/*/fleets/*/outcomes/*"),
         _allow("StartAndStopJobs", [f"sagemaker:{action}" for action in sagemaker], jobs),
         # These can't be limited to a resource.
         _allow("ListJobs", ["sagemaker:ListTrainingJobs", "servicequotas:ListServiceQuotas"], "*"),
+        _allow("LookAtQueues", ["batch:DescribeJobQueues", "batch:ListServiceJobs"], "*"),
+        _allow("SubmitToQueues", ["batch:SubmitServiceJob", "batch:TagResource"], f"{batch}:*"),
         _allow("ReadLogs", ["logs:DescribeLogStreams", "logs:GetLogEvents", "logs:FilterLogEvents"], logs),
         _allow(
             "FindImage",

@@ -1,81 +1,51 @@
-"""A fleet after its start: which job has which subjects, what has ended and how, and what is to be started yet.
+"""A fleet after its start: what has ended and how, what runs, and what is to be started yet.
 
-All of its state is in S3, so that any process goes on with it: ``fleet.json``, the request of its jobs and where models
-go; ``jobs/JOB/fleet.jsonl``, the subjects of each job, started or not; ``outcomes/ID/``, a copy of the manifest or the
-failure of each subject that has ended.
+All of its state is in S3 (:mod:`launcher.fleets.state`), so that any process goes on with it.
 """
 
 from __future__ import annotations
 
-import copy
-import json
+import io
 import random
 import re
-import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.fleet.outcome import FAILURE_NAME, Failure, states
-from dreambooth_sm.fleet.subjects import FleetSubject, read_list, write_list
-from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.fleet.subjects import FleetSubject
 from dreambooth_sm.printing import redact
-from dreambooth_sm.storage import S3Uri, delete_directory, get_object, list_objects, put_object
+from dreambooth_sm.storage import S3Uri, TransferError, get_object, list_objects
 from launcher.aws.clients import Clients
-from launcher.aws.service_errors import ServiceError, asking
+from launcher.aws.service_errors import ServiceError
+from launcher.fleets.clock import Clock
+from launcher.fleets.jobs import NO_CAPACITY, WAITING, FleetJobs
+from launcher.fleets.queue import Queue, QueuedJobs
+from launcher.fleets.state import FleetState
+from launcher.fleets.status import FleetStatus
+from launcher.fleets.views import choose_table
+from launcher.jobs.job import Job
 from launcher.jobs.outputs import ENDED
-from launcher.submit import submit
+from launcher.jobs.views import Display, Pictures
 
-FLEET_CHANNEL, LIST_FILE, OUTCOMES = "fleet", "fleet.jsonl", "outcomes"
-# Seconds between two looks at a fleet: of AWS, and of this machine.
-_POLL, _POLL_LOCAL = 60.0, 0.25
+T = TypeVar("T")
+# Seconds between two looks at a fleet of this machine, and of AWS; and a minute for each so many requests of a look.
+_POLL_LOCAL, _POLL, REQUESTS_A_MINUTE = 0.25, 60.0, 10
+# How long AWS may give no answer before a fleet is not followed any further.
+_PATIENCE = 3600.0
 # Seconds before a job that was not taken is tried again: the first time, and at most.
 _FIRST_WAIT, _LONGEST_WAIT = 15.0, 600.0
-# Reasons of SageMaker's own for which a job is not taken, or has ended, and may well be another time.
-_FULL = re.compile(r"ResourceLimitExceeded|LimitExceeded|Throttl|TooManyRequests|Capacity")
-_PASSING = re.compile(r"^(CapacityError|InternalServerError|InternalFailure)")
-_ROUND = re.compile(r"-r(\d+)-\d+$")
-# How often a subject is tried again by itself when its job has ended for such a reason.
-_MOST_ROUNDS = 3
-_WORKERS = 16
-
-
-@dataclass(frozen=True)
-class FleetStatus:
-    """How far a fleet is: each of its subjects is in one of four places.
-
-    Attributes:
-        done: ids of those with a model.
-        failed: ids of those without one, to the reasons.
-        running: ids of those in jobs that run.
-        remaining: ids of those in jobs that have not started, or that have ended before their turn.
-        jobs: names of the jobs that were started, to their status.
-    """
-
-    done: tuple[str, ...] = ()
-    failed: dict[str, str] = field(default_factory=dict)
-    running: tuple[str, ...] = ()
-    remaining: tuple[str, ...] = ()
-    jobs: dict[str, str] = field(default_factory=dict)
-
-    def line(self) -> str:
-        """For people."""
-        at_work = sum(status not in ENDED for status in self.jobs.values())
-        return (
-            f"{len(self.done)} done, {len(self.failed)} failed, {len(self.running)} in {at_work} running "
-            f"job{'s' * (at_work != 1)}, {len(self.remaining)} remaining"
-        )
-
-
-def job_names(fleet: str, count: int, round: int = 0) -> list[str]:
-    """Names of a fleet's jobs.
-
-    Args:
-        round: how often their subjects were tried before.
-    """
-    return [f"{fleet}{f'-r{round}' if round else ''}-{number:04d}" for number in range(1, count + 1)]
+# For which a job is not taken, and may well be another time.
+_FULL = re.compile(r"ResourceLimitExceeded|LimitExceeded|Capacity")
+_BUSY = re.compile(r"Throttl|TooManyRequests")
+# How often a subject is tried again by itself when its job has ended for a fault of SageMaker's own; lack of capacity
+# is waited for as long as it takes.
+_MOST_FAULTS = 4
+# The time left is told from what has ended in so many seconds.
+_RECENT = 1800.0
+# How many of a subject's pictures are shown.
+_PICTURES = 5
 
 
 class Fleet:
@@ -83,195 +53,255 @@ class Fleet:
 
     Args:
         root: where its state is.
-        clients: of SageMaker and S3.
+        clients: of SageMaker, AWS Batch and S3.
+        clock: that it is followed by.
+
+    Attributes:
+        requests: that the last look took.
 
     Raises:
         UserError: the fleet can't be found.
     """
 
-    def __init__(self, root: S3Uri, clients: Clients) -> None:
-        self.root, self._clients = root, clients
-        state = get_object(root / "fleet.json", client=clients("s3"))
-        if state is None:
-            raise UserError(f"{root} holds no fleet: check its name, or name it as s3://bucket/prefix")
-        self._state: dict[str, Any] = json.loads(state)
-        self.name: str = self._state["name"]
-        # What is written later is written as its jobs write.
-        self._options = Hyperparameters.parse(self._state["request"]["HyperParameters"]).s3_options
-        # By the name of the job.
-        self._lists: dict[str, tuple[FleetSubject, ...]] = {}
-        self._failures: dict[str, Failure] = {}
+    def __init__(self, root: S3Uri, clients: Clients, clock: Clock | None = None) -> None:
+        self.root, self._clients, self._clock = root, clients, clock or Clock()
+        self._state = FleetState(root, clients)
+        facts = self._state.facts
+        self._parallel: int = facts["parallel"]
+        first = str(facts["request"].get("ResourceConfig", {}).get("InstanceType", ""))
+        self._types: list[str] = [first, *facts.get("alternatives", ())]
+        jobs = partial(QueuedJobs, Queue(**facts["queue"])) if facts.get("queue") else FleetJobs
+        self._jobs: FleetJobs = jobs(self.name, clients, self._clock, first)
+        # Jobs that had ended before the last listing of outcomes.
+        self._settled: set[str] = set()
+        # Jobs that have ended, and nothing of which is to be tried again.
+        self._whole: set[str] = set()
+        self.requests = 0
         self._not_taken = 0
         self._not_before = 0.0
 
     def __repr__(self) -> str:
         return f"Fleet({str(self.root)!r})"
 
+    @property
+    def name(self) -> str:
+        return self._state.name
+
     # State
 
     def status(self) -> FleetStatus:
-        """How far it is, now: by one listing of outcomes and one of jobs, however many subjects there are.
+        """How far it is, now: by one listing of jobs and one of what has ended, however many subjects there are.
 
         Raises:
             ServiceError: AWS can't be reached, or not with these credentials.
         """
-        jobs = self._jobs()  # first: a job that has ended by now has left the outcomes of all its subjects
-        ended = states(list_objects(self.root / OUTCOMES, self._options, client=self._clients("s3")))
-        job_of = self._job_of()
-        open_yet = {subject: jobs.get(job, "") for subject, job in job_of.items() if subject not in ended}
-        running = [subject for subject, status in open_yet.items() if status and status not in ENDED]
-        failed = [subject for subject, is_done in ended.items() if not is_done]
-        return FleetStatus(
-            tuple(subject for subject, is_done in ended.items() if is_done),
-            dict(zip(failed, self._in_parallel(self._reason, failed), strict=True)),
-            tuple(running),
-            tuple(open_yet.keys() - {*running}),
-            jobs,
-        )
+        self._look()
+        return self._status()
 
     def models(self) -> dict[str, str]:
         """Where the models of the subjects lie that are done, by their ids."""
-        done = states(list_objects(self.root / OUTCOMES, self._options, client=self._clients("s3")))
-        found = {subject.id: subject.output or f"{self._state['models']}/{subject.id}" for subject in self.subjects()}
-        return {name: found[name] for name, is_done in done.items() if is_done}
+        self._state.look(self._settled)
+        subjects = self._state.subjects
+        return {name: self._state.model_of(subjects[name]) for name, end in self._state.ended.items() if end.done}
 
     def subjects(self) -> list[FleetSubject]:
         """All of them."""
-        self._read_lists()
-        return [*{subject.id: subject for its in self._lists.values() for subject in its}.values()]
+        self._state.look(self._settled)
+        return list(self._state.subjects.values())
 
-    def _job_of(self) -> dict[str, str]:
-        """The last job of each subject."""
-        self._read_lists()
-        return {subject.id: job for job in sorted(self._lists, key=_round_of) for subject in self._lists[job]}
+    def job(self, subject: str) -> Job:
+        """The training job that a subject was last in: its log, its state.
 
-    def _read_lists(self) -> None:
-        """Reads the lists that are new."""
-        names = list_objects(self.root / "jobs", self._options, client=self._clients("s3"))
-        new = [name for name in names if name.endswith(f"/{LIST_FILE}") and name.partition("/")[0] not in self._lists]
+        Raises:
+            UserError: there is no such subject, or its job has not started.
+        """
+        self._look()
+        name = self._state.job_of.get(subject)
+        if name is None:
+            raise UserError(f"{self.name} has no subject {subject!r}")
+        state = self._jobs.states.get(name)
+        if state is None or state.training_job is None:
+            raise UserError(f"{subject} is in {name}, which has not started")
+        return Job(state.training_job, self._clients)
 
-        def read(name: str) -> tuple[FleetSubject, ...]:
-            content = get_object(self.root / "jobs" / name, self._options, client=self._clients("s3")) or b""
-            return read_list(content.decode(), name)
+    def samples(self, subject: str) -> Pictures:
+        """Some of the pictures that a subject's job has drawn, a list of Pillow's by name; a notebook shows them."""
+        from PIL import Image
 
-        self._lists |= dict(zip((name.partition("/")[0] for name in new), self._in_parallel(read, new), strict=True))
+        from dreambooth_sm.data.pictures import PICTURE_FORMATS
 
-    def _jobs(self) -> dict[str, str]:
-        """The jobs that SageMaker knows, and their status."""
-        pages = (
-            self._clients("sagemaker")
-            .get_paginator("list_training_jobs")
-            .paginate(NameContains=self.name, SortBy="CreationTime", SortOrder="Ascending")
+        place = S3Uri.parse(self._state.model_of(self._state.subjects[subject])) / "samples"
+        s3 = self._clients("s3")
+        names = sorted(name for name in list_objects(place, client=s3) if name.endswith((".png", ".jpg", ".webp")))
+        files = [get_object(place / name, client=s3) or b"" for name in names[-_PICTURES:]]
+        return Pictures(Image.open(io.BytesIO(file), formats=PICTURE_FORMATS) for file in files)
+
+    def _look(self) -> None:
+        # Jobs first: one that has ended by now has left the outcomes of all its subjects.
+        self.requests = self._jobs.look() + self._jobs.look_at_ended()
+        self.requests += self._state.look(self._settled)
+        self._settled = {name for name, job in self._jobs.states.items() if not job.is_open}
+
+    def _status(self) -> FleetStatus:
+        """From what was looked at last."""
+        ended, jobs = self._state.ended, self._jobs.states
+        status = {name: jobs[name].status for name in self._state.lists if name in jobs}
+        open_yet = {subject: job for subject, job in self._state.job_of.items() if subject not in ended}
+        running = [subject for subject, job in open_yet.items() if status.get(job, WAITING) not in (*ENDED, WAITING)]
+        done = sorted(subject for subject, end in ended.items() if end.done)
+        failed = sorted(subject for subject, end in ended.items() if not end.done)
+        self._state.read_failures(failed)
+        return FleetStatus(
+            tuple(done),
+            {subject: self._reason(subject) for subject in failed},
+            tuple(running),
+            tuple(open_yet.keys() - {*running}),
+            status,
+            self._jobs.dollars(),
+            self._seconds_left(len(open_yet)),
+            max(done, key=lambda subject: ended[subject].at, default=None),
         )
-        with asking(f"the jobs of {self.name} can't be listed"):
-            return {
-                job["TrainingJobName"]: job["TrainingJobStatus"]
-                for page in pages
-                for job in page["TrainingJobSummaries"]
-                if job["TrainingJobName"].startswith(f"{self.name}-")
-            }
 
-    def _failure(self, subject: str) -> Failure | None:
-        """What a subject has failed with; None where that can't be read."""
-        if subject not in self._failures:
-            place = self.root / OUTCOMES / subject / FAILURE_NAME
-            try:
-                content = get_object(place, self._options, client=self._clients("s3"))
-                self._failures[subject] = Failure.from_json(content or b"")
-            except ValueError:
-                return None
-        return self._failures[subject]
+    def _seconds_left(self, count: int) -> float | None:
+        if not self._jobs.states or not self._state.ended:
+            return None
+        now = self._clock.now()
+        since = max(now - _RECENT, min(job.created for job in self._jobs.states.values()))
+        times = sorted(end.at for end in self._state.ended.values())
+        recent = len(times) - bisect_left(times, since)
+        return count * (now - since) / recent if recent else None
 
     def _reason(self, subject: str) -> str:
-        failure = self._failure(subject)
+        failure = self._state.failure(subject)
         return redact(failure.reason) if failure else "unknown"
-
-    def _in_parallel(self, act: Callable[[str], Any], names: list[str]) -> list[Any]:
-        with ThreadPoolExecutor(_WORKERS) as pool:
-            return list(pool.map(act, names))
 
     # Following
 
-    def wait(self, log: Callable[[str], None] = print) -> Fleet:
+    def wait(self, log: Callable[[str], None] | None = None) -> Fleet:
         """Starts what remains as others end, and follows it until every subject has ended or nothing can be started.
 
         Ctrl-C leaves the jobs that run running; :func:`launcher.attach_fleet` goes on with the rest.
 
         Args:
-            log: gets a line whenever something has changed.
+            log: gets a line whenever something has changed. Default: a table, as terminal and notebook can.
 
         Raises:
-            UserError: SageMaker refuses a job for another reason than lack of capacity.
-            ServiceError: AWS can't be reached, or not with these credentials.
+            UserError: AWS refuses a job for another reason than lack of capacity.
+            ServiceError: AWS can't be reached for an hour, or not with these credentials.
         """
-        told = ""
-        while True:
-            status = self.status()
-            if (line := status.line()) != told:
-                log(f"{self.name}: {line}")
-                told = line
-            self.advance(log, status)
-            status = self.status() if status.remaining and not status.running else status
-            if not status.running and not self._waiting(status):
-                break
-            time.sleep(_POLL_LOCAL if self._clients.is_local("sagemaker") else _POLL)
+        with Display(choose_table(self.name, log, self.samples)) as display:
+            while True:
+                status = self._patiently(partial(self._step, display), display.say)
+                if not any(job.is_open for job in self._jobs.states.values()) and not self._waiting():
+                    break
+                self._clock.sleep(self._pause())
+        say = log or print
         for subject, reason in status.failed.items():
-            log(f"failed: {subject}: {reason}")
+            say(f"failed: {subject}: {reason}")
         if status.remaining:
-            log(f"without an end: {', '.join(sorted(status.remaining))}; retry() tries them again")
+            say(f"without an end: {', '.join(sorted(status.remaining))}; retry() tries them again")
         return self
 
-    def advance(self, log: Callable[[str], None] = lambda line: None, status: FleetStatus | None = None) -> None:
+    def _step(self, display: Display[FleetStatus]) -> FleetStatus:
+        status = self.status()
+        display.show(lambda: status)
+        self._start_more(display.say)
+        return status
+
+    def _pause(self) -> float:
+        """So long that a fleet of any size makes few requests a minute."""
+        if self._clients.is_local("sagemaker"):
+            return _POLL_LOCAL
+        return _POLL * max(1.0, self.requests / REQUESTS_A_MINUTE)
+
+    def _patiently(self, act: Callable[[], T], notice: Callable[[str], None]) -> T:
+        """Does something, and again for a while where AWS gives no answer."""
+        since, pause = self._clock.now(), _FIRST_WAIT
+        while True:
+            try:
+                return act()
+            except (ServiceError, TransferError) as error:
+                passes = isinstance(error, TransferError) or error.kind.passes
+                if not passes or self._clock.now() - since >= _PATIENCE:
+                    raise
+                notice(f"no answer from AWS, trying again: {error}")
+                self._clock.sleep(pause * random.uniform(0.75, 1.25))
+                pause = min(_LONGEST_WAIT, 2 * pause)
+
+    def advance(self, log: Callable[[str], None] = lambda line: None) -> None:
         """Starts as many jobs as may run beside those that do; and plans subjects again whose job SageMaker has ended
         for lack of capacity or for a fault of its own.
 
         Raises:
-            UserError: SageMaker refuses a job for another reason than lack of capacity.
+            UserError: AWS refuses a job for another reason than lack of capacity.
             ServiceError: AWS can't be reached, or not with these credentials.
         """
-        status = status or self.status()
-        self._plan_again_what_was_lost(status)
-        at_work = sum(each not in ENDED for each in status.jobs.values())
-        for job in self._waiting(status):
-            if at_work >= self._state["parallel"] or time.monotonic() < self._not_before:
+        self._look()
+        self._start_more(log)
+
+    def _start_more(self, log: Callable[[str], None]) -> None:
+        self._plan_again_what_was_lost()
+        states = self._jobs.states
+        at_work = sum(states[job].is_open for job in self._state.lists if job in states)
+        for job in self._waiting():
+            if (not self._jobs.takes_all and at_work >= self._parallel) or self._clock.now() < self._not_before:
                 return
+            if not self._start(job, log):
+                return
+            at_work += 1
+
+    def _start(self, job: str, log: Callable[[str], None]) -> bool:
+        """Sends a job, with each of its instance types in turn where the account has no room for one; whether one of
+        them was taken."""
+        for _ in self._types:
             try:
-                self._submit(job)
+                self._jobs.send(self._request(job))
             except (ServiceError, UserError) as error:
                 if not _may_pass(error):
                     raise
-                pause = min(_LONGEST_WAIT, _FIRST_WAIT * 2**self._not_taken) * random.uniform(0.75, 1.25)
-                self._not_taken += 1
-                self._not_before = time.monotonic() + pause
-                log(f"{job} is not taken now, and tried again in {pause:.0f} s: {error}")
-                return
-            log(f"started: {job}, with {len(self._lists[job])} subjects")
-            self._not_taken = 0
-            at_work += 1
+                refusal = error
+            else:
+                log(f"started: {job}, with {len(self._state.lists[job])} subjects")
+                self._not_taken = 0
+                return True
+            if not _says(refusal, _FULL):
+                break
+            self._next_type()
+        pause = self._step_back()
+        log(f"{job} is not taken now, and tried again in {pause:.0f} s: {refusal}")
+        return False
 
-    def _waiting(self, status: FleetStatus) -> list[str]:
+    def _step_back(self) -> float:
+        """Starts nothing for a while, longer each time; the seconds."""
+        pause: float = min(_LONGEST_WAIT, _FIRST_WAIT * 2**self._not_taken) * random.uniform(0.75, 1.25)
+        self._not_taken = min(self._not_taken + 1, 10)
+        self._not_before = self._clock.now() + pause
+        return pause
+
+    def _next_type(self) -> None:
+        self._types = [*self._types[1:], self._types[0]]
+
+    def _request(self, job: str) -> dict[str, Any]:
+        """With the instance types as they are tried now; SageMaker itself chooses between them, but for spot."""
+        request = self._state.request(job)
+        if len(self._types) > 1:
+            resources = request["ResourceConfig"]
+            if request.get("EnableManagedSpotTraining"):
+                resources["InstanceType"] = self._types[0]
+            else:
+                del resources["InstanceType"]
+                resources["InstancePreferences"] = [{"InstanceType": each} for each in self._types]
+        return request
+
+    def _waiting(self) -> list[str]:
         """Jobs that are planned and not started, and have subjects that have not ended."""
-        open_yet = {*status.remaining, *status.running}
-        current = self._job_of()
+        current, states = self._state.job_of, self._jobs.states
         return [
             job
-            for job in sorted(self._lists, key=_round_of)
-            if job not in status.jobs
-            and any(subject.id in open_yet and current[subject.id] == job for subject in self._lists[job])
+            for job, subjects in sorted(self._state.lists.items())
+            if job not in states
+            and any(subject.id not in self._state.ended and current[subject.id] == job for subject in subjects)
         ]
-
-    def _submit(self, job: str) -> None:
-        request = copy.deepcopy(self._state["request"])
-        request["TrainingJobName"] = job
-        for channel in request["InputDataConfig"]:
-            if channel["ChannelName"] == FLEET_CHANNEL:
-                channel["DataSource"]["S3DataSource"]["S3Uri"] = f"{self.root / 'jobs' / job}/"
-        request["CheckpointConfig"]["S3Uri"] = str(self.root / "checkpoints" / job)
-        try:
-            submit(request, self._clients)
-        except UserError as error:
-            if "ResourceInUse" not in str(error):  # another process has started it
-                raise
 
     def retry(self, log: Callable[[str], None] = print, *, bad_input: bool = False) -> Fleet:
         """Tries again subjects that have failed, and those whose job has ended before their turn.
@@ -281,56 +311,57 @@ class Fleet:
             log: gets a line for each job that is started.
         """
         status = self.status()
-        lost = [subject for subject in status.remaining if self._job_of()[subject] in status.jobs]
+        job_of = self._state.job_of
+        lost = [subject for subject in status.remaining if status.jobs.get(job_of[subject]) in ENDED]
         again = [subject for subject in status.failed if bad_input or not self._was_bad(subject)]
-        for subject in again:
-            delete_directory(self.root / OUTCOMES / subject, self._options, client=self._clients("s3"))
-            self._failures.pop(subject, None)
-        self._plan([*lost, *again])
-        self.advance(log)
+        self._state.plan_again([*lost, *again])
+        self._start_more(log)
         return self
 
     def _was_bad(self, subject: str) -> bool:
-        failure = self._failure(subject)
+        failure = self._state.failure(subject)
         return failure is not None and failure.bad_input
 
-    def _plan_again_what_was_lost(self, status: FleetStatus) -> None:
-        job_of = self._job_of()
-        lost = [subject for subject in status.remaining if status.jobs.get(job_of[subject]) == "Failed"]
-        ended = {job_of[subject] for subject in lost if _round_of(job_of[subject])[0] < _MOST_ROUNDS}
-        again = {job for job in ended if self._may_try(job)}
-        self._plan([subject for subject in lost if job_of[subject] in again])
+    def _plan_again_what_was_lost(self) -> None:
+        again: list[str] = []
+        is_short = False
+        for job, subjects in list(self._state.lists.items()):
+            state = self._jobs.states.get(job)
+            if job in self._whole or state is None or state.is_open:
+                continue
+            lost = [
+                each.id for each in subjects if each.id not in self._state.ended and self._state.job_of[each.id] == job
+            ]
+            reason = self._jobs.why_again(job) if lost else ""
+            if reason is None:  # the next look tells
+                continue
+            if NO_CAPACITY.search(reason):
+                is_short = True
+                again += lost
+            elif reason and self._faults(lost[0]) < _MOST_FAULTS:
+                again += lost
+            else:
+                self._whole.add(job)
+        self._state.plan_again(again)
+        if is_short:
+            self._next_type()
+            self._step_back()
 
-    def _may_try(self, job: str) -> bool:
-        with asking(f"{job} can't be looked at"):
-            found = self._clients("sagemaker").describe_training_job(TrainingJobName=job)
-        return bool(_PASSING.search(found.get("FailureReason", "")))
-
-    def _plan(self, subjects: list[str]) -> None:
-        """Writes new lists for subjects, as long as those of the jobs that they were in."""
-        if not subjects:
-            return
-        job_of = self._job_of()
-        known = {subject.id: subject for subject in self.subjects()}
-        round = 1 + max(_round_of(job)[0] for job in self._lists)
-        largest = max(len(self._lists[job_of[subject]]) for subject in subjects)
-        parts = [subjects[first : first + largest] for first in range(0, len(subjects), largest)]
-        for job, part in zip(job_names(self.name, len(parts), round), parts, strict=True):
-            lines = write_list(known[subject] for subject in part).encode()
-            put_object(self.root / "jobs" / job / LIST_FILE, lines, self._options, client=self._clients("s3"))
-        self._read_lists()
-
-
-def _round_of(job: str) -> tuple[int, str]:
-    """How often the subjects of a job were tried before, and its name."""
-    found = _ROUND.search(job)
-    return (int(found[1]) if found else 0), job
+    def _faults(self, subject: str) -> int:
+        """How many of the jobs that a subject was in have ended for a fault of SageMaker's own."""
+        jobs = [job for job, subjects in self._state.lists.items() if any(each.id == subject for each in subjects)]
+        reasons = [self._jobs.why_again(job) or "" for job in jobs if job in self._jobs.states]
+        return sum(bool(reason) and not NO_CAPACITY.search(reason) for reason in reasons)
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether a job may be taken a little later: quotas, throttling, capacity."""
-    told: list[Exception | None] = [error, *_causes(error)]
-    return any((isinstance(each, ServiceError) and each.kind.passes) or bool(_FULL.search(str(each))) for each in told)
+    return (isinstance(error, ServiceError) and error.kind.passes) or _says(error, _FULL) or _says(error, _BUSY)
+
+
+def _says(error: Exception, words: re.Pattern[str]) -> bool:
+    told: list[Exception] = [error, *_causes(error)]
+    return any(words.search(str(each)) for each in told)
 
 
 def _causes(error: BaseException) -> Iterator[Any]:

@@ -9,7 +9,8 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.fleet.outcome import FAILURE_NAME, Failure, states
 from dreambooth_sm.fleet.subjects import FleetSubject, read_list
 from dreambooth_sm.manifest import MANIFEST_NAME
-from launcher.fleets.fleet import FLEET_CHANNEL, LIST_FILE, FleetStatus
+from launcher.fleets.state import FLEET_CHANNEL, LIST_FILE
+from launcher.fleets.status import FleetStatus
 from launcher.jobs.job import Job, JobFailed
 from launcher.prepare import PreparedLocalJob
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Any
 
-from dreambooth_sm.errors import Problems
+from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.fleet.subjects import FleetSubject, write_list
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.storage import S3Uri, put_object
+from dreambooth_sm.storage import S3Uri
 from launcher.aws.account import Account
 from launcher.aws.lookup import Lookup
 from launcher.channels import Channel
 from launcher.estimates import estimate_on
 from launcher.fleets.check import SubjectCheck, check_subjects
-from launcher.fleets.fleet import FLEET_CHANNEL, LIST_FILE, OUTCOMES, Fleet, job_names
+from launcher.fleets.fleet import Fleet
+from launcher.fleets.queue import Queue
 from launcher.fleets.sources import Subjects, read_subjects
 from launcher.fleets.split import FleetEstimate, split, subjects_a_job
+from launcher.fleets.state import FLEET_CHANNEL, LIST_FILE, OUTCOMES, job_names, write_state
+from launcher.instances import find_instance
 from launcher.prepare import PreparedJob, PreparedLocalJob, prepare, prepare_local
 from launcher.staging import digest, stage
 from launcher.training_request import CHANNELS, IMAGES_CHANNEL, training_request
@@ -29,8 +32,38 @@ from launcher.training_request import CHANNELS, IMAGES_CHANNEL, training_request
 # Of a fleet; names of its jobs are longer.
 _LONGEST_NAME = 48
 _WORKERS = 16
+# Of InstancePreferences.
+_MOST_TYPES = 5
 # Where a job finds its list.
 LIST = f"{CHANNELS}/{FLEET_CHANNEL}/{LIST_FILE}"
+
+
+@dataclass(frozen=True)
+class FleetResources:
+    """How a fleet is spread over jobs, and where these run.
+
+    Attributes:
+        parallel: jobs that run at a time; with a queue, those that are expected to.
+        subjects_per_job: at most; None: so many that a job is long against its start.
+        alternatives: other instance types, for where there is no room on the first.
+        queue: of AWS Batch; None: jobs go to SageMaker itself.
+    """
+
+    parallel: int = 4
+    subjects_per_job: int | None = None
+    alternatives: tuple[str, ...] = ()
+    queue: Queue | None = None
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with it, whatever the jobs are."""
+        if self.parallel < 1:
+            yield f"parallel={self.parallel}: set 1 or more"
+        if self.subjects_per_job is not None and self.subjects_per_job < 1:
+            yield f"subjects_per_job={self.subjects_per_job}: set 1 or more, or leave it out"
+        if len(self.alternatives) >= _MOST_TYPES or len({*self.alternatives}) < len(self.alternatives):
+            yield f"alternatives: set at most {_MOST_TYPES - 1} instance types, each once"
+        if self.queue:
+            yield from self.queue.problems()
 
 
 @dataclass
@@ -42,6 +75,8 @@ class PreparedFleet:
         job: a job of it, without its list.
         subjects: those that will be trained.
         left_out: what is wrong with the others.
+        resources: where its jobs run.
+        notes: lines for people about these.
     """
 
     name: str
@@ -49,6 +84,8 @@ class PreparedFleet:
     subjects: list[SubjectCheck]
     left_out: list[str]
     estimate: FleetEstimate
+    resources: FleetResources = FleetResources()
+    notes: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Tells people what will be done."""
@@ -56,7 +93,7 @@ class PreparedFleet:
         kept = [line for line in job if line.startswith(("image:", "bucket:", "files:", "warning:"))]
         warnings = [f"warning: {line}" for check in self.subjects for line in check.warnings]
         left_out = [f"left out: {line}" for line in self.left_out]
-        return [f"name: {self.name}", *self.estimate.lines(), *kept, *warnings, *left_out]
+        return [f"name: {self.name}", *self.estimate.lines(), *self.notes, *kept, *warnings, *left_out]
 
     def submit(self, say: Callable[[str], None] = lambda line: None) -> Fleet:
         """Puts pictures and lists into S3, and starts as many jobs as may run at a time."""
@@ -79,22 +116,25 @@ class PreparedFleet:
         h = _with_places(self.job.hyperparameters, root, options.kms_key)
         first = resources.model_copy(update={"name": self.name})
         channels = {**self.job.channels, FLEET_CHANNEL: Channel(root / "jobs" / self.name)}
-        state = {
+        facts = {
             "name": self.name,
             "parallel": self.estimate.parallel,
             "models": h.manual_upload_model_path,
+            "alternatives": self.resources.alternatives,
+            "queue": self.resources.queue.facts() if self.resources.queue else None,
             "request": training_request(h, first, channels),
         }
-        rest = iter(subjects)
-        for job, size in zip(job_names(self.name, len(self.estimate.sizes)), self.estimate.sizes, strict=True):
-            lines = write_list(next(rest) for _ in range(size))
-            put_object(root / "jobs" / job / LIST_FILE, lines.encode(), options, client=s3)
-        # The last one: where it is, the fleet is whole.
-        put_object(root / "fleet.json", json.dumps(state, indent=1).encode(), options, client=s3)
+        write_state(root, facts, _lists(self.name, self.estimate.sizes, subjects), options, account.clients)
         fleet = Fleet(root, account.clients)
         say(f"fleet: {root}")
         fleet.advance(say)
         return fleet
+
+
+def _lists(name: str, sizes: Sequence[int], subjects: Sequence[FleetSubject]) -> dict[str, tuple[FleetSubject, ...]]:
+    rest = iter(subjects)
+    names = job_names(name, len(sizes))
+    return {job: tuple(islice(rest, size)) for job, size in zip(names, sizes, strict=True)}
 
 
 def _with_places(h: Hyperparameters, root: S3Uri, key: str | None) -> Hyperparameters:
@@ -104,7 +144,7 @@ def _with_places(h: Hyperparameters, root: S3Uri, key: str | None) -> Hyperparam
         key: that files are encrypted with; None: as the hyperparameters say.
     """
     models = h.manual_upload_model_path or str(root / "models")
-    places = {"manual_upload_model_path": models, "fleet_outcomes": str(root / OUTCOMES)}
+    places = {"manual_upload_model_path": models, "fleet_outcomes": str(root / "jobs" / OUTCOMES)}
     if key:
         places["s3_kms_key_id"] = key
     return Hyperparameters.parse({**h.model_dump(exclude_unset=True), **places})
@@ -116,8 +156,7 @@ def prepare_fleet(
     account: Account,
     *,
     skip_bad: bool,
-    parallel: int,
-    subjects_per_job: int | None,
+    resources: FleetResources,
 ) -> PreparedFleet:
     """Checks everything that can be checked of a fleet on SageMaker.
 
@@ -129,25 +168,63 @@ def prepare_fleet(
     if len(str(name)) > _LONGEST_NAME:
         problems.found.append(f"name: {name!r} is too long for a fleet; set at most {_LONGEST_NAME} characters")
     problems.found += _refused(options)
-    if parallel < 1:
-        problems.found.append(f"parallel={parallel}: set 1 or more")
-    if subjects_per_job is not None and subjects_per_job < 1:
-        problems.found.append(f"subjects_per_job={subjects_per_job}: set 1 or more, or leave it out")
+    problems.found += resources.problems()
     with problems.collected():
         job = prepare({**options, "images": None, "fleet": LIST, "name": name}, account)
     with problems.collected():
         found = read_subjects(subjects, lambda: account.clients("s3"))
         if job:
             checks = check_subjects(found, job.hyperparameters, Lookup(lambda: account.clients("s3")), _base(options))
+    notes: list[str] = []
+    with problems.collected():
+        if resources.queue:
+            resources.queue.check(account.clients)
+    with problems.collected():
+        if job:
+            notes += _check_alternatives(job, resources.alternatives)
     good, left_out = _sorted_out(checks, problems, skip_bad=skip_bad)
     problems.raise_any()
     assert job is not None
+    parallel, limited = _within_quota(job, resources, account)
     instance = job.estimate.instance
     alone = estimate_on(job.hyperparameters, replace(instance, count=1))
     limit = job.resources.max_minutes
-    largest = subjects_per_job or subjects_a_job(len(good), alone, parallel, cards=instance.count, limit=limit)
+    largest = resources.subjects_per_job or subjects_a_job(
+        len(good), alone, parallel, cards=instance.count, limit=limit
+    )
     estimate = FleetEstimate(split(len(good), largest), parallel, alone, instance.count)
-    return PreparedFleet(str(name), job, good, left_out, estimate)
+    return PreparedFleet(str(name), job, good, left_out, estimate, resources, [*notes, *limited])
+
+
+def _check_alternatives(job: PreparedJob, names: Sequence[str]) -> Iterator[str]:
+    """A line for each instance type that can do what the first one does.
+
+    Raises:
+        UserError: one can't.
+    """
+    first = job.estimate.instance
+    for name in names:
+        instance = find_instance(name)
+        found = estimate_on(job.hyperparameters, replace(instance, count=1))
+        if name == first.name:
+            raise UserError(f"alternatives: {name} is the instance type itself; leave it out")
+        if instance.count != first.count or instance.has_own_disk != first.has_own_disk:
+            raise UserError(f"alternatives: {name} has other disks or another number of cards than {first.name}")
+        cards, time = found.lines()[0].removeprefix("instance: "), found.lines()[2].removeprefix("estimate: ")
+        yield f"or: {cards}: a job of one subject {time}"
+
+
+def _within_quota(job: PreparedJob, resources: FleetResources, account: Account) -> tuple[int, list[str]]:
+    """Jobs that may run at a time, and a line where these are fewer than were asked for."""
+    if resources.queue:
+        return resources.parallel, [f"queue: {resources.queue.name}"]
+    types = [job.estimate.instance.name, *resources.alternatives]
+    rooms = [account.room_for(name, spot=job.resources.spot) for name in types]
+    known = [room for room in rooms if room is not None]
+    if len(known) < len(rooms) or sum(known) >= resources.parallel:
+        return resources.parallel, []
+    count = max(1, sum(known))
+    return count, [f"quota: {sum(known)} jobs on {' and '.join(types)} at a time, and not {resources.parallel}"]
 
 
 def prepare_local_fleet(

@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from html import escape
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from launcher.jobs.progress import Progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
+T = TypeVar("T")
 # Lines of the log that a notebook shows, and seconds between two of its pictures of the job.
 _NOTEBOOK_LINES, _NOTEBOOK_PAUSE = 12, 0.5
 # Pictures in a row, and the side of each in pixels.
@@ -50,8 +51,8 @@ class Standing:
         if progress.loss is not None:
             words.append(f"loss {progress.loss:.4f}")
         if self.status == "InProgress" and progress.phase == "train" and progress.seconds_left is not None:
-            words.append(f"{_clock(progress.seconds_left)} left")
-        words.append(_clock(self.seconds))
+            words.append(f"{clock_text(progress.seconds_left)} left")
+        words.append(clock_text(self.seconds))
         if self.cost is not None:
             words.append(f"${self.cost:.2f}")
         return words
@@ -66,7 +67,7 @@ class Standing:
         return progress.phase.replace("_", " ") + part
 
 
-class JobView(AbstractContextManager["JobView"]):
+class LiveView(AbstractContextManager["LiveView[T]"], Generic[T]):
     """Plain lines, each one as the job wrote it.
 
     Args:
@@ -77,29 +78,32 @@ class JobView(AbstractContextManager["JobView"]):
         self._write = write
 
     def say(self, line: str) -> None:
-        """A line of the job's log."""
+        """A line of the log."""
         self._write(line)
 
-    def show(self, standing: Standing) -> None:
-        """Shows where the job stands now."""
+    def show(self, standing: T) -> None:
+        """Shows where it stands now."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """The job has ended, or nobody follows it any more."""
+        """It has ended, or nobody follows it any more."""
 
 
-class Display(AbstractContextManager["Display"]):
+JobView = LiveView[Standing]
+
+
+class Display(AbstractContextManager["Display[T]"], Generic[T]):
     """A view whose own errors end nothing but itself: the job that it shows continues, and so does following it.
 
     Args:
         view: where the job is shown.
     """
 
-    def __init__(self, view: JobView) -> None:
-        self._view: JobView | None = view
+    def __init__(self, view: LiveView[T]) -> None:
+        self._view: LiveView[T] | None = view
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Display[T]:
         self._try(lambda view: view.__enter__())
         return self
 
@@ -107,7 +111,7 @@ class Display(AbstractContextManager["Display"]):
         """A line of the job's log, or about following it."""
         self._try(lambda view: view.say(line))
 
-    def show(self, standing: Callable[[], Standing]) -> None:
+    def show(self, standing: Callable[[], T]) -> None:
         """Shows where the job stands now."""
         self._try(lambda view: view.show(standing()))
 
@@ -116,7 +120,7 @@ class Display(AbstractContextManager["Display"]):
     ) -> None:
         self._try(lambda view: view.__exit__(kind, error, trace))
 
-    def _try(self, part: Callable[[JobView], object]) -> None:
+    def _try(self, part: Callable[[LiveView[T]], object]) -> None:
         if self._view is None:
             return
         try:
@@ -245,7 +249,7 @@ def choose_view(name: str, write: Callable[[str], None] | None) -> JobView:
     """The view for where this process runs; plain lines to ``write`` where one is given."""
     if write is not None:
         return JobView(write)
-    if _in_notebook():
+    if in_notebook():
         return NotebookView(name)
     if sys.stdout.isatty():
         try:
@@ -255,14 +259,15 @@ def choose_view(name: str, write: Callable[[str], None] | None) -> JobView:
     return JobView(lambda line: print(line, flush=True))
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
+    """Whether the cells of a notebook show what this process displays."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return getattr(shell, "kernel", None) is not None
 
 
-def _clock(seconds: float) -> str:
-    """``2:05`` or ``1:02:05``."""
+def clock_text(seconds: float) -> str:
+    """A time in minutes, or in hours: ``2:05`` or ``1:02:05``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

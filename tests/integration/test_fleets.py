@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import csv
-import itertools
-import json
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError
 
 import launcher
+from benchmarks.fleet_simulation import simulate
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
-from dreambooth_sm.fleet.outcome import FAILURE_NAME, Failure
+from dreambooth_sm.fleet.outcome import FAILURE_NAME
 from dreambooth_sm.manifest import MANIFEST_NAME
-from dreambooth_sm.storage import S3Uri, list_objects, put_object, read_manifest, upload_directory
-from launcher.aws.clients import Clients
+from dreambooth_sm.storage import S3Uri, list_objects, read_manifest, upload_directory
 from launcher.cli import main
 from launcher.fleets import fleet as fleets
+from launcher.fleets.queue import Queue
 from launcher.local.answers import RequestError
 from launcher.local.s3 import EmbeddedS3
 from launcher.local.services import EmbeddedServices
@@ -94,6 +90,8 @@ def test_a_table_of_subjects_becomes_a_model_of_each(
     assert "00.png" in status.failed["bad"]
     assert (status.running, status.remaining) == ((), ())
     assert status.jobs.keys() == {"toys-0001", "toys-0002"}
+    assert status.latest in status.done
+    assert fleet.job("cat").status == "Completed"
     models = fleet.models()
     assert models["duck"] == "s3://toys-of-many/own/duck"
     for model in models.values():
@@ -164,106 +162,29 @@ def test_the_command_line_says_what_a_fleet_takes(tmp_path: Path, capsys: pytest
     assert main(["attach_fleet", str(tmp_path)]) == EXIT_BAD_INPUT
 
 
-class Platform:
-    """SageMaker whose jobs only take time: two looks each. It has room for some at once, and faults."""
-
-    class meta:  # noqa: N801
-        region_name = "us-east-1"
-
-    def __init__(self, root: S3Uri, s3: Any, room: int) -> None:
-        self.root, self.s3, self.room = root, s3, room
-        self.jobs: dict[str, dict[str, Any]] = {}
-        self.trained: Counter[str] = Counter()
-        self.calls = 0
-        self.faults = itertools.cycle(["ThrottlingException", None, None, "ResourceLimitExceeded", None])
-
-    def create_training_job(self, **request: Any) -> dict[str, Any]:
-        self.calls += 1
-        name = request["TrainingJobName"]
-        running = sum(job["TrainingJobStatus"] == "InProgress" for job in self.jobs.values())
-        fault = "ResourceLimitExceeded" if running >= self.room else next(self.faults)
-        fault = "ResourceInUse" if name in self.jobs else fault
-        if fault:
-            raise ClientError({"Error": {"Code": fault, "Message": "no"}}, "CreateTrainingJob")
-        (channel,) = request["InputDataConfig"]
-        uri = S3Uri.parse(channel["DataSource"]["S3DataSource"]["S3Uri"])
-        lines = self.s3.get_object(Bucket=uri.bucket, Key=f"{uri.prefix}/fleet.jsonl")["Body"].read().decode()
-        subjects = [json.loads(line)["id"] for line in lines.splitlines()]
-        self.jobs[name] = {"TrainingJobName": name, "TrainingJobStatus": "InProgress", "subjects": subjects, "age": 0}
-        return {}
-
-    def describe_training_job(self, TrainingJobName: str) -> dict[str, Any]:  # noqa: N803
-        self.calls += 1
-        return self.jobs[TrainingJobName]
-
-    def get_paginator(self, operation: str) -> Any:
-        assert operation == "list_training_jobs"
-        return self
-
-    def paginate(self, **named: Any) -> Iterator[dict[str, Any]]:
-        self.calls += -(-len(self.jobs) // 100) or 1
-        for job in self.jobs.values():
-            self._look_at(job)
-        yield {"TrainingJobSummaries": list(self.jobs.values())}
-
-    def _look_at(self, job: dict[str, Any]) -> None:
-        job["age"] += 1
-        if job["age"] != 2:
-            return
-        number = len([1 for each in self.jobs.values() if each["age"] >= 2])
-        done = job["subjects"][: 1 if number % 7 == 0 else None]
-        for subject in done:
-            self.trained[subject] += 1
-            if subject.endswith("13") and self.trained[subject] == 1:
-                failure = Failure(subject, "a fault", False, job["TrainingJobName"])
-                put_object(self.root / "outcomes" / subject / FAILURE_NAME, failure.to_json().encode(), client=self.s3)
-            else:
-                put_object(self.root / "outcomes" / subject / MANIFEST_NAME, b"{}", client=self.s3)
-        whole = len(done) == len(job["subjects"])
-        job["TrainingJobStatus"] = "Completed" if whole else "Failed"
-        job["FailureReason"] = "" if whole else "CapacityError: Unable to provision requested ML compute capacity"
+def test_all_subjects_end_and_none_twice_whatever_the_platform_does() -> None:
+    """Throttling, quotas, lost and interrupted jobs, subjects that fail, processes that follow one after another."""
+    simulated = simulate(2000, 40, seed=1, lost_jobs=0.1)
+    assert (simulated["done"], simulated["trained_twice"]) == (2000, 0)
+    assert min(simulated[each] for each in ("interruptions", "jobs_lost", "failed_at_first")) > 0
+    assert simulated["processes"] > 1
+    assert simulated["requests_a_subject"] <= 0.5
+    # What the fleet says that it cost, against what the platform has billed.
+    assert simulated["dollars"] == pytest.approx(simulated["dollars_billed"], rel=0.02)
 
 
-class PlatformClients(Clients):
-    def __init__(self, platform: Platform) -> None:
-        super().__init__()
-        self.platform = platform
-
-    def __call__(self, service: str) -> Any:
-        return self.platform if service == "sagemaker" else self.platform.s3
-
-    def is_local(self, service: str) -> bool:
-        return True
+def test_an_account_that_is_short_of_instances_ends_them_as_well() -> None:
+    """Each type has no capacity in 40 of 100 hours."""
+    simulated = simulate(600, 20, seed=3, short=0.4)
+    assert (simulated["done"], simulated["trained_twice"]) == (600, 0)
+    assert simulated["jobs_without_capacity"] > 10
 
 
-def test_all_subjects_end_and_none_twice_whatever_the_platform_does(s3: EmbeddedS3, target: S3Uri) -> None:
-    """Throttling, quotas, jobs that lose their capacity, and processes that follow one after another."""
-    root = target / "fleets" / "many"
-    request = {
-        "TrainingJobName": "many",
-        "HyperParameters": {"fleet": "/opt/ml/input/data/fleet/fleet.jsonl"},
-        "InputDataConfig": [{"ChannelName": "fleet", "DataSource": {"S3DataSource": {"S3Uri": f"{root}/jobs/many/"}}}],
-        "CheckpointConfig": {"S3Uri": "s3://x/y"},
-    }
-    client = s3.client()
-    for name, first in zip(fleets.job_names("many", 12), range(0, 240, 20), strict=True):
-        lines = [json.dumps({"id": f"s{n:03}", "images": "x"}) for n in range(first, first + 20)]
-        put_object(root / "jobs" / name / "fleet.jsonl", "\n".join(lines).encode(), client=client)
-    state = {"name": "many", "parallel": 5, "models": str(root / "models"), "request": request}
-    put_object(root / "fleet.json", json.dumps(state).encode(), client=client)
-    platform = Platform(root, client, room=3)
-    for _ in range(3):  # each process looks at it, starts something, and goes away
-        launcher.Fleet(root, PlatformClients(platform)).advance()
-    lines: list[str] = []
-    fleet = launcher.Fleet(root, PlatformClients(platform)).wait(lines.append)
-    status = fleet.status()
-    assert len(status.done) + len(status.failed) == 240
-    assert {*status.failed} == {"s013", "s113", "s213"}
-    assert status.failed["s013"] == "a fault"
-    assert any(job.startswith("many-r1-") for job in status.jobs), "what was lost with its capacity is tried again"
-    assert set(platform.trained.values()) == {1}
-    fleet.retry(lines.append).wait(lines.append)
-    assert len(fleet.status().done) == 240
-    assert {subject for subject, times in platform.trained.items() if times > 1} == {"s013", "s113", "s213"}
-    assert platform.calls / 240 <= 0.5
-    assert all(job["age"] >= 2 for job in platform.jobs.values())
+def test_a_queue_ends_them_as_well() -> None:
+    simulated = simulate(2000, 40, seed=1, queue=Queue("toys", "toys", attempts=3), lost_jobs=0.1)
+    assert (simulated["done"], simulated["trained_twice"]) == (2000, 0)
+    assert simulated["jobs_lost"] > 0
+    assert simulated["jobs_without_capacity"] > 0
+    assert simulated["requests_a_subject"] <= 0.5
+    assert simulated["requests"]["batch.SubmitServiceJob"] < 1.2 * simulated["planned_jobs"]
+    assert "sagemaker.CreateTrainingJob" not in simulated["requests"]

@@ -175,8 +175,12 @@ def test_policies_give_no_more_than_they_need(capsys: pytest.CaptureFixture[str]
     (giving,) = [each for each in printed["notebook"]["Statement"] if each["Action"] == ["iam:PassRole"]]
     assert giving["Resource"] == "arn:aws:iam::123456789012:role/dreambooth-sm"
     assert giving["Condition"]["StringEquals"] == {"iam:PassedToService": "sagemaker.amazonaws.com"}
-    (deleting,) = [each for each in printed["notebook"]["Statement"] if "s3:DeleteObject" in each["Action"]]
-    assert deleting["Resource"] == f"arn:aws:s3:::models/*{PROBE_NAME}"  # what tried the upload, and nothing else
+    deleting = [each for each in printed["notebook"]["Statement"] if "s3:DeleteObject" in each["Action"]]
+    # What tried the upload, what subjects of fleets have failed with, and nothing else.
+    assert [each["Resource"].removeprefix("arn:aws:s3:::models/*") for each in deleting] == [
+        PROBE_NAME,
+        "/fleets/*/outcomes/*",
+    ]
     assert "arn:aws-cn:s3:::models/*" in json.dumps(execution_policy("models", partition="aws-cn"))
     assert "secretsmanager" not in json.dumps(printed["execution"])
     assert main(["iam", "models", "--secret", "hub"]) == 0
