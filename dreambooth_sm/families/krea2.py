@@ -21,7 +21,16 @@ from dreambooth_sm.families.qwen_parts import (
     filled_up,
     statistics_problems,
 )
-from dreambooth_sm.families.two_streams import PATCH, TIMES, in_patches, of_patches, places
+from dreambooth_sm.families.two_streams import (
+    PATCH,
+    TIMES,
+    heads_of,
+    in_patches,
+    of_patches,
+    places,
+    runner,
+    runs_in_fewer_passes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -209,18 +218,27 @@ class Krea2(QwenParts):
         return filled_up(words)
 
     def predict(self, denoiser: Any, noised: Tensor, times: Tensor, conditioning: Conditioning) -> Tensor:
+        """Computes what the transformer's own forward does, block by block, so that each may have kernels."""
         import torch
 
-        states = conditioning.text["states"]
-        made = denoiser(
-            hidden_states=in_patches(noised),
-            encoder_hidden_states=states,
-            timestep=times.expand(len(noised)) / TIMES,
-            position_ids=torch.nn.functional.pad(places(noised), (0, 0, states.shape[1], 0)),  # words at the origin
-            encoder_attention_mask=conditioning.text.get("kept"),
-            return_dict=False,
-        )[0]
-        return of_patches(made, noised.shape)
+        run, rows, compute = runner(denoiser), len(noised), _as_it_is
+        states, kept = conditioning.text["states"], conditioning.text.get("kept")
+        patches = denoiser.img_in(in_patches(noised))
+        told = denoiser.time_embed(times.expand(rows) / TIMES, dtype=patches.dtype)
+        changes = denoiser.time_mod_proj(torch.nn.functional.gelu(told, approximate="tanh"))
+        words = denoiser.txt_in(run(denoiser.text_fusion, states, None if kept is None else kept[:, None, None]))
+        if kept is not None:
+            kept = torch.nn.functional.pad(kept, (0, patches.shape[1]), value=True)[:, None, None]
+        count = words.shape[1]
+        cosine, sine = denoiser.rotary_emb(torch.nn.functional.pad(places(noised), (0, 0, count, 0)))
+        turns: Any = cosine, sine
+        if runs_in_fewer_passes(denoiser, noised, *_frozen(denoiser)):
+            compute = run_in_fewer_passes
+            turns = torch.complex(cosine[:, ::2], sine[:, ::2]).expand(rows, -1, -1)  # each stands twice
+        together = torch.cat([words, patches], dim=1)
+        for block in denoiser.transformer_blocks:
+            together = run(compute, block, together, changes, turns, kept)
+        return of_patches(denoiser.final_layer(together[:, count:], told), noised.shape)
 
     def guide(self, predicted: Tensor, without: Tensor, guidance: float) -> Tensor:
         """The pipeline's ``guidance_scale`` is what is added to the prompt's own: one less."""
@@ -228,6 +246,62 @@ class Krea2(QwenParts):
 
     def shift(self, model: Any, size: Pair) -> float:
         return _SHIFT_OF_DISTILLED if model.config.get(_DISTILLED) else super().shift(model, size)
+
+
+def _as_it_is(block: Any, *given: Any) -> Tensor:
+    """As the library computes a block."""
+    result: Tensor = block(*given)
+    return result
+
+
+def _frozen(denoiser: Any) -> Iterator[Tensor]:
+    """What kernels give no gradients to, beside the norms of heads."""
+    for layer in (denoiser.time_embed, denoiser.time_mod_proj):
+        yield from layer.parameters()
+    for block in denoiser.transformer_blocks:
+        yield from (block.scale_shift_table, block.norm1.weight, block.norm2.weight)
+
+
+def run_in_fewer_passes(block: Any, x: Tensor, changes: Tensor, turns: Tensor, mask: Tensor | None) -> Tensor:
+    """What a Krea2TransformerBlock computes, but for rounding: norms, rotations and gates in one pass each.
+
+    Args:
+        x: words and patches, ``(rows, words, width)``.
+        changes: of the time, ``(rows, 1, 6 * width)``: a scale, a shift and a gate of attention, and those of the
+            feed-forward net.
+        turns: rotary embeddings, complex ``(rows, words, pairs)``.
+        mask: as `dreambooth_sm.training.parallel_block.attend` takes it.
+    """
+    from dreambooth_sm.training.modulation import gated_sum
+    from dreambooth_sm.training.rms_norm import scaled_norm, swiglu
+
+    scale, shift, gate, scale_of_net, shift_of_net, gate_of_net = (
+        changes.reshape(len(x), 6, -1) + block.scale_shift_table
+    ).unbind(1)
+
+    def changed(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return scaled_norm(x, norm.weight + 1, norm.eps, 1 + scale) + shift[:, None]
+
+    x = gated_sum(x, gate, _seen(block.attn, changed(block.norm1, x, scale, shift), turns, mask))
+    asked, net = changed(block.norm2, x, scale_of_net, shift_of_net), block.ff
+    return gated_sum(x, gate_of_net, net.down(swiglu(net.gate(asked), net.up(asked))))
+
+
+def _seen(attention: Any, asked: Tensor, turns: Tensor, mask: Tensor | None) -> Tensor:
+    from dreambooth_sm.training.parallel_block import attend
+    from dreambooth_sm.training.rms_norm import turned_norm
+
+    width = attention.head_dim
+    query, key = (
+        turned_norm(heads_of(project, asked, width), norm.weight + 1, norm.eps, turns)
+        for project, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
+    )
+    # Several heads look at the same keys and values; not all kernels of attention take fewer of these.
+    groups = attention.num_heads // attention.num_kv_heads
+    keys, values = (each.repeat_interleave(groups, dim=2) for each in (key, heads_of(attention.to_v, asked, width)))
+    seen = attend(query, keys, values, mask).flatten(2)
+    result: Tensor = attention.to_out[0](seen * attention.to_gate(asked).sigmoid())
+    return result
 
 
 FAMILY = Krea2()

@@ -1,5 +1,5 @@
-"""`rms_norm` on a CUDA device: the compiled kernels, and blocks of Z-Image and Qwen-Image in fewer passes, beside the
-library's."""
+"""`rms_norm` on a CUDA device: the compiled kernels, and blocks of Z-Image, Qwen-Image and Krea 2 in fewer passes,
+beside the library's."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import functools
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 
-from dreambooth_sm.families import qwen_image
+from dreambooth_sm.families import krea2, qwen_image
 from dreambooth_sm.families.z_image import run_in_fewer_passes
 from dreambooth_sm.training.rms_norm import norms_serve
 from tests.unit import test_rms_norm
@@ -93,6 +94,39 @@ def test_a_block_of_two_sides(masked: bool) -> None:
         made = run(*given)
         torch.autograd.backward(made, [grad.to(kind) for grad in grads])
         found.append(torch.cat([part.double().flatten() for part in (*made, given[0].grad, given[1].grad)]).detach())
+    true, theirs, ours = found
+    assert (ours - true).norm() <= 1.3 * (theirs - true).norm()
+    assert (ours - true).norm() <= 0.05 * true.norm()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_a_block_whose_norms_stay_in_float32(masked: bool) -> None:
+    """As near to full precision as the library's own comes, in bf16."""
+    random = torch.Generator().manual_seed(0)
+    exact = Krea2TransformerBlock(384, 512, 6, 2, 1e-5).requires_grad_(False)
+    for parameter in exact.parameters():
+        parameter.normal_(std=0.05, generator=random)
+    x, grad = torch.randn(2, 2, 40, 384, generator=random).cuda().unbind()
+    changes, angles = torch.randn(2, 1, 6 * 384, generator=random).cuda(), torch.randn(40, 32, generator=random).cuda()
+    rotations = tuple(each.repeat_interleave(2, dim=1) for each in (angles.cos(), angles.sin()))
+    turns = torch.polar(torch.ones_like(angles), angles).expand(2, -1, -1)
+    kept = torch.arange(40, device="cuda") < torch.tensor([[40], [30]], device="cuda") if masked else None
+    mask = None if kept is None else kept[:, None, None]
+    exact.cuda()
+    rounded = copy.deepcopy(exact).to(torch.bfloat16)
+    for norm in (each for each in rounded.modules() if type(each).__name__ == "Krea2RMSNorm"):
+        norm.float()
+    found = []
+    for run, kind in (
+        (lambda x: exact(x, changes, rotations, mask), torch.float32),
+        (lambda x: rounded(x, changes.bfloat16(), rotations, mask), torch.bfloat16),
+        (lambda x: krea2.run_in_fewer_passes(rounded, x, changes.bfloat16(), turns, mask), torch.bfloat16),
+    ):
+        given = x.to(kind, copy=True).requires_grad_()
+        made = run(given)
+        made.backward(grad.to(kind))
+        assert given.grad is not None
+        found.append(torch.cat([made.detach().double(), given.grad.double()]))
     true, theirs, ours = found
     assert (ours - true).norm() <= 1.3 * (theirs - true).norm()
     assert (ours - true).norm() <= 0.05 * true.norm()

@@ -23,6 +23,7 @@ from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.describe import describe
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES, Conditioning
+from dreambooth_sm.families import krea2 as family
 from dreambooth_sm.families.find import find_family
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
@@ -110,8 +111,13 @@ def theirs(transformer: Any, noised: torch.Tensor, timesteps: torch.Tensor, text
     return made.reshape(noised.shape)
 
 
+@pytest.mark.parametrize("fewer", [False, True])
 @pytest.mark.parametrize("prompts", [[SHORT], [LONG, SHORT, ""]])
-def test_the_prediction_is_the_transformers_own(krea2: PretrainedModel, prompts: list[str]) -> None:
+def test_the_prediction_is_the_transformers_own(
+    krea2: PretrainedModel, prompts: list[str], fewer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the library's blocks, and with those of cards that have kernels."""
+    monkeypatch.setattr(family, "runs_in_fewer_passes", lambda *_: fewer)
     conditioning = embed(krea2.family, krea2, prompts)
     generator = torch.Generator().manual_seed(0)
     noised = torch.randn(len(prompts), 8, 6, 10, generator=generator)
@@ -156,6 +162,30 @@ def test_the_loss_is_that_of_diffusers_script(krea2: PretrainedModel, tmp_path: 
     assert [float(part) for part in (ours.instance, ours.prior, ours.total)] == pytest.approx(  # type: ignore[arg-type]
         [float(instance), float(prior), float(instance + 0.3 * prior)], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_block_in_fewer_passes_computes_the_same(krea2: PretrainedModel, masked: bool) -> None:
+    block = copy.deepcopy(krea2.transformer.transformer_blocks[0]).requires_grad_(False)
+    random = torch.Generator().manual_seed(0)
+    for parameter in block.parameters():
+        parameter.normal_(std=0.1, generator=random)
+    x, grad = torch.randn(2, 2, 15, 64, generator=random)
+    changes, angles = torch.randn(2, 1, 6 * 64, generator=random), torch.randn(15, 16, generator=random)
+    cosine, sine = (each.repeat_interleave(2, dim=1) for each in (angles.cos(), angles.sin()))
+    mask = (torch.arange(15) < torch.tensor([[15], [11]]))[:, None, None] if masked else None
+    turns = torch.polar(torch.ones(15, 16), angles).expand(2, -1, -1)
+    found = []
+    for run in (
+        lambda x: block(x, changes, (cosine, sine), mask),
+        lambda x: family.run_in_fewer_passes(block, x, changes, turns, mask),
+    ):
+        given = x.clone().requires_grad_()
+        made = run(given)
+        made.backward(grad)
+        found.append((made, given.grad))
+    for expected, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
