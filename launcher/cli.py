@@ -24,7 +24,8 @@ from dreambooth_sm.errors import EXIT_OK, Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
-from launcher.aws.iam import execution_policy, notebook_policy, trust_policy
+from launcher import endpoint_commands
+from launcher.aws.iam import endpoint_policy, execution_policy, notebook_policy, trust_policy
 from launcher.estimates import documented_table, table
 from launcher.jobs.outputs import ENDED
 from launcher.options import Data, all_options, split_options
@@ -34,7 +35,14 @@ from launcher.resources import Resources
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
-_FAILURES = (launcher.JobFailed, launcher.ServiceError, TransferError, BotoCoreError, ClientError)
+_FAILURES = (
+    launcher.JobFailed,
+    launcher.EndpointFailed,
+    launcher.ServiceError,
+    TransferError,
+    BotoCoreError,
+    ClientError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +152,7 @@ def iam(bucket: str, account: str, region: str, role: str, partition: str, secre
     S3Uri.parse(f"s3://{bucket}/")
     policies = {
         "notebook": notebook_policy(bucket, account=account, region=region, role=role, partition=partition),
+        "notebook, for endpoints": endpoint_policy(account=account, region=region, partition=partition),
         "execution": execution_policy(bucket, account=account, region=region, partition=partition, secret=secret),
         "execution role's trust": trust_policy(),
     }
@@ -177,7 +186,19 @@ def list_jobs(name_contains: str, limit: int) -> None:
         print(f"{job.created:%Y-%m-%d %H:%M}  {job.status:10}  {job.name}")
 
 
-_IN_AN_ACCOUNT = (fit, fleet, attach_fleet, check, request, attach, logs, stop, download, list_jobs)
+_IN_AN_ACCOUNT = (
+    fit,
+    fleet,
+    attach_fleet,
+    check,
+    request,
+    attach,
+    logs,
+    stop,
+    download,
+    list_jobs,
+    *endpoint_commands.COMMANDS,
+)
 
 
 def _parser(*, everything: bool) -> command_line.Parser:
@@ -241,6 +262,7 @@ def _parser(*, everything: bool) -> command_line.Parser:
     followed.add_argument("--bad_input", action="store_true", help="with --retry: those with bad input as well")
     followed.add_argument("--no_wait", action="store_true", help="only print how far it is")
 
+    endpoint_commands.add_commands(add, _count)
     add(instances, "instances", "Print what usual jobs need on each instance type, as a Markdown table")
     policies = add(iam, "iam", "Print the least policies of the notebook's role and of the execution role")
     policies.add_argument("bucket", help="that pictures, checkpoints and models lie in")

@@ -13,7 +13,8 @@ from launcher.aws.images import REPOSITORY
 
 Policy = dict[str, Any]
 
-_LOG_GROUP = "log-group:/aws/sagemaker/TrainingJobs"
+_LOG_GROUP, _ENDPOINT_LOGS = "log-group:/aws/sagemaker/TrainingJobs", "log-group:/aws/sagemaker/Endpoints/"
+_DOING = ("Create", "Describe", "Delete")
 
 
 def notebook_policy(
@@ -55,6 +56,32 @@ def notebook_policy(
             **_allow("GiveRoleToSageMakerAlone", ["iam:PassRole"], role_arn),
             "Condition": {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}},
         },
+    )
+
+
+def endpoint_policy(*, account: str = "*", region: str = "*", partition: str = "aws") -> Policy:
+    """Makes what the launcher needs beside :func:`notebook_policy` for endpoints: to make, ask, scale and delete them.
+
+    Args:
+        account, region, partition: as for :func:`notebook_policy`.
+    """
+    here = f"arn:{partition}:%s:{region}:{account}:%s"
+    made = [here % ("sagemaker", f"{kind}/*") for kind in ("model", "endpoint-config", "endpoint")]
+    actions = [f"sagemaker:{do}{kind}" for kind in ("Model", "EndpointConfig", "Endpoint") for do in _DOING]
+    asking = ["UpdateEndpoint", "InvokeEndpoint", "InvokeEndpointAsync", "AddTags", "ListTags"]
+    scaling = ["RegisterScalableTarget", "DeregisterScalableTarget", "DescribeScalableTargets"]
+    scaling += ["PutScalingPolicy", "DescribeScalingPolicies"]
+    logs = [here % ("logs", f"{_ENDPOINT_LOGS}*")]
+    alarms = [here % ("cloudwatch", "alarm:dreambooth-sm-*")]
+    linked = f"arn:{partition}:iam::{account}:role/aws-service-role/sagemaker.application-autoscaling.amazonaws.com/*"
+    return _policy(
+        _allow("MakeAskAndDelete", [*actions, *(f"sagemaker:{each}" for each in asking)], made),
+        # These can't be limited to a resource.
+        _allow("ListWhatWasMade", ["sagemaker:ListModels", "sagemaker:ListEndpointConfigs"], "*"),
+        _allow("Scale", [f"application-autoscaling:{each}" for each in scaling], "*"),
+        _allow("WakeFromZero", ["cloudwatch:PutMetricAlarm", "cloudwatch:DeleteAlarms"], alarms),
+        _allow("LetAutoScalingAct", ["iam:CreateServiceLinkedRole"], linked),
+        _allow("ReadEndpointLogs", ["logs:DescribeLogStreams", "logs:GetLogEvents"], logs),
     )
 
 
@@ -142,7 +169,7 @@ def execution_role_policy(
         allow(["ecr:GetAuthorizationToken"], "*")
     allow(
         ["logs:CreateLogGroup", "logs:CreateLogStream", "logs:DescribeLogStreams", "logs:PutLogEvents"],
-        f"arn:{partition}:logs:*:*:log-group:/aws/sagemaker/TrainingJobs*",
+        [f"arn:{partition}:logs:*:*:{group}*" for group in (_LOG_GROUP, _ENDPOINT_LOGS)],
     )
     return {"Version": "2012-10-17", "Statement": statements}
 
@@ -152,7 +179,7 @@ def trust_policy() -> Policy:
     return _policy({"Effect": "Allow", "Principal": {"Service": "sagemaker.amazonaws.com"}, "Action": "sts:AssumeRole"})
 
 
-def _allow(sid: str, actions: list[str], resource: str) -> dict[str, Any]:
+def _allow(sid: str, actions: list[str], resource: str | list[str]) -> dict[str, Any]:
     return {"Sid": sid, "Effect": "Allow", "Action": actions, "Resource": resource}
 
 

@@ -135,11 +135,11 @@ def owned(endpoint: str, sagemaker: Any) -> list[HostedPart]:
             ("endpoint_config", "list_endpoint_configs", "EndpointConfigs"),
             ("model", "list_models", "Models"),
         ):
-            for page in sagemaker.get_paginator(operation).paginate(NameContains=f"{endpoint}-"):
+            for page in sagemaker.get_paginator(operation).paginate(NameContains=endpoint):
                 for each in page[listed]:
-                    arn = each[f"{_KINDS[kind].removesuffix('Name')}Arn"]
-                    if each[_KINDS[kind]].startswith(endpoint) and is_owned(arn, endpoint, sagemaker):
-                        found.append(HostedPart(kind, each[_KINDS[kind]]))
+                    name, arn = each[_KINDS[kind]], each[f"{_KINDS[kind].removesuffix('Name')}Arn"]
+                    if f"{name}-".startswith(f"{endpoint}-") and is_owned(arn, endpoint, sagemaker):
+                        found.append(HostedPart(kind, name))
     return found
 
 

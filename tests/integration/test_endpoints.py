@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import threading
 import uuid
 from collections.abc import Iterator
@@ -13,11 +15,14 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from PIL import Image
 
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri, put_object, upload_directory
+from launcher.aws.iam import endpoint_policy, notebook_policy
+from launcher.cli import main
 from launcher.local.services import EmbeddedServices
 
 PROMPT = "photo of zwx toy"
@@ -112,6 +117,8 @@ def test_it_draws_is_changed_while_it_draws_and_leaves_nothing_but_what_others_m
 
 def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices, bucket: S3Uri, name: str) -> None:
     clients, answers = services.clients(), str(bucket / "answers")
+    session, asked = boto3.Session(), set[str]()
+    session.events.register("before-call", lambda model, **_: asked.add(permission(model)))
     with launcher.deploy(
         str(bucket / "model"),
         instance_type="ml.g5.xlarge",
@@ -120,6 +127,7 @@ def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices,
         min_instances=0,
         max_instances=3,
         log=lambda line: None,
+        session=session,
     ) as endpoint:
         assert endpoint.draw(PROMPT, **SMALL)[0].size == (32, 32)
         with pytest.raises(UserError, match="steps: 0 is not valid"):
@@ -134,6 +142,45 @@ def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices,
         assert (target["MinCapacity"], target["MaxCapacity"]) == (0, 2)
     assert clients("application-autoscaling").describe_scalable_targets(**where)["ScalableTargets"] == []
     assert clients("cloudwatch").describe_alarms()["MetricAlarms"] == []
+    statements = [*notebook_policy("models")["Statement"], *endpoint_policy()["Statement"]]
+    allowed = {action.lower() for statement in statements for action in statement["Action"]}
+    needed = {each for each in asked if not each.startswith(("s3:", "sts:"))}
+    assert {"sagemaker:createendpoint", "sagemaker:invokeendpointasync"} <= needed <= allowed
+
+
+def permission(operation: Any) -> str:
+    signed = operation.service_model.metadata.get("signingName") or operation.service_model.metadata["endpointPrefix"]
+    return f"{'cloudwatch' if signed == 'monitoring' else signed}:{operation.name}".lower()
+
+
+def test_the_command_line_makes_asks_and_removes_one(
+    bucket: S3Uri, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the document says it, but for the model and the pictures' size."""
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = [each for each in re.findall(r"^```bash\n(.*?)^```$", document, re.S | re.M) if " undeploy " in each]
+    monkeypatch.chdir(tmp_path)
+    text = block.replace("s3://bucket/models/zwx", str(bucket / "model")).replace(" zwx\n", f" {name}\n")
+    text = text.replace(" draw zwx ", f" draw {name} ").replace("auto", "ml.g5.xlarge")
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "dreambooth-launcher"
+        small = [word for key, value in SMALL.items() for word in (f"--{key}", str(value))]
+        assert main([*arguments, *(small if arguments[0] == "draw" else ())]) == 0
+    with Image.open(tmp_path / "beach.png") as picture:
+        assert picture.size == (32, 32)
+    assert f"{name} is deleted" in capsys.readouterr().out
+    assert main(["undeploy", name]) == 2
+    assert f"there is no endpoint '{name}'" in capsys.readouterr().err
+
+
+def test_the_documents_requests_make_one(services: EmbeddedServices, bucket: S3Uri) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = [each for each in re.findall(r"^```python\n(.*?)^```$", document, re.S | re.M) if "_requests(" in each]
+    block = block.replace("s3://bucket/models/zwx", str(bucket / "model"))
+    exec(block, {"launcher": launcher, "boto3": boto3, "image": "image:1", "role": services.role})
+    with launcher.attach_endpoint("zwx") as endpoint:
+        assert endpoint.wait().draw(PROMPT, **SMALL)[0].size == (32, 32)
 
 
 def test_one_that_never_draws_is_removed_with_its_reason(bucket: S3Uri, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,7 +70,7 @@ def trained(
         session=session,
         **OPTIONS,
     )
-    return job, said, asked
+    return job, said, set(asked)  # and not what is asked later
 
 
 def _service(operation: Any) -> str:
@@ -109,6 +110,23 @@ def test_from_pictures_to_a_model(trained: Any, bucket: str) -> None:
     assert "estimate: about " in text
     assert "phase=train state=ended" in text
     assert job.describe()["TrainingJobName"] == job.name
+
+
+def test_the_model_is_served_as_the_document_says(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    job, _, _ = trained
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = [each for each in re.findall(r"^```python\n(.*?)^```$", document, re.S | re.M) if "job.deploy(" in each]
+    found: dict[str, Any] = {"job": job, "launcher": launcher}
+    exec(block, found)
+    assert found["picture"].size == (int(OPTIONS["resolution"]),) * 2
+    said = capsys.readouterr().out
+    # The cheapest of all whose card has room for as many pictures as the server draws at a time; then for four.
+    assert re.search(
+        r"instance: 1 x ml\.g4dn\.xlarge \(T4\)\nplan: 8 pictures at a time, \d+\.\d of \d+\.\d GB\n", said
+    )
+    assert re.search(r"plan: 4 pictures at a time, \d+\.\d of \d+\.\d GB\ncost: about \$0\.74 an hour", said)
+    with pytest.raises(UserError, match="there is no endpoint"):
+        found["endpoint"].draw("a toy")
 
 
 def test_the_notebooks_policy_allows_all_that_was_asked(trained: Any, services: EmbeddedServices) -> None:

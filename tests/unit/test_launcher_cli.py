@@ -152,8 +152,12 @@ def test_what_aws_refuses_is_one_line(
 
 
 @pytest.mark.parametrize(
-    "command", ["fit", "check", "estimate", "request", "iam", "attach", "logs", "stop", "list", "download"]
-)
+    "command",
+    [
+        "fit", "check", "estimate", "request", "iam", "attach", "logs", "stop", "list", "download",
+        "deploy", "draw", "undeploy",
+    ],
+)  # fmt: skip
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
@@ -167,7 +171,7 @@ def test_policies_give_no_more_than_they_need(capsys: pytest.CaptureFixture[str]
     assert printed["notebook"] == notebook_policy("models", account="123456789012", region="us-west-2")
     assert printed["execution"] == execution_policy("models", account="123456789012", region="us-west-2")
     assert printed["execution role's trust"] == trust_policy()
-    for policy in (printed["notebook"], printed["execution"]):
+    for policy in (printed["notebook"], printed["notebook, for endpoints"], printed["execution"]):
         for statement in policy["Statement"]:
             assert not any("*" in action for action in statement["Action"])
             if statement["Resource"] == "*":  # only those that AWS can't limit
