@@ -215,6 +215,10 @@ def test_both_files_draw_in_diffusers_what_was_trained(
         assert torch.allclose(made, trained, atol=1e-5), name
         read = read_adapter(folder / name)
         assert (read.family, len(read.parts["transformer"])) == ("krea2", len(layers))
+    tensors = load_file(folder / "duck.safetensors")
+    other = {key.replace("diffusion_model", "base_model.model"): value for key, value in tensors.items()}
+    save_file(other, tmp_path / "other.safetensors")  # as AI-Toolkit calls them
+    assert read_adapter(tmp_path / "other.safetensors").parts["transformer"].keys() == read.parts["transformer"].keys()
 
 
 @pytest.mark.slow
