@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,6 +30,8 @@ _MANIFESTS = (".manifest", ".json", ".jsonl")
 # More is not a manifest that a person or a labelling job made for pictures of a subject.
 _MOST_MANIFEST_BYTES = 16 * 2**20
 _WORKERS = 16
+# So many folders of one parent are listed together.
+_MANY_FOLDERS = 10
 # Objects without the name of a picture that are looked at, and bytes of each: cameras put a preview before the size.
 _LOOKED_AT, _HEADER = 8, 256 * 2**10
 
@@ -65,6 +67,19 @@ class Lookup:
 
     def __init__(self, client: Callable[[], S3Client] | None = None, *, strict: bool = True) -> None:
         self._client, self._strict = client, strict
+        self._known: dict[S3Uri, tuple[str, ...]] = {}
+
+    def look_ahead(self, texts: Iterable[str]) -> None:
+        """Lists folders that lie side by side together: many of them with a request, and not each with one. What is
+        not found like this is looked at when it is asked for."""
+        beside: dict[S3Uri, set[str]] = defaultdict(set)
+        for text in texts:
+            uri = S3Uri.parse(text)
+            above, _, name = uri.prefix.rpartition("/")
+            beside[S3Uri(uri.bucket, above)].add(name)
+        for parent, names in beside.items():
+            if self._client is not None and len(names) >= _MANY_FOLDERS:
+                self._known |= _side_by_side(parent, names, self._client())
 
     def find(self, texts: Sequence[str]) -> Channel | Listed:
         """Finds what lies at one location, or at several together.
@@ -99,6 +114,8 @@ class Lookup:
         """A location as a channel; objects of an augmented manifest, which SageMaker only pipes."""
         if self._client is None:
             return _by_name(text, uri)
+        if known := self._known.get(uri):
+            return Channel(uri, FOLDER, known)
         try:
             return _look(text, uri, self._client())
         except (TransferError, UserError, ServiceError) as error:
@@ -159,6 +176,25 @@ def _look(text: str, uri: S3Uri, s3: S3Client) -> Channel | list[S3Uri]:
     if keys[uri.prefix] <= _MOST_MANIFEST_BYTES and _starts_as_json(uri, s3):
         return _read(uri, s3)
     return Channel(uri, PREFIX, tuple(keys))
+
+
+def _side_by_side(parent: S3Uri, names: Collection[str], s3: S3Client) -> dict[S3Uri, tuple[str, ...]]:
+    """What lies in folders of one parent; nothing where it takes more requests than half of them, or is not allowed."""
+    start = f"{parent.prefix}/" if parent.prefix else ""
+    found: dict[S3Uri, list[str]] = defaultdict(list)
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=parent.bucket, Prefix=start)
+    try:
+        with asking(str(parent)):
+            for number, page in enumerate(pages):
+                if number >= len(names) // 2:
+                    return {}
+                for item in page.get("Contents", []):
+                    name, _, below = item["Key"].removeprefix(start).partition("/")
+                    if name in names and below and not below.endswith("/") and below != MANIFEST_NAME:
+                        found[parent / name].append(below)
+    except ServiceError:
+        return {}
+    return {uri: tuple(below) for uri, below in found.items()}
 
 
 def _starting_with(uri: S3Uri, s3: S3Client) -> dict[str, int]:

@@ -45,6 +45,7 @@ def check_subjects(
         look: looks at pictures in S3.
         base: the base model, where it lies now.
     """
+    look.look_ahead(subject.images for subject in subjects if subject.images.startswith("s3://"))
     with ThreadPoolExecutor(_WORKERS) as pool:
         return list(pool.map(lambda subject: _check(subject, fleet, look, base), subjects))
 

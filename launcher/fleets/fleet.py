@@ -189,13 +189,17 @@ class Fleet:
             UserError: AWS refuses a job for another reason than lack of capacity.
             ServiceError: AWS can't be reached for an hour, or not with these credentials.
         """
-        with Display(choose_table(self.name, log, self.samples)) as display:
-            while True:
-                status = self._patiently(partial(self._step, display), display.say)
-                if not any(job.is_open for job in self._jobs.states.values()) and not self._waiting():
-                    break
-                self._clock.sleep(self._pause())
         say = log or print
+        try:
+            with Display(choose_table(self.name, log, self.samples)) as display:
+                while True:
+                    status = self._patiently(partial(self._step, display), display.say)
+                    if not any(job.is_open for job in self._jobs.states.values()) and not self._waiting():
+                        break
+                    self._clock.sleep(self._pause())
+        except KeyboardInterrupt:
+            say(f'what runs keeps running: launcher.attach_fleet("{self.root}").wait() follows it and starts the rest')
+            raise
         for subject, reason in status.failed.items():
             say(f"failed: {subject}: {reason}")
         if status.remaining:

@@ -14,6 +14,8 @@ from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.fleet.outcome import FAILURE_NAME
 from dreambooth_sm.manifest import MANIFEST_NAME
 from dreambooth_sm.storage import S3Uri, list_objects, read_manifest, upload_directory
+from launcher.aws.account import Account
+from launcher.aws.lookup import Lookup
 from launcher.cli import main
 from launcher.fleets import fleet as fleets
 from launcher.fleets.queue import Queue
@@ -188,3 +190,48 @@ def test_a_queue_ends_them_as_well() -> None:
     assert simulated["requests_a_subject"] <= 0.5
     assert simulated["requests"]["batch.SubmitServiceJob"] < 1.2 * simulated["planned_jobs"]
     assert "sagemaker.CreateTrainingJob" not in simulated["requests"]
+
+
+def test_folders_of_many_subjects_are_checked_by_few_requests(target: S3Uri, s3: EmbeddedS3) -> None:
+    client, requests = s3.client(), list[str]()
+    client.meta.events.register("before-call.s3", lambda model, **_: requests.append(model.name))
+    for number in range(30):
+        for name in ("1.png", "manifest.json") if number else ("manifest.json",):
+            client.put_object(Bucket=target.bucket, Key=(target / f"toys/{number}/{name}").prefix, Body=b"x")
+    places = [str(target / "toys" / str(number)) for number in range(30)]
+    del requests[:]
+    look = Lookup(lambda: client)
+    look.look_ahead(places)
+    assert len(requests) == 1
+    assert all(look.find([place]).objects == ("1.png",) for place in places[1:])
+    assert len(requests) == 1
+    assert not look.find([places[0]]).objects
+    with pytest.raises(UserError, match="there is nothing below"):
+        look.find([str(target / "toys" / "30")])
+    few = Lookup(lambda: client)
+    few.look_ahead(places[:3])
+    assert few.find(places[1:2]) == look.find(places[1:2])
+
+
+def test_no_more_jobs_run_than_the_quota_allows(
+    services: EmbeddedServices, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quotas = {f"ml.{each}.xlarge for training job usage": 2.0 for each in ("g5", "g6")}
+    monkeypatch.setattr(Account, "_list_quotas", lambda self: quotas)
+    paint_pictures(tmp_path / "duck", 4)
+    how = {"instance_type": "ml.g5.xlarge", "base_model": "toybox", "parallel": 8, **OPTIONS}
+    lines: list[str] = []
+    launcher.check_many(tmp_path, alternatives=["ml.g6.xlarge"], log=lines.append, **how)
+    assert any(line.startswith("or: ml.g6.xlarge (L4): a job of one subject about ") for line in lines)
+    assert "quota: 4 jobs on ml.g5.xlarge and ml.g6.xlarge at a time, and not 8" in lines
+    assert any(line.startswith("fleet: 1 subjects in 1 job of 1, 4 at a time") for line in lines)
+    for wrong, words in (
+        (["ml.g5.xlarge"], "is the instance type itself"),
+        (["ml.g5.12xlarge"], "another number of cards"),
+        (["ml.nothing"], "ml.nothing"),
+        (["ml.g6.xlarge"] * 2, "each once"),
+    ):
+        with pytest.raises(UserError, match=words):
+            launcher.check_many(tmp_path, alternatives=wrong, **how)
+    with pytest.raises(UserError, match="for a fleet on SageMaker"):
+        launcher.check_many(tmp_path, alternatives=["ml.g6.xlarge"], **OPTIONS)
