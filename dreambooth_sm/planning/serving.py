@@ -21,5 +21,15 @@ def serving_peak_gb(pictures: int, h: Hyperparameters) -> float:
 
 
 def pictures_at_a_time(h: Hyperparameters, card: Card, most: int) -> int:
-    """The largest number of pictures, up to ``most``, that fits a card; 0 where not even one does."""
+    """The largest number of pictures, up to ``most``, that fits a card; 0 where not even one does, or where it has no
+    bf16 and the model needs that."""
+    if h.facts.overflows and not card.has_bf16:
+        return 0
     return next((n for n in range(most, 0, -1) if serving_peak_gb(n, h) <= card.budget_gb), 0)
+
+
+def why_none(h: Hyperparameters, card: Card) -> str:
+    """Why a card draws no picture."""
+    if h.facts.overflows and not card.has_bf16:
+        return f"{card.name} has no bf16, which {h.facts.title} needs"
+    return f"a picture takes {serving_peak_gb(1, h):.1f} GB, and {card.name} has {card.budget_gb:.1f}"

@@ -13,7 +13,7 @@ from typing import Any
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
-from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb
+from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb, why_none
 from dreambooth_sm.serving.report import REPORT, trained_with
 from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.storage import S3Uri, TransferError, get_object, list_objects
@@ -221,10 +221,7 @@ def _choose(h: Hyperparameters | None, instance_type: str, batch: int) -> Instan
             return instance
         fitting = [name for _, name in priced if pictures_at_a_time(h, INSTANCES[name].card, 1)]
         advice = f"; instance_type='auto' takes {fitting[0]}" if fitting else ""
-        raise UserError(
-            f"instance_type={instance_type!r}: a picture takes {serving_peak_gb(1, h):.1f} GB, and its "
-            f"{instance.card.name} has {instance.card.budget_gb:.1f}{advice}"
-        )
+        raise UserError(f"instance_type={instance_type!r}: {why_none(h, instance.card)}{advice}")
     if h is None:
         raise UserError(f"instance_type='auto': there is no {REPORT} that says what is served; name an instance type")
     for _, name in priced:

@@ -15,7 +15,7 @@ _BY_REQUESTS, _FROM_ZERO = "dreambooth-sm-requests", "dreambooth-sm-from-zero"
 # Seconds: more instances soon, fewer once it stays quiet.
 _OUT_COOLDOWN, _IN_COOLDOWN = 60, 600
 # What Application Auto Scaling says of what is not there.
-_NOTHING = "ObjectNotFoundException"
+_NOTHING = "No scalable target found"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def stop_scaling(endpoint: str, clients: Any) -> None:
         with asking(f"autoscaling of {endpoint} can't be removed"):
             clients("application-autoscaling").deregister_scalable_target(**_scalable(endpoint))
     except ServiceError as error:
-        if not error.reason.startswith(_NOTHING):
+        if not error.reason.startswith("ObjectNotFoundException") and _NOTHING not in error.reason:
             raise
         return
     with asking(f"the alarm of {endpoint} can't be removed"):

@@ -399,7 +399,9 @@ class Job:
             UserError: there is no model yet; or with everything else that is in the way.
             EndpointFailed: it can't draw.
         """
-        return deploy(self, **{"clients": self._clients, **options})
+        # A job of this process alone does not say whose account an endpoint is for.
+        own = {} if self.directory or "session" in options else {"clients": self._clients}
+        return deploy(self, **{**own, **options})
 
     def _outputs(self) -> Outputs:
         return Outputs(self.name, self.describe(), self._clients, self.directory)

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import threading
+import types
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri, put_object, upload_directory
 from launcher.aws.iam import endpoint_policy, notebook_policy
 from launcher.cli import main
+from launcher.local.server_process import ServerProcess
 from launcher.local.services import EmbeddedServices
 
 PROMPT = "photo of zwx toy"
@@ -108,7 +110,9 @@ def test_it_draws_is_changed_while_it_draws_and_leaves_nothing_but_what_others_m
         launcher.deploy(model, instance_type="ml.g5.xlarge", name=name, log=said.append)
     foreign = {"ModelName": f"{name}-another", "ExecutionRoleArn": services.role, "PrimaryContainer": {"Image": "x"}}
     sagemaker.create_model(**foreign)
+    before = len(said)
     endpoint.delete()
+    assert said[before:] == []
     assert made(services) == [foreign["ModelName"]]
     sagemaker.delete_model(ModelName=foreign["ModelName"])
     with pytest.raises(UserError, match="there is no endpoint"):
@@ -214,6 +218,28 @@ def test_what_was_made_before_an_interruption_is_removed_or_named(
         launcher.HostedEndpoint(name).delete()
 
 
+def test_what_is_on_its_way_when_it_is_interrupted_is_named(
+    services: EmbeddedServices, bucket: S3Uri, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, go_on, wait = list[str](), threading.Event(), ServerProcess.wait
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ServerProcess, "wait", lambda server: go_on.wait() and wait(server))
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("launcher.endpoints.hosted.time", types.SimpleNamespace(sleep=interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            launcher.deploy(str(bucket / "model"), instance_type="ml.g5.xlarge", name=name, log=said.append)
+    left = [line for line in said if line.startswith("left: ")]
+    assert left[0].startswith(f"left: endpoint {name}, which costs money by the hour")
+    assert left[0].endswith(f"aws sagemaker delete-endpoint --endpoint-name {name}")
+    assert len(left) == len(made(services)) + 1
+    assert f"`dreambooth-launcher undeploy {name}`" in left[-1]
+    go_on.set()
+    launcher.attach_endpoint(name).wait().delete()
+
+
 def test_all_that_is_in_the_way_is_told_before_anything_is_made(
     services: EmbeddedServices, bucket: S3Uri, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +260,9 @@ def test_all_that_is_in_the_way_is_told_before_anything_is_made(
         )
     starts = [line.partition(":")[0] for line in caught.value.problems]
     assert starts == ["model", "base_model", "max_instances", "role", "name", "SERVE_BATCHES"]
-    with pytest.raises(UserError, match=r"instance_type='ml.g4dn.xlarge': a picture takes \d+\.\d GB.*'auto' takes ml"):
+    with pytest.raises(UserError, match=r"instance_type='ml.g4dn.xlarge': T4 has no bf16.*; .*'auto' takes ml"):
         launcher.deploy(str(bucket / "large"), instance_type="ml.g4dn.xlarge")
+    with pytest.raises(UserError, match=r"'ml.g5.xlarge': a picture takes \d+\.\d GB, and A10G has 2.*'auto' takes ml"):
+        launcher.deploy(str(bucket / "large"), instance_type="ml.g5.xlarge")
     with pytest.raises(UserError, match=r"'ml.g5.xlarge for endpoint usage' is 0 .*, and the endpoint needs 2"):
         launcher.deploy(str(bucket / "model"), instance_type="ml.g5.xlarge", instance_count=2)

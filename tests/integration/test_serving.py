@@ -269,7 +269,7 @@ def test_the_document_has_all_settings() -> None:
 def test_the_launcher_serves_a_model_on_this_machine(
     tiny_base: Path, s3: EmbeddedS3, target: S3Uri, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in s3.environment().items():
+    for name, value in {**s3.environment(), "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, value)
     upload_directory(tiny_base, target)
     block = re.findall(r"^```python\n(import launcher\n.*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)[0]
@@ -281,6 +281,14 @@ def test_the_launcher_serves_a_model_on_this_machine(
         with pytest.raises(UserError, match="steps: 0 is not valid") as caught:
             endpoint.draw("a toy", steps=0, width=7)
         assert len(caught.value.problems) == 2
+        first = endpoint.port
+        with pytest.raises(UserError, match="SERVE_STEPS"):
+            endpoint.update(steps=3)
+        assert endpoint.port == first
+        endpoint.update(tiny_base, max_steps=2)
+        assert endpoint.port != first
+        with pytest.raises(UserError, match="steps: "):
+            endpoint.draw("a toy", steps=3)
         exec(delete, found)
         with pytest.raises(launcher.EndpointFailed, match="does not answer"):
             endpoint.draw("a toy")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import launcher
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.planning.cards import CARDS, Card
+from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb, why_none
 from dreambooth_sm.serving.settings import ServingSettings
+from launcher.endpoints.models import Served, served_of
 from launcher.endpoints.requests import arguments_of
 from launcher.endpoints.scaling import Scaling
 from tests.helpers.api import refusals
@@ -63,6 +70,40 @@ def test_what_an_isolated_container_needs_comes_as_channels() -> None:
         {"ChannelName": "base", **source("s3://models/base/")},
         {"ChannelName": "adapters", **source("s3://models/fleet/")},
     ]
+
+
+def test_several_models_are_adapters_below_one_prefix() -> None:
+    served = served_of(["s3://models/fleet/zwx", "s3://models/fleet/ink/"], base_model="owner/model")
+    assert served == Served(None, "owner/model", "s3://models/fleet")
+    made = launcher.endpoint_requests(**{**USUAL, **dataclasses.asdict(served)})["create_model"]
+    assert refusals("CreateModel", made) == []
+    assert made["PrimaryContainer"]["Environment"] == {
+        "SERVE_BASE_MODEL": "owner/model",
+        "SERVE_ADAPTERS": "s3://models/fleet",
+    }
+    assert served_of([Path("zwx")]) == served_of("zwx") == Served("zwx")
+    with pytest.raises(UserError) as caught:
+        served_of(["s3://models/a/zwx", "s3://models/b/ink"], adapters="s3://models/c")
+    assert [line.partition(":")[0] for line in caught.value.problems] == [
+        "models", "adapters", "base_model is missing; name the model that the adapters lie beside",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("card", [card for card in CARDS.values() if not card.is_cpu], ids=lambda card: card.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_pictures_are_drawn_at_a_time_as_fit_the_card(family: str, card: Card) -> None:
+    method = next(iter(FAMILIES[family].facts.methods))
+    h = Hyperparameters.parse(
+        {"instance_prompt": "zwx", "base_architecture": family, "method": method, "accept_license": True}
+    )
+    most = 8
+    found = pictures_at_a_time(h, card, most)
+    assert 0 <= found <= most
+    assert found == 0 or serving_peak_gb(found, h) <= card.budget_gb
+    if h.facts.overflows and not card.has_bf16:
+        assert (found, why_none(h, card).partition(",")[0]) == (0, f"{card.name} has no bf16")
+        return
+    assert found == most or serving_peak_gb(found + 1, h) > card.budget_gb
 
 
 @pytest.mark.parametrize("scaling", [Scaling(1, 4, 20), Scaling(0, 2, 3.5, asynchronous=True)])
