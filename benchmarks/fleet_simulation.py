@@ -195,13 +195,17 @@ def on_paper(count: int) -> dict[str, Any]:
     price = alone.instance.usd_per_hour or 0.0
     # Assumed: some 25 files a model, report and outcomes among them; ten pictures a subject, and five other reads.
     writes, reads = 25 * count, 15 * count
+    instances = math.ceil(jobs * minutes / (24 * 60))
+    look = math.ceil(jobs / 100) + math.ceil(instances * size / 1000)  # pages: of the queue's jobs, of what has ended
     return {
         "subjects_a_day": count,
         "subjects_a_job": size,
         "jobs_a_day": jobs,
         "minutes_a_job": round(minutes, 1),
         "submission_minutes_at_5_a_second": round(jobs / SUBMISSIONS_A_SECOND / 60, 1),
-        "instances_at_a_time": math.ceil(jobs * minutes / (24 * 60)),
+        "instances_at_a_time": instances,
+        "requests_of_one_look": look,
+        "minutes_between_looks": round(max(1.0, look / REQUESTS_A_MINUTE), 1),
         "instance_dollars_a_day": round(jobs * minutes / 60 * price),
         "cents_a_subject": round(100 * jobs * minutes / 60 * price / count, 2),
         "s3_dollars_a_day": round((writes * _WRITES_USD + reads * _READS_USD) / 1000),

@@ -29,6 +29,8 @@ from launcher.fleets.clock import Clock
 # Published: of AWS Batch, which can't be raised. Assumed: SageMaker publishes no rates of its own.
 SUBMISSIONS_A_SECOND, SAGEMAKER_A_SECOND, BURST = 5.0, 2.0, 10
 _PAGE = 1000
+# Seconds by which SageMaker's clock is behind the launcher's.
+_BEHIND = 120.0
 
 
 @dataclass(frozen=True)
@@ -335,7 +337,7 @@ class SimulatedSageMaker:
         return SimpleNamespace(paginate=self._pages)
 
     def _pages(self, *, CreationTimeAfter: float = 0.0, MaxResults: int = 10, **_: Any) -> Iterator[dict[str, Any]]:  # noqa: N803
-        jobs = [job for job in self.jobs.values() if job.created >= CreationTimeAfter]
+        jobs = [job for job in self.jobs.values() if job.created - _BEHIND >= CreationTimeAfter]
         for first in range(0, max(1, len(jobs)), MaxResults):
             self._counted.count("sagemaker", "ListTrainingJobs", SAGEMAKER_A_SECOND)
             yield {"TrainingJobSummaries": [_summary(job) for job in jobs[first : first + MaxResults]]}
@@ -440,9 +442,9 @@ def _summary(job: SimulatedJob) -> dict[str, Any]:
         "TrainingJobName": job.name,
         "TrainingJobStatus": job.status,
         "SecondaryStatus": job.doing,
-        "CreationTime": moment(job.created),
-        "LastModifiedTime": moment(job.ended or job.created),
-        **({"TrainingEndTime": moment(job.ended)} if job.ended else {}),
+        "CreationTime": moment(job.created - _BEHIND),
+        "LastModifiedTime": moment((job.ended or job.created) - _BEHIND),
+        **({"TrainingEndTime": moment(job.ended - _BEHIND)} if job.ended else {}),
     }
 
 

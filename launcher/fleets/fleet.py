@@ -79,6 +79,8 @@ class Fleet:
         self.requests = 0
         self._not_taken = 0
         self._not_before = 0.0
+        # Whether more jobs may start at once, as soon as it was looked at those that have.
+        self._has_more = False
 
     def __repr__(self) -> str:
         return f"Fleet({str(self.root)!r})"
@@ -196,7 +198,8 @@ class Fleet:
                     status = self._patiently(partial(self._step, display), display.say)
                     if not any(job.is_open for job in self._jobs.states.values()) and not self._waiting():
                         break
-                    self._clock.sleep(self._pause())
+                    if not self._has_more:
+                        self._clock.sleep(self._pause())
         except KeyboardInterrupt:
             say(f'what runs keeps running: launcher.attach_fleet("{self.root}").wait() follows it and starts the rest')
             raise
@@ -247,7 +250,11 @@ class Fleet:
         self._plan_again_what_was_lost()
         states = self._jobs.states
         at_work = sum(states[job].is_open for job in self._state.lists if job in states)
+        self._has_more, until = False, self._clock.now() + _POLL
         for job in self._waiting():
+            if self._clock.now() >= until:  # five submissions a second: thousands take a while
+                self._has_more = True
+                return
             if (not self._jobs.takes_all and at_work >= self._parallel) or self._clock.now() < self._not_before:
                 return
             if not self._start(job, log):

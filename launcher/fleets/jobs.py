@@ -16,6 +16,8 @@ from launcher.jobs.outputs import ENDED
 from launcher.submit import submit
 
 WAITING = "Waiting"
+# Seconds, twice as many as this machine's clock and AWS's may differ by: AWS refuses requests beyond five minutes.
+_CLOCKS_APART = 600.0
 # Of ended jobs, looked at one by one between two listings.
 _DESCRIBED = 20
 # What a job's instance does before it is paid for.
@@ -82,7 +84,7 @@ class FleetJobs:
             ServiceError: AWS can't be reached, or not with these credentials.
         """
         since = min((state.created for state in self.states.values() if state.is_open), default=None)
-        when = {"CreationTimeAfter": since - 1} if since is not None else {}
+        when = {"CreationTimeAfter": since - _CLOCKS_APART} if since is not None else {}
         pages = (
             self._clients("sagemaker")
             .get_paginator("list_training_jobs")

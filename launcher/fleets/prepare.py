@@ -16,6 +16,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
 from launcher.aws.account import Account
 from launcher.aws.lookup import Lookup
+from launcher.aws.service_errors import ServiceError
 from launcher.channels import Channel
 from launcher.estimates import estimate_on
 from launcher.fleets.check import SubjectCheck, check_subjects
@@ -127,7 +128,12 @@ class PreparedFleet:
         write_state(root, facts, _lists(self.name, self.estimate.sizes, subjects), options, account.clients)
         fleet = Fleet(root, account.clients)
         say(f"fleet: {root}")
-        fleet.advance(say)
+        try:
+            fleet.advance(say)
+        except ServiceError as error:
+            if not error.kind.passes:
+                raise
+            say(f"not all jobs have started that may ({error}); launcher.attach_fleet({str(root)!r}).wait() goes on")
         return fleet
 
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import base64
 import sys
+import time
 from collections.abc import Callable
 from html import escape
 from typing import Any
 
+from dreambooth_sm.errors import UserError
+from dreambooth_sm.storage import TransferError
 from launcher.fleets.jobs import WAITING
 from launcher.fleets.status import FleetStatus
 from launcher.jobs.views import LiveView, Pictures, clock_text, in_notebook
 
 # Reasons of failures that are shown, the commonest first.
 _REASONS = 5
+# Seconds between two subjects whose pictures are fetched: each takes some requests.
+_PICTURES_PAUSE = 600.0
 Draw = Callable[[str], Pictures]
 
 
@@ -92,7 +97,7 @@ class FleetTable(LiveView[FleetStatus]):
 
 
 class FleetPage(LiveView[FleetStatus]):
-    """One output below the cell, replaced as the fleet advances, with pictures of the subject that was done last.
+    """One output below the cell, replaced as the fleet advances, with pictures of a subject that was done last.
 
     Args:
         name: of the fleet.
@@ -101,7 +106,9 @@ class FleetPage(LiveView[FleetStatus]):
 
     def __init__(self, name: str, draw: Draw) -> None:
         self._name, self._draw = name, draw
-        self._line, self._latest, self._pictures = "", "", ""
+        self._line, self._pictures = "", ""
+        self._latest: str | None = None
+        self._due = 0.0
         self._handle: Any = None
 
     def say(self, line: str) -> None:
@@ -111,14 +118,21 @@ class FleetPage(LiveView[FleetStatus]):
         import IPython.display
 
         notebook: Any = IPython.display
-        if standing.latest and standing.latest != self._latest:
-            self._latest, sheet = standing.latest, self._draw(standing.latest)._repr_png_()
-            self._pictures = _image(sheet) if sheet else ""
+        if standing.latest not in (None, self._latest) and time.monotonic() >= self._due:
+            self._latest, self._due = standing.latest, time.monotonic() + _PICTURES_PAUSE
+            self._pictures = self._pictures_of(standing.latest)
         html = notebook.HTML(fleet_html(self._name, standing, self._line) + self._pictures)
         if self._handle is None:
             self._handle = notebook.display(html, display_id=True)
         else:
             self._handle.update(html)
+
+    def _pictures_of(self, subject: str) -> str:
+        try:
+            sheet = self._draw(subject)._repr_png_()
+        except (UserError, TransferError) as error:  # the table is worth more
+            return f"<div>{escape(f'{subject}: no pictures: {error}')}</div>"
+        return _image(sheet, subject) if sheet else ""
 
 
 def fleet_html(name: str, status: FleetStatus, line: str = "") -> str:
@@ -127,15 +141,15 @@ def fleet_html(name: str, status: FleetStatus, line: str = "") -> str:
         f'<tr><td style="text-align:left">{escape(words)}</td><td style="text-align:left">{escape(known)}</td></tr>'
         for words, known in rows(status)
     )
-    latest = f"<div>done last: {escape(status.latest)}</div>" if status.latest else ""
     return (
         f'<div style="font-family:sans-serif"><b>{escape(name)}</b><table>{cells}</table>'
-        f"<div>{escape(line)}</div>{latest}</div>"
+        f"<div>{escape(line)}</div></div>"
     )
 
 
-def _image(png: bytes) -> str:
-    return f'<img alt="its pictures" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+def _image(png: bytes, subject: str) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<div>{escape(subject)}:</div><img alt="{escape(subject)}" src="{source}">'
 
 
 def choose_table(name: str, write: Callable[[str], None] | None, draw: Draw) -> LiveView[FleetStatus]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dreambooth_sm.errors import UserError
 from launcher.fleets.status import FleetStatus
 from launcher.fleets.views import FleetPage, FleetTable, choose_table
 from launcher.jobs.views import Pictures
@@ -99,3 +100,11 @@ def test_a_notebook_has_one_output_with_pictures_of_the_latest(monkeypatch: pyte
     assert "the disk is &lt;full&gt;" in html
     assert "started: &lt;toys&gt;" in html
     assert "data:image/png;base64," in html
+
+    def refused(subject: str) -> Pictures:
+        raise UserError("access denied")
+
+    with FleetPage("toys", refused) as page:
+        page.show(STATUS)
+    assert "b: no pictures: access denied" in shown[-1][1]
+    assert "the disk is" in shown[-1][1]
