@@ -59,6 +59,7 @@ class HostedServer:
         self._wanted: Mapping[str, Any] = {}
         self._server: ServerProcess | None = None
         self._starting: ServerProcess | None = None
+        self._tree: Path | None = None
         self._ended = False
 
     @property
@@ -97,7 +98,7 @@ class HostedServer:
 
     def _replace(self, configuration: dict[str, Any], model: Mapping[str, Any]) -> None:
         tree = self._directory / uuid.uuid4().hex
-        old, reason = self._server, ""
+        old, left, reason = self._server, self._tree, ""
         try:
             self._start(tree, model)
         except (UserError, TransferError, OSError) as error:
@@ -110,13 +111,13 @@ class HostedServer:
             started, self._starting = self._starting, None
             self._reason = reason
             if not reason and not self._ended:
-                self._server, self.configuration = started, configuration
+                self._server, self._tree, self.configuration = started, tree, configuration
             self._status = "InService" if self.configuration else "Failed"
-            over = started if reason or self._ended else old
+            over, left = (started, tree) if reason or self._ended else (old, left)
         if over:
             over.end()
-        if reason:
-            shutil.rmtree(tree, ignore_errors=True)
+        if left:
+            shutil.rmtree(left, ignore_errors=True)
 
     def _start(self, tree: Path, model: Mapping[str, Any]) -> None:
         container, s3 = model["PrimaryContainer"], self.clients("s3")

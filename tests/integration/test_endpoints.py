@@ -26,6 +26,7 @@ from launcher.aws.iam import endpoint_policy, notebook_policy
 from launcher.cli import main
 from launcher.local.server_process import ServerProcess
 from launcher.local.services import EmbeddedServices
+from tests.helpers.serving import Client
 
 PROMPT = "photo of zwx toy"
 SMALL: dict[str, Any] = {"steps": 1, "width": 32, "height": 32, "seed": 3}
@@ -176,6 +177,23 @@ def test_the_command_line_makes_asks_and_removes_one(
     assert f"{name} is deleted" in capsys.readouterr().out
     assert main(["undeploy", name]) == 2
     assert f"there is no endpoint '{name}'" in capsys.readouterr().err
+
+
+def test_on_this_machine_the_command_serves_until_ctrl_c(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ports: list[int] = []
+
+    class Interrupted:
+        def wait(self) -> None:
+            ports.append(int(re.findall(r"listening: port=(\d+)", capsys.readouterr().out)[0]))
+            assert Client(ports[0]).draw({"prompt": PROMPT, **SMALL}).status == 200
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("launcher.endpoint_commands.threading", types.SimpleNamespace(Event=Interrupted))
+    assert main(["deploy", str(tiny_base), "--max_steps", "2"]) == 130
+    with pytest.raises(ConnectionError):
+        Client(ports[0]).send("GET", "/ping")
 
 
 def test_the_documents_requests_make_one(services: EmbeddedServices, bucket: S3Uri) -> None:

@@ -29,15 +29,16 @@ SHORT: dict[str, Any] = {
     "resolution": 64,
 }
 SIDE = 128
-# Before the notebook's own cells: its jobs are forks, and all draw in few steps.
+# Before the notebook's own cells: its jobs and servers are forks, and all draw in few steps.
 QUICKLY = f"""
 import subprocess, sys, types
 sys.path.insert(0, {str(ROOT)!r})
-from launcher.local import training_job
+from launcher.local import server_process, training_job
 from tests.helpers import forks
 from tests.helpers.drawing import FEW_STEPS, draw_otherwise
 draw_otherwise(setattr, **FEW_STEPS)
-training_job.subprocess = types.SimpleNamespace(**{{**vars(subprocess), "Popen": forks.Popen}})
+forking = types.SimpleNamespace(**{{**vars(subprocess), "Popen": forks.Popen}})
+training_job.subprocess = server_process.subprocess = forking
 """
 TOKEN = "hf_" + "aBcDeFgHiJ" * 3
 
@@ -136,6 +137,17 @@ def test_the_adapters_weight_is_a_slider(cells: list[nbformat.NotebookNode]) -> 
     assert len({none, half, whole}) == 3
 
 
+def test_an_endpoint_draws_and_is_deleted(cells: list[nbformat.NotebookNode]) -> None:
+    cell = cell_with(cells, "job.deploy")
+    assert picture_of(cell).size == (3 * SIDE, SIDE)
+    said = text_of(cell)
+    assert re.search(
+        r"^instance: 1 x ml\.g5\.xlarge \(A10G\)\nplan: \d+ pictures at a time, [\d.]+ of [\d.]+ GB$", said, re.M
+    )
+    assert "cost: about $1.41 an hour" in said
+    assert "warning" not in said
+
+
 def test_nothing_is_noise(cells: list[nbformat.NotebookNode]) -> None:
     """No warnings and no progress bars, which would be the first thing that a reader sees."""
     assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
@@ -164,6 +176,7 @@ def test_it_is_stored_with_the_outputs_of_a_whole_run(path: Path) -> None:
         "before = pipeline_of",
         "in a meadow",
         "before.set_adapters",
+        "job.deploy",
     ):
         picture_of(cell_with(cells, source))
 
