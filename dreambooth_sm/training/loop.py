@@ -21,6 +21,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable, encodes_in_steps
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.training.attention import attention_context
 from dreambooth_sm.training.batch_loss import BatchLoss
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
@@ -28,7 +29,7 @@ from dreambooth_sm.training.losses import Loss
 from dreambooth_sm.training.optimizers import by_factor, make_updater
 from dreambooth_sm.training.precision import weights_dtype
 from dreambooth_sm.training.schedule import Schedule, make_rate
-from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step, attention_context
+from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step
 from dreambooth_sm.training.trend import find_rise
 from dreambooth_sm.training.window import Window
 from dreambooth_sm.validation import Validator
@@ -99,7 +100,7 @@ class Trainer:
         originals = [p.detach() for p in self.parameters]
         try:
             trained.place(plan, device)
-            attention = attention_context(plan, self.base.denoiser, report.warn)
+            attention = attention_context(plan, self.base.denoiser, device, report.warn)
             options = _optimizer_options(h, schedule)
             groups = by_factor(self.named_parameters, trained.rates)
             self.updater = make_updater(list(groups.values()), plan, options, identity["seed"])
@@ -433,7 +434,7 @@ class Trainer:
                 raise TrainingError(f"the loss of step {step} is not finite; try mixed_precision=bf16 or no")
             after = self._fingerprints()
             if None in after.values() or (self.updater.skipped() and not self.updater.scales_loss):
-                # PyTorch takes cuDNN's attention by default on Hopper, whose backward pass is known to give NaN.
+                # PyTorch takes cuDNN's attention by default on Hopper, whose backward pass has given NaN.
                 other = "flash_attention" if self.plan.attention == "default" else "default"
                 raise TrainingError(
                     f"gradients are not finite at step {step}; try attention={other} or mixed_precision=no"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreambooth_sm.planning.plan import Plan
+from dreambooth_sm.training.attention import Attention
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss
 from dreambooth_sm.training.updater import Updater
@@ -60,7 +60,6 @@ class Inputs:
 
 
 LossFunction = Callable[[Inputs], Loss]
-Attention = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 class GradientAverage:
@@ -257,23 +256,3 @@ class CapturedStep(Step):
 
     def forget(self) -> None:
         self._graphs, self._inputs, self._gradients = {}, {}, {}
-
-
-def attention_context(plan: Plan, unet: Any, warn: Callable[[str], None]) -> Attention:
-    """Sets the attention kernels that the plan names, and makes contexts for a step.
-
-    xformers changes the UNet for good. Where it can't run (not installed, or built for another torch), SDPA serves
-    and ``warn`` gets a line.
-    """
-    if plan.attention == "xformers":
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            warn(f"attention=xformers can't run here ({reason}); SDPA serves instead")
-    if plan.attention == "flash_attention":
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        return lambda: sdpa_kernel(backends, set_priority=True)
-    return contextlib.nullcontext

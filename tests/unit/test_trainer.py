@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.training.attention import attention_context
 from dreambooth_sm.training.loop import TrainingError
 from dreambooth_sm.training.schedule import Schedule, make_schedule
-from dreambooth_sm.training.step import attention_context
 from tests.helpers.training import Run, hyperparameters, same, weights
 
 
@@ -370,7 +370,9 @@ def test_the_first_update_after_warm_up_is_checked(base: PretrainedModel, tmp_pa
 def test_xformers_that_can_not_run_gives_way_with_a_line(base: PretrainedModel, tmp_path: Path) -> None:
     run = Run(base, tmp_path)
     said: list[str] = []
-    attention_context(dataclasses.replace(run.plan, attention="xformers"), run.base.unet, said.append)
+    attention_context(
+        dataclasses.replace(run.plan, attention="xformers"), run.base.unet, torch.device("cpu"), said.append
+    )
     (line,) = said
     assert "xformers" in line
     assert "\n" not in line
