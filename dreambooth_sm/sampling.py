@@ -16,6 +16,7 @@ from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.families import Conditioning, Family, family_of
 from dreambooth_sm.latents import latent_channels, pixels_of
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.planning.ladder import BaseWeights
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.kept_in_fp32 import cast
 from dreambooth_sm.stored.model import Pipeline
@@ -78,21 +79,30 @@ def _asks_twice(family: Family, guidance: float) -> bool:
 
 
 def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
-    """A module of the base model on the plan's device, in the precision that is drawn in; in fewer bits where it is
-    trained beside in fewer, and a language model beside a denoiser in 4."""
+    """A module of the base model on the plan's device, in the precision that is drawn in; in fewer bits where the plan
+    keeps it so."""
     half = base.vae_dtype if part == "vae" else base.half
     dtype = half if _in_half(plan) else torch.float32
-    reads_in_few = base.family.facts.footprint.has_language_model and plan.base_weights == "nf4"
-    facts = base.family.facts
-    read_in_few = [part for part in base.text_parts if part not in facts.plain_text]
-    quantised = (facts.denoiser, *(read_in_few if plan.train_text_encoder or reads_in_few else ()))
+    kind = _kept_in(base, plan, part)
     # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
-    if plan.base_weights == "plain" or part not in quantised or is_quantised(getattr(base, part)):
+    if kind == "plain" or is_quantised(getattr(base, part)):
         return base.part(part, plan.device, dtype)
-    shrink = partial(quantise_layers, kind=plan.base_weights, dtype=dtype, device=torch.device(plan.device))
+    shrink = partial(quantise_layers, kind=kind, dtype=dtype, device=torch.device(plan.device))
     module = base.copy_of(part, "cpu", None, shrink)
     cast(module, plan.device, dtype)
     return module
+
+
+def _kept_in(base: PretrainedModel, plan: Plan, part: str) -> BaseWeights:
+    """What the weights of a module are kept in."""
+    facts = base.family.facts
+    if part == facts.denoiser:
+        return plan.base_weights
+    if part not in base.text_parts or part in facts.plain_text:
+        return "plain"
+    if plan.train_text_encoder:
+        return plan.base_weights
+    return plan.text_weights
 
 
 def _in_half(plan: Plan) -> bool:

@@ -10,7 +10,13 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card
 from dreambooth_sm.planning.ladder import BaseWeights, Optimizer, Rung, Weights
-from dreambooth_sm.planning.memory import drawing_gb, draws_while_training, predict_peak_gb, sampling_peak_gb
+from dreambooth_sm.planning.memory import (
+    drawing_gb,
+    draws_while_training,
+    predict_peak_gb,
+    reading_gb,
+    sampling_peak_gb,
+)
 from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import EmaPlace, Plan, Precision
 
@@ -33,7 +39,7 @@ def make_plan(h: Hyperparameters, card: Card) -> Plan:
         return _as_asked(_cpu_plan(h, card), h)
     plans = _candidates(h, card)
     for plan in plans:
-        if plan.predicted_peak_gb <= card.budget_gb:
+        if _needed_gb(plan, h) <= card.budget_gb:
             return _as_asked(plan, h)
     raise UserError(_too_large(h, card, plans[-1]))
 
@@ -154,7 +160,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         base_weights=base_weights,
         notes=tuple(notes),
     )
-    plan = dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h))
+    plan = _reading(dataclasses.replace(plan, predicted_peak_gb=predict_peak_gb(plan, h)), h, card)
     if h.sample_batch_size != "auto":
         return dataclasses.replace(plan, sample_batch_size=h.sample_batch_size)
     # A job that is asked to stop finishes a batch first: on small cards that has to be seconds.
@@ -162,6 +168,25 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     most = h.facts.drawing.batch
     batches = [n for n in sizes if n <= most and sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
+
+
+def _reading(plan: Plan, h: Hyperparameters, card: Card) -> Plan:
+    """A plan whose text encoders are kept in as many bits as the card has room for while they read."""
+    kinds: tuple[BaseWeights, ...] = ("plain", "int8", "nf4")
+    for kind in kinds:
+        plan = dataclasses.replace(plan, text_weights=kind)
+        if reading_gb(plan, h.facts.footprint) <= card.budget_gb:
+            break
+    if plan.text_weights == "plain":
+        return plan
+    bits = 8 if plan.text_weights == "int8" else 4
+    note = f"the card has no room for more: the text encoder takes {bits} bits a weight while it reads the prompts"
+    return dataclasses.replace(plan, notes=(*plan.notes, note))
+
+
+def _needed_gb(plan: Plan, h: Hyperparameters) -> float:
+    """Highest allocation of a job: of training, or of a language model that reads prompts before it."""
+    return max(plan.predicted_peak_gb, reading_gb(plan, h.facts.footprint))
 
 
 def _cpu_plan(h: Hyperparameters, card: Card) -> Plan:
@@ -247,19 +272,18 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
     resolution = min(h.resolution, h.facts.resolution)
     smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "resolution": resolution}
     asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
-    text = (
-        f"the job needs {smallest.predicted_peak_gb:.1f} GB at least and {card.name} has {card.budget_gb:.1f} GB for it"
-    )
+    least = _needed_gb(smallest, h)
+    text = f"the job needs {least:.1f} GB at least and {card.name} has {card.budget_gb:.1f} GB for it"
     drawing = {"validation_steps": 0} if draws_while_training(h) else {}
     both = {**asked, **asked_sizes}
     for change in (drawing, asked, asked_sizes, both, {**both, **drawing}):
         if change:
             relaxed = h.model_copy(update=change)
-            if any(plan.predicted_peak_gb <= card.budget_gb for plan in _candidates(relaxed, card)):
+            if any(_needed_gb(plan, relaxed) <= card.budget_gb for plan in _candidates(relaxed, card)):
                 return [f"{text}; it fits with {' '.join(f'{k}={v}' for k, v in change.items())}"]
     overflows = h.facts.overflows
     able = [c for c in CARDS.values() if c.has_bf16 or not overflows]
-    needed = [c for c in able if c.budget_gb >= smallest.predicted_peak_gb]
+    needed = [c for c in able if c.budget_gb >= least]
     return [f"{text}; use a larger card{f', such as {needed[0].name}' if needed else ''}"]
 
 

@@ -6,6 +6,7 @@ from dreambooth_sm.families import ModelFootprint
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS, asks_base_of_classes, encodes_in_steps
 from dreambooth_sm.planning.figures import figure
+from dreambooth_sm.planning.ladder import BaseWeights
 from dreambooth_sm.planning.optimizers import ON_MASTERS
 from dreambooth_sm.planning.plan import Plan, Precision
 
@@ -79,14 +80,31 @@ def frozen_gb(plan: Plan, model: ModelFootprint, encodes: bool) -> float:
     Args:
         encodes: whether its text encoders compute as well.
     """
-    width = 4 if plan.precision == "fp32" else 2
     computing = model.denoiser + (model.text_encoder if encodes else 0)
     coded = model.denoiser_coded + (model.text_coded if encodes else 0)
-    if plan.base_weights == "plain":
-        return 1e-3 * width * computing
+    return _kept_gb(plan.base_weights, plan.precision, computing, coded, model.largest_coded)
+
+
+def reading_gb(plan: Plan, model: ModelFootprint) -> float:
+    """Highest allocation while text encoders that are language models read prompts, in GB: before all else; else 0."""
+    if not model.has_language_model:
+        return 0.0
+    weights = _kept_gb(plan.text_weights, plan.precision, model.text_encoder, model.text_coded, model.largest_coded)
+    return weights + figure("shared", "reading_gb")
+
+
+def _kept_gb(kind: BaseWeights, precision: Precision, millions: float, coded: float, largest: float) -> float:
+    """GB of weights that only compute.
+
+    Args:
+        coded, largest: millions that are kept in fewer bits, and of the largest layer of them.
+    """
+    width = 4 if precision == "fp32" else 2
+    if kind == "plain":
+        return 1e-3 * width * millions
     # A scale of each row counts for nothing, and one of each block of 64 values for its share.
-    codes = 1.0 if plan.base_weights == "int8" else 0.5 + width / 64
-    return 1e-3 * (width * (computing - coded) + codes * coded) + 1e-3 * width * model.largest_coded
+    codes = 1.0 if kind == "int8" else 0.5 + width / 64
+    return 1e-3 * (width * (millions - coded) + codes * coded + width * largest)
 
 
 def draws_while_training(h: Hyperparameters) -> bool:

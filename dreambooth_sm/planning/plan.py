@@ -38,6 +38,7 @@ class Plan:
         max_grad_norm: gradients are clipped to this global norm; None: not at all.
         base_weights: how the weights of a base model that stays as it is are kept: ``plain``, in the precision
             that is computed in; ``int8`` or ``nf4``, in 8 or 4 bits (:mod:`dreambooth_sm.training.quantised`).
+        text_weights: the same of text encoders that are language models, which only read the prompts.
         predicted_peak_gb: highest allocation that is expected, in GB (1e9 bytes); 0 on a CPU.
         notes: one line for every choice that a reader may wonder about.
     """
@@ -60,6 +61,7 @@ class Plan:
     sample_batch_size: int
     max_grad_norm: float | None
     base_weights: BaseWeights = "plain"
+    text_weights: BaseWeights = "plain"
     predicted_peak_gb: float = 0.0
     notes: tuple[str, ...] = ()
 

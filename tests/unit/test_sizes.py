@@ -15,8 +15,9 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.families.find import find_facts
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.planning.cards import CARDS
+from dreambooth_sm.planning.cards import CARDS, find_card
 from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.memory import reading_gb
 from dreambooth_sm.stored.model import empty_module
 from launcher.estimates import estimate_on
 from launcher.instances import Instance
@@ -203,3 +204,21 @@ def test_all_that_keeps_a_model_from_being_trained_is_told_at_once() -> None:
         Hyperparameters.parse({**PROMPTS, **values})
     for part in ("method=full: the base model is an SD 3.5 model", "accept_license=", "takes multiples of 16"):
         assert sum(part in problem for problem in told.value.problems) == 1
+
+
+def test_text_encoders_read_in_fewer_bits_where_the_card_has_no_room() -> None:
+    """SD 3.5's take 11 GB in 16 bits, more than its training does."""
+    wishes = {**PROMPTS, "method": "lora", "base_architecture": "sd3"}
+    kept = {}
+    for name in ("6GB", "8GB", "16GB"):
+        h, card = Hyperparameters.parse(wishes), find_card(name)
+        plan = make_plan(h, card)
+        assert reading_gb(plan, h.facts.footprint) <= card.budget_gb
+        said = any("text encoder takes" in note for note in plan.notes)
+        assert said == (plan.text_weights != "plain")
+        kept[name] = plan.text_weights
+    assert kept == {"6GB": "nf4", "8GB": "int8", "16GB": "plain"}
+    with pytest.raises(UserError, match=r"needs 4\.8 GB at least and 4 GB card"):
+        make_plan(
+            Hyperparameters.parse({**wishes, "resolution": 256, "with_prior_preservation": False}), find_card("4GB")
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -189,14 +190,14 @@ def test_a_block_in_fewer_passes_computes_the_same(z_image: PretrainedModel, par
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("bits", "in_few"), [("plain", False), ("int8", False), ("nf4", True)])
-def test_prompts_are_read_in_4_bits_beside_a_transformer_in_4(
-    z_image: PretrainedModel, bits: str, in_few: bool
+@pytest.mark.parametrize("text", ["plain", "int8", "nf4"])
+def test_prompts_are_read_in_the_plans_bits_whatever_they_are_trained_beside(
+    z_image: PretrainedModel, text: str
 ) -> None:
-    """There its 16-bit weights would have no room; beside 8 bits they have."""
-    plan = make_plan(parse(base_weights=bits), CPU)
-    assert is_quantised(drawing_part(z_image, plan, "text_encoder")) == in_few
-    assert is_quantised(drawing_part(z_image, plan, "transformer")) == (bits != "plain")
+    for bits in ("plain", "nf4"):
+        plan = dataclasses.replace(make_plan(parse(base_weights=bits), CPU), text_weights=text)
+        assert is_quantised(drawing_part(z_image, plan, "text_encoder")) == (text != "plain")
+        assert is_quantised(drawing_part(z_image, plan, "transformer")) == (bits != "plain")
 
 
 @pytest.fixture
