@@ -293,9 +293,11 @@ _FAMILIES = {name: name for name in MODELS} | {"sd15": "sd", "flux2_klein": "flu
 
 
 def hyperparameters(model: str, **wishes: object) -> Hyperparameters:
-    """Those of a benchmark on one of ``MODELS``, at the model's own resolution."""
+    """Those of a benchmark on one of ``MODELS``, at the model's own resolution: of full training, where it has that."""
     architecture = _FAMILIES[model]
-    shown = {**PROMPTS, "with_prior_preservation": True}  # also with methods that learn nothing from class pictures
+    methods = FAMILIES[architecture].facts.methods
+    shown: dict[str, object] = {**PROMPTS, "method": "full" if "full" in methods else next(iter(methods))}
+    shown |= {"with_prior_preservation": True}  # also with methods that learn nothing from class pictures
     return Hyperparameters.parse({**shown, "seed": 0, "base_architecture": architecture, **wishes})
 
 

@@ -7,7 +7,7 @@ klein, FLUX.1, Qwen-Image, Chroma, SD 3.5 Medium or Krea 2 at 1,024.
 One JSON line a variant. ``--peer`` runs diffusers' own script in the same settings, on the same pictures:
 ``train_dreambooth.py``, ``train_dreambooth_lora.py`` or, with another model, ``train_dreambooth_lora_sdxl.py`` or
 ``train_dreambooth_lora_z_image.py``, ``train_dreambooth_lora_flux2_klein.py``, ``train_dreambooth_lora_flux.py``,
-``train_dreambooth_lora_qwen_image.py`` or ``train_dreambooth_lora_krea2.py``.
+``train_dreambooth_lora_qwen_image.py``, ``train_dreambooth_lora_sd3.py`` or ``train_dreambooth_lora_krea2.py``.
 """
 
 from __future__ import annotations
@@ -144,6 +144,8 @@ _LORA = ["--mixed_precision=bf16", "--rank=16", *_PRIOR]
 # Z-Image's script of 0.42 fails with prior preservation: one picture a step, as `lora_alone`.
 _ALONE = ["--mixed_precision=bf16", "--rank=16", "--cache_latents"]
 _FLOW = {"diffusers_lora_alone": _ALONE, "diffusers_lora_alone_small": [*_ALONE, "--gradient_checkpointing"]}
+# SD 3's script of 0.42 fails with cached latents under bf16: it encodes a picture in each step.
+_SD3 = {name: [option for option in options if option != "--cache_latents"] for name, options in _FLOW.items()}
 # diffusers' settings of the same jobs, by script.
 PEERS = {
     "train_dreambooth": {
@@ -158,6 +160,7 @@ PEERS = {
     "train_dreambooth_lora_qwen_image": _FLOW,
     "train_dreambooth_lora_flux": _FLOW,
     "train_dreambooth_lora_krea2": _FLOW,
+    "train_dreambooth_lora_sd3": _SD3,
 }
 
 
