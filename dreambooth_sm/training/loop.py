@@ -434,7 +434,6 @@ class Trainer:
                 raise TrainingError(f"the loss of step {step} is not finite; try mixed_precision=bf16 or no")
             after = self._fingerprints()
             if None in after.values() or (self.updater.skipped() and not self.updater.scales_loss):
-                # PyTorch takes cuDNN's attention by default on Hopper, whose backward pass has given NaN.
                 other = "flash_attention" if self.plan.attention == "default" else "default"
                 raise TrainingError(
                     f"gradients are not finite at step {step}; try attention={other} or mixed_precision=no"
