@@ -15,5 +15,6 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # nor later: what was imported stays
         if collecting:
             gc.enable()

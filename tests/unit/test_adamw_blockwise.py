@@ -726,11 +726,13 @@ def compare_kernel_with_reference() -> None:
     shapes = ((7,), (260,), (5, 120), (2, 2, 3, 25))
     adamw_blockwise.SMALL_PARAMETER = 290  # so that the largest go alone and the others in a bundle
     adamw_reference.REFERENCE_CHUNK = 2  # less than the largest has of any size of block
-    for dtype, master, bits, in_backward in itertools.product(
-        DTYPES, ("residual", "stochastic"), BLOCK_FORMATS, (False, True)
-    ):
-        if dtype == torch.float32 and master == "stochastic":
-            continue
+    kinds = [
+        (dtype, master, bits)
+        for dtype, master, bits in itertools.product(DTYPES, ("residual", "stochastic"), BLOCK_FORMATS)
+        if dtype != torch.float32 or master != "stochastic"
+    ]
+    for number, (dtype, master, bits) in enumerate(kinds):
+        in_backward = (number + number // len(BLOCK_FORMATS)) % 2 == 0  # with each type, master and format in turn
         optimizers = []
         for backend in ("torch", "triton"):
             params = [nn.Parameter(p) for p in start_values(dtype, shapes)]
@@ -761,7 +763,7 @@ def compare_kernel_with_reference() -> None:
         total = sum(t.numel() for t in ours)
         assert different <= total * 1e-2, (dtype, master, bits, in_backward, different, total)
         print(dtype, master, bits, in_backward, f"{different} of {total} differ")
-        if bits == 8 and in_backward:
+        if bits == 8:
             averages = [[torch.ones_like(o.fp32_weight(p)) for p in o.state] for o in optimizers]
             for optimizer, average in zip(optimizers, averages, strict=True):
                 for param, mean in zip(optimizer.state, average, strict=True):
@@ -774,7 +776,7 @@ def compare_kernel_with_reference() -> None:
 @pytest.mark.slow
 def test_kernel_in_the_interpreter() -> None:
     printed = printed_in_the_interpreter(__file__)
-    assert printed.count("differ") == 5 * 2 * len(BLOCK_FORMATS)
+    assert printed.count("differ") == 5 * len(BLOCK_FORMATS)
     assert printed.count("averaged") == 5
 
 
