@@ -23,8 +23,8 @@ from dreambooth_sm.data.masks import read_mask
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.planning.length import length_of
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, format_metrics
 from dreambooth_sm.sagemaker import Contract
@@ -111,9 +111,12 @@ def find_start(job: Context, plan: Plan, subjects: tuple[Subject, ...], target: 
     drawn = previous.identity.get("seed") if previous else None  # none is known of another format's
     seed = world.first(next(seed for seed in (h.seed, drawn, secrets.randbits(31)) if seed is not None))
     job.report.say(format_metrics(model_name=h.model_name))
-    job.report.metrics(seed=seed, processes=world.size)
     identity["seed"] = seed
-    schedule = make_schedule(h, sum(len(s.pictures) for s in subjects), DEFAULT_TRAIN_STEPS, world.size)
+    length = length_of(h, sum(len(s.pictures) for s in subjects), world.size)
+    job.report.metrics(seed=seed, processes=world.size, steps=length.steps)
+    if length.note:
+        job.report.say(length.note)
+    schedule = make_schedule(h, length)
     if previous:
         check_resumable(previous, identity, schedule)
     return Start(seed, identity, schedule, checkpoints, remote, previous, found)

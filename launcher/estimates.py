@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.methods import METHODS, asks_base, asks_base_of_classes
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.figures import figure
+from dreambooth_sm.planning.length import length_of
 from dreambooth_sm.planning.plan import Plan
 from launcher.instances import INSTANCES, PRICES, Instance
 
@@ -48,6 +48,7 @@ class Estimate:
         minutes: billed minutes that are expected, the start of the container included; None on CPUs.
         usd: the same in dollars on demand, for all instances; None where the price is not known.
         training_minutes: of them, those of the steps alone; 0 on CPUs.
+        length_note: what several processes change about the length of the training.
     """
 
     instance: Instance
@@ -57,6 +58,7 @@ class Estimate:
     minutes: float | None
     usd: float | None
     training_minutes: float = 0.0
+    length_note: str | None = None
 
     def lines(self) -> list[str]:
         """For people: instance, plan, memory, time and cost."""
@@ -69,6 +71,7 @@ class Estimate:
         lines = [
             f"instance: {f'{self.instance_count} x ' if self.instance_count > 1 else ''}{self.instance.name} ({cards})",
             f"plan: {plan.tier}: {trained}{' with EMA' if plan.use_ema else ''}, {plan.precision}{memory}",
+            *([f"length: {self.length_note}"] if self.length_note else []),
         ]
         if self.minutes is None:
             lines.append("time: no estimate for CPUs; choose an instance type with a GPU for more than a trial")
@@ -90,8 +93,9 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     processes = _processes(h, instance) * instance_count
     card = Card(instance.card.name, instance.card.memory_gib, instance.card.capability, processes)
     plan = make_plan(h, card)
+    length = length_of(h, pictures, processes)
     if plan.device == "cpu":
-        return Estimate(instance, instance_count, h.method, plan, None, None)
+        return Estimate(instance, instance_count, h.method, plan, None, None, length_note=length.note)
     slower = slowdown(instance.card)
     size = (h.resolution / 512) ** 2
     step = _step_seconds(plan, slower, h.method)
@@ -101,7 +105,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     relative = h.facts.relative.cost
     step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * relative * figure(h.architecture, "step_cost")
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
-    training = seconds = step * _steps(h, pictures, processes)
+    training = seconds = step * length.steps
     if h.prior_preservation and not asks_base_of_classes(h):
         batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
         image = _CLASS_IMAGE_S * slower * size * relative * figure(h.architecture, "class_image_cost")
@@ -109,7 +113,7 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
     price = instance.usd_per_hour
     usd = None if price is None else minutes / 60 * price * instance_count
-    return Estimate(instance, instance_count, h.method, plan, minutes, usd, training / 60)
+    return Estimate(instance, instance_count, h.method, plan, minutes, usd, training / 60, length.note)
 
 
 def cheapest_that_fits(h: Hyperparameters, instance_count: int, pictures: int) -> str:
@@ -182,12 +186,6 @@ def _step_seconds(plan: Plan, slower: float, method: str) -> float:
         busy = figure(_TIMED, f"{_VARIED}.reference.bf16.gpu_busy_ms") / 1e3
         return max(1 / steps_per_s("reference"), busy * cost)
     return cost / (steps_per_s(rung.name, method=method) if rung else steps_per_s("reference_graph"))
-
-
-def _steps(h: Hyperparameters, pictures: int, processes: int) -> int:
-    """As the job counts them: ``max_train_steps`` wins over epochs."""
-    epoch = -(-pictures // (h.train_batch_size * h.gradient_accumulation_steps * processes))
-    return h.max_train_steps or (h.num_train_epochs or 0) * epoch or DEFAULT_TRAIN_STEPS
 
 
 def table(methods: Mapping[str, Hyperparameters]) -> str:

@@ -36,7 +36,7 @@ class TrainingKnobs(Knobs):
     )
     max_train_steps: Steps | None = knob(
         None,
-        f"Optimizer steps. Wins over num_train_epochs; {DEFAULT_TRAIN_STEPS} if neither is given.",
+        f"Optimizer steps. Wins over num_train_epochs; {DEFAULT_TRAIN_STEPS} shared by processes if neither is set.",
         resume="free",
         common=True,
         tunable=Tunable(200, 2000),

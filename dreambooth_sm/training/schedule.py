@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.planning.length import Length
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,10 @@ class Schedule:
     learning_rate: float
 
 
-def make_schedule(h: Hyperparameters, instance_pictures: int, default_steps: int, processes: int = 1) -> Schedule:
-    """Turns epochs into steps; ``max_train_steps`` wins."""
-    batch = h.train_batch_size * h.gradient_accumulation_steps * processes
-    steps_per_epoch = -(-instance_pictures // batch)
-    steps = h.max_train_steps or (h.num_train_epochs or 0) * steps_per_epoch or default_steps
-    rate = h.learning_rate * (batch if h.scale_lr else 1)
-    return Schedule(steps, h.save_steps * (steps_per_epoch if h.save_use_epochs else 1), rate)
+def make_schedule(h: Hyperparameters, length: Length) -> Schedule:
+    """The schedule of a training of this length."""
+    save_every = h.save_steps * (length.epoch if h.save_use_epochs else 1)
+    return Schedule(length.steps, save_every, length.learning_rate)
 
 
 def make_rate(h: Hyperparameters, schedule: Schedule) -> Callable[[int], float]:

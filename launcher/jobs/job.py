@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.errors import UserError
-from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.printing import redact
 from launcher.aws.advice import advice_for
 from launcher.aws.clients import Clients
@@ -413,12 +412,9 @@ def _ended_long_ago(description: dict[str, Any]) -> bool:
 
 
 def _steps(hyperparameters: dict[str, str]) -> int | None:
-    """Training steps in all; None where a length in epochs, or a job of another image, does not say it."""
+    """Training steps in all; None where nobody set them: then the job says how many it takes."""
     steps = hyperparameters.get("max_train_steps", "").strip('"')
-    if steps.isascii() and steps.isdecimal():
-        return int(steps)
-    ours = any(name in hyperparameters for name in ("instance_prompt", "concepts_list"))
-    return DEFAULT_TRAIN_STEPS if ours and "num_train_epochs" not in hyperparameters else None
+    return int(steps) if steps.isascii() and steps.isdecimal() else None
 
 
 def _seconds(description: dict[str, Any]) -> float:

@@ -40,6 +40,8 @@ class Progress:
                 while self.history and self.history[-1]["step"] >= step:
                     self.history.pop()
                 self.history.append(numbers)
+            case {"seed": _}, {"steps": steps} if _is_count(steps):
+                self.steps = int(steps)
             case {"phase": phase, "state": "started"}, _:
                 self.phase, self.done, self.total = phase, 0, 0
             case {"phase": phase, "state": "ended"}, {"seconds": seconds} if math.isfinite(seconds):

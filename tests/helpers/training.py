@@ -24,6 +24,7 @@ from dreambooth_sm.methods import METHODS, Trainable
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.planning.length import length_of
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.loop import Trainer, TrainingSet
@@ -145,7 +146,7 @@ class Run:
         self.subject = subject or make_subject(root, pictures=pictures, class_pictures=4 if prior else 0)
         self.trainable = attach(self.base, self.h, self.plan)
         self.data = make_set(self.trainable.model, [self.subject], self.h, self.plan)
-        self.schedule = make_schedule(self.h, len(self.subject.pictures), 4)
+        self.schedule = make_schedule(self.h, length_of(self.h, len(self.subject.pictures)))
         self.recorder = Recorder()
         self.trainer = self.trainer_of(self.plan)
 

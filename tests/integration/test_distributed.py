@@ -37,9 +37,12 @@ def one_process(
 def test_two_processes_train_like_one_with_the_whole_batch(
     lay_out_job: Callable[..., JobTree], one_process: list[float]
 ) -> None:
-    tree = lay_out_job("two", **JOB, train_batch_size="1", num_processes="2")
+    """Also of a length in epochs, which two share at twice the rate."""
+    shared = JOB | {"max_train_steps": "None", "num_train_epochs": "6", "learning_rate": "5e-4"}
+    tree = lay_out_job("two", **shared, train_batch_size="1", num_processes="2")
     ended = tree.run("train")
     assert losses(ended) == pytest.approx(one_process, rel=2e-3)
+    assert "2 processes take 6 steps where one takes 12, at 2 times its learning rate; set" in ended.log
     assert ended.log.count("phase=train state=started") == 1, "only one process reports"
     assert "processes=2" in ended.log
     drawn = sorted(path.name for path in tree.base.rglob("class-*.safetensors"))

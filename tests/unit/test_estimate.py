@@ -148,7 +148,8 @@ def test_the_lines_say_it_all() -> None:
     lines = launcher.estimate(**PROMPTS, instance_type="ml.g5.12xlarge", instance_count=2).lines()
     assert lines[0] == "instance: 2 x ml.g5.12xlarge (8 x A10G)"
     assert lines[1].startswith("plan: large: UNet and text encoder with EMA, bf16, ")
-    assert "on demand (us-west-2, November 2026)" in lines[2]
+    assert lines[2].startswith("length: 8 processes take 200 steps ")
+    assert "on demand (us-west-2, November 2026)" in lines[3]
 
 
 def test_every_option_is_named_for_people_and_for_completion() -> None:

@@ -120,6 +120,11 @@ def progress_of(*lines: str, steps: int | None = 800) -> Progress:
     return progress
 
 
+def test_a_job_says_how_many_steps_it_takes_where_nobody_set_them() -> None:
+    assert progress_of("seed=7 processes=4", steps=None).steps is None  # of an earlier version
+    assert progress_of("seed=7 processes=4 steps=200", steps=None).steps == 200
+
+
 def test_progress_is_in_the_lines() -> None:
     progress = progress_of(
         "phase=check state=started",

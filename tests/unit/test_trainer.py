@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.planning.length import length_of
 from dreambooth_sm.training.attention import attention_context
 from dreambooth_sm.training.loop import TrainingError
 from dreambooth_sm.training.schedule import Schedule, make_schedule
@@ -182,7 +183,7 @@ def test_training_lowers_the_loss_on_what_it_was_shown(base: PretrainedModel, tm
     [
         ({"max_train_steps": 7}, 5, Schedule(7, 0, 1e-4)),
         ({"max_train_steps": 7, "num_train_epochs": 3}, 5, Schedule(7, 0, 1e-4)),
-        ({"max_train_steps": None}, 5, Schedule(99, 0, 1e-4)),
+        ({"max_train_steps": None}, 5, Schedule(800, 0, 1e-4)),
         ({"max_train_steps": None, "num_train_epochs": 3}, 5, Schedule(15, 0, 1e-4)),
         ({"max_train_steps": None, "num_train_epochs": 3, "train_batch_size": 5}, 5, Schedule(3, 0, 1e-4)),
         (
@@ -198,7 +199,8 @@ def test_training_lowers_the_loss_on_what_it_was_shown(base: PretrainedModel, tm
     ],
 )
 def test_schedules(values: dict[str, object], pictures: int, expected: Schedule) -> None:
-    found = make_schedule(hyperparameters(**values), pictures, 99)
+    h = hyperparameters(**values)
+    found = make_schedule(h, length_of(h, pictures))
     assert (found.steps, found.save_every) == (expected.steps, expected.save_every)
     assert found.learning_rate == pytest.approx(expected.learning_rate)
 
