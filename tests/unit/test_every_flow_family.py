@@ -1,17 +1,21 @@
-"""What all families do alike that match flows: fewer bits, recomputation, and what other families are trained with."""
+"""What all families do alike that match flows: fewer bits, recomputation, merged models, and what other families are
+trained with."""
 
 from __future__ import annotations
 
 import copy
 import math
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 from dreambooth_sm.families import FAMILIES
-from dreambooth_sm.models import PretrainedModel
-from tests.helpers.training import Run
+from dreambooth_sm.models import PretrainedModel, load_base
+from dreambooth_sm.sampling import draw_latents
+from tests.helpers.training import Run, hyperparameters
 
 pytestmark = pytest.mark.slow
 
@@ -61,3 +65,17 @@ def test_what_serves_other_families_serves_them(
 ) -> None:
     run = train(model, tmp_path, **values)
     assert all(math.isfinite(value) for losses in run.losses for value in losses)
+
+
+def test_a_merged_model_is_a_directory_that_diffusers_reads(model: PretrainedModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"size": (64, 64), "steps": 2, "guidance": 2.0}
+    (before,) = draw_latents(model.pipeline(), "toy", [1], **options)
+    run = train(model, tmp_path / "run", export="merged")
+    (trained,) = draw_latents(run.base.pipeline(), "toy", [1], **options)
+    run.trainable.export(tmp_path / "model", run.h, torch.float32)
+    read = load_base(hyperparameters(pretrained_model_name_or_path=str(tmp_path / "model"), method="lora"))
+    theirs = getattr(diffusers, model.family.facts.pipeline).from_pretrained(tmp_path / "model")
+    assert not torch.allclose(trained, before, atol=1e-3)
+    for pipeline in (read.pipeline(), theirs):
+        (made,) = draw_latents(pipeline, "toy", [1], **options)
+        assert torch.allclose(made, trained, atol=1e-5)

@@ -42,7 +42,6 @@ from tests.helpers.original_names import flux1_original
 from tests.helpers.passes import compare_passes
 from tests.helpers.tiny import save_tiny_flux1_pipeline
 from tests.helpers.training import Run, hyperparameters
-from tests.unit.test_lora import CONFIGS
 from tests.unit.test_z_image import quiet
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
@@ -325,19 +324,6 @@ def test_a_file_of_the_transformer_alone_is_the_transformer(tmp_path: Path) -> N
         assert float(tensors[f"{name}.weight"].read().flatten()[0]) == mark
 
 
-@pytest.mark.slow
-def test_a_merged_model_is_a_directory_that_diffusers_reads(flux1: PretrainedModel, tmp_path: Path) -> None:
-    run = train(flux1, tmp_path / "run", export="merged")
-    (trained,) = draw_latents(run.base.pipeline(), SHORT, [1], size=(64, 64), steps=2, guidance=2.0)
-    run.trainable.export(tmp_path / "model", run.h, torch.float32)
-    for pipeline in (
-        FluxPipeline.from_pretrained(tmp_path / "model"),
-        load_base(hyperparameters(pretrained_model_name_or_path=str(tmp_path / "model"), method="lora")).pipeline(),
-    ):
-        (made,) = draw_latents(pipeline, SHORT, [1], size=(64, 64), steps=2, guidance=2.0)
-        assert torch.allclose(made, trained, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("part", "change", "said"),
     [
@@ -430,15 +416,3 @@ def test_small_cards_train_it_in_fewer_bits() -> None:
     assert make_plan(parse(), CARDS["L4"]).base_weights == "int8"
     alone = parse(base_weights="nf4", with_prior_preservation=False)
     assert make_plan(alone, CARDS["L4"]).predicted_peak_gb < 10
-
-
-def test_facts_are_those_of_the_true_model() -> None:
-    facts = FAMILIES["flux1"].facts
-    modules = {part: empty_module(part, config, facts.pipeline) for part, config in CONFIGS["flux1"].items()}
-    counts = {part: sum(value.numel() for value in module.parameters()) / 1e6 for part, module in modules.items()}
-    assert facts.footprint.denoiser == pytest.approx(counts.pop("transformer"), rel=1e-3)
-    assert facts.footprint.text_encoder == pytest.approx(sum(counts.values()), rel=1e-3)
-    largest = max(
-        layer.weight.numel() for layer in modules["transformer"].modules() if isinstance(layer, torch.nn.Linear)
-    )
-    assert facts.footprint.largest_coded == pytest.approx(largest / 1e6, rel=1e-2)

@@ -39,7 +39,8 @@ from dreambooth_sm.training.quantised import (
 from tests.helpers.interpreter import printed_in_the_interpreter
 from tests.helpers.marks import slow_except
 from tests.helpers.training import Run, attach, cpu_plan, hyperparameters, run_out_of_memory, same, weights
-from tests.unit.test_lora import CONFIGS, PROMPTS, VALUES, VARIANTS
+from tests.helpers.true_sizes import CONFIGS
+from tests.unit.test_lora import PROMPTS, VALUES, VARIANTS
 
 CPU = torch.device("cpu")
 KINDS: tuple[quantised.CodeKind, ...] = ("int8", "nf4")

@@ -13,6 +13,7 @@ from torch import nn
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.families.facts import Facts
 from dreambooth_sm.families.find import find_facts
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.planning.cards import CARDS, find_card
@@ -21,6 +22,7 @@ from dreambooth_sm.planning.memory import reading_gb
 from dreambooth_sm.stored.model import empty_module
 from launcher.estimates import estimate_on
 from launcher.instances import Instance
+from tests.helpers.true_sizes import CONFIGS
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
 _T5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -107,21 +109,14 @@ def parse(name: str, **values: object) -> Hyperparameters:
 
 
 @EVERY
-def test_facts_are_those_of_the_true_model(
+def test_facts_of_a_larger_model_are_those_of_the_true_one(
     family: str, first: str, larger: str, configs: dict[str, dict[str, Any]]
 ) -> None:
     facts = parse(larger).facts
     assert facts != parse(first).facts == FAMILIES[family].facts
     modules = {part: empty_module(part, config, facts.pipeline) for part, config in configs.items()}
+    check_footprint(facts, modules)
     denoiser = modules.pop(facts.denoiser)
-    stored = {name: value.numel() for name, value in denoiser.state_dict().items()}  # with its table of places
-    assert facts.footprint.denoiser == pytest.approx(sum(stored.values()) / 1e6, rel=1e-3)
-    texts = [value.numel() for module in modules.values() for value in module.parameters()]
-    assert facts.footprint.text_encoder == pytest.approx(sum(texts) / 1e6, rel=1e-3)
-    linear = [layer.weight.numel() / 1e6 for layer in denoiser.modules() if isinstance(layer, nn.Linear)]
-    if family != "sd":
-        assert facts.footprint.largest_coded == pytest.approx(max(linear), rel=1e-2)
-        assert facts.footprint.denoiser_coded == pytest.approx(sum(linear), rel=1e-3)
     for layers in facts.adapted.values():
         for ends, width, found in (
             (layers.denoiser, layers.width, [denoiser]),
@@ -131,6 +126,32 @@ def test_facts_are_those_of_the_true_model(
                 m for module in found for name, m in module.named_modules() if f".{name}".endswith(_after_dots(ends))
             ]
             assert width == sum(m.weight.shape[0] + m.weight.shape[1:].numel() for m in named)
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.facts.matches_flow])
+def test_facts_are_those_of_the_true_model(family: str) -> None:
+    facts = FAMILIES[family].facts
+    check_footprint(facts, {part: empty_module(part, each, facts.pipeline) for part, each in CONFIGS[family].items()})
+
+
+def check_footprint(facts: Facts, modules: dict[str, nn.Module]) -> None:
+    footprint, texts = facts.footprint, dict(modules)
+    denoiser = texts.pop(facts.denoiser)
+    stored = sum(value.numel() for value in denoiser.state_dict().values())  # with SD 3.5's table of places
+    assert footprint.denoiser == pytest.approx(stored / 1e6, rel=1e-3)
+    read = sum(value.numel() for module in texts.values() for value in module.parameters())
+    assert footprint.text_encoder == pytest.approx(read / 1e6, rel=1e-3)
+    if facts.matches_flow:
+        linear = _linear(denoiser)
+        assert footprint.largest_coded == pytest.approx(max(linear), rel=1e-2)
+        assert footprint.denoiser_coded == pytest.approx(sum(linear), rel=1e-3)
+        coded = sum(sum(_linear(module)) for part, module in texts.items() if part not in facts.plain_text)
+        assert footprint.text_coded == pytest.approx(coded, rel=1e-3)
+
+
+def _linear(module: nn.Module) -> list[float]:
+    """Millions of weights of each linear layer."""
+    return [layer.weight.numel() / 1e6 for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
 def _after_dots(ends: tuple[str, ...]) -> tuple[str, ...]:
