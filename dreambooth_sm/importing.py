@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.freeze()  # nor later: what was imported stays
+        gc.freeze()  # nor later: what was imported stays to the end
+        atexit.register(gc.unfreeze)  # where libraries look for what they made
         if collecting:
             gc.enable()
