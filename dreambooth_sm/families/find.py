@@ -21,7 +21,7 @@ def find_family(name: str) -> str:
     """
     others = [family.facts for family in FAMILIES.values() if family.facts.name != DEFAULT]
     words = "/".join(name.rstrip("/").split("/")[-2:])
-    found = _look(Path(name), others)
+    found = _look(Path(name), others) if name else None
     if found is None:
         found = [facts for facts in others if facts.names and facts.names.search(words)]
     return found[0].name if found else DEFAULT
@@ -70,7 +70,7 @@ def _found(name: str) -> Path | None:
     from dreambooth_sm.stored.locate import look_for_model  # brings S3's client
 
     try:
-        return look_for_model(Path(name).expanduser())
+        return look_for_model(Path(name).expanduser()) if name else None  # which would be the working directory
     except (OSError, RuntimeError, ValueError):  # names can be anything
         return None
 

@@ -116,8 +116,8 @@ class ModelKnobs(Knobs):
     def _base_is_not_distilled(self) -> Iterator[str]:
         facts = self.facts
         for field in ("pretrained_model_name_or_path", "pretrained_parts_name_or_path"):
-            if not self.train_distilled:
-                yield from distilled_problems(field, getattr(self, field) or "", facts)
+            if (name := getattr(self, field)) and not self.train_distilled:
+                yield from distilled_problems(field, name, facts)
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path")
     def _base_is_of_its_kind(self) -> Iterator[str]:

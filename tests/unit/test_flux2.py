@@ -277,7 +277,7 @@ def test_what_would_do_nothing_or_harm_is_refused(values: dict[str, object], sai
 
 @pytest.mark.parametrize("folder", ["klein", "mine"])
 def test_what_the_index_says_of_distillation_counts_before_the_name(
-    flux2: PretrainedModel, tmp_path: Path, folder: str
+    flux2: PretrainedModel, tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / folder
     flux2.save(path)
@@ -290,6 +290,8 @@ def test_what_the_index_says_of_distillation_counts_before_the_name(
         parse(pretrained_model_name_or_path=str(path))
     with pytest.raises(UserError, match="is distilled to draw in a few steps"):  # as when it came from the hub
         load_base(h)
+    monkeypatch.chdir(path)
+    assert parse().architecture == "flux2"  # which names no other parts, nor what lies in the working directory
 
 
 def test_a_licence_that_is_accepted_is_named_in_the_plan() -> None:
