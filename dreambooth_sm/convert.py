@@ -34,7 +34,7 @@ from dreambooth_sm.stored.single_file import write_single_file
 EXPORT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FilePrecision = Literal["keep", "fp16", "bf16", "fp32"]
 AdapterLayout = Literal["diffusers", "kohya", "comfyui"]
-# Metadata of an adapter's file that is written anew, or was of the old file alone.
+# Metadata of an adapter's file that is written again, or was of the old file alone.
 _OWN_NOTES = ("format", "ss_network_", "sshs_", CONFIG_FIELD, HASH_FIELD)
 
 

@@ -29,7 +29,7 @@ class PriorKnobs(PictureKnobs):
         "images",
         "What keeps the class. images: class images. output: the base model's own predictions for the class prompt, on "
         "noised pictures of the subject; no class images are made or read. Where what is trained lies beside the base "
-        "model (adapters, hypernetworks), each step asks it anew; otherwise it is asked before training. dco: nothing "
+        "model (adapters, hypernetworks), each step asks it again; otherwise it is asked before training. dco: nothing "
         "of the class; how much better than by the base model a picture is predicted is what counts, with such methods "
         "alone (Lee et al. 2024).",
     )

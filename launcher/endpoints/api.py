@@ -112,7 +112,7 @@ def attach_endpoint(name: str, *, session: Session | None = None, clients: Clien
         clients: of AWS services; default: those of the session.
 
     Raises:
-        UserError: there is no such endpoint in this account and region.
+        UserError: this account and region do not have the endpoint.
     """
     endpoint = HostedEndpoint(name, clients or Clients(session))
     endpoint.describe()

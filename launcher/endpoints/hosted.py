@@ -52,7 +52,7 @@ class HostedEndpoint(Endpoint):
         """SageMaker's own description.
 
         Raises:
-            UserError: there is no such endpoint in this account and region.
+            UserError: this account and region do not have the endpoint.
             ServiceError: AWS can't be reached, or not with these credentials.
         """
         sagemaker = self._clients("sagemaker")
@@ -60,7 +60,7 @@ class HostedEndpoint(Endpoint):
             return self._endpoint.describe(sagemaker)
         except ServiceError as error:
             if error.kind is Kind.MISSING:
-                raise UserError(f"there is no endpoint {self.name!r} in {sagemaker.meta.region_name}") from None
+                raise UserError(f"endpoint {self.name!r} was not found in {sagemaker.meta.region_name}") from None
             raise
 
     @property
@@ -136,7 +136,7 @@ class HostedEndpoint(Endpoint):
             if bad and (found := get_object(S3Uri.parse(bad), client=s3)) is not None:
                 raise _refusal(400, found.decode("utf-8", "replace"))
             time.sleep(_POLL_LOCAL if self._clients.is_local("sagemaker") else 1.0)
-        raise EndpointFailed(f"{self.name}: there is no answer at {good} after {_PATIENCE:.0f} seconds")
+        raise EndpointFailed(f"{self.name}: nothing came to {good} in {_PATIENCE:.0f} seconds")
 
     # Changes
 
@@ -210,7 +210,7 @@ class HostedEndpoint(Endpoint):
             self._stop_scaling()
             things.insert(0, self._endpoint)
         if not things:
-            raise UserError(f"there is no endpoint {self.name!r} in {sagemaker.meta.region_name}")
+            raise UserError(f"endpoint {self.name!r} was not found in {sagemaker.meta.region_name}")
         if not remove(things, sagemaker, self._say):
             raise EndpointFailed(f"{self.name}: not all of it could be removed")
 

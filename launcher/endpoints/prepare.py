@@ -16,6 +16,7 @@ from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb, why_none
 from dreambooth_sm.serving.report import REPORT, trained_with
 from dreambooth_sm.serving.settings import ServingSettings
+from dreambooth_sm.sources import is_s3
 from dreambooth_sm.storage import S3Uri, TransferError, get_object, list_objects
 from launcher.aws.account import Account
 from launcher.aws.clients import Clients
@@ -151,7 +152,7 @@ def prepare_endpoint(
     peak = serving_peak_gb(pictures, h) if h and pictures else 0.0
     warnings = list(account.warnings)
     if h is None:
-        warnings.append(f"model: there is no {REPORT}, so whether it fits the card can't be checked")
+        warnings.append(f"model: {REPORT} is missing, so whether it fits the card can't be checked")
     return PreparedEndpoint(
         name, requests, instance, instance_count, scaling, pictures, peak, account.build, tuple(warnings)
     )
@@ -169,10 +170,11 @@ def _look_at(served: Served, clients: Clients, problems: Problems) -> Hyperparam
     """What the model was trained with, by its report; None where that can't be known."""
     h: Hyperparameters | None = None
     for field_, place in (("model", served.model), ("base_model", served.base_model), ("adapters", served.adapters)):
-        if place is None or (field_ == "base_model" and not place.startswith("s3://") and not _is_path(place)):
-            continue  # the hub's
-        if not place.startswith("s3://"):
-            problems.found.append(f"{field_}: {place} is not in S3; upload it, and name its s3:// prefix")
+        if place is None:
+            continue
+        if not is_s3(place):  # the hub's, or refused with the other requests
+            if field_ == "base_model" and _is_path(place):
+                problems.found.append(f"{field_}: {place} is not in S3; upload it, and name its s3:// prefix")
             continue
         with problems.collected():
             found = _read(field_, S3Uri.parse(place), clients)
@@ -223,7 +225,7 @@ def _choose(h: Hyperparameters | None, instance_type: str, batch: int) -> Instan
         advice = f"; instance_type='auto' takes {fitting[0]}" if fitting else ""
         raise UserError(f"instance_type={instance_type!r}: {why_none(h, instance.card)}{advice}")
     if h is None:
-        raise UserError(f"instance_type='auto': there is no {REPORT} that says what is served; name an instance type")
+        raise UserError(f"instance_type='auto': {REPORT}, which says what is served, is missing; name an instance type")
     for _, name in priced:
         if pictures_at_a_time(h, INSTANCES[name].card, batch) == batch:
             return INSTANCES[name]

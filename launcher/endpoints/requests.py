@@ -11,6 +11,7 @@ from typing import Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.serving.settings import ServingSettings
+from dreambooth_sm.sources import is_s3
 from dreambooth_sm.storage import S3Uri
 
 # What is made for an endpoint is known by it.
@@ -175,6 +176,9 @@ def _prefix(source: Mapping[str, Any]) -> str | None:
 def _source(field: str, prefix: str | None, problems: Problems) -> Mapping[str, Any]:
     """The data source of a prefix, with all that lies below it."""
     if prefix is None:
+        return {}
+    if not is_s3(prefix):
+        problems.found.append(f"{field}: {prefix} is not in S3; upload it, and name its s3:// prefix")
         return {}
     uri = S3Uri("")
     with problems.collected():

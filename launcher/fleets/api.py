@@ -58,7 +58,7 @@ def fit_many(
         skip_bad: leave out subjects that can't be trained, instead of refusing all.
         parallel: jobs that run at a time, within the account's quota; with a queue, those that are expected to.
         subjects_per_job: at most; None: so many that a job is long against its start.
-        alternatives: other instance types, in this order, for where there is no room or no capacity on the first.
+        alternatives: other instance types, in this order, taken where the first has no room or no capacity.
         queue: a job queue of AWS Batch for SageMaker's training jobs, by its name or ARN: all jobs go there at once,
             and wait for their turn; None: jobs go to SageMaker itself.
         share: with ``queue``: the share identifier, where the queue has a scheduling policy.

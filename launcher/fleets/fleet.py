@@ -115,7 +115,7 @@ class Fleet:
         """The training job that a subject was last in: its log, its state.
 
         Raises:
-            UserError: there is no such subject, or its job has not started.
+            UserError: the fleet does not have the subject, or its job has not started.
         """
         self._look()
         name = self._state.job_of.get(subject)

@@ -46,7 +46,7 @@ class FleetResources:
     Attributes:
         parallel: jobs that run at a time; with a queue, those that are expected to.
         subjects_per_job: at most; None: so many that a job is long against its start.
-        alternatives: other instance types, for where there is no room on the first.
+        alternatives: other instance types, taken where the first has no room.
         queue: of AWS Batch; None: jobs go to SageMaker itself.
     """
 

@@ -116,7 +116,7 @@ class Queue:
         except ServiceError as error:
             raise UserError(str(error)) from error
         if not found:
-            raise UserError(f"queue: there is no job queue {self.name!r} in {clients('batch').meta.region_name}")
+            raise UserError(f"queue: job queue {self.name!r} was not found in {clients('batch').meta.region_name}")
         (queue,) = found
         if queue.get("jobQueueType") != _KIND:
             raise UserError(f"queue: {self.name} is not a queue of the type {_KIND}; name one that is")

@@ -151,11 +151,11 @@ class EmbeddedBatch:
         (order,) = request.get("serviceEnvironmentOrder") or [{}]
         name, environment = request["jobQueueName"], str(order.get("serviceEnvironment", "")).rpartition("/")[2]
         if (region, environment) not in self._environments:
-            raise _refused(f"there is no service environment {environment!r}")
+            raise _refused(f"service environment {environment!r} does not exist")
         queue = JobQueue(name, self._environments[region, environment], request.get("schedulingPolicyArn"))
         if queue.policy is not None:
             if queue.policy not in self._policies:
-                raise _refused(f"there is no scheduling policy {queue.policy!r}")
+                raise _refused(f"scheduling policy {queue.policy!r} does not exist")
             policy = self._policies[queue.policy]
             shares = policy.get("shareDistribution", [])
             queue.weights = {share["shareIdentifier"]: share.get("weightFactor", 1.0) for share in shares}
@@ -185,7 +185,7 @@ class EmbeddedBatch:
     def _queue(self, request: dict[str, Any], region: str) -> JobQueue:
         name = str(request.get("jobQueue", "")).rpartition("/")[2]
         if (region, name) not in self._queues:
-            raise _refused(f"there is no job queue {name!r}")
+            raise _refused(f"job queue {name!r} does not exist")
         return self._queues[region, name]
 
     def _submit(self, request: dict[str, Any], region: str) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class EmbeddedBatch:
     def _find(self, id: str) -> ServiceJob:
         job = self._jobs.get(id.rpartition("/")[2])
         if job is None:
-            raise _refused(f"there is no service job {id!r}")
+            raise _refused(f"service job {id!r} does not exist")
         return job
 
     def _summary(self, job: ServiceJob) -> dict[str, Any]:

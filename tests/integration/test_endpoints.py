@@ -72,7 +72,7 @@ def test_it_draws_is_changed_while_it_draws_and_leaves_nothing_but_what_others_m
     endpoint = launcher.deploy(model, instance_type="ml.g5.xlarge", name=name, log=said.append, batch=1)
     assert f"endpoint: {name}" in said
     assert [line for line in said if line.startswith("cost: about $1.41 an hour")]
-    assert [line for line in said if line.startswith("warning: model: there is no report.json")]
+    assert [line for line in said if line.startswith("warning: model: report.json is missing")]
     pictures = endpoint.draw(PROMPT, number=2, **SMALL)
     assert [picture.size for picture in pictures] == [(32, 32)] * 2
     assert pictures[0].tobytes() == endpoint.draw(PROMPT, **SMALL)[0].tobytes() != pictures[1].tobytes()
@@ -116,7 +116,7 @@ def test_it_draws_is_changed_while_it_draws_and_leaves_nothing_but_what_others_m
     assert said[before:] == []
     assert made(services) == [foreign["ModelName"]]
     sagemaker.delete_model(ModelName=foreign["ModelName"])
-    with pytest.raises(UserError, match="there is no endpoint"):
+    with pytest.raises(UserError, match="was not found in"):
         launcher.attach_endpoint(name)
 
 
@@ -176,7 +176,7 @@ def test_the_command_line_makes_asks_and_removes_one(
         assert picture.size == (32, 32)
     assert f"{name} is deleted" in capsys.readouterr().out
     assert main(["undeploy", name]) == 2
-    assert f"there is no endpoint '{name}'" in capsys.readouterr().err
+    assert f"endpoint '{name}' was not found" in capsys.readouterr().err
 
 
 def test_on_this_machine_the_command_serves_until_ctrl_c(
@@ -278,6 +278,10 @@ def test_all_that_is_in_the_way_is_told_before_anything_is_made(
         )
     starts = [line.partition(":")[0] for line in caught.value.problems]
     assert starts == ["model", "base_model", "max_instances", "role", "name", "SERVE_BATCHES"]
+    with pytest.raises(UserError) as caught:
+        launcher.deploy("trained", instance_type="ml.g5.xlarge", role=services.role, adapters="more")
+    places = [line.partition(" is not in S3")[0] for line in caught.value.problems if "S3" in line]
+    assert places == ["model: trained", "adapters: more"]  # each once
     with pytest.raises(UserError, match=r"instance_type='ml.g4dn.xlarge': T4 has no bf16.*; .*'auto' takes ml"):
         launcher.deploy(str(bucket / "large"), instance_type="ml.g4dn.xlarge")
     with pytest.raises(UserError, match=r"'ml.g5.xlarge': a picture takes \d+\.\d GB, and A10G has 2.*'auto' takes ml"):

@@ -125,7 +125,7 @@ def test_the_model_is_served_as_the_document_says(trained: Any, capsys: pytest.C
         r"instance: 1 x ml\.g4dn\.xlarge \(T4\)\nplan: 8 pictures at a time, \d+\.\d of \d+\.\d GB\n", said
     )
     assert re.search(r"plan: 4 pictures at a time, \d+\.\d of \d+\.\d GB\ncost: about \$0\.74 an hour", said)
-    with pytest.raises(UserError, match="there is no endpoint"):
+    with pytest.raises(UserError, match="was not found in"):
         found["endpoint"].draw("a toy")
 
 

@@ -67,7 +67,7 @@ def test_a_fleet_waits_in_a_queue_and_its_jobs_are_found_by_their_attempts(
         "subjects_per_job": 2,
     }
     for wrong, words in (
-        ({"queue": "other"}, "there is no job queue"),
+        ({"queue": "other"}, "job queue 'other' was not found"),
         ({"queue": "toys"}, "set share to one"),
         ({"queue": "toys", "share": "people", "priority": 10_000}, "set 0 to 9999"),
         ({"priority": 1}, "set queue"),

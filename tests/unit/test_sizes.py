@@ -25,7 +25,6 @@ from launcher.instances import Instance
 from tests.helpers.true_sizes import CONFIGS
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
-_T5 = {"vocab_size": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 # Family, the first size's name, a larger one's, and its modules as its makers configure them.
 LARGER: list[tuple[str, str, str, dict[str, dict[str, Any]]]] = [
     (
@@ -80,20 +79,7 @@ LARGER: list[tuple[str, str, str, dict[str, dict[str, Any]]]] = [
                 "pos_embed_max_size": 192,
                 "qk_norm": "rms_norm",
             },
-            "text_encoder": {
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_attention_heads": 12,
-                "projection_dim": 768,
-            },
-            "text_encoder_2": {
-                "hidden_size": 1280,
-                "intermediate_size": 5120,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 20,
-                "projection_dim": 1280,
-            },
-            "text_encoder_3": {**_T5, "feed_forward_proj": "gated-gelu"},
+            **{part: config for part, config in CONFIGS["sd3"].items() if part != "transformer"},  # of all sizes
         },
     ),
 ]
