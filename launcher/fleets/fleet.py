@@ -118,25 +118,35 @@ class Fleet:
             UserError: the fleet does not have the subject, or its job has not started.
         """
         self._look()
-        name = self._state.job_of.get(subject)
-        if name is None:
-            raise UserError(f"{self.name} has no subject {subject!r}")
+        self._check_subject(subject)
+        name = self._state.job_of[subject]
         state = self._jobs.states.get(name)
         if state is None or state.training_job is None:
             raise UserError(f"{subject} is in {name}, which has not started")
         return Job(state.training_job, self._clients)
 
     def samples(self, subject: str) -> Pictures:
-        """Some of the pictures that a subject's job has drawn, a list of Pillow's by name; a notebook shows them."""
+        """Some of the pictures that a subject's job has drawn, a list of Pillow's by name; a notebook shows them.
+
+        Raises:
+            UserError: the fleet does not have the subject.
+        """
         from PIL import Image
 
         from dreambooth_sm.data.pictures import PICTURE_FORMATS
 
+        if subject not in self._state.subjects:  # as after attach_fleet
+            self._state.look(self._settled)
+        self._check_subject(subject)
         place = S3Uri.parse(self._state.model_of(self._state.subjects[subject])) / "samples"
         s3 = self._clients("s3")
         names = sorted(name for name in list_objects(place, client=s3) if name.endswith((".png", ".jpg", ".webp")))
         files = [get_object(place / name, client=s3) or b"" for name in names[-_PICTURES:]]
         return Pictures(Image.open(io.BytesIO(file), formats=PICTURE_FORMATS) for file in files)
+
+    def _check_subject(self, subject: str) -> None:
+        if subject not in self._state.subjects:
+            raise UserError(f"{self.name} has no subject {subject!r}; status() lists those that it has")
 
     def _look(self) -> None:
         # Jobs first: one that has ended by now has left the outcomes of all its subjects.

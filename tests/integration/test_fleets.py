@@ -86,6 +86,9 @@ def test_a_table_of_subjects_becomes_a_model_of_each(
     assert isinstance(started, launcher.Fleet)
 
     fleet = launcher.attach_fleet("s3://toys-of-many/dreambooth-sm/fleets/toys", services.clients())
+    for ask in (fleet.samples, fleet.job):
+        with pytest.raises(UserError, match=r"toys has no subject 'cow'; status\(\) lists"):
+            ask("cow")
     fleet.wait(lines.append)
     status = fleet.status()
     assert status.done == ("cat", "duck")
