@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dreambooth_sm.live_samples import live_samples
 from dreambooth_sm.loading import open_model
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.methods import Resettable
+from dreambooth_sm.onlookers import Onlooker
 from dreambooth_sm.preflight import Checked, check_prompts, preflight
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.results import REPORT_FILES, gather_facts, write_results
@@ -78,7 +80,7 @@ def make(job: Context, checked: Checked) -> Made | None:
     data = encode(job, checked, loaded, prior, start)
     job.stop_if_asked()
     examiner = measure_before(job, checked, loaded, prior)
-    trained = teach(job, checked, start, loaded, data, validator)
+    trained = teach(job, checked, start, loaded, data, [each for each in (validator, examiner) if each])
     del data
     free_memory()
     if not job.world.is_main:
@@ -182,7 +184,7 @@ def measure_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior)
 
 
 def teach(
-    job: Context, checked: Checked, start: Start, loaded: Loaded, data: TrainingSet, validator: Validator | None
+    job: Context, checked: Checked, start: Start, loaded: Loaded, data: TrainingSet, onlookers: Sequence[Onlooker]
 ) -> TrainedModel:
     """Trains the model in place."""
     with job.report.phase("train"), start.remote or contextlib.nullcontext():
@@ -197,7 +199,7 @@ def teach(
             start.checkpoints,
             start.remote.send if start.remote else None,
             keep_last=loaded.space.has_room_for_last,
-            validator=validator,
+            onlookers=onlookers,
             report=job.report,
             stop=job.stop,
             world=job.world,
@@ -229,7 +231,8 @@ def save(job: Context, checked: Checked, start: Start, trained: TrainedModel, pr
             outputs.make_way(directory, name)
         facts = gather_facts(trained.base.name, prior.subjects, job.h, checked.plan, report, steps, directory)
         write_results(facts, prior.subjects, directory)
-        if start.checkpoints.is_relative_to(directory):  # the finished model stands for them
+        # The finished model stands for them; those of a trial would be brought to all trials after it.
+        if start.checkpoints.is_relative_to(directory) or job.contract.is_trial:
             outputs.discard_checkpoints(start.checkpoints, start.identity)
     return written | set(REPORT_FILES)
 

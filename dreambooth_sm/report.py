@@ -31,6 +31,8 @@ _PAIR = re.compile(r'(\w++)=("(?:[^"\\]|\\.)*+"|[^\s"]\S*+)(?: |$)', re.ASCII)
 _BARE = re.compile(r'[^\s"]\S*')
 # What a metrics line of training can hold; the client makes CloudWatch metrics of them.
 TRAINING_METRICS = ("step", "loss", "instance_loss", "prior_loss", "lr", "steps_per_s", "vram_gb")
+# What a line of a measured model can hold (``selection.py``): the means over its subjects.
+MEASURES = ("score", "subject", "prompt", "prior", "diversity")
 # Off a terminal a progress line is due when this share of the work is done.
 _PROGRESS_SHARE = 0.25
 
@@ -71,6 +73,15 @@ def metric_pattern(name: str) -> str:
     if name == "step":
         return rf"^step=([0-9]\S*) loss=[^\s\"]+{pairs}\s*$"
     return rf"^step=[0-9]\S*{pairs} {name}=([-+]?[0-9][^\s\"]*){pairs}\s*$"
+
+
+def measure_pattern(name: str) -> str:
+    """As :func:`metric_pattern`, of the lines of a measured model, and not of the base model, which has taken 0 steps.
+
+    The last such line of a job is that of the model which it exports.
+    """
+    pairs = r"(?: \w+=[^\s\"]+)*"
+    return rf"^(?:candidate=[1-9][0-9]*|best=[0-9]+){pairs} {name}=([-+]?[0-9][^\s\"]*){pairs}\s*$"
 
 
 @dataclass(frozen=True)

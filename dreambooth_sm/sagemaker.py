@@ -20,6 +20,8 @@ from dreambooth_sm.printing import safe
 STANDARD_BASE = PurePosixPath("/opt/ml")
 # DescribeTrainingJob shows no more than this of the failure file.
 FAILURE_LENGTH = 1024
+# SageMaker adds it to the hyperparameters of the training jobs that a tuning job starts.
+OBJECTIVE_KEY = "_tuning_objective_metric"
 # Instance families with an NVIDIA GPU.
 _GPU_FAMILIES = ("ml.g", "ml.p")
 
@@ -51,7 +53,12 @@ class Contract:
 
     @property
     def checkpoint_directory(self) -> Path:
-        return self.base / "checkpoints" / self.subject
+        return self.base / "checkpoints" / (self.job_name if self.is_trial else "") / self.subject
+
+    @property
+    def is_trial(self) -> bool:
+        """Whether the job is a trial of a tuning job, whose checkpoints all go to one place."""
+        return OBJECTIVE_KEY in self.hyperparameters
 
     @property
     def keeps_checkpoints(self) -> bool:

@@ -18,6 +18,7 @@ from dreambooth_sm.families import Conditioning
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable, encodes_in_steps
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.onlookers import DrawingCopy
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter, ValidationPicture
 from dreambooth_sm.sampling import draw, embed_prompts, make_sampler
@@ -58,9 +59,6 @@ def _digest(content: bytes) -> str:
 class Validator:
     """Draws the validation prompts again and again, with the same seeds; the report remembers the pictures.
 
-    Training's own weights are never touched: while it continues, they are copied into others, which are on the device
-    only while they draw.
-
     A picture's name ends with a part of its SHA-256: no other picture ever replaces it, here or in S3.
 
     Args:
@@ -82,35 +80,23 @@ class Validator:
     ) -> None:
         self._trained, self._prompts, self._h, self._plan, self._report = trained, prompts, h, plan, report
         self._directory = directory
-        self._copy: Trainable | None = None
+        self._copy = DrawingCopy(trained, plan) if prompts and h.validation_steps else None
         # What the text encoders make of the prompts, unless training changes that: they may be larger than what
         # training leaves of a card.
         self._embedded: dict[str, Conditioning] | None = None
         self._seeds = [_SEED + number for number in range(h.num_validation_images)]
         self.on_draw: Callable[[Sequence[ValidationPicture]], object] | None = None
-        if prompts and h.validation_steps:
-            # In half precision where pictures are drawn so: host memory is short where cards are small.
-            half = trained.model.half
-            dtype = half if plan.device != "cpu" and plan.precision != "fp32" else torch.float32
-            self._copy = trained.drawable(dtype)
 
     def is_due(self, step: int) -> bool:
-        """Whether pictures are wanted after ``step`` steps of training that continues."""
+        """See :class:`~dreambooth_sm.onlookers.Onlooker`."""
         return self._copy is not None and step % self._h.validation_steps == 0
 
-    def draw_from(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
-        """Draws with weights of training, and goes without where the device has no memory left for it.
-
-        Args:
-            weights: name and value of each parameter that is trained.
-        """
+    def look(self, weights: Iterable[tuple[str, Tensor]], step: int) -> None:
+        """See :class:`~dreambooth_sm.onlookers.Onlooker`."""
         assert self._copy is not None
-        parameters = self._copy.parameters  # which walks the modules
-        with torch.no_grad():
-            for name, value in weights:
-                parameters[name].copy_(value)
+        model = self._copy.take(weights)
         try:
-            self._draw(self._copy.model, step, batch_size=1)  # the plan counts the memory for one
+            self._draw(model, step, batch_size=1)  # the plan counts the memory for one
         except torch.OutOfMemoryError:
             self._copy = None
             self._report.warn(f"no memory for validation pictures at step {step}; the next ones come after training")

@@ -19,6 +19,7 @@ from dreambooth_sm.planning.cards import Card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.figures import figure
 from dreambooth_sm.planning.length import length_of
+from dreambooth_sm.planning.measuring import measured_pictures
 from dreambooth_sm.planning.plan import Plan
 from launcher.instances import INSTANCES, PRICES, Instance
 
@@ -106,10 +107,16 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * relative * figure(h.architecture, "step_cost")
     step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
     training = seconds = step * length.steps
+    image = _CLASS_IMAGE_S * slower * size * relative * figure(h.architecture, "class_image_cost")
+
+    def drawing(pictures: float, batch_size: int) -> float:
+        return pictures / batch_size * max(_CLASS_BATCH_HOST_S, batch_size * image)
+
     if h.prior_preservation and not asks_base_of_classes(h):
-        batches = h.num_class_images * max(1, len(h.inline_concepts)) / plan.sample_batch_size / processes
-        image = _CLASS_IMAGE_S * slower * size * relative * figure(h.architecture, "class_image_cost")
-        seconds += batches * max(_CLASS_BATCH_HOST_S, plan.sample_batch_size * image)
+        made = h.num_class_images * max(1, len(h.inline_concepts)) / processes
+        seconds += drawing(made, plan.sample_batch_size)
+    measured, on_the_way = measured_pictures(h, length.steps)
+    seconds += drawing(measured, plan.sample_batch_size) + drawing(on_the_way, 1)
     minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
     price = instance.usd_per_hour
     usd = None if price is None else minutes / 60 * price * instance_count

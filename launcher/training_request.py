@@ -14,7 +14,7 @@ from typing import Any
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
-from dreambooth_sm.report import TRAINING_METRICS, metric_pattern
+from dreambooth_sm.report import MEASURES, TRAINING_METRICS, measure_pattern, metric_pattern
 from dreambooth_sm.storage import S3Uri
 from launcher.channels import Channel
 from launcher.instances import find_instance
@@ -74,7 +74,7 @@ def training_request(
         "AlgorithmSpecification": {
             "TrainingImage": resources.image_uri,
             "TrainingInputMode": "File",
-            "MetricDefinitions": metric_definitions(),
+            "MetricDefinitions": [*metric_definitions(), *(measure_definitions() if h.fidelity_encoders else ())],
         },
         "RoleArn": resources.role,
         "HyperParameters": h.to_sagemaker(),
@@ -144,6 +144,11 @@ def refused_resources(r: Resources, channels: Mapping[str, S3Uri | Channel]) -> 
 def metric_definitions() -> list[dict[str, str]]:
     """Defines what CloudWatch reads from the job's log."""
     return [{"Name": name, "Regex": metric_pattern(name)} for name in TRAINING_METRICS]
+
+
+def measure_definitions() -> list[dict[str, str]]:
+    """Defines what CloudWatch reads of a job that measures its model, and what a tuning job looks for the best of."""
+    return [{"Name": name, "Regex": measure_pattern(name)} for name in MEASURES]
 
 
 def uploads_by_itself(resources: Resources) -> bool:

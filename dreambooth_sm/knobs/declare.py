@@ -32,10 +32,11 @@ class Alias:
 
 @dataclass(frozen=True)
 class Tunable:
-    """The range that a search for good values goes over.
+    """The range that a search for good values goes over, as it is for the declared default.
 
     Attributes:
-        logarithmic: whether the values tried are evenly spread on a logarithmic scale.
+        logarithmic: whether the values tried are evenly spread on a logarithmic scale. Where a method or a model
+            has another default, the range moves with it, by the same factor.
     """
 
     least: float

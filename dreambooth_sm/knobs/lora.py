@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from dreambooth_sm.knobs.declare import knob, rule
+from dreambooth_sm.knobs.declare import Tunable, knob, rule
 from dreambooth_sm.knobs.optimizer import OptimizerKnobs
 from dreambooth_sm.knobs.output import OutputKnobs
 from dreambooth_sm.knobs.ranges import Fraction, NonNegativeFloat, PositiveFloat
@@ -35,7 +35,10 @@ class LoraKnobs(OptimizerKnobs, OutputKnobs):
         methods=_METHODS,
     )
     lora_rank: Annotated[int, Ge(1), Le(512)] = knob(
-        _RANK, "Rank of an adapter; with lora_variant=oft, the size of a rotation.", methods=_METHODS
+        _RANK,
+        "Rank of an adapter; with lora_variant=oft, the size of a rotation.",
+        tunable=Tunable(4, 64, logarithmic=True),
+        methods=_METHODS,
     )
     lora_alpha: PositiveFloat | None = knob(
         None, "An adapter's output is multiplied by lora_alpha / lora_rank; None: by 1.", methods=_METHODS

@@ -49,6 +49,11 @@ class ValidationKnobs(CheckpointKnobs):
         "`dino=facebook/dinov2-base clip=openai/clip-vit-large-patch14`, one of them, or `judge` for the toybox model.",
         resume="free",
     )
+    fidelity_steps: StepsOrNone = knob(
+        0,
+        "Measure with fidelity_encoders every so many steps as well; 0: before and after training.",
+        resume="free",
+    )
     select_best: bool = knob(
         False,
         "Export the best of the kept checkpoints and the last state, as measured with fidelity_encoders.",
@@ -68,6 +73,14 @@ class ValidationKnobs(CheckpointKnobs):
         if self.select_best and self.fidelity_encoders is None:
             yield (
                 "select_best=true needs fidelity_encoders to measure with; set "
+                "fidelity_encoders=dino=facebook/dinov2-base"
+            )
+
+    @rule("fidelity_encoders", "fidelity_steps")
+    def _something_measures(self) -> Iterator[str]:
+        if self.fidelity_steps > 0 and self.fidelity_encoders is None:
+            yield (
+                f"fidelity_steps={self.fidelity_steps} measures nothing without fidelity_encoders; set "
                 "fidelity_encoders=dino=facebook/dinov2-base"
             )
 

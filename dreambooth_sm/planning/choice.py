@@ -12,7 +12,7 @@ from dreambooth_sm.planning.cards import CARDS, Card
 from dreambooth_sm.planning.ladder import BaseWeights, Optimizer, Rung, Weights
 from dreambooth_sm.planning.memory import (
     drawing_gb,
-    draws_while_training,
+    drawing_steps,
     predict_peak_gb,
     reading_gb,
     sampling_peak_gb,
@@ -126,8 +126,9 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     ema = _choose(h.use_ema, rung.use_ema and optimizer != "schedule_free")  # whose weights are an average
     by_default = h.facts.footprint.trains_text_encoder
     text_encoder = _choose(h.train_text_encoder, rung.train_text_encoder and by_default)
-    if draws_while_training(h):
-        notes.append(f"validation_steps: drawing takes {drawing_gb(precision, h):.1f} GB beside training's memory")
+    if drawing_steps(h):
+        drawing = " and ".join(drawing_steps(h))
+        notes.append(f"{drawing}: drawing takes {drawing_gb(precision, h):.1f} GB beside training's memory")
     if not text_encoder and h.train_text_encoder == "auto" and _trains_text_encoder(h):
         why = "the card has no room for it" if by_default else "set train_text_encoder=true for that"
         notes.append(f"the text encoder is not trained: {why}")
@@ -274,7 +275,7 @@ def _too_large(h: Hyperparameters, card: Card, smallest: Plan) -> list[str]:
     asked_sizes = {name: value for name, value in smaller.items() if getattr(h, name) != value}
     least = _needed_gb(smallest, h)
     text = f"the job needs {least:.1f} GB at least and {card.name} has {card.budget_gb:.1f} GB for it"
-    drawing = {"validation_steps": 0} if draws_while_training(h) else {}
+    drawing = dict.fromkeys(drawing_steps(h), 0)
     both = {**asked, **asked_sizes}
     for change in (drawing, asked, asked_sizes, both, {**both, **drawing}):
         if change:

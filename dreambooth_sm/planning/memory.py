@@ -62,7 +62,7 @@ def predict_peak_gb(plan: Plan, h: Hyperparameters) -> float:
     stays = (weights + state + average) * millions * 1e-3 + frozen + vae + _OVERHEAD_GB
     stays += updating if follows_graph else 0  # beside the graph, which keeps its memory
     peak = stays + passing
-    if draws_while_training(h):
+    if drawing_steps(h):
         # A captured step keeps all its memory while pictures are drawn; another one its gradients at most.
         held = passing if plan.cuda_graph else gradients
         peak = max(peak, stays + held + drawing_gb(plan.precision, h))
@@ -107,9 +107,10 @@ def _kept_gb(kind: BaseWeights, precision: Precision, millions: float, coded: fl
     return 1e-3 * (width * (millions - coded) + codes * coded + width * largest)
 
 
-def draws_while_training(h: Hyperparameters) -> bool:
-    """Whether pictures are drawn while training's memory stays where it is."""
-    return h.validation_prompt is not None and h.validation_steps > 0
+def drawing_steps(h: Hyperparameters) -> list[str]:
+    """Names of the knobs for which pictures are drawn while training's memory stays where it is."""
+    validating = h.validation_prompt is not None and h.validation_steps > 0
+    return [*(["validation_steps"] if validating else []), *(["fidelity_steps"] if h.fidelity_steps else [])]
 
 
 def drawing_gb(precision: Precision, h: Hyperparameters) -> float:

@@ -7,7 +7,7 @@ import itertools
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import Trainable, encodes_in_steps
+from dreambooth_sm.onlookers import Onlooker
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.attention import attention_context
@@ -32,7 +33,6 @@ from dreambooth_sm.training.schedule import Schedule, make_rate
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step
 from dreambooth_sm.training.trend import find_rise
 from dreambooth_sm.training.window import Window
-from dreambooth_sm.validation import Validator
 
 # A loss scaler needs some steps to find its scale; more than this many skipped in a row is a broken job.
 _MOST_SKIPPED = 30
@@ -287,13 +287,13 @@ class Trainer:
         self,
         checkpoints: Path,
         stop: threading.Event,
-        validator: Validator | None = None,
+        onlookers: Sequence[Onlooker] = (),
         keep_last: Callable[[], bool] = lambda: True,
     ) -> None:
         """Runs all remaining steps, saves a checkpoint of the last one, then :meth:`finish`.
 
         Args:
-            validator: draws pictures on the way; the steps are the same, to the bit, with and without it.
+            onlookers: draw and measure on the way; the steps are the same, to the bit, with and without them.
             keep_last: whether there is room for the last checkpoint; asked when it is due.
 
         Raises:
@@ -307,9 +307,9 @@ class Trainer:
                 self._log(rate)
                 self._window = Window()
             last = self.step == self.schedule.steps
-            if validator and not last and self.world.is_main and validator.is_due(self.step):
+            for onlooker in [each for each in onlookers if self.world.is_main and not last and each.is_due(self.step)]:
                 paused = time.monotonic()
-                validator.draw_from(self.weights_now(), self.step)
+                onlooker.look(self.weights_now(), self.step)
                 self._window.started += time.monotonic() - paused
             if not last and self._asked_to_stop(stop):
                 saved = self.save(checkpoints)

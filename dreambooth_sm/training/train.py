@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.methods import Trainable
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.onlookers import Onlooker
 from dreambooth_sm.planning.choice import smaller_plan
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.training.checkpoint import Checkpoint
 from dreambooth_sm.training.loop import Trainer, TrainingSet
 from dreambooth_sm.training.schedule import Schedule
-from dreambooth_sm.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def train(
     on_save: Callable[[Path], object] | None = None,
     *,
     keep_last: Callable[[], bool] = lambda: True,
-    validator: Validator | None = None,
+    onlookers: Sequence[Onlooker] = (),
     report: Reporter,
     stop: threading.Event,
     world: World,
@@ -119,7 +119,7 @@ def train(
             elif previous is not None:
                 trainer.resume(previous)
                 report.say(f"resumed after step {previous.step}, from {previous.directory}")
-            trainer.train(checkpoints, stop, validator, keep_last)
+            trainer.train(checkpoints, stop, onlookers, keep_last)
             if bench:
                 bench.keep(trainer, asked)
             return TrainedModel(trainable)

@@ -90,6 +90,18 @@ def test_the_estimate_agrees_with_what_was_measured_on_the_h200() -> None:
     assert 5 + 40 / 60 < found.minutes < 5 + 80.5 / 60
 
 
+def test_measuring_takes_the_time_of_its_pictures() -> None:
+    usual = minutes("ml.g5.xlarge", max_train_steps=400)
+    measured = minutes("ml.g5.xlarge", max_train_steps=400, fidelity_encoders="judge")
+    on_the_way = minutes("ml.g5.xlarge", max_train_steps=400, fidelity_encoders="judge", fidelity_steps=100)
+    # 24 pictures before and after, in batches; and as many, one by one, after 100, 200 and 300 steps.
+    many, more = (minutes("ml.g5.xlarge", max_train_steps=400, num_class_images=50 + count) for count in (0, 48))
+    assert measured - usual == pytest.approx(more - many)
+    assert on_the_way - measured >= 1.5 * (measured - usual) - 1e-9
+    chosen = minutes("ml.g5.xlarge", max_train_steps=400, fidelity_encoders="judge", select_best=True, save_steps=100)
+    assert chosen - usual == pytest.approx(2 * (measured - usual))
+
+
 def test_a_live_base_takes_longer_steps_and_no_class_images() -> None:
     def seconds(prior: str, steps: int) -> float:
         values = {"method": "lora", "prior": prior, "num_class_images": 200}

@@ -206,8 +206,10 @@ def test_what_a_search_goes_over_is_accepted(name: str) -> None:
     tunable = meaning(FIELDS[name]).tunable
     assert tunable is not None
     assert tunable.least < tunable.most
+    methods = meaning(FIELDS[name]).methods
+    owner = {"method": methods[0]} if methods else {}
     for value in (tunable.least, tunable.most):
-        assert getattr(Hyperparameters.parse({**PROMPT, name: str(value)}), name) == value
+        assert getattr(Hyperparameters.parse({**PROMPT, **owner, name: str(value)}), name) == value
     default = FIELDS[name].default
     assert default is None or tunable.least <= default <= tunable.most
 

@@ -175,7 +175,7 @@ def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: Pretr
     validator = Validator(
         with_.trainable, ("photo of zwx toy",), with_.h, with_.plan, tmp_path / "samples", with_.recorder
     )
-    with_.trainer.train(tmp_path / "checkpoints", with_.recorder.stop, validator)
+    with_.trainer.train(tmp_path / "checkpoints", with_.recorder.stop, [validator])
     without = Run(base, tmp_path / "without", **options).train()
     assert with_.losses == without.losses
     (drawn,) = with_.recorder.samples

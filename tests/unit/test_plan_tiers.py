@@ -153,6 +153,9 @@ def test_pictures_while_training_are_planned_for(card: str) -> None:
     assert drawing.tier == plan.tier
     assert drawing.predicted_peak_gb - plan.predicted_peak_gb > 2e-3 * (859.5 + 123.1 + 83.7)
     assert any("validation_steps" in note for note in drawing.notes)
+    measuring = make_plan(parse(fidelity_encoders="judge", fidelity_steps=100), CARDS[card])
+    assert measuring.predicted_peak_gb == drawing.predicted_peak_gb
+    assert any("fidelity_steps" in note for note in measuring.notes)
     assert make_plan(parse(validation_prompt="a toy"), CARDS[card]) == plan, "before and after, the model is alone"
 
 

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.printing import safe
-from dreambooth_sm.report import TRAINING_METRICS, Reporter, format_metrics, metric_pattern, parse_metrics
+from dreambooth_sm.report import (
+    MEASURES,
+    TRAINING_METRICS,
+    Reporter,
+    format_metrics,
+    measure_pattern,
+    metric_pattern,
+    parse_metrics,
+)
 
 
 class Terminal(io.StringIO):
@@ -88,6 +96,19 @@ def test_names_from_outside_pass_for_no_number_and_no_command(name: str, say: An
     for metric in TRAINING_METRICS:
         assert not re.search(metric_pattern(metric), line)
     assert not {"step", "loss"} & parse_metrics(line).keys()
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_measures_are_those_of_what_is_trained(name: str) -> None:
+    report = Reporter(io.StringIO())
+    values = {each: 0.1 * number for number, each in enumerate(MEASURES, start=1)}
+    report.metrics(candidate=0, **dict.fromkeys(MEASURES, 0.99))
+    report.metrics(candidate=20, nearest=0.7, **values)
+    report.metrics(step=20, loss=0.5, prior_loss=0.25)
+    report.metrics(best=20, of=3, **{each: -1e-7 * value for each, value in values.items()})
+    report.warn("candidate=3 score=1")
+    found = [match for line in lines(report) if (match := re.search(measure_pattern(name), line))]
+    assert [float(match[1]) for match in found] == [pytest.approx(values[name]), pytest.approx(-1e-7 * values[name])]
 
 
 @given(st.text())

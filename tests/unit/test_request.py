@@ -15,7 +15,7 @@ from dreambooth_sm.data.concepts import read_concepts
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
-from dreambooth_sm.report import TRAINING_METRICS, Reporter
+from dreambooth_sm.report import MEASURES, TRAINING_METRICS, Reporter
 from dreambooth_sm.storage import S3Uri
 from launcher.resources import Resources
 from launcher.training_request import (
@@ -232,6 +232,16 @@ def test_a_metrics_line_of_the_job_holds_every_metric() -> None:
     for definition in metric_definitions():
         (number,) = re.findall(definition["Regex"], stream.getvalue())
         assert float(number) == pytest.approx(values[definition["Name"]], rel=1e-3)
+
+
+def test_a_job_that_measures_its_model_says_so() -> None:
+    names = [
+        definition["Name"]
+        for definition in make(values={"fidelity_encoders": "judge"})["AlgorithmSpecification"]["MetricDefinitions"]
+    ]
+    assert names == [*TRAINING_METRICS, *MEASURES]
+    plain = make()["AlgorithmSpecification"]["MetricDefinitions"]
+    assert [definition["Name"] for definition in plain] == list(TRAINING_METRICS)
 
 
 def test_prompts_that_are_too_long_go_into_a_file(tmp_path: Any) -> None:

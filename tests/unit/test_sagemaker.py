@@ -55,6 +55,14 @@ def test_a_whole_contract(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_a_trial_has_checkpoints_of_its_own(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINING_JOB_NAME", "toy-001")
+    assert read_contract(base).checkpoint_directory == base / "checkpoints"
+    tuned = json.dumps({**HYPERPARAMETERS, "_tuning_objective_metric": "score"})
+    (base / "input/config/hyperparameters.json").write_text(tuned, encoding="utf-8")
+    assert read_contract(base).checkpoint_directory == base / "checkpoints" / "toy-001"
+
+
 def test_hyperparameters_are_needed_unless_the_command_line_has_them(base: Path) -> None:
     (base / "input/config/hyperparameters.json").unlink()
     with pytest.raises(UserError, match=r"hyperparameters\.json is missing"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from dreambooth_sm import selection
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.fidelity import Encoders, Fidelity
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.selection import PLACES, Examiner, restore
+from dreambooth_sm.planning.measuring import PLACES
+from dreambooth_sm.report import measure_pattern
+from dreambooth_sm.selection import Examiner, restore
 from dreambooth_sm.training.checkpoint import all_checkpoints
 from tests.helpers.training import Run, same, weights
 
@@ -78,6 +81,42 @@ def test_the_best_one_is_left_in_the_model(
 
 
 @pytest.mark.slow
+def test_what_is_measured_while_training_continues_is_measured_once(
+    base: PretrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [0.1, 0.9, 0.5, 0.6])  # before, after steps 2 and 3, at the end
+    run = Run(
+        base,
+        tmp_path,
+        max_train_steps=4,
+        save_steps=1,
+        checkpoints_total_limit=3,
+        fidelity_encoders="judge",
+        fidelity_steps=1,
+    )
+    watching = examiner(run)
+    drawn: list[dict[str, torch.Tensor]] = []
+    monkeypatch.setattr(watching, "is_due", lambda step: step in (2, 3))
+    measured = watching._measure
+
+    def noting(model: PretrainedModel, batch_size: int) -> Any:
+        drawn.append(weights(model.unet))
+        return measured(model, batch_size)
+
+    monkeypatch.setattr(watching, "_measure", noting)
+    run.trainer.train(tmp_path / "checkpoints", run.recorder.stop, [watching])
+    undisturbed = Run(base, tmp_path / "undisturbed", max_train_steps=4).train()
+    assert same(weights(run.base.unet), weights(undisturbed.base.unet))
+    *kept, _ = all_checkpoints(tmp_path / "checkpoints")
+    assert watching.choose(kept, 4).step == 2
+    assert len(drawn) == 3  # on the way, and at the end
+    assert not same(drawn[0], drawn[1])
+    log = run.recorder.stream.getvalue()  # type: ignore[union-attr]
+    found = [re.search(measure_pattern("score"), line) for line in log.splitlines()]
+    assert [float(match[1]) for match in found if match] == [0.9, 0.5, 0.6, 0.9]
+
+
+@pytest.mark.slow
 def test_restoring_a_checkpoint_is_exact(base: PretrainedModel, tmp_path: Path) -> None:
     run = trained(base, tmp_path)
     checkpoint = all_checkpoints(tmp_path / "checkpoints")[-1]
@@ -100,7 +139,7 @@ def test_what_was_learned_is_measured_in_every_place(
         return draw(pipeline, prompt, seeds, steps=5, **options)  # shows what 25 show
 
     monkeypatch.setattr(selection, "draw", noting)
-    monkeypatch.setattr(selection, "_CLASS_PICTURES", 2)
+    monkeypatch.setattr(selection, "CLASS_PICTURES", 2)
     candidate = examiner(run).examine(1)
     assert candidate.fidelities[0].subject == pytest.approx(1)
     assert candidate.fidelities[0].diversity == pytest.approx(0)

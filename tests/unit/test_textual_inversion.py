@@ -216,7 +216,7 @@ def test_pictures_on_the_way_are_the_models_and_training_is_the_same(base: Pretr
     options = VALUES | {"validation_prompt": PROMPT, "validation_steps": 2, "use_ema": True}
     with_ = Run(base, tmp_path / "with", **options)
     validator = Validator(with_.trainable, (PROMPT,), with_.h, with_.plan, tmp_path / "samples", with_.recorder)
-    with_.trainer.train(tmp_path / "checkpoints", with_.recorder.stop, validator)
+    with_.trainer.train(tmp_path / "checkpoints", with_.recorder.stop, [validator])
     assert with_.losses == Run(base, tmp_path / "without", **options).train().losses
     (drawn,) = with_.recorder.samples
     short = Run(base, tmp_path / "short", **options | {"max_train_steps": 2}).train()

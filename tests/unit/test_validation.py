@@ -50,7 +50,7 @@ def train(base: PretrainedModel, root: Path, plan: dict[str, Any], *, steps: int
     validator = Validator(
         attach(copy.deepcopy(base), run.h, run.plan), prompts, run.h, run.plan, root / "samples", run.recorder
     )
-    run.trainer.train(root / "checkpoints", run.recorder.stop, validator if validate else None)
+    run.trainer.train(root / "checkpoints", run.recorder.stop, [validator] if validate else [])
     return run
 
 
@@ -161,6 +161,6 @@ def test_prompts_are_read_once_unless_their_reading_is_trained(
     monkeypatch.setattr(sampling, "embed", lambda *rest, **named: reads.append(rest) or embed(*rest, **named))
     validator.draw(0)
     assert len(reads) == 1
-    validator.draw_from(run.trainer.weights_now(), 2)
+    validator.look(run.trainer.weights_now(), 2)
     assert len(reads) == 1 + trained
     assert len(run.recorder.samples) == 4
