@@ -20,6 +20,7 @@ from dreambooth_sm.planning.ladder import BaseWeights
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.kept_in_fp32 import cast
 from dreambooth_sm.stored.model import Pipeline
+from dreambooth_sm.training.placement import speed_up_drawing
 from dreambooth_sm.training.quantised import is_quantised, quantise_layers
 
 # Side of the tiles, in pixels, that pictures are decoded in where they don't fit as a whole.
@@ -84,12 +85,15 @@ def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     half = base.vae_dtype if part == "vae" else base.half
     dtype = half if _in_half(plan) else torch.float32
     kind = _kept_in(base, plan, part)
-    # Not in channels_last: without a backward pass it is the slower format (measured on an H200).
-    if kind == "plain" or is_quantised(getattr(base, part)):
-        return base.part(part, plan.device, dtype)
-    shrink = partial(quantise_layers, kind=kind, dtype=dtype, device=torch.device(plan.device))
-    module = base.copy_of(part, "cpu", None, shrink)
-    cast(module, plan.device, dtype)
+    own = getattr(base, part)
+    if kind == "plain" or is_quantised(own):
+        module = base.part(part, plan.device, dtype)
+    else:
+        shrink = partial(quantise_layers, kind=kind, dtype=dtype, device=torch.device(plan.device))
+        module = base.copy_of(part, "cpu", None, shrink)
+        cast(module, plan.device, dtype)
+    if module is not own:  # which may be in training, where the plan decides
+        speed_up_drawing(module)
     return module
 
 

@@ -15,9 +15,11 @@ from dreambooth_sm.s3_uri import S3Uri
 from dreambooth_sm.serving.requests import PictureFormat, PictureRequest
 from dreambooth_sm.storage import put_object
 
+# Twice as fast as the usual level, and a tenth larger.
+_PNG = {"compress_level": 1}
 _JPEG = {"quality": 92}
 _WEBP = {"quality": 90}
-_OPTIONS: dict[str, dict[str, Any]] = {"png": {}, "jpeg": _JPEG, "webp": _WEBP}
+_OPTIONS: dict[str, dict[str, Any]] = {"png": _PNG, "jpeg": _JPEG, "webp": _WEBP}
 
 
 def encode_picture(picture: Image, form: PictureFormat) -> bytes:

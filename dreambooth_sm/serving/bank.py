@@ -47,14 +47,20 @@ class BatchRows:
 
     def set(self, uses: Sequence[Sequence[AdapterUse]], device: torch.device) -> None:
         """Says which adapters each row has."""
-        most = max(map(len, uses), default=0)
-        if not most:
-            self.slots = self.strengths = None
-            return
-        none = AdapterUse(0, 0.0)
-        filled = [[*each, *[none] * (most - len(each))] for each in uses]
-        self.slots = torch.tensor([[use.slot for use in each] for each in filled]).T.to(device)
-        self.strengths = torch.tensor([[use.strength for use in each] for each in filled]).T.to(device)
+        slots, strengths = slot_tensors(uses)
+        self.slots = slots if slots is None else slots.to(device)
+        self.strengths = strengths if strengths is None else strengths.to(device)
+
+
+def slot_tensors(uses: Sequence[Sequence[AdapterUse]]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Slots and strengths of rows, as :class:`BatchRows` has them; Nones where no row has an adapter."""
+    most = max(map(len, uses), default=0)
+    if not most:
+        return None, None
+    none = AdapterUse(0, 0.0)
+    filled = [[*each, *[none] * (most - len(each))] for each in uses]
+    slots = torch.tensor([[use.slot for use in each] for each in filled]).T
+    return slots, torch.tensor([[use.strength for use in each] for each in filled]).T
 
 
 class SlotBank:

@@ -18,6 +18,7 @@ from dreambooth_sm.serving.adapter_store import AdapterStore
 from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.offer import Offer
 from dreambooth_sm.serving.orders import Order
+from dreambooth_sm.serving.predictor import Predictor, Rows, recorder_for
 from dreambooth_sm.serving.prompts import PromptEncoder, side_by_side
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import PictureRequest
@@ -26,6 +27,7 @@ from dreambooth_sm.serving.served_model import ServedModel
 from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.serving.slots import AdapterSlots, busy_slots
 from dreambooth_sm.stored.schedulers import BY_NAME, scheduler_by_name
+from dreambooth_sm.training.placement import speed_up_drawing
 
 _USUAL, _MODELS = "default", "model"
 
@@ -66,7 +68,8 @@ class Engine:
         self._prompts = PromptEncoder(self.model, self._slots)
         self._waiting: deque[_Place] = deque()
         self._running: dict[_Place, PictureRun] = {}
-        self._together: tuple[tuple[_Place, ...], Any] | None = None
+        self._predictor = Predictor(self.model, self._slots, recorder_for(self._device))
+        self._together: tuple[tuple[_Place, ...], Rows] | None = None
         self._changed = threading.Condition()
         self._closing = False
         self.offer = _offer(self.model, served, self.store, settings)
@@ -192,7 +195,9 @@ class Engine:
                     place.order.add(place.number, picture)
         except torch.OutOfMemoryError as error:
             there = [place for place in places if place in self._running]
-            if len(there) == 1:
+            if self._predictor.stop_recording():
+                self._put_off(there)
+            elif len(there) == 1:
                 self._fail(there, error)
             else:
                 self._batch = len(there) // 2
@@ -206,12 +211,10 @@ class Engine:
     def _step(self, places: tuple[_Place, ...]) -> None:
         runs = [self._running[place] for place in places]
         if self._together is None or self._together[0] != places:
-            self._together = places, side_by_side([run.conditioning for run in runs])
-        denoiser = self.model.denoiser
-        self._slots.rows.set([run.adapters for run in runs for _ in range(run.rows)], self._device)
-        noised = torch.cat([run.noised() for run in runs]).to(denoiser.dtype)
-        times = torch.cat([run.time for run in runs])
-        predicted = self.model.family.predict(denoiser, noised, times, self._together[1]).float()
+            conditioning = side_by_side([run.conditioning for run in runs])
+            self._together = places, Rows(conditioning, [run.adapters for run in runs for _ in range(run.rows)])
+        noised = torch.cat([run.noised() for run in runs])
+        predicted = self._predictor(noised, torch.cat([run.time for run in runs]), self._together[1])
         for run, rows in zip(runs, predicted.split([run.rows for run in runs]), strict=True):
             run.take(rows)
 
@@ -241,9 +244,10 @@ class Engine:
 
 def _on_device(model: PretrainedModel, device: torch.device, in_half: bool) -> PretrainedModel:
     types = {part: model.vae_dtype if part == "vae" else model.half for part in model.family.facts.parts}
-    return model.with_parts(
-        {part: model.part(part, device, kind if in_half else torch.float32) for part, kind in types.items()}
-    )
+    parts = {part: model.part(part, device, kind if in_half else torch.float32) for part, kind in types.items()}
+    for module in parts.values():
+        speed_up_drawing(module)
+    return model.with_parts(parts)
 
 
 def _offer(model: PretrainedModel, served: ServedModel, store: AdapterStore, settings: ServingSettings) -> Offer:

@@ -23,12 +23,14 @@ class AdapterSlots:
     Attributes:
         rows: which row of a batch has which adapters.
         layers: with a bank, by part and name.
+        changes: how often layers got a bank, or banks another size.
     """
 
     def __init__(self, model: PretrainedModel, count: int) -> None:
         self._model, self._count, self._rank = model, count, 0
         self.rows = BatchRows()
         self.layers: dict[tuple[str, str], BankedLayer] = {}
+        self.changes = 0
         # The one that was used least lately comes first.
         self._slots: OrderedDict[int, HostAdapter | None] = OrderedDict.fromkeys(range(1, count + 1))
 
@@ -64,11 +66,12 @@ class AdapterSlots:
     @torch.no_grad()
     def _load(self, adapter: HostAdapter, slot: int) -> None:
         if adapter.rank > self._rank:
-            self._rank = adapter.rank
+            self._rank, self.changes = adapter.rank, self.changes + 1
             for layer in self.layers.values():
                 layer.bank.grow(self._rank)
         wanted = {(part, name): layer for part, layers in adapter.parts.items() for name, layer in layers.items()}
         for part, name in wanted.keys() - self.layers.keys():
+            self.changes += 1
             self.layers[part, name] = self._replaced(getattr(self._model, part), name)
         for place, layer in self.layers.items():
             layer.bank.put(slot, wanted.get(place))

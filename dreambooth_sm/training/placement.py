@@ -9,6 +9,7 @@ import torch
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.kept_in_fp32 import cast
 from dreambooth_sm.training.channels_last import keep_channels_last
+from dreambooth_sm.training.kernels import obstacle
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates, repeated_blocks
 
@@ -42,6 +43,16 @@ def speed_up(denoiser: Any, plan: Plan) -> None:
     recompute_gates(denoiser)
     if plan.channels_last and plan.device == "cuda":
         keep_channels_last(denoiser)
+
+
+def speed_up_drawing(module: Any) -> None:
+    """Sets the memory format and the kernels of a module that draws, on its device, and is not trained."""
+    from diffusers import UNet2DConditionModel
+
+    # Without the kernels channels_last is the slower format of a forward pass (measured on an H200).
+    if isinstance(module, UNet2DConditionModel) and module.device.type == "cuda" and not obstacle(module.device):
+        module.to(memory_format=torch.channels_last)
+        keep_channels_last(module)
 
 
 def _compile_blocks(denoiser: torch.nn.Module) -> None:
