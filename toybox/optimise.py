@@ -119,6 +119,11 @@ def train_for(
     return outcome
 
 
+def random_rows(count: int, batch: int, device: torch.device) -> Tensor:
+    """Draws the numbers of ``batch`` rows of ``count``, int64."""
+    return torch.randint(count, (batch,), device=device)
+
+
 def _rate(highest: float, share: float) -> float:
     """The learning rate after a share of the time."""
     return highest * min(1.0, 0.02 + share / 0.02) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, share)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from dreambooth_sm.quiet import quiet_libraries
 
 # isort: split
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.stored.directory import write_directory
@@ -33,21 +32,20 @@ from toybox.examine import examine_judge, examine_pipeline, psnr
 from toybox.judge_losses import identity_loss, label_loss
 from toybox.networks import (
     PROMPT_LENGTH,
-    as_pixels,
     make_pipeline,
     make_scheduler,
     make_text_encoder,
     make_tokenizer,
     make_unet,
     make_vae,
-    normalise_latents,
 )
-from toybox.optimise import Outcome, train_for
+from toybox.optimise import Outcome, random_rows, train_for
 from toybox.photos import SCENES_A_TOY, Photos, paint_photos
+from toybox.timetable import Timetable
+from toybox.vae import encode_latents, reconstruct, train_vae
 
 # What each stage gets of the time that is left, relative to those after it.
-_SHARES = {"painting": 0.07, "vae": 0.32, "unet": 0.48, "judge": 0.09, "evaluation": 0.04}
-_KL_WEIGHT = 2e-4
+SHARES = {"painting": 0.07, "vae": 0.32, "unet": 0.48, "judge": 0.09, "evaluation": 0.04}
 _CAPTION_DROPOUT = 0.1
 _MIN_SNR_GAMMA = 5.0
 # Deviation of the noise on latents whose pictures the judge learns from; drawn latents are not perfect either.
@@ -79,18 +77,6 @@ class Settings:
         return replace(self, held_out=16, drawn=8, vae_batch=4, unet_batch=16, judge_batch=16)
 
 
-class Timetable:
-    """Shares out the time that is left, so that a slow stage takes from all that follow."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def seconds_for(self, stage: str) -> float:
-        stages = list(_SHARES)
-        left = sum(_SHARES[later] for later in stages[stages.index(stage) :])
-        return max(0.0, self._end - time.monotonic()) * _SHARES[stage] / left
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     default = Settings()
     parser = argparse.ArgumentParser(prog="python -m toybox.train", description=__doc__)
@@ -111,7 +97,7 @@ def make_all(out: Path, settings: Settings, device: torch.device) -> dict[str, A
     Returns:
         the figures, which are printed and written too.
     """
-    timetable = Timetable(60 * settings.minutes)
+    timetable = Timetable(60 * settings.minutes, SHARES)
     base = out / "base"
     base.mkdir(parents=True, exist_ok=True)
     seconds = timetable.seconds_for("painting")
@@ -151,73 +137,6 @@ def make_all(out: Path, settings: Settings, device: torch.device) -> dict[str, A
     return figures
 
 
-def train_vae(vae: AutoencoderKL, pixels: Tensor, seconds: float, batch: int) -> Outcome:
-    """Trains the VAE, then gives its latents mean 0 and deviation 1.
-
-    Args:
-        pixels: uint8 ``(photos, 128, 128, 3)``, on the VAE's device.
-    """
-
-    def loss() -> Tensor:
-        real = as_input(pixels[_random_rows(len(pixels), batch, pixels.device)])
-        code = vae.encode(real.to(vae.dtype)).latent_dist
-        mean, log_variance = code.mean.float(), code.logvar.float()
-        latents = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
-        drawn = vae.decode(latents.to(vae.dtype)).sample.float()
-        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return reconstruction_loss(drawn, real) + _KL_WEIGHT * divergence
-
-    outcome = train_for(seconds, [vae], loss, name="vae", rows=batch, rate=1e-3, weight_decay=1e-4)
-    moments = encode_latents(vae, pixels[:2048]) / vae.config.scaling_factor
-    means = moments.chunk(2, dim=1)[0]
-    normalise_latents(vae, means.mean((0, 2, 3)), means.std((0, 2, 3)))
-    return outcome
-
-
-def reconstruction_loss(drawn: Tensor, real: Tensor) -> Tensor:
-    """Mean absolute errors of pixels, and of their differences to their neighbours, at three scales.
-
-    The differences keep outlines crisp; squared errors would blur them.
-
-    Args:
-        drawn, real: ``(pictures, 3, height, width)``.
-    """
-    total = (drawn - real).abs().mean()
-    for scale in range(3):
-        if scale:
-            drawn, real = F.avg_pool2d(drawn, 2), F.avg_pool2d(real, 2)
-            total = total + 0.5 * (drawn - real).abs().mean()
-        error = drawn - real
-        total = total + 0.5 * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
-    return total
-
-
-@torch.no_grad()
-def encode_latents(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
-    """Means and deviations of the latents, times the scaling factor: float32 ``(photos, 8, 16, 16)``."""
-    parts = []
-    for batch in pixels.split(256):
-        code = vae.encode(as_input(batch)).latent_dist
-        parts.append(torch.cat([code.mean, code.std], dim=1) * vae.config.scaling_factor)
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pixels: Tensor, noise: float) -> Tensor:
-    """Encodes and decodes pictures with the VAE: uint8, shaped like ``pixels``.
-
-    Args:
-        noise: its deviation, where that of latents is 1.
-    """
-    parts = []
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=pixels.is_cuda):
-        for batch in pixels.split(256):
-            latents = vae.encode(as_input(batch)).latent_dist.mean.float()
-            latents += noise / vae.config.scaling_factor * torch.randn_like(latents)
-            parts.append(as_pixels(vae.decode(latents).sample))
-    return torch.cat(parts)
-
-
 def _text_parts(seed: int) -> tuple[Any, Any]:
     """The text encoder and its tokenizer, which knows the words of all captions that name no individual."""
     rng = random.Random(seed)
@@ -251,12 +170,12 @@ def train_unet(
     weights = weights / weights.mean()
 
     def loss() -> Tensor:
-        rows = _random_rows(len(latents), batch, device)
+        rows = random_rows(len(latents), batch, device)
         mean, deviation = latents[rows].chunk(2, dim=1)
         clean = mean + deviation * torch.randn_like(mean)
         noise = torch.randn_like(clean)
-        timesteps = _random_rows(objective.times, batch, device)
-        texts = prompts[rows, _random_rows(prompts.shape[1], batch, device)]
+        timesteps = random_rows(objective.times, batch, device)
+        texts = prompts[rows, random_rows(prompts.shape[1], batch, device)]
         texts = torch.where(torch.rand(batch, 1, device=device) < _CAPTION_DROPOUT, empty, texts)
         noisy = objective.noised(clean, noise, timesteps).to(unet.dtype, memory_format=torch.channels_last)
         predicted = unet(noisy, timesteps, text_encoder(texts)[0]).sample
@@ -282,7 +201,7 @@ def train_judge(judge: Judge, photos: Photos, soft: Tensor, timetable: Timetable
     device = painted.device
 
     def loss() -> Tensor:
-        firsts = SCENES_A_TOY * _random_rows(len(painted) // SCENES_A_TOY, batch // SCENES_A_TOY, device)
+        firsts = SCENES_A_TOY * random_rows(len(painted) // SCENES_A_TOY, batch // SCENES_A_TOY, device)
         rows = torch.cat([firsts + scene for scene in range(SCENES_A_TOY)])
         pictures = as_input(torch.where(_coins(batch, device), painted[rows], soft[rows]))
         blurred = F.interpolate(F.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear")
@@ -297,10 +216,6 @@ def train_judge(judge: Judge, photos: Photos, soft: Tensor, timetable: Timetable
 def save_judge(judge: Judge, path: Path) -> None:
     """Writes the weights, in half precision."""
     save_file({name: weight.detach().half().cpu().contiguous() for name, weight in judge.state_dict().items()}, path)
-
-
-def _random_rows(count: int, batch: int, device: torch.device) -> Tensor:
-    return torch.randint(count, (batch,), device=device)
 
 
 def _coins(batch: int, device: torch.device) -> Tensor:

@@ -20,10 +20,11 @@ from dreambooth_sm.models import load_base
 from dreambooth_sm.toybox.judge import Judge, as_input, load_judge
 from dreambooth_sm.toybox.labels import LABELS
 from tests.helpers.training import hyperparameters
-from toybox import networks, toys, train
+from toybox import networks, toys, train, vae
 from toybox.judge_losses import identity_loss, label_loss
 from toybox.optimise import Outcome, train_for
 from toybox.photos import Photos, paint_photos
+from toybox.timetable import Timetable
 
 MEGABYTE = 1_000_000
 
@@ -108,15 +109,15 @@ def test_any_text_can_be_spelled(captions: list[str], text: str) -> None:
 @pytest.mark.slow
 def test_normalised_latents_leave_pictures_as_they_are(photos: Photos) -> None:
     torch.manual_seed(0)
-    vae = networks.make_vae().eval()
+    model = networks.make_vae().eval()
     pictures = as_input(photos.pixels[:4])
     with torch.no_grad():
-        before = vae.encode(pictures).latent_dist
-        reconstruction = vae.decode(before.mean).sample
-        networks.normalise_latents(vae, before.mean.mean((0, 2, 3)), before.mean.std((0, 2, 3)))
-        after = vae.encode(pictures).latent_dist
-        assert torch.allclose(vae.decode(after.mean).sample, reconstruction, atol=1e-3)
-    scaled = after.mean * vae.config.scaling_factor
+        before = model.encode(pictures).latent_dist
+        reconstruction = model.decode(before.mean).sample
+        networks.normalise_latents(model, before.mean.mean((0, 2, 3)), before.mean.std((0, 2, 3)))
+        after = model.encode(pictures).latent_dist
+        assert torch.allclose(model.decode(after.mean).sample, reconstruction, atol=1e-3)
+    scaled = after.mean * model.config.scaling_factor
     assert torch.allclose(scaled.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
     assert torch.allclose(scaled.std((0, 2, 3)), torch.ones(4), atol=1e-4)
     assert torch.allclose(after.std / after.mean.std(), before.std / before.mean.std(), rtol=0.5)
@@ -201,7 +202,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _train_vae() -> None:
-    train.train_vae(networks.make_vae().to("meta"), _meta(8, 128, 128, 3, dtype=torch.uint8), 1, 4)
+    vae.train_vae(networks.make_vae().to("meta"), _meta(8, 128, 128, 3, dtype=torch.uint8), 1, 4)
 
 
 def _train_unet() -> None:
@@ -210,14 +211,14 @@ def _train_unet() -> None:
     pipeline = networks.make_pipeline(*parts)
     pipeline.unet.to("meta")
     pipeline.text_encoder.to("meta")
-    train.train_unet(pipeline, _meta(8, 8, 16, 16), [["a toy"] * 4] * 8, train.Timetable(1), 4)
+    train.train_unet(pipeline, _meta(8, 8, 16, 16), [["a toy"] * 4] * 8, Timetable(1, train.SHARES), 4)
 
 
 def _train_judge() -> None:
     heads = len(LABELS)
     numbers = _meta(8, heads, dtype=torch.int64), _meta(8, dtype=torch.int64)
     pixels = _meta(8, 128, 128, 3, dtype=torch.uint8)
-    train.train_judge(Judge().to("meta"), Photos(pixels, *numbers, []), pixels, train.Timetable(1), 4)
+    train.train_judge(Judge().to("meta"), Photos(pixels, *numbers, []), pixels, Timetable(1, train.SHARES), 4)
 
 
 @pytest.mark.slow
@@ -237,6 +238,7 @@ def test_a_step_never_waits_for_the_device(stage: Callable[[], None], monkeypatc
         assert (value.dtype, value.shape) == (torch.float32, ())
         raise WatchedError
 
-    monkeypatch.setattr(train, "train_for", watch)
+    for module in (train, vae):
+        monkeypatch.setattr(module, "train_for", watch)
     with pytest.raises(WatchedError):
         stage()
