@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline, ZImagePipeline
 from PIL import Image
 from torch import Tensor
 
@@ -64,7 +64,12 @@ def examine_judge(judge: Judge, photos: Photos) -> dict[str, Any]:
 
 
 def examine_pipeline(
-    pipeline: StableDiffusionPipeline, judge: Judge, count: int, seed: int, out: Path
+    pipeline: StableDiffusionPipeline | ZImagePipeline,
+    judge: Judge,
+    count: int,
+    seed: int,
+    out: Path,
+    guidance: float = DRAWING_GUIDANCE,
 ) -> dict[str, Any]:
     """Measures what the judge reads from drawn pictures, and from painted ones of the same scenes.
 
@@ -73,7 +78,7 @@ def examine_pipeline(
     rng = random.Random(f"drawn {seed}")
     scenes = [toys.random_scene(rng) for _ in range(count)]
     prompts = [full_caption(scene, rng) for scene in scenes]
-    drawn = draw(pipeline, prompts, seed)
+    drawn = draw(pipeline, prompts, seed, guidance=guidance)
     grid(drawn[:64], 8).save(out / "sheet.png")
     (out / "sheet.txt").write_text("\n".join(prompts[:64]) + "\n", encoding="utf-8")
     by_kind: dict[str, list[bool]] = {}
@@ -96,15 +101,31 @@ def full_caption(scene: toys.Scene, rng: random.Random) -> str:
             return caption
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int, batch: int = 64) -> list[Image.Image]:
-    """One picture a prompt, each from noise of its own."""
+def draw(
+    pipeline: StableDiffusionPipeline | ZImagePipeline,
+    prompts: Sequence[str],
+    seed: int,
+    batch: int = 64,
+    guidance: float = DRAWING_GUIDANCE,
+) -> list[Image.Image]:
+    """One picture a prompt, each from noise of its own.
+
+    Args:
+        guidance: of Stable Diffusion's pipeline; Z-Image's counts what is added to the prompt's own, one less.
+    """
+    scale = guidance - 1 if isinstance(pipeline, ZImagePipeline) else guidance
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
         generators = [torch.Generator().manual_seed(1000 * seed + start + number) for number in range(len(part))]
         output: Any = pipeline(
-            part, num_inference_steps=DRAWING_STEPS, guidance_scale=DRAWING_GUIDANCE, generator=generators
+            part,
+            height=SIDE,
+            width=SIDE,
+            num_inference_steps=DRAWING_STEPS,
+            guidance_scale=scale,
+            generator=generators,
         )
         pictures += output.images
     return pictures

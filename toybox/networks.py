@@ -22,17 +22,23 @@ PROMPT_LENGTH = 32
 _TEXT_WIDTH = 128
 
 
-def make_vae() -> AutoencoderKL:
-    """1.9 M parameters; 8 pixels a latent, 4 channels."""
+def make_vae(channels: int = 4, scaling_factor: float = SCALING_FACTOR, shift_factor: float = 0.0) -> AutoencoderKL:
+    """1.9 M parameters; 8 pixels a latent.
+
+    Args:
+        channels: of latents.
+        scaling_factor, shift_factor: latents minus the shift, times the scale, have mean 0 and deviation 1.
+    """
     return AutoencoderKL(
         block_out_channels=(32, 48, 64, 96),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=channels,
         norm_num_groups=16,
         sample_size=SIDE,
-        scaling_factor=SCALING_FACTOR,
+        scaling_factor=scaling_factor,
+        shift_factor=shift_factor or None,
     )
 
 
@@ -70,18 +76,23 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
-    """A tokenizer to which the words of ``captions`` are one token each; it spells other words, in any language.
-
-    Byte pair encoding (Sennrich et al. 2016), with merges until no word is left in pieces.
-    """
+    """A tokenizer to which the words of ``captions`` are one token each; it spells other words, in any language."""
     words = sorted({word for caption in captions for word in re.findall("[a-z]+", caption.lower())})
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges: list[str] = []
-    while pairs := Counter(pair for parts in spelled for pair in pairwise(parts)):
-        pair = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(" ".join(pair))
-        spelled = [_merged(parts, pair) for parts in spelled]
-    return bpe_tokenizer(merges, PROMPT_LENGTH)
+    merges = find_merges([[*word[:-1], word[-1] + "</w>"] for word in words])
+    return bpe_tokenizer([" ".join(pair) for pair in merges], PROMPT_LENGTH)
+
+
+def find_merges(words: list[list[str]]) -> list[tuple[str, str]]:
+    """Byte pair encoding (Sennrich et al. 2016), with merges until no word is left in pieces.
+
+    Args:
+        words: the letters of each.
+    """
+    merges: list[tuple[str, str]] = []
+    while pairs := Counter(pair for parts in words for pair in pairwise(parts)):
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
+        words = [_merged(parts, merges[-1]) for parts in words]
+    return merges
 
 
 def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
@@ -123,21 +134,22 @@ def make_pipeline(
 
 @torch.no_grad()
 def normalise_latents(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> None:
-    """Makes latents with mean 0 and, times the scaling factor, deviation 1 in every channel; pictures stay the same.
+    """Gives every channel of the latents mean 0 and deviation 1 once they are shifted and scaled; pictures stay the
+    same.
 
-    Done by the VAE's own 1x1 convolutions around the latents: unequal channels cost the UNet quality.
+    Done by the VAE's own 1x1 convolutions around the latents: unequal channels cost the denoiser quality.
 
     Args:
-        mean, deviation: ``(channels,)`` of the latents as they are, before the scaling factor.
+        mean, deviation: ``(channels,)`` of the latents as they are, before shift and scale.
     """
-    channels = len(mean)
+    channels, shift = len(mean), vae.config.shift_factor or 0.0
     factor = 1 / (vae.config.scaling_factor * deviation)
     encoding, decoding = vae.quant_conv, vae.post_quant_conv
     encoding.weight[:channels] *= factor.view(-1, 1, 1, 1)
-    encoding.bias[:channels] = (encoding.bias[:channels] - mean) * factor
+    encoding.bias[:channels] = (encoding.bias[:channels] - mean) * factor + shift
     # The other half are the logarithms of the variances.
     encoding.bias[channels:] += 2 * factor.log()
-    decoding.bias += decoding.weight[:, :, 0, 0] @ mean
+    decoding.bias += decoding.weight[:, :, 0, 0] @ (mean - shift / factor)
     decoding.weight /= factor.view(1, -1, 1, 1)
 
 

@@ -47,7 +47,7 @@ def train_for(
     left in the modules, in float32 and eval mode, is an average over about the last twentieth of the steps.
 
     Args:
-        modules: in float32, all on one device.
+        modules: in float32, all on one device; weights that want no gradients stay as they are.
         loss: draws a batch and returns its loss, a float32 scalar. It is captured: on a GPU it must neither wait for
             the device nor depend on anything but tensors and the default generator.
         name: for the lines about the progress.
@@ -55,7 +55,8 @@ def train_for(
         rate: the highest learning rate; it rises over the first 2 % of the time, then falls as a cosine.
     """
     started = shown = time.monotonic()
-    weights: list[Tensor] = [weight for module in modules for weight in module.parameters()]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    weights: list[Tensor] = [parameter for parameter in parameters if parameter.requires_grad]
     device = weights[0].device
     on_gpu = device.type == "cuda"
     for module in modules:
@@ -67,8 +68,8 @@ def train_for(
     for master, slot in zip(masters, slots, strict=True):
         master.grad = slot
     if on_gpu:
-        for module in modules:
-            module.to(torch.bfloat16)
+        for parameter in parameters:  # alone: angles of rotary positions would be rounded
+            parameter.data = parameter.data.bfloat16()
     learning_rate, averaging, average_loss = (torch.ones((), device=device) for _ in range(3))
     learning_rate.fill_(_rate(rate, 0))
     optimizer = torch.optim.AdamW(
