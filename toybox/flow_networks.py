@@ -14,7 +14,7 @@ from toybox.networks import find_merges, make_vae
 
 # Of prompts in training, in tokens with their template: what the transformer fills shorter ones up to. Few captions are
 # longer.
-PROMPT_LENGTH = 32
+CAPTION_LENGTH = 32
 # Z-Image's.
 _SCALING_FACTOR, _SHIFT_FACTOR, _CHANNELS = 0.3611, 0.1159, 16
 _LONGEST_PROMPT = 512

@@ -27,31 +27,33 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 
 from dreambooth_sm.families.conditioning import Conditioning
 from dreambooth_sm.families.z_image import FAMILY
+from dreambooth_sm.objectives import FlowMatching
 from dreambooth_sm.stored.directory import read_directory, write_directory
 from dreambooth_sm.stored.locate import INDEX
 from dreambooth_sm.stored.model import StoredModel
-from dreambooth_sm.toybox import SIDE
 from dreambooth_sm.toybox.judge import load_judge
 from toybox import toys
 from toybox.examine import DRAWING_GUIDANCE, examine_pipeline, psnr
-from toybox.flow_networks import PROMPT_LENGTH, make_flow_vae, make_pipeline, make_tokenizer
+from toybox.flow_networks import CAPTION_LENGTH, make_flow_vae, make_pipeline, make_tokenizer
 from toybox.optimise import Outcome, random_rows, train_for
 from toybox.photos import paint_photos
 from toybox.timetable import Timetable
 from toybox.vae import encode_latents, train_vae
 
 # What each stage gets of the time that is left, relative to those after it.
-SHARES = {"painting": 0.06, "vae": 0.36, "denoiser": 0.5, "evaluation": 0.08}
+FLOW_SHARES = {"painting": 0.06, "vae": 0.36, "denoiser": 0.5, "evaluation": 0.08}
 # Of what is learned from nothing, and of what learns on.
 _RATE, _RATE_AGAIN = 1e-3, 6e-4
 _CAPTION_DROPOUT = 0.1
+# Of what the VAE learns by: four times as many latents share the divergence as the other toybox has.
+_DIVERGENCE_WEIGHT, _HALVED_WEIGHT = 5e-4, 0.25
 # Of Stable Diffusion's pipeline; beside the one that the toybox is examined with.
 _OTHER_GUIDANCES = (2.0, 4.5)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The amounts of everything; what objectives are made by, as a job's hyperparameters say it.
+class FlowSettings:
+    """The amounts of everything.
 
     Attributes:
         minutes: for all, from the painting to the evaluation.
@@ -67,19 +69,14 @@ class Settings:
     drawn: int = 256
     vae_batch: int = 64
     denoiser_batch: int = 256
-    snr_gamma: float | None = None
-    debiased_loss: bool = False
-    time_sampling: str = "uniform"
-    time_shift: float | str = "auto"
-    resolution: int = SIDE
 
-    def on_cpu(self) -> Settings:
+    def on_cpu(self) -> FlowSettings:
         """The same in miniature."""
         return replace(self, held_out=16, drawn=8, vae_batch=4, denoiser_batch=16)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    default = Settings()
+    default = FlowSettings()
     parser = argparse.ArgumentParser(prog="python -m toybox.train_flow", description=__doc__)
     parser.add_argument("out", type=Path, help="where base/, sheets of pictures and figures.json go")
     parser.add_argument("--start", type=Path, help="an OUT of an earlier command; left out, OUT itself")
@@ -87,13 +84,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=default.pictures)
     parser.add_argument("--seed", type=int, default=default.seed)
     options = parser.parse_args(arguments)
-    settings = Settings(options.minutes, options.pictures, options.seed)
+    settings = FlowSettings(options.minutes, options.pictures, options.seed)
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     make_all(options.out, settings if device.type == "cuda" else settings.on_cpu(), device, options.start)
 
 
-def make_all(out: Path, settings: Settings, device: torch.device, start: Path | None = None) -> dict[str, Any]:
+def make_all(out: Path, settings: FlowSettings, device: torch.device, start: Path | None = None) -> dict[str, Any]:
     """Paints, trains and measures; every stage's result is written as soon as it is there.
 
     Args:
@@ -102,7 +99,7 @@ def make_all(out: Path, settings: Settings, device: torch.device, start: Path | 
     Returns:
         the figures, which are printed and written too.
     """
-    timetable = Timetable(60 * settings.minutes, SHARES)
+    timetable = Timetable(60 * settings.minutes, FLOW_SHARES)
     base, earlier = out / "base", (start or out) / "base"
     base.mkdir(parents=True, exist_ok=True)
     count, seconds = settings.held_out + settings.pictures, timetable.seconds_for("painting")
@@ -112,30 +109,19 @@ def make_all(out: Path, settings: Settings, device: torch.device, start: Path | 
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         if not (earlier / "vae").is_dir():
-            vae = make_flow_vae().to(device)
-            outcome = train_vae(
-                vae,
-                training.pixels,
-                timetable.seconds_for("vae"),
-                settings.vae_batch,
-                divergence_weight=5e-4,
-                halved_weight=0.25,
-            )
-            figures["vae"] = outcome.figures()
-            vae.half().save_pretrained(base / "vae")
+            figures["vae"] = _make_vae(base / "vae", training.pixels, timetable, settings.vae_batch).figures()
         elif earlier != base:
             shutil.copytree(earlier / "vae", base / "vae", dirs_exist_ok=True)
         vae = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32).to(device).requires_grad_(False)
-        figures["vae"] = figures.get("vae", {}) | {"psnr_db": round(psnr(vae, held_out.pixels), 2)}
-        print(f"vae psnr_db={figures['vae']['psnr_db']}", flush=True)
+        figures["psnr_db"] = round(psnr(vae, held_out.pixels), 2)
+        print(f"vae psnr_db={figures['psnr_db']}", flush=True)
 
         latents = encode_latents(vae, training.pixels)
         again = (earlier / INDEX).is_file()
-        pipeline = read_directory(earlier).load() if again else make_pipeline(vae, _tokenizer(settings.seed))
-        pipeline.vae = vae
+        pipeline = read_directory(earlier).load() if again else make_pipeline(vae, _make_tokenizer(settings.seed))
         pipeline.to(device)
-        rate = _RATE_AGAIN if again else _RATE
-        figures["denoiser"] = train_denoiser(pipeline, latents, training.captions, timetable, settings, rate).figures()
+        rate, batch = _RATE_AGAIN if again else _RATE, settings.denoiser_batch
+        figures["denoiser"] = train_denoiser(pipeline, latents, training.captions, timetable, batch, rate).figures()
         write_directory(StoredModel.of("toybox-flow", pipeline), base)
 
     pipeline = ZImagePipeline.from_pretrained(base, dtype=torch.float32).to(device)
@@ -153,7 +139,15 @@ def make_all(out: Path, settings: Settings, device: torch.device, start: Path | 
     return figures
 
 
-def _tokenizer(seed: int) -> Qwen2Tokenizer:
+def _make_vae(target: Path, pixels: Tensor, timetable: Timetable, batch: int) -> Outcome:
+    """Trains a VAE and writes it, in half precision."""
+    vae, seconds = make_flow_vae().to(pixels.device), timetable.seconds_for("vae")
+    outcome = train_vae(vae, pixels, seconds, batch, divergence_weight=_DIVERGENCE_WEIGHT, halved_weight=_HALVED_WEIGHT)
+    vae.half().save_pretrained(target)
+    return outcome
+
+
+def _make_tokenizer(seed: int) -> Qwen2Tokenizer:
     """It knows the words of all captions that name no individual."""
     rng = random.Random(seed)
     return make_tokenizer(toys.caption(toys.random_scene(rng), rng) for _ in range(20_000))
@@ -164,7 +158,7 @@ def train_denoiser(
     latents: Tensor,
     captions: Sequence[Sequence[str]],
     timetable: Timetable,
-    settings: Settings,
+    batch: int,
     rate: float,
 ) -> Outcome:
     """Trains transformer and text encoder together, as the family trains its transformer.
@@ -182,11 +176,13 @@ def train_denoiser(
     # What nobody uses: patches of 128 pixels need no filling up, and of the states the last but one are read.
     for unused in (transformer.x_pad_token, text_encoder.layers[-1], text_encoder.norm):
         unused.requires_grad_(False)
-    ids, lengths = read_captions(pipeline.tokenizer, [text for texts in captions for text in texts])
-    a_row = len(ids) // len(captions)
+    numbers: dict[str, int] = {}  # many pictures share a caption
+    captions_of = [[numbers.setdefault(text, len(numbers)) for text in texts] for texts in captions]
+    own = torch.tensor(captions_of, device=device)
+    ids, lengths = (each.to(device) for each in read_captions(pipeline.tokenizer, list(numbers)))
     empty, empty_length = (each.to(device) for each in read_captions(pipeline.tokenizer, [""]))
-    ids, lengths = ids.to(device), lengths.to(device)
-    objective, batch = FAMILY.objective(pipeline, settings).to(device), settings.denoiser_batch
+    print(f"captions done different={len(numbers)}", flush=True)
+    objective = make_objective(pipeline).to(device)
 
     def loss() -> Tensor:
         rows = random_rows(len(latents), batch, device)
@@ -194,7 +190,7 @@ def train_denoiser(
         clean = mean + deviation * torch.randn_like(mean)
         noise = torch.randn_like(clean)
         times = random_rows(objective.times, batch, device)
-        texts = a_row * rows + random_rows(a_row, batch, device)
+        texts = own[rows, random_rows(own.shape[1], batch, device)]
         left_out = torch.rand(batch, device=device) < _CAPTION_DROPOUT
         words = torch.where(left_out[:, None], empty, ids[texts])
         counts = torch.where(left_out, empty_length, lengths[texts])
@@ -207,24 +203,30 @@ def train_denoiser(
     return train_for(seconds, [transformer, text_encoder], loss, name="denoiser", rows=batch, rate=rate)
 
 
+def make_objective(pipeline: ZImagePipeline) -> FlowMatching:
+    """With times as jobs train them where nothing else is asked for."""
+    schedule = pipeline.scheduler.config
+    return FlowMatching.of(schedule.shift, "uniform", schedule.num_train_timesteps)
+
+
 def read_captions(tokenizer: Qwen2Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Token ids of captions in the template, and how many are a caption's. What is too long counts as empty.
 
     Returns:
-        int64 ``(texts, PROMPT_LENGTH)`` and ``(texts,)``.
+        int64 ``(texts, CAPTION_LENGTH)`` and ``(texts,)``.
     """
     before, after = _template(tokenizer)
     parts = []
     for first in range(0, len(texts), 20_000):
         filled = [f"{before}{text}{after}" for text in texts[first : first + 20_000]]
-        read = tokenizer(filled, padding="max_length", max_length=PROMPT_LENGTH + 1, truncation=True)
+        read = tokenizer(filled, padding="max_length", max_length=CAPTION_LENGTH + 1, truncation=True)
         parts.append((torch.tensor(read["input_ids"]), torch.tensor(read["attention_mask"]).sum(1)))
     ids, lengths = (torch.cat(part) for part in zip(*parts, strict=True))
-    too_long = lengths > PROMPT_LENGTH
+    too_long = lengths > CAPTION_LENGTH
     if too_long.any():
         empty, empty_length = read_captions(tokenizer, [""])
-        ids[too_long, :PROMPT_LENGTH], lengths[too_long] = empty, empty_length
-    return ids[:, :PROMPT_LENGTH].contiguous(), lengths
+        ids[too_long, :CAPTION_LENGTH], lengths[too_long] = empty, empty_length
+    return ids[:, :CAPTION_LENGTH].contiguous(), lengths
 
 
 def _template(tokenizer: Qwen2Tokenizer) -> tuple[str, str]:
@@ -236,7 +238,7 @@ def _template(tokenizer: Qwen2Tokenizer) -> tuple[str, str]:
 
 
 def read_states(text_encoder: Qwen3Model, ids: Tensor) -> Tensor:
-    """States of the last layer but one, ``(rows, PROMPT_LENGTH, width)``: of a prompt's own tokens as the family reads
+    """States of the last layer but one, ``(rows, CAPTION_LENGTH, width)``: of a prompt's own tokens as the family reads
     them; each sees those before it alone, so that the others need no mask, which would wait for the device."""
     read = text_encoder(ids, attention_mask={"full_attention": None}, use_cache=False, output_hidden_states=True)
     return read.hidden_states[-2]

@@ -16,10 +16,10 @@ from dreambooth_sm.sampling import draw
 from dreambooth_sm.stored.directory import read_directory
 from tests.helpers.training import hyperparameters
 from toybox import flow_networks, toys, train_flow
-from toybox.flow_networks import PROMPT_LENGTH
+from toybox.flow_networks import CAPTION_LENGTH
 
 MEGABYTE = 1_000_000
-SETTINGS = train_flow.Settings(minutes=0, pictures=8, held_out=2, drawn=1, vae_batch=2, denoiser_batch=2)
+SETTINGS = train_flow.FlowSettings(minutes=0, pictures=8, held_out=2, drawn=1, vae_batch=2, denoiser_batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def captions() -> list[str]:
 
 @pytest.mark.slow
 def test_the_command_makes_a_base_model_that_jobs_take(made: Path) -> None:
-    assert json.loads((made / "figures.json").read_text()).keys() >= {"vae", "denoiser", "base_mb"}
+    assert json.loads((made / "figures.json").read_text()).keys() >= {"vae", "psnr_db", "denoiser", "base_mb"}
     assert (made / "sheet.png").is_file()
     assert sum(path.stat().st_size for path in (made / "base").rglob("*") if path.is_file()) <= 16 * MEGABYTE
     base = load_base(hyperparameters(pretrained_model_name_or_path=str(made / "base"), method="lora"))
@@ -51,7 +51,7 @@ def test_the_command_makes_a_base_model_that_jobs_take(made: Path) -> None:
 def test_a_second_command_goes_on_with_what_the_first_made(made: Path, tmp_path: Path) -> None:
     figures = train_flow.make_all(tmp_path, replace(SETTINGS, seed=1), torch.device("cpu"), made)
     assert "steps" in figures["denoiser"]
-    assert "steps" not in figures["vae"]
+    assert "vae" not in figures
     before, after = (read_directory(out / "base").load() for out in (made, tmp_path))
     for part in ("vae", "transformer", "text_encoder"):  # in no time nothing is learned
         old, new = (getattr(pipeline, part).state_dict() for pipeline in (before, after))
@@ -65,8 +65,17 @@ def test_a_second_command_trains_the_denoiser_where_the_first_got_no_further_tha
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "vae").symlink_to(made / "base" / "vae")
     figures = train_flow.make_all(tmp_path, SETTINGS, torch.device("cpu"))
-    assert "steps" not in figures["vae"]
+    assert "vae" not in figures
     assert (tmp_path / "base" / "transformer").is_dir()
+
+
+@pytest.mark.slow
+def test_times_are_those_that_jobs_train(made: Path) -> None:
+    """By default: as often as others, and shifted as the model is drawn with."""
+    pipeline = read_directory(made / "base").load()
+    theirs = FAMILY.objective(pipeline, hyperparameters(resolution=128, method="lora"))
+    ours = train_flow.make_objective(pipeline)
+    assert torch.equal(ours.sigmas, theirs.sigmas)
 
 
 def test_captions_are_read_as_the_family_reads_them(captions: list[str]) -> None:
@@ -77,13 +86,13 @@ def test_captions_are_read_as_the_family_reads_them(captions: list[str]) -> None
     texts = [*captions[:4], "photo of zwx toy", ""]
     ids, lengths = train_flow.read_captions(pipeline.tokenizer, texts)
     tokens = FAMILY.tokenize(pipeline, texts)
-    assert torch.equal(tokens["ids"][:, :PROMPT_LENGTH], ids)
+    assert torch.equal(tokens["ids"][:, :CAPTION_LENGTH], ids)
     with torch.no_grad():
         theirs = FAMILY.encode(pipeline, tokens).text
         ours = train_flow.read_states(pipeline.text_encoder, ids)
     assert theirs.keys() == {"states", "lengths"}
     assert torch.equal(theirs["lengths"], lengths)
-    own = torch.arange(PROMPT_LENGTH) < lengths[:, None]
+    own = torch.arange(CAPTION_LENGTH) < lengths[:, None]
     assert torch.allclose(theirs["states"][own], ours[own], atol=1e-5)
 
 

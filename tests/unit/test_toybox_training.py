@@ -231,8 +231,8 @@ def _train_flow_vae() -> None:
 def _train_denoiser() -> None:
     tokenizer = flow_networks.make_tokenizer(["a toy"])
     pipeline = flow_networks.make_pipeline(flow_networks.make_flow_vae(), tokenizer).to("meta")
-    timetable, settings = Timetable(1, train_flow.SHARES), train_flow.Settings(denoiser_batch=4)
-    train_flow.train_denoiser(pipeline, _meta(8, 32, 16, 16), [["a toy"] * 4] * 8, timetable, settings, 1e-3)
+    timetable = Timetable(1, train_flow.FLOW_SHARES)
+    train_flow.train_denoiser(pipeline, _meta(8, 32, 16, 16), [["a toy"] * 4] * 8, timetable, 4, 1e-3)
 
 
 @pytest.mark.slow
