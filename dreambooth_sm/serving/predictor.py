@@ -34,7 +34,7 @@ class Rows:
 
 Compute = Callable[[], Tensor]
 # Takes a computation; returns what does it again, and the tensor that then holds its result.
-Record = Callable[[Compute], tuple[Callable[[], object], Tensor]]
+Recorder = Callable[[Compute], tuple[Callable[[], object], Tensor]]
 
 
 class Predictor:
@@ -43,15 +43,15 @@ class Predictor:
     Args:
         model: with its denoiser where it computes.
         slots: with the adapters beside its layers.
-        recorder: makes what records steps, again each time that all recordings are let go of; None computes each step
-            by itself.
+        make_recorder: makes what records steps, and once more whenever all recordings are let go of; None computes
+            each step by itself.
     """
 
     def __init__(
-        self, model: PretrainedModel, slots: AdapterSlots, recorder: Callable[[], Record] | None = None
+        self, model: PretrainedModel, slots: AdapterSlots, make_recorder: Callable[[], Recorder] | None = None
     ) -> None:
-        self._model, self._slots, self._recorder = model, slots, recorder
-        self._record: Record | None = None
+        self._model, self._slots, self._make_recorder = model, slots, make_recorder
+        self._recorder: Recorder | None = None
         self._recordings: dict[Hashable, _Recording] = {}
         self._changes = slots.changes
 
@@ -76,8 +76,8 @@ class Predictor:
 
     def stop_recording(self) -> bool:
         """Computes each step by itself from now on, which takes less memory; False where it did before."""
-        was_recording = self._recorder is not None
-        self._recorder = None
+        was_recording = self._make_recorder is not None
+        self._make_recorder = None
         self._forget()
         return was_recording
 
@@ -86,7 +86,7 @@ class Predictor:
 
     def _recording(self, noised: Tensor, times: Tensor, rows: Rows) -> _Recording | None:
         """The recording of such a batch; None where it can't be recorded."""
-        if self._recorder is None:
+        if self._make_recorder is None:
             return None
         told = {**rows.conditioning.text, **rows.conditioning.extras}
         shapes = tuple((name, value.shape[1:], value.dtype) for name, value in told.items())
@@ -99,9 +99,9 @@ class Predictor:
             # The largest comes first: the others then fit into its memory.
             if len(self._recordings) == _MOST_RECORDINGS or any(each.size < size for each in self._recordings.values()):
                 self._forget()
-            self._record = self._record or self._recorder()
+            self._recorder = self._recorder or self._make_recorder()
             try:
-                self._recordings[key] = _Recording(self._record, self._slots, self._ask, noised, times, rows)
+                self._recordings[key] = _Recording(self._recorder, self._slots, self._ask, noised, times, rows)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
@@ -112,7 +112,7 @@ class Predictor:
         return self._recordings[key]
 
     def _forget(self) -> None:
-        self._recordings, self._record = {}, None
+        self._recordings, self._recorder = {}, None
         self._changes = self._slots.changes
 
 
@@ -121,7 +121,7 @@ class _Recording:
 
     def __init__(
         self,
-        record: Record,
+        record: Recorder,
         slots: AdapterSlots,
         ask: Callable[[Tensor, Tensor, Conditioning], Tensor],
         noised: Tensor,
@@ -170,12 +170,12 @@ def padded(rows: int) -> int:
     return between if rows <= between and power >= 16 else power
 
 
-def recorder_for(device: torch.device) -> Callable[[], Record] | None:
+def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:
     """What a predictor on a device records with."""
     return partial(cuda_graphs, device) if device.type == "cuda" else None
 
 
-def cuda_graphs(device: torch.device) -> Record:
+def cuda_graphs(device: torch.device) -> Recorder:
     """Records on a CUDA device. The graphs share their memory: only one of them runs at a time."""
     stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
