@@ -18,7 +18,7 @@ from launcher.api import (
 )
 from launcher.aws.service_errors import ServiceError
 from launcher.endpoints.api import attach_endpoint, deploy
-from launcher.endpoints.endpoint import Endpoint, EndpointFailed
+from launcher.endpoints.endpoint import Endpoint, EndpointFailed, StreamedPicture
 from launcher.endpoints.hosted import HostedEndpoint
 from launcher.endpoints.requests import endpoint_requests
 from launcher.fleets.api import attach_fleet, check_many, fit_many
@@ -40,6 +40,7 @@ __all__ = [
     "JobSummary",
     "Resources",
     "ServiceError",
+    "StreamedPicture",
     "attach",
     "attach_endpoint",
     "attach_fleet",

@@ -6,12 +6,13 @@ import base64
 import io
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL.Image import Image
 
 from dreambooth_sm.s3_uri import S3Uri
+from dreambooth_sm.serving.orders import Shown
 from dreambooth_sm.serving.requests import PictureFormat, PictureRequest
 from dreambooth_sm.storage import put_object
 
@@ -62,6 +63,31 @@ def _content(request: PictureRequest, pictures: Sequence[Image]) -> dict[str, An
             "prompt": prompt,
         }
     )
+
+
+def answer_line(request: PictureRequest, shown: Shown) -> bytes:
+    """A line of an answer that comes bit by bit: of a picture, or of one while it is drawn.
+
+    Raises:
+        UserError, TransferError: where the picture can't go to S3.
+    """
+    told: dict[str, Any] = {"number": shown.number}
+    if shown.step is None:
+        content, form = encode_picture(shown.picture, request.format), request.format
+        told |= {"prompt": request.prompts[shown.number], "seed": request.seeds[shown.number]}
+        if request.output is not None:
+            told["location"] = _put(request.output, content, form)
+        else:
+            told["picture"] = _base64(content)
+    else:
+        content, form = encode_picture(shown.picture, "jpeg"), "jpeg"
+        told |= {"step": shown.step, "steps": shown.steps, "picture": _base64(content)}
+    return line_of({**told, "format": form})
+
+
+def line_of(told: Mapping[str, Any]) -> bytes:
+    """A line of JSON."""
+    return json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
 def _described(request: PictureRequest, name: str, values: Sequence[str]) -> dict[str, Any]:

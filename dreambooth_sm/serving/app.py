@@ -5,27 +5,28 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.s3 import TransferError
-from dreambooth_sm.serving.answers import answer
+from dreambooth_sm.serving.answers import answer, answer_line, line_of
 from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.log import RequestLine
 from dreambooth_sm.serving.refusal import Refusal
-from dreambooth_sm.serving.requests import read_addition, read_request
+from dreambooth_sm.serving.requests import LINES, read_addition, read_request
 from dreambooth_sm.serving.settings import LARGEST_BODY
 
 if TYPE_CHECKING:
     from dreambooth_sm.serving.engine import Engine
-    from dreambooth_sm.serving.orders import Order
+    from dreambooth_sm.serving.orders import Order, Shown
 
 # SageMaker's name for the adapter of a request, and for a request.
 _ADAPTER = "X-Amzn-SageMaker-Adapter-Identifier"
@@ -64,37 +65,41 @@ class Service:
 
     async def _invocations(self, request: Request) -> Response:
         line = RequestLine(_identity(request))
-        status, body, kind = await self._answered(request, line)
-        line.write(status)
-        return Response(body, status, {"X-Request-Id": line.identity}, media_type=kind)
-
-    async def _answered(self, request: Request, line: RequestLine) -> tuple[int, bytes, str]:
+        shown: asyncio.Queue[Shown | None] = asyncio.Queue()
+        headers = {"X-Request-Id": line.identity}
         try:
-            engine = self._ready()
-            asked = await run_in_threadpool(
-                read_request,
-                await _body(request),
-                engine.offer,
-                content_type=request.headers.get("Content-Type", ""),
-                accept=request.headers.get("Accept", ""),
-                adapter=request.headers.get(_ADAPTER),
-            )
-            order = await run_in_threadpool(engine.submit, asked)
-            line.tell(order, engine)
+            order = await self._taken(request, line, shown)
+            if order.request.manner == "lines":
+                return StreamingResponse(_lines(order, shown, line), 200, headers, media_type=LINES)
             pictures = await _drawn(request, order)
-            content, kind = await run_in_threadpool(answer, asked, pictures)
-        except Refusal as refusal:
-            return refusal.status, *_problems(refusal.problems)
-        except ClientDisconnect:
-            return _GONE, *_problems(["whoever asked has gone"])
-        except UserError as error:  # where the pictures were to go to
-            return 400, *_problems(error.problems)
-        except TransferError as error:
-            return 502, *_problems([str(error)])
+            body, kind = await run_in_threadpool(answer, order.request, pictures)
+            status = 200
         except Exception as error:
-            show(error)
-            return 500, *_problems([f"the pictures could not be drawn ({type(error).__name__}); the log says more"])
-        return 200, content, kind
+            status, problems = _why(error)
+            body, kind = _problems(problems)
+        line.write(status)
+        return Response(body, status, headers, media_type=kind)
+
+    async def _taken(self, request: Request, line: RequestLine, shown: asyncio.Queue[Shown | None]) -> Order:
+        """The order of a request; what its pictures look like is put into a queue, and None at their end."""
+        engine, loop = self._ready(), asyncio.get_running_loop()
+        asked = await run_in_threadpool(
+            read_request,
+            await _body(request),
+            engine.offer,
+            content_type=request.headers.get("Content-Type", ""),
+            accept=request.headers.get("Accept", ""),
+            adapter=request.headers.get(_ADAPTER),
+        )
+
+        def tell(picture: Shown | None) -> None:
+            with suppress(RuntimeError):  # the server has ended
+                loop.call_soon_threadsafe(shown.put_nowait, picture)
+
+        order = await run_in_threadpool(engine.submit, asked, tell if asked.manner == "lines" else None)
+        order.pictures.add_done_callback(lambda _: tell(None))
+        line.tell(order, engine)
+        return order
 
     async def _adapters(self, request: Request) -> Response:
         """Lists adapters, or is told where one lies."""
@@ -122,8 +127,39 @@ class Service:
         return self.engine
 
 
+async def _lines(order: Order, shown: asyncio.Queue[Shown | None], line: RequestLine) -> AsyncIterator[bytes]:
+    """An answer that comes bit by bit; what is wrong comes last, since its status is sent already."""
+    status = _GONE
+    try:
+        while (picture := await shown.get()) is not None:
+            yield await run_in_threadpool(answer_line, order.request, picture)
+        order.pictures.result()
+        status = 200
+    except Exception as error:
+        status, problems = _why(error)
+        yield line_of({"errors": problems})
+    finally:  # also where whoever asked has gone
+        order.give_up()
+        line.write(status)
+
+
+def _why(error: Exception) -> tuple[int, list[str]]:
+    """The status of an answer without pictures, and what it says."""
+    match error:
+        case Refusal():
+            return error.status, error.problems
+        case ClientDisconnect():
+            return _GONE, ["whoever asked has gone"]
+        case UserError():  # where the pictures were to go to
+            return 400, error.problems
+        case TransferError():
+            return 502, [str(error)]
+    show(error)
+    return 500, [f"the pictures could not be drawn ({type(error).__name__}); the log says more"]
+
+
 def _refused(error: Refusal | TransferError) -> Response:
-    problems, status = (error.problems, error.status) if isinstance(error, Refusal) else ([str(error)], 502)
+    status, problems = _why(error)
     body, kind = _problems(problems)
     return Response(body, status, media_type=kind)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from dreambooth_sm.sampling import decode
 from dreambooth_sm.serving.adapter_store import AdapterStore
 from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.offer import Offer
-from dreambooth_sm.serving.orders import Order
+from dreambooth_sm.serving.orders import Order, Shown
 from dreambooth_sm.serving.predictor import Predictor, Rows, recorder_for
 from dreambooth_sm.serving.prompts import PromptEncoder, side_by_side
 from dreambooth_sm.serving.refusal import Refusal
@@ -90,8 +91,11 @@ class Engine:
         """Whether pictures are begun and not done."""
         return bool(self._running)
 
-    def submit(self, request: PictureRequest) -> Order:
+    def submit(self, request: PictureRequest, show: Callable[[Shown], None] | None = None) -> Order:
         """Takes a request; as long as its adapters take to be read.
+
+        Args:
+            show: see :class:`~dreambooth_sm.serving.orders.Order`.
 
         Raises:
             Refusal: where too many pictures wait, or a scheduler or an adapter is not to be had.
@@ -104,7 +108,7 @@ class Engine:
             raise Refusal(f"scheduler: {request.scheduler} takes no {request.steps} steps ({error})") from None
         began = time.monotonic()
         adapters = [(self.store.get(name), strength) for name, strength in request.adapters.items()]
-        order = Order(request, adapters, reading=time.monotonic() - began)
+        order = Order(request, adapters, show, reading=time.monotonic() - began)
         with self._changed:
             self._check_room(request)
             self._waiting += [_Place(order, number) for number in range(len(request.prompts))]
@@ -193,6 +197,8 @@ class Engine:
                     picture = decode(self._pipeline, self._running[place].latents)[0]
                     del self._running[place]
                     place.order.add(place.number, picture)
+                else:
+                    self._show(place)
         except torch.OutOfMemoryError as error:
             there = [place for place in places if place in self._running]
             if self._predictor.stop_recording():
@@ -206,6 +212,12 @@ class Engine:
             free_memory()
         except Exception as error:
             self._fail(places, error)
+
+    def _show(self, place: _Place) -> None:
+        """Shows a picture that is not done, where its request wants that now."""
+        run, order = self._running[place], place.order
+        if order.show and order.request.shows_after(*run.taken):
+            order.show(Shown(place.number, decode(self._pipeline, run.preview())[0], *run.taken))
 
     @torch.no_grad()
     def _step(self, places: tuple[_Place, ...]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -14,12 +14,28 @@ from dreambooth_sm.serving.host_adapter import HostAdapter
 from dreambooth_sm.serving.requests import PictureRequest
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A picture that whoever waits may see.
+
+    Attributes:
+        number: among those of its request, from 0.
+        step, steps: that were taken, and of how many; None: it is done.
+    """
+
+    number: int
+    picture: Image
+    step: int | None = None
+    steps: int | None = None
+
+
 @dataclass(eq=False)
 class Order:
     """A request that was taken.
 
     Attributes:
         adapters: that draw it, with their strengths.
+        show: is told of each picture that is done or to be looked at, in the thread that draws.
         pictures: the future of all of its pictures, in their order.
         reading: seconds that its adapters took to be there.
         taken, begun: when it came, and when its first picture was begun; None: it waits.
@@ -28,6 +44,7 @@ class Order:
 
     request: PictureRequest
     adapters: Sequence[tuple[HostAdapter, float]] = ()
+    show: Callable[[Shown], None] | None = None
     pictures: Future[list[Image]] = field(default_factory=Future)
     reading: float = 0.0
     taken: float = field(default_factory=time.monotonic)
@@ -47,6 +64,8 @@ class Order:
 
     def add(self, number: int, picture: Image) -> None:
         """Gives it one of its pictures."""
+        if self.show:
+            self.show(Shown(number, picture))
         self._drawn[number] = picture
         if len(self._drawn) == len(self.request.prompts) and not self.pictures.done():
             self.pictures.set_result([self._drawn[each] for each in sorted(self._drawn)])

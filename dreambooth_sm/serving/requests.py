@@ -17,11 +17,14 @@ from dreambooth_sm.serving.offer import Offer
 from dreambooth_sm.serving.refusal import Refusal
 
 PictureFormat = Literal["png", "jpeg", "webp"]
-Manner = Literal["ours", "picture", "arrays", "encoded", "locations"]
+Manner = Literal["ours", "picture", "lines", "arrays", "encoded", "locations"]
+_OWN: tuple[Manner, ...] = ("ours", "picture", "lines")
 FORMATS: tuple[PictureFormat, ...] = ("png", "jpeg", "webp")
 LONGEST_PROMPT = 2000
+_MOST_PREVIEWS = 20
 _SUBJECT = "{subject}"
 _JSON, _TEXT = "application/json", "application/x-text"
+LINES = "application/jsonlines"
 # Their names of fields that are called otherwise here, and what tells a request of theirs.
 _JUMPSTART = {"number": "num_images_per_prompt", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 _QUICK_KIT = {"number": "count", "scheduler": "sampler", "output": "output_s3uri"}
@@ -38,10 +41,11 @@ class PictureRequest:
         guidance: of classifier-free guidance; up to 1 there is none.
         size: width and height in pixels.
         adapters: strengths by name.
-        manner: of the answer: this project's JSON, a picture as it is, JumpStart's arrays of numbers or encoded
-            pictures, or the quick kit's locations.
+        manner: of the answer: this project's JSON, a picture as it is, a line of JSON for each picture as soon as it
+            is drawn, JumpStart's arrays of numbers or encoded pictures, or the quick kit's locations.
         output: the prefix in S3 that the pictures go to; None: into the answer.
         single: whether JumpStart's answer is of one picture.
+        previews: of each picture, shown while it is drawn.
     """
 
     prompts: tuple[str, ...]
@@ -56,6 +60,11 @@ class PictureRequest:
     manner: Manner
     output: S3Uri | None = None
     single: bool = False
+    previews: int = 0
+
+    def shows_after(self, step: int, steps: int) -> bool:
+        """Whether a picture is shown after so many of its steps: those that part them evenly."""
+        return step in {steps * part // (self.previews + 1) for part in range(1, self.previews + 1)} - {0}
 
 
 def read_request(
@@ -137,7 +146,7 @@ def _json(body: bytes) -> dict[str, Any]:
 
 
 def _wanted(accept: str) -> str:
-    """``json``, ``json;jpeg`` or the format of a picture; the first of those that are named and known.
+    """``json``, ``json;jpeg``, ``lines`` or the format of a picture; the first of those that are named and known.
 
     Raises:
         Refusal: where nothing is known that is named.
@@ -146,11 +155,12 @@ def _wanted(accept: str) -> str:
         "".join(part.split()).lower().partition(";q=")[0] for part in accept.split(",")
     ]  # in the order that clients name them
     known = {_JSON: "json", f"{_JSON};jpeg": "json;jpeg", "*/*": "json", "application/*": "json", "": "json"}
+    known[LINES] = "lines"
     known |= {f"image/{name}": name for name in FORMATS} | {"image/*": "png"}
     found = next((known[each] for each in types if each in known), None)
     if found is None:
         raise Refusal(
-            f"Accept: {short(accept)} can't be answered; ask for {_JSON}, {_JSON};jpeg, "
+            f"Accept: {short(accept)} can't be answered; ask for {_JSON}, {_JSON};jpeg, {LINES}, "
             f"{', '.join(f'image/{name}' for name in FORMATS)}",
             406,
         )
@@ -198,6 +208,7 @@ class _Reading:
         seeds = self._seeds(len(pictures))
         form = self._format()
         output = self._output()
+        previews = self._previews()
         if self._manner == "picture" and len(pictures) > 1:
             self._problems.found.append(
                 f"Accept: one picture is asked for, and these are {len(pictures)}; ask for one, or accept {_JSON}"
@@ -205,7 +216,8 @@ class _Reading:
         fields.check_all_taken()
         if not self._problems.found and output is None:
             with self._problems.collected():
-                check_size(self._manner, form, (width, height), pictures, limits.answer_bytes)
+                at_a_time = pictures[:1] if self._manner == "lines" else pictures
+                check_size(self._manner, form, (width, height), at_a_time, limits.answer_bytes)
         if self._problems.found:
             raise Refusal(dict.fromkeys(self._problems.found))
         return PictureRequest(
@@ -221,11 +233,12 @@ class _Reading:
             self._manner,
             output,
             self._single,
+            previews,
         )
 
     def _prompts(self) -> Sequence[str]:
         """The prompts; of a subject, its own where nothing else is said."""
-        fields, ours = self._fields, self._manner in ("ours", "picture")
+        fields, ours = self._fields, self._manner in _OWN
         known = self._known_subject() if ours else ""
         several = fields.texts("prompts", LONGEST_PROMPT, self._offer.settings.max_pictures) if ours else None
         one: Sequence[str] | None
@@ -268,7 +281,7 @@ class _Reading:
         return ""
 
     def _adapters(self) -> Mapping[str, float]:
-        asked = self._fields.strengths("adapters") if self._manner in ("ours", "picture") else {}
+        asked = self._fields.strengths("adapters") if self._manner in _OWN else {}
         return asked or ({self._adapter: 1.0} if self._adapter else {})
 
     def _scheduler(self) -> str:
@@ -280,13 +293,19 @@ class _Reading:
 
     def _seeds(self, count: int) -> tuple[int, ...]:
         first = self._fields.whole("seed", None, 0, 2**63 - 1)
-        several = self._fields.seeds("seeds", count) if self._manner in ("ours", "picture") else None
+        several = self._fields.seeds("seeds", count) if self._manner in _OWN else None
         if several is not None and first is not None:
             self._problems.found.append("seed, seeds: both are there; leave one out")
         if several is not None:
             return several
         start = secrets.randbits(32) if first is None else first
         return tuple((start + number) % 2**63 for number in range(count))
+
+    def _previews(self) -> int:
+        asked = self._fields.whole("previews", 0, 0, _MOST_PREVIEWS) if self._manner in _OWN else 0
+        if asked and self._manner != "lines":
+            self._problems.found.append(f"previews: they come before the picture; accept {LINES}, or leave it out")
+        return asked
 
     def _format(self) -> PictureFormat:
         if self._manner == "locations":
@@ -300,6 +319,8 @@ class _Reading:
             if asked and asked != picture:
                 self._problems.found.append(f"format: {asked} is asked for, and Accept says image/{picture}")
             return picture
+        if self._wanted == "lines":
+            self._manner = "lines"
         return next(name for name in FORMATS if name == (asked or "png"))
 
     def _output(self) -> S3Uri | None:

@@ -68,6 +68,15 @@ class PictureRun:
         return self._position == len(self._times)
 
     @property
+    def taken(self) -> tuple[int, int]:
+        """Steps that were taken, and of how many."""
+        return self._position, len(self._times)
+
+    def preview(self) -> Tensor:
+        """What it looks like before its next step: latents as :attr:`latents` are in the end."""
+        return self.noised()[:1]
+
+    @property
     def time(self) -> Tensor:
         """Of the step that comes next, float32 ``(rows,)``."""
         time: Tensor = self._times[self._position].to(self.latents.device, torch.float32)

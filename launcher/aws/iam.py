@@ -68,7 +68,14 @@ def endpoint_policy(*, account: str = "*", region: str = "*", partition: str = "
     here = f"arn:{partition}:%s:{region}:{account}:%s"
     made = [here % ("sagemaker", f"{kind}/*") for kind in ("model", "endpoint-config", "endpoint")]
     actions = [f"sagemaker:{do}{kind}" for kind in ("Model", "EndpointConfig", "Endpoint") for do in _DOING]
-    asking = ["UpdateEndpoint", "InvokeEndpoint", "InvokeEndpointAsync", "AddTags", "ListTags"]
+    asking = [
+        "UpdateEndpoint",
+        "InvokeEndpoint",
+        "InvokeEndpointAsync",
+        "InvokeEndpointWithResponseStream",
+        "AddTags",
+        "ListTags",
+    ]
     scaling = ["RegisterScalableTarget", "DeregisterScalableTarget", "DescribeScalableTargets"]
     scaling += ["PutScalingPolicy", "DescribeScalingPolicies"]
     logs = [here % ("logs", f"{_ENDPOINT_LOGS}*")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
 
 class EndpointFailed(Exception):  # noqa: N818 - what it means is said best like this
     """An endpoint ended, could not be made or changed, or could not draw."""
+
+
+@dataclass(frozen=True)
+class StreamedPicture:
+    """A picture of an answer that comes bit by bit.
+
+    Attributes:
+        number: among those of the request, from 0.
+        step: after which it looks like this; None: it is done.
+    """
+
+    number: int
+    picture: Image
+    step: int | None = None
 
 
 class Endpoint(ABC):
@@ -42,6 +57,32 @@ class Endpoint(ABC):
 
         answer = self.invoke({"prompt": prompt, **options})
         return [Image.open(io.BytesIO(base64.b64decode(each["picture"]))) for each in answer["pictures"]]
+
+    def stream(self, prompt: str | None = None, *, previews: int = 4, **options: Any) -> Iterator[StreamedPicture]:
+        """Draws pictures, and shows them while they are drawn.
+
+        Args:
+            previews: of each picture, before it is done.
+            options: as of :meth:`draw`.
+
+        Yields:
+            each picture as soon as it is done, and its previews before it.
+
+        Raises:
+            UserError, EndpointFailed: as :meth:`draw`, also after some pictures.
+        """
+        from PIL import Image
+
+        for line in self.invoke_lines({"prompt": prompt, "previews": previews, **options}):
+            if problems := line.get("errors"):
+                raise EndpointFailed("\n".join(problems))
+            picture = Image.open(io.BytesIO(base64.b64decode(line["picture"])))
+            yield StreamedPicture(line["number"], picture, line.get("step"))
+
+    @abstractmethod
+    def invoke_lines(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Sends a request as it is, and yields the lines of its answer as they come; raises what :meth:`draw` raises
+        before the first."""
 
     @abstractmethod
     def invoke(self, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Self
 
@@ -95,15 +96,37 @@ class HostedEndpoint(Endpoint):
     # Pictures
 
     def invoke(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        body = json.dumps({name: value for name, value in request.items() if value is not None}).encode()
+        body = _body(request)
         if self._output:
             return self._invoke_by_s3(body, self._output)
+        with self._answering():
+            answer = self._clients("sagemaker-runtime").invoke_endpoint(
+                EndpointName=self.name, Body=body, ContentType="application/json", Accept="application/json"
+            )
+            return dict(json.loads(answer["Body"].read()))
+
+    def invoke_lines(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        if self._output:
+            raise UserError(f"{self.name} is asked by way of S3, where nothing comes bit by bit; call draw")
+        with self._answering():
+            answer = self._clients("sagemaker-runtime").invoke_endpoint_with_response_stream(
+                EndpointName=self.name,
+                Body=_body(request),
+                ContentType="application/json",
+                Accept="application/jsonlines",
+            )
+        kept = b""
+        with self._answering():
+            for event in answer["Body"]:
+                *lines, kept = (kept + event.get("PayloadPart", {}).get("Bytes", b"")).split(b"\n")
+                yield from map(json.loads, lines)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Says what is wrong where the endpoint does not draw."""
         try:
             with asking(f"{self.name} does not answer"):
-                answer = self._clients("sagemaker-runtime").invoke_endpoint(
-                    EndpointName=self.name, Body=body, ContentType="application/json", Accept="application/json"
-                )
-                return dict(json.loads(answer["Body"].read()))
+                yield
         except ServiceError as error:
             said = getattr(error.__cause__, "response", {})
             if "OriginalStatusCode" not in said:
@@ -244,3 +267,7 @@ def _refusal(status: int, text: str) -> UserError | EndpointFailed:
     except (ValueError, KeyError, TypeError):
         problems = [text or f"the server answered with status {status}"]
     return UserError(problems) if status < 500 else EndpointFailed("\n".join(map(str, problems)))
+
+
+def _body(request: Mapping[str, Any]) -> bytes:
+    return json.dumps({name: value for name, value in request.items() if value is not None}).encode()

@@ -8,7 +8,8 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -72,21 +73,33 @@ class LocalEndpoint(Endpoint):
         return server, tree
 
     def invoke(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        with self._answer(request, "application/json") as answer:
+            return dict(json.loads(answer.read()))
+
+    def invoke_lines(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        with self._answer(request, "application/jsonlines") as answer:
+            for line in answer:
+                yield json.loads(line)
+
+    @contextmanager
+    def _answer(self, request: Mapping[str, Any], accept: str) -> Iterator[http.client.HTTPResponse]:
+        """The answer to a request that can be drawn."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         try:
-            body = json.dumps(request).encode()
-            connection.request("POST", "/invocations", body, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", "Accept": accept}
+            connection.request("POST", "/invocations", json.dumps(request).encode(), headers)
             answer = connection.getresponse()
-            content = json.loads(answer.read())
+            if answer.status == http.client.OK:
+                yield answer
+                return
+            problems = json.loads(answer.read())["errors"]
         except (OSError, http.client.HTTPException) as error:
             raise EndpointFailed(f"the server does not answer ({error})") from error
         finally:
             connection.close()
-        if answer.status == http.client.OK:
-            return dict(content)
         if answer.status < http.client.INTERNAL_SERVER_ERROR:
-            raise UserError(content["errors"])
-        raise EndpointFailed("\n".join(content["errors"]))
+            raise UserError(problems)
+        raise EndpointFailed("\n".join(problems))
 
     def wait(self) -> Self:
         self._server.wait()

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from launcher.local.server_process import ServerProcess
 
 # As long as SageMaker lets an invocation take; and an asynchronous one, if nothing else is said.
 _PATIENCE, _PATIENCE_BY_S3 = 60, 900
+# Bytes that an answer is passed on in at most.
+_BIT = 65_536
 _NOT_WELL = (
     "The primary container for production variant all did not pass the ping health check. Please check CloudWatch logs "
     "for this endpoint."
@@ -36,6 +38,18 @@ class Invoked:
     status: int
     kind: str
     body: bytes
+
+
+def _no_answer(error: Exception) -> Invoked:
+    return Invoked(500, "text/plain", f"the container does not answer ({error})".encode())
+
+
+def _bits(connection: http.client.HTTPConnection, answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    try:
+        while content := answer.read1(_BIT):
+            yield content
+    finally:
+        connection.close()
 
 
 class HostedServer:
@@ -165,19 +179,37 @@ class HostedServer:
 
     def invoke(self, body: bytes, headers: Mapping[str, str]) -> Invoked:
         """Asks the server that can draw now."""
-        with self._lock:
-            assert self._server is not None
-            port, by_s3 = self._server.port, "AsyncInferenceConfig" in self.configuration
-        patience = _PATIENCE_BY_S3 if by_s3 else _PATIENCE
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
+        connection = self._connection()
         try:
             connection.request("POST", "/invocations", body, dict(headers))
             answer = connection.getresponse()
             return Invoked(answer.status, answer.getheader("Content-Type", ""), answer.read())
         except (OSError, http.client.HTTPException) as error:
-            return Invoked(500, "text/plain", f"the container does not answer ({error})".encode())
+            return _no_answer(error)
         finally:
             connection.close()
+
+    def invoke_stream(self, body: bytes, headers: Mapping[str, str]) -> tuple[Invoked, Iterator[bytes]]:
+        """Asks it as well; what it answers with 200 comes bit by bit, beside an answer without a body."""
+        connection = self._connection()
+        try:
+            connection.request("POST", "/invocations", body, dict(headers))
+            answer = connection.getresponse()
+            kind = answer.getheader("Content-Type", "")
+            if answer.status == http.client.OK:
+                return Invoked(answer.status, kind, b""), _bits(connection, answer)
+            found = Invoked(answer.status, kind, answer.read())
+        except (OSError, http.client.HTTPException) as error:
+            found = _no_answer(error)
+        connection.close()
+        return found, iter(())
+
+    def _connection(self) -> http.client.HTTPConnection:
+        with self._lock:
+            assert self._server is not None
+            port, by_s3 = self._server.port, "AsyncInferenceConfig" in self.configuration
+        patience = _PATIENCE_BY_S3 if by_s3 else _PATIENCE
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=patience)
 
     def end(self) -> None:
         """Ends its servers."""

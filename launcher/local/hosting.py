@@ -15,6 +15,7 @@ from dreambooth_sm.storage import S3Uri, get_object, put_object
 from launcher.local.answers import ACCOUNT, Operation, RequestError, arn_of
 from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import loader_variables
+from launcher.local.event_stream import payload_part
 from launcher.local.hosted_server import HostedServer, Invoked
 from launcher.local.s3 import EmbeddedS3
 from launcher.local.signatures import REGION_KEY
@@ -25,7 +26,9 @@ _KINDS = {
     "EndpointConfig": ("endpoint-config", "endpoint configuration"),
     "Endpoint": ("endpoint", "endpoint"),
 }
-_INVOCATION = re.compile(r"/endpoints/(?P<name>[^/]+)/(?P<way>invocations|async-invocations)")
+_INVOCATION = re.compile(
+    r"/endpoints/(?P<name>[^/]+)/(?P<way>invocations|invocations-response-stream|async-invocations)"
+)
 # What clients say to the server beside the types of bodies.
 _PASSED = "HTTP_X_AMZN_SAGEMAKER_"
 
@@ -162,6 +165,8 @@ class EmbeddedHosting:
             if by_s3 != (asked["way"] == "async-invocations"):
                 kind = "asynchronous" if by_s3 else "real-time"
                 raise RequestError(f"Endpoint {asked['name']} is {kind}.", "ValidationError")
+            if asked["way"] == "invocations-response-stream":
+                return _stream(endpoint, environ, body, start_response)
             status, headers, content = _take(endpoint, environ) if by_s3 else _ask(endpoint, environ, body)
         except RequestError as error:
             status, content = "400 Bad Request", json.dumps({"Message": str(error)}).encode()
@@ -179,6 +184,28 @@ _Answer = tuple[str, dict[str, str], bytes]
 
 
 def _ask(endpoint: HostedServer, environ: Mapping[str, Any], body: bytes) -> _Answer:
+    answer = endpoint.invoke(body, _headers(environ))
+    if answer.status == 200:
+        return "200 OK", {"Content-Type": answer.kind, "x-Amzn-Invoked-Production-Variant": "all"}, answer.body
+    return _model_error(answer)
+
+
+def _stream(
+    endpoint: HostedServer, environ: Mapping[str, Any], body: bytes, start_response: Callable[..., Any]
+) -> Iterable[bytes]:
+    """Answers bit by bit, each as an event of AWS's event streams."""
+    accept = environ.get(f"{_PASSED}ACCEPT", "")
+    answer, bits = endpoint.invoke_stream(body, {**_headers(environ), **({"Accept": accept} if accept else {})})
+    if answer.status != 200:
+        status, headers, content = _model_error(answer)
+        start_response(status, [*headers.items(), ("Content-Length", str(len(content)))])
+        return [content]
+    headers = {"Content-Type": "application/vnd.amazon.eventstream", "X-Amzn-SageMaker-Content-Type": answer.kind}
+    start_response("200 OK", [*headers.items(), ("x-Amzn-Invoked-Production-Variant", "all")])
+    return (payload_part(bit) for bit in bits)
+
+
+def _headers(environ: Mapping[str, Any]) -> dict[str, str]:
     headers = {
         "Content-Type": environ.get("CONTENT_TYPE", ""),
         "Accept": environ.get("HTTP_ACCEPT", ""),
@@ -188,9 +215,10 @@ def _ask(endpoint: HostedServer, environ: Mapping[str, Any], body: bytes) -> _An
             if name.startswith(_PASSED)
         },
     }
-    answer = endpoint.invoke(body, {name: value for name, value in headers.items() if value})
-    if answer.status == 200:
-        return "200 OK", {"Content-Type": answer.kind, "x-Amzn-Invoked-Production-Variant": "all"}, answer.body
+    return {name: value for name, value in headers.items() if value}
+
+
+def _model_error(answer: Invoked) -> _Answer:
     text = answer.body.decode("utf-8", "replace")
     content = {"Message": _message(answer), "OriginalStatusCode": answer.status, "OriginalMessage": text}
     return (

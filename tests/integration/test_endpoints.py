@@ -79,6 +79,11 @@ def test_it_draws_is_changed_while_it_draws_and_leaves_nothing_but_what_others_m
     with pytest.raises(UserError, match="steps: 0 is not valid") as caught:
         endpoint.draw(PROMPT, steps=0, width=7)
     assert len(caught.value.problems) == 2
+    shown = list(endpoint.stream(PROMPT, previews=2, **{**SMALL, "steps": 3}))
+    assert [(each.step, each.picture.size) for each in shown] == [(step, (32, 32)) for step in (1, 2, None)]
+    assert shown[-1].picture.tobytes() == endpoint.draw(PROMPT, **{**SMALL, "steps": 3})[0].tobytes()
+    with pytest.raises(UserError, match="steps: 0 is not valid"):
+        next(endpoint.stream(PROMPT, steps=0))
 
     done = threading.Event()
 
@@ -137,6 +142,8 @@ def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices,
         assert endpoint.draw(PROMPT, **SMALL)[0].size == (32, 32)
         with pytest.raises(UserError, match="steps: 0 is not valid"):
             endpoint.draw(PROMPT, steps=0)
+        with pytest.raises(UserError, match="asked by way of S3, where nothing comes bit by bit"):
+            next(endpoint.stream(PROMPT))
         where = {"ServiceNamespace": "sagemaker", "ResourceIds": [f"endpoint/{name}/variant/all"]}
         (target,) = clients("application-autoscaling").describe_scalable_targets(**where)["ScalableTargets"]
         assert (target["MinCapacity"], target["MaxCapacity"]) == (0, 3)

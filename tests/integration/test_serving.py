@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -78,6 +79,57 @@ def test_pictures_come_in_the_form_that_is_asked_for(client: Client) -> None:
     assert np.array_equal(picture, opened(base64.b64decode(alone["picture"])))
     assert opened(client.draw(SMALL, Accept="image/webp").body).format == "WEBP"
     assert opened(client.draw({**SMALL, "seed": 4}, Accept="image/*").body).tobytes() != picture.tobytes()
+
+
+LINES = "application/jsonlines"
+
+
+def test_pictures_are_shown_while_they_are_drawn(client: Client) -> None:
+    asked = {**SMALL, "steps": 6, "number": 2, "previews": 2, "format": "webp"}
+    answer = client.draw(asked, Accept=LINES)
+    assert (answer.status, answer.headers["content-type"]) == (200, LINES)
+    lines = [json.loads(line) for line in answer.body.splitlines()]
+    assert sorted((line["number"], line.get("step", 6)) for line in lines) == [
+        (number, step) for number in (0, 1) for step in (2, 4, 6)
+    ]
+    assert {line["steps"] for line in lines if "step" in line} == {6}
+    done = {line["number"]: line for line in lines if "step" not in line}
+    whole = client.draw({**asked, "previews": 0}).json["pictures"]
+    assert [done[number]["picture"] for number in (0, 1)] == [each["picture"] for each in whole]
+    assert [done[number]["seed"] for number in (0, 1)] == [3, 4]
+    assert opened(base64.b64decode(next(line for line in lines if "step" in line)["picture"])).size == (32, 32)
+
+
+def test_what_goes_wrong_comes_as_a_status_before_the_first_line_and_as_a_line_after_it(
+    client: Client, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = client.draw({**SMALL, "steps": 0}, Accept=LINES)
+    assert (refused.status, len(refused.json["errors"])) == (400, 1)
+    refused = client.draw({**SMALL, "previews": 3})
+    assert f"accept {LINES}" in refused.json["errors"][0]
+    family, taken = type(engine.model.family), []
+
+    def breaks_later(self: Any, *rest: Any) -> Any:
+        taken.append(rest)
+        if len(taken) > 3:
+            raise ArithmeticError("broken")
+        return predict(self, *rest)
+
+    predict = family.predict
+    monkeypatch.setattr(family, "predict", breaks_later)
+    answer = client.draw({**SMALL, "steps": 6, "previews": 2}, Accept=LINES)
+    first, last = (json.loads(line) for line in answer.body.splitlines())
+    assert (answer.status, first["step"]) == (200, 2)
+    assert last == {"errors": ["the pictures could not be drawn (ArithmeticError); the log says more"]}
+
+
+def test_who_goes_while_pictures_are_shown_is_not_drawn_for(client: Client, engine: Engine) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=PATIENCE)
+    body = json.dumps({**SMALL, "steps": 1000, "previews": 20}).encode()
+    connection.request("POST", "/invocations", body, {"Content-Type": "application/json", "Accept": LINES})
+    assert b'"step":47' in connection.getresponse().readline()
+    connection.close()
+    wait_until(lambda: not engine.is_drawing)
 
 
 def test_clients_of_jumpstart_get_what_they_know(client: Client, engine: Engine) -> None:
@@ -267,7 +319,7 @@ def test_the_document_has_all_settings() -> None:
 
 @pytest.mark.slow
 def test_the_launcher_serves_a_model_on_this_machine(
-    tiny_base: Path, s3: EmbeddedS3, target: S3Uri, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, s3: EmbeddedS3, target: S3Uri, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in {**s3.environment(), "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, value)
@@ -281,6 +333,10 @@ def test_the_launcher_serves_a_model_on_this_machine(
         with pytest.raises(UserError, match="steps: 0 is not valid") as caught:
             endpoint.draw("a toy", steps=0, width=7)
         assert len(caught.value.problems) == 2
+        (block,) = re.findall(r"^```python\n(for shown .*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
+        with contextlib.chdir(tmp_path):
+            exec(block, found)
+        assert sorted(path.name for path in tmp_path.glob("toy-*")) == ["toy-1.png", "toy-done.png"]  # of two steps
         first = endpoint.port
         with pytest.raises(UserError, match="SERVE_STEPS"):
             endpoint.update(steps=3)
