@@ -336,7 +336,7 @@ def test_the_launcher_serves_a_model_on_this_machine(
         (block,) = re.findall(r"^```python\n(for shown .*?)^```$", DOCUMENT, re.DOTALL | re.MULTILINE)
         with contextlib.chdir(tmp_path):
             exec(block, found)
-        assert sorted(path.name for path in tmp_path.glob("toy-*")) == ["toy-1.png", "toy-done.png"]  # of two steps
+        assert sorted(path.name for path in tmp_path.glob("toy-*")) == ["toy-1.png", "toy-3.png", "toy-done.png"]
         first = endpoint.port
         with pytest.raises(UserError, match="SERVE_STEPS"):
             endpoint.update(steps=3)
