@@ -22,6 +22,9 @@ RUN command -v gcc >/dev/null || { \
 ARG WITH_BITSANDBYTES=1
 # `attention=xformers`. Its wheel fits one torch and CUDA: change requirements/xformers.in together with BASE_IMAGE.
 ARG WITH_XFORMERS=0
+# `report_to=mlflow`, `report_to=wandb`; TensorBoard is always there.
+ARG WITH_MLFLOW=0
+ARG WITH_WANDB=0
 # A mirror of the package index. One with a password goes in as the build secret `pip.conf`, pip's own settings: build
 # arguments can be read in the image's history.
 ARG PIP_INDEX_URL
@@ -37,10 +40,12 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     set -- --requirement /mnt/image.txt; \
     if [ "$WITH_BITSANDBYTES" = 1 ]; then set -- "$@" --requirement /mnt/bitsandbytes.txt; fi; \
     if [ "$WITH_XFORMERS" = 1 ]; then set -- "$@" --requirement /mnt/xformers.txt; fi; \
+    if [ "$WITH_MLFLOW" = 1 ]; then set -- "$@" --requirement /mnt/mlflow.txt; fi; \
+    if [ "$WITH_WANDB" = 1 ]; then set -- "$@" --requirement /mnt/wandb.txt; fi; \
     PIP_BREAK_SYSTEM_PACKAGES=1 python -m pip install --require-hashes --only-binary :all: \
         --constraint /root/base-torch.txt "$@"; \
     [ "$(base_torch)" = "$(cat /root/base-torch.txt)" ]; \
-    python -c 'from diffusers import StableDiffusionPipeline'; \
+    python -c 'from diffusers import StableDiffusionPipeline; import torch.utils.tensorboard'; \
     if [ "$WITH_BITSANDBYTES" = 1 ]; then \
         python -c 'import ctypes, torch, bitsandbytes.cextension as b; from bitsandbytes.cuda_specs import CUDASpecs; \
 cuda = torch.version.cuda; \
@@ -49,6 +54,8 @@ cuda and ctypes.CDLL(b.get_cuda_bnb_library_path(CUDASpecs((9, 0), cuda.replace(
     if [ "$WITH_XFORMERS" = 1 ]; then \
         python -c 'import torch, importlib.util as u; torch.ops.load_library(u.find_spec("xformers._C").origin)'; \
     fi; \
+    if [ "$WITH_MLFLOW" = 1 ]; then python -c 'import mlflow, sagemaker_mlflow'; fi; \
+    if [ "$WITH_WANDB" = 1 ]; then python -c 'import wandb'; fi; \
     rm -rf /root/base-torch.txt /tmp/*
 
 # A base model in the image saves each job its download: a hub id, found by `pretrained_model_name_or_path`.

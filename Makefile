@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The two SageMaker SDKs can't be installed together: the tests run each in an environment of its own (280 MB, 20 s).
 SDKS := .venv-sdk2/.installed .venv-sdk3/.installed
+# MLflow's server and W&B, for the tests that tell them of a job (200 MB; torch is .venv's).
+TRACKERS := .venv-trackers/.installed
 # Older versions of diffusers, which have to read what is written here (140 MB each; torch is .venv's).
 READERS := .venv-diffusers-0.27/.installed .venv-diffusers-0.32/.installed
 
@@ -16,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
 
-test: $(STAMP) $(SDKS) $(READERS)
+test: $(STAMP) $(SDKS) $(READERS) $(TRACKERS)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
 
 # An answer in three minutes: all but tests that start jobs and servers, and those that take more than about a second (slow).
@@ -46,7 +48,7 @@ $(VENV)/.docs-installed: $(STAMP)
 	touch $@
 
 # What the image installs, with the hashes of every file: change a .in file, then `make lock`.
-lock: requirements/image.txt requirements/bitsandbytes.txt requirements/xformers.txt
+lock: $(patsubst %,requirements/%.txt,image bitsandbytes xformers mlflow wandb)
 
 requirements/%.txt: requirements/%.in | $(STAMP)
 	$(BIN)/uv pip compile --quiet --no-deps --generate-hashes --no-annotate --custom-compile-command 'make lock' -o $@ $<
@@ -65,11 +67,18 @@ $(STAMP): pyproject.toml requirements/constraints.txt
 	touch $@
 
 PURELIB := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-.venv-diffusers-%/.installed: requirements/diffusers-%.txt $(STAMP)
+define beside-venv
 	$(BIN)/python -m venv --without-pip $(@D)
 	$(BIN)/python -m pip --python $(@D)/bin/python install -q --disable-pip-version-check --no-deps -r $<
 	$(BIN)/python $(PURELIB) > "$$($(@D)/bin/python $(PURELIB))/shared.pth"
 	touch $@
+endef
+
+.venv-diffusers-%/.installed: requirements/diffusers-%.txt $(STAMP)
+	$(beside-venv)
+
+.venv-trackers/.installed: requirements/trackers.txt $(STAMP)
+	$(beside-venv)
 
 clean:
 	rm -rf .venv .venv-* demo-output site build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

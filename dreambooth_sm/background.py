@@ -41,12 +41,13 @@ class Background(Generic[Item]):
             self._waiting.clear()
             return items
 
-    def close(self, longest_wait: float | None = None) -> None:
-        """Waits until all items were acted on, for so many seconds at most."""
+    def close(self, longest_wait: float | None = None) -> bool:
+        """Waits until all items were acted on, for so many seconds at most; whether they were."""
         with self._condition:
             self.is_closing = True
             self._condition.notify()
         self._thread.join(longest_wait)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while True:

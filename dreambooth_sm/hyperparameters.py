@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 from pydantic import ValidationError
 
@@ -29,12 +29,14 @@ from dreambooth_sm.knobs.pivotal import PivotalKnobs
 from dreambooth_sm.knobs.presets import PRESET_KNOBS, PRESETS, PresetValue
 from dreambooth_sm.knobs.prior import PriorKnobs
 from dreambooth_sm.knobs.textual_inversion import TextualInversionKnobs
+from dreambooth_sm.knobs.tracking import TrackingKnobs
 from dreambooth_sm.knobs.training import TrainingKnobs
 from dreambooth_sm.knobs.validation import ValidationKnobs
 
 
 # pydantic lists the fields of the last base first.
 class Hyperparameters(
+    TrackingKnobs,
     ValidationKnobs,
     MemoryKnobs,
     PivotalKnobs,
@@ -80,6 +82,11 @@ class Hyperparameters(
         found = [each.setting for each in self._preset_values() if getattr(self, each.name) == each.value]
         said = " ".join(found) if found else f"nothing with method={self.method} and the values that are set"
         return f"preset={self.preset} sets {said}"
+
+    def told(self) -> dict[str, Any]:
+        """The values that a report tells, as JSON's types: those of all knobs but other methods'."""
+        foreign = self.names_where(lambda knob: bool(knob.methods) and self.method not in knob.methods)
+        return self.model_dump(mode="json", exclude=set(foreign))
 
     @rule("method", "pretrained_model_name_or_path", "base_architecture")
     def _method_is_for_the_base(self) -> Iterator[str]:

@@ -33,6 +33,7 @@ from dreambooth_sm.selection import Examiner
 from dreambooth_sm.shared import Opened
 from dreambooth_sm.space import Space
 from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.trackers.told import told_trackers
 from dreambooth_sm.training.loop import TrainingSet
 from dreambooth_sm.training.train import TrainedModel, train
 from dreambooth_sm.validation import SAMPLES, Validator, take_over_pictures, validation_prompts
@@ -72,22 +73,24 @@ class Made:
 
 def make(job: Context, checked: Checked) -> Made | None:
     """Trains the model and writes it into its directory; None on processes that only help with it."""
+    job.report.listeners.clear()  # of a first try, in a fleet
     start = find_start(job, checked.plan, checked.subjects, checked.target)
     loaded = load(job, checked, start)
     job.stop_if_asked()
-    prior = draw_prior(job, checked, loaded)
-    validator = draw_before(job, checked, loaded, prior)
-    data = encode(job, checked, loaded, prior, start)
-    job.stop_if_asked()
-    examiner = measure_before(job, checked, loaded, prior)
-    trained = teach(job, checked, start, loaded, data, [each for each in (validator, examiner) if each])
-    del data
-    free_memory()
-    if not job.world.is_main:
-        return None
-    measure_after(job, start, examiner)
-    draw_after(job, start, validator)
-    return Made(start, save(job, checked, start, trained, prior))
+    with told_trackers(job, checked.plan, start.step):
+        prior = draw_prior(job, checked, loaded)
+        validator = draw_before(job, checked, loaded, prior)
+        data = encode(job, checked, loaded, prior, start)
+        job.stop_if_asked()
+        examiner = measure_before(job, checked, loaded, prior)
+        trained = teach(job, checked, start, loaded, data, [each for each in (validator, examiner) if each])
+        del data
+        free_memory()
+        if not job.world.is_main:
+            return None
+        measure_after(job, start, examiner)
+        draw_after(job, start, validator)
+        return Made(start, save(job, checked, start, trained, prior))
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,8 @@ def draw_before(job: Context, checked: Checked, loaded: Loaded, prior: Prior) ->
     with job.report.phase("validate_base"):
         validator = Validator(loaded.trainable, prompts, job.h, checked.plan, job.directory / SAMPLES, job.report)
         if live:
-            live.send(job.report.samples.copy())
-            validator.on_draw = live.send
+            live.drew(job.report.samples.copy())
+            job.report.listeners.append(live)
         validator.draw(0)
     free_memory()
     return validator
@@ -231,6 +234,7 @@ def save(job: Context, checked: Checked, start: Start, trained: TrainedModel, pr
             outputs.make_way(directory, name)
         facts = gather_facts(trained.base.name, prior.subjects, job.h, checked.plan, report, steps, directory)
         write_results(facts, prior.subjects, directory)
+        report.finish(facts, directory)
         # The finished model stands for them; those of a trial would be brought to all trials after it.
         if start.checkpoints.is_relative_to(directory) or job.contract.is_trial:
             outputs.discard_checkpoints(start.checkpoints, start.identity)

@@ -18,7 +18,7 @@ from dreambooth_sm.background import Background
 from dreambooth_sm.context import upload_client
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.report import Reporter, ValidationPicture
+from dreambooth_sm.report import Listener, Reporter, ValidationPicture
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Options, S3Uri, TransferError, put_object
 from dreambooth_sm.validation import SAMPLES
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 _LONGEST_WAIT = 20.0
 
 
-class RemoteSamples:
+class RemoteSamples(Listener):
     """Sends pictures in the background, one request at a time. What fails is a warning: the model's upload brings it.
 
     As a context manager it leaves what still waits to the model's upload; on the way out of a job that failed or was
@@ -57,9 +57,9 @@ class RemoteSamples:
             self._background.take_back()
         self._background.close(_LONGEST_WAIT)
 
-    def send(self, samples: Sequence[ValidationPicture]) -> None:
+    def drew(self, pictures: Sequence[ValidationPicture]) -> None:
         """Takes the pictures of a step and returns at once."""
-        self._background.add(samples)
+        self._background.add(pictures)
 
     def _send(self, samples: Sequence[ValidationPicture]) -> None:
         try:
@@ -71,16 +71,16 @@ class RemoteSamples:
                 self._background.take_back()
 
 
-class SyncedSamples:
+class SyncedSamples(Listener):
     """Puts pictures into ``samples`` below the directory that SageMaker syncs to S3 while the job runs."""
 
     def __init__(self, synced: Path) -> None:
         self.directory = synced / SAMPLES
 
-    def send(self, samples: Sequence[ValidationPicture]) -> None:
+    def drew(self, pictures: Sequence[ValidationPicture]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for sample in samples:
-            shutil.copyfile(sample.path, self.directory / sample.path.name)
+        for picture in pictures:
+            shutil.copyfile(picture.path, self.directory / picture.path.name)
 
 
 def live_samples(

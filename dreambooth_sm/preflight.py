@@ -23,6 +23,7 @@ from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.trackers.needs import find_missing_packages, find_missing_settings, take_secrets
 from dreambooth_sm.validation import SAMPLES
 
 # Those that the SageMaker SDK adds for itself.
@@ -62,6 +63,9 @@ def preflight(job: Context) -> Checked:
         with problems.collected():
             if job.shared is None:  # a fleet's base model is looked at once
                 check_base(h)
+        with problems.collected():
+            if job.shared is None:
+                check_trackers(h, job.world)
         with problems.collected():
             check_output(h)
         with problems.collected():
@@ -140,6 +144,17 @@ def check_output(h: Hyperparameters) -> None:
         make_way(directory, SAMPLES)
     except OSError as error:
         raise UserError(f"models_path: {directory} can't be written to: {error.strerror}") from None
+
+
+def check_trackers(h: Hyperparameters, world: World) -> None:
+    """Raises UserError unless the trackers that are to be told have what they need."""
+    if not (h.trackers and world.is_main):
+        return
+    problems = Problems()
+    with problems.collected():
+        take_secrets(h)
+    problems.found += [*find_missing_settings(h, os.environ), *find_missing_packages(h, os.environ)]
+    problems.raise_any()
 
 
 def check_checkpoints(contract: Contract) -> None:

@@ -2,7 +2,7 @@
 
 Numbers are lines of nothing but ``key=value`` pairs, so that CloudWatch's metric regexes, the demo and the tests read
 the same stream. Words begin otherwise, and are made safe first: no file name or prompt in them passes for a number.
-On a terminal a progress bar is drawn as well.
+On a terminal a progress bar is drawn as well. Listeners are told the same: whoever shows it elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -33,6 +33,8 @@ _BARE = re.compile(r'[^\s"]\S*')
 TRAINING_METRICS = ("step", "loss", "instance_loss", "prior_loss", "lr", "steps_per_s", "vram_gb")
 # What a line of a measured model can hold (``selection.py``): the means over its subjects.
 MEASURES = ("score", "subject", "prompt", "prior", "diversity")
+# Ids of trackers' runs; one is a directory's name as well.
+RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 # Off a terminal a progress line is due when this share of the work is done.
 _PROGRESS_SHARE = 0.25
 
@@ -117,6 +119,19 @@ class Attempt:
     peak_host_memory_gb: float
 
 
+class Listener:
+    """Is told what a job measures, draws and finally reports, at once; returns at once, and raises nothing."""
+
+    def measured(self, values: Mapping[str, object]) -> None:
+        """Values of a metric line, by name; numbers of a step, or other facts."""
+
+    def drew(self, pictures: Sequence[ValidationPicture]) -> None:
+        """Pictures of one step, which lie where their paths say until the job uploads its model."""
+
+    def finished(self, facts: Mapping[str, Any], directory: Path) -> None:
+        """The report, which lies in the directory."""
+
+
 class _Row(BaseModel):
     """A metrics line of training: numbers."""
 
@@ -146,6 +161,7 @@ class Record(BaseModel):
     steps: list[_Row] = []
     attempts: list[Attempt] = []
     samples: list[_SampleRecord] = []
+    runs: dict[str, Annotated[str, StringConstraints(pattern=f"^{RUN_ID.pattern}$")]] = {}
 
 
 class Reporter:
@@ -160,6 +176,8 @@ class Reporter:
         samples: the validation pictures.
         earlier: the attempts before this one.
         verdicts: what was said of how well the model was trained.
+        runs: names of the trackers that are told of the job, to the ids of their runs.
+        listeners: are told what it is told.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -169,6 +187,8 @@ class Reporter:
         self.samples: list[ValidationPicture] = []
         self.earlier: list[Attempt] = []
         self.verdicts: list[str] = []
+        self.runs: dict[str, str] = {}
+        self.listeners: list[Listener] = []
         self._started = datetime.now(UTC).isoformat(timespec="seconds")
         self._first_step = 0
         self._running: dict[str, float] = {}
@@ -189,8 +209,23 @@ class Reporter:
         self.say(f"verdict: {text}")
 
     def metrics(self, **values: object) -> None:
-        self.history.append({key: value for key, value in values.items() if value is not None})
+        row = {key: value for key, value in values.items() if value is not None}
+        self.history.append(row)
         self.say(format_metrics(**values))
+        for listener in self.listeners:
+            listener.measured(row)
+
+    def drew(self, pictures: Sequence[ValidationPicture]) -> None:
+        """Remembers validation pictures of one step."""
+        self.samples += pictures
+        self.metrics(validation=pictures[0].step, pictures=len(pictures))
+        for listener in self.listeners:
+            listener.drew(pictures)
+
+    def finish(self, facts: Mapping[str, Any], directory: Path) -> None:
+        """Tells listeners that the report is written."""
+        for listener in self.listeners:
+            listener.finished(facts, directory)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -227,6 +262,7 @@ class Reporter:
             "steps": self.training_rows,
             "attempts": [asdict(attempt) for attempt in self.attempts(step)],
             "samples": [asdict(sample) | {"path": sample.path.name} for sample in self.samples],
+            **({"runs": dict(self.runs)} if self.runs else {}),
         }
 
     def resume(self, record: Mapping[str, Any], step: int, pictures: Path) -> None:
@@ -243,6 +279,7 @@ class Reporter:
             ValidationPicture(**fields | {"path": pictures / fields["path"]}) for fields in record.get("samples", [])
         ]
         self.samples = [sample for sample in samples if sample.path.is_file()]
+        self.runs = dict(record.get("runs", {}))
 
     def progress(self, items: Iterable[Item], total: int, what: str) -> Iterator[Item]:
         """Passes items through: a bar on a terminal, a line at each quarter elsewhere."""

@@ -75,7 +75,6 @@ def gather_facts(
         directory: the trained model's, which the validation pictures are below.
     """
     steps, attempts = report.training_rows, report.attempts(step)
-    foreign = h.names_where(lambda knob: bool(knob.methods) and h.method not in knob.methods)
     licence = next((name for start, name in _LICENCES.items() if base.startswith(start)), None)
     return {
         "model_name": h.model_name,
@@ -92,7 +91,7 @@ def gather_facts(
             }
             for subject in subjects
         ],
-        "hyperparameters": h.model_dump(mode="json", exclude=set(foreign)),
+        "hyperparameters": h.told(),
         "plan": plan.settings(),
         "plan_notes": list(plan.notes),
         "attempts": [asdict(attempt) for attempt in attempts],

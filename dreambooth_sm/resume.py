@@ -63,6 +63,11 @@ class Start:
     previous: Checkpoint | None
     _older: Iterator[Checkpoint]
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps that were taken before."""
+        return self.previous.step if self.previous else 0
+
     def fit_to(
         self,
         digests: Mapping[str, str],

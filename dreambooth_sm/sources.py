@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dreambooth_sm import storage
+from dreambooth_sm.aws_secrets import read_secret
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.storage import S3Uri
@@ -108,22 +109,7 @@ def read_token(secret: str | None) -> str | None:
     Raises:
         UserError: where the secret can't be read.
     """
-    if secret is None:
-        return None
-    import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        text = boto3.client("secretsmanager").get_secret_value(SecretId=secret)["SecretString"].strip()
-        token = json.loads(text)["HF_TOKEN"] if text.startswith("{") else text
-    except (BotoCoreError, ClientError) as error:
-        raise UserError(
-            f"hf_token_secret: {secret} can't be read from AWS Secrets Manager ({error}); give the job's role "
-            "secretsmanager:GetSecretValue on it"
-        ) from None
-    except (KeyError, ValueError):  # without the error, which may quote the secret
-        raise UserError(f"hf_token_secret: {secret} holds neither a token nor JSON with the key HF_TOKEN") from None
-    return str(token)
+    return read_secret("hf_token_secret", secret, ["HF_TOKEN"], "a token")["HF_TOKEN"] if secret is not None else None
 
 
 def _find(uri: S3Uri) -> tuple[S3Uri, dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
 
@@ -64,9 +64,6 @@ class Validator:
     Args:
         trained: the model, before training.
         directory: for the pictures.
-
-    Attributes:
-        on_draw: is told each step's pictures.
     """
 
     def __init__(
@@ -85,7 +82,6 @@ class Validator:
         # training leaves of a card.
         self._embedded: dict[str, Conditioning] | None = None
         self._seeds = [_SEED + number for number in range(h.num_validation_images)]
-        self.on_draw: Callable[[Sequence[ValidationPicture]], object] | None = None
 
     def is_due(self, step: int) -> bool:
         """See :class:`~dreambooth_sm.onlookers.Onlooker`."""
@@ -124,10 +120,7 @@ class Validator:
             pictures = [picture for batch in batches for picture in batch]
             drawn += [self._write(picture, step, prompt, seed) for seed, picture in zip(seeds, pictures, strict=True)]
         del sampler
-        self._report.samples += drawn
-        self._report.metrics(validation=step, pictures=len(drawn))
-        if self.on_draw:
-            self.on_draw(drawn)
+        self._report.drew(drawn)
 
     def _write(self, picture: Image.Image, step: int, prompt: str, seed: int) -> ValidationPicture:
         facts = PngInfo()

@@ -148,12 +148,17 @@ def request(**options: Any) -> None:
     print(json.dumps(launcher.request(**_read(options)), indent=2))
 
 
-def iam(bucket: str, account: str, region: str, role: str, partition: str, secret: str | None) -> None:
+def iam(
+    bucket: str, account: str, region: str, role: str, partition: str, secret: list[str], mlflow: str | None
+) -> None:
     S3Uri.parse(f"s3://{bucket}/")
+    execution = execution_policy(
+        bucket, account=account, region=region, partition=partition, secrets=secret, mlflow=mlflow
+    )
     policies = {
         "notebook": notebook_policy(bucket, account=account, region=region, role=role, partition=partition),
         "notebook, for endpoints": endpoint_policy(account=account, region=region, partition=partition),
-        "execution": execution_policy(bucket, account=account, region=region, partition=partition, secret=secret),
+        "execution": execution,
         "execution role's trust": trust_policy(),
     }
     print(json.dumps(policies, indent=2))
@@ -270,7 +275,13 @@ def _parser(*, everything: bool) -> command_line.Parser:
     policies.add_argument("--region", default="*", help="that jobs run in")
     policies.add_argument("--role", default="dreambooth-sm", help="name of the execution role")
     policies.add_argument("--partition", default="aws", help="aws, aws-cn or aws-us-gov")
-    policies.add_argument("--secret", help="name of the secret with the model hub's token (hf_token_secret)")
+    policies.add_argument(
+        "--secret",
+        action="append",
+        default=[],
+        help="name of a secret: that of the model hub's token (hf_token_secret), of trackers' keys (tracker_secret)",
+    )
+    policies.add_argument("--mlflow", help="ARN of the server that mlflow_tracking_uri names")
 
     add(attach, "attach", "Follow a job until it has ended").add_argument("name", help="of the job")
     log = add(logs, "logs", "Print the log of a job")

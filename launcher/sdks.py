@@ -25,6 +25,7 @@ def estimator(request: Mapping[str, Any], session: Session | None = None) -> Est
     """
     try:
         from sagemaker import Session as SageMakerSession
+        from sagemaker.debugger import TensorBoardOutputConfig
         from sagemaker.estimator import Estimator
         from sagemaker.inputs import TrainingInput
     except ImportError as error:
@@ -47,6 +48,7 @@ def estimator(request: Mapping[str, Any], session: Session | None = None) -> Est
 
     resources, output = request["ResourceConfig"], request["OutputDataConfig"]
     stopping, vpc = request["StoppingCondition"], request.get("VpcConfig", {})
+    events = request.get("TensorBoardOutputConfig")
     return DreamBoothEstimator(
         image_uri=request["AlgorithmSpecification"]["TrainingImage"],
         role=request["RoleArn"],
@@ -70,6 +72,7 @@ def estimator(request: Mapping[str, Any], session: Session | None = None) -> Est
         security_group_ids=vpc.get("SecurityGroupIds"),
         enable_network_isolation=request.get("EnableNetworkIsolation", False),
         tags=request.get("Tags"),
+        tensorboard_output_config=TensorBoardOutputConfig(events["S3OutputPath"]) if events else None,
         debugger_hook_config=False,
         disable_profiler=True,
         sagemaker_session=SageMakerSession(session) if session else None,
@@ -95,6 +98,7 @@ def model_trainer(request: Mapping[str, Any], session: Session | None = None) ->
             RetryStrategy,
             StoppingCondition,
             Tag,
+            TensorBoardOutputConfig,
         )
         from sagemaker.core.training.configs import Compute, Networking
         from sagemaker.train import ModelTrainer
@@ -125,6 +129,8 @@ def model_trainer(request: Mapping[str, Any], session: Session | None = None) ->
     )
     if retry := request.get("RetryStrategy"):
         trainer = trainer.with_retry_strategy(RetryStrategy(**_snake(retry)))
+    if events := request.get("TensorBoardOutputConfig"):
+        trainer = trainer.with_tensorboard_output_config(TensorBoardOutputConfig(**_snake(events)))
     return trainer.with_metric_definitions(
         [
             MetricDefinition(**_snake(definition))

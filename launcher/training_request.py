@@ -13,9 +13,11 @@ from typing import Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.tracking import MLFLOW, TENSORBOARD, WANDB
 from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
 from dreambooth_sm.report import MEASURES, TRAINING_METRICS, measure_pattern, metric_pattern
 from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.trackers.needs import find_missing_settings, is_online
 from launcher.channels import Channel
 from launcher.instances import find_instance
 from launcher.resources import DEFAULT_MAX_MINUTES, DEFAULT_VOLUME_GB, MAX_RUN_MINUTES, Resources
@@ -84,6 +86,8 @@ def training_request(
         "StoppingCondition": _stopping_condition(resources),
         "CheckpointConfig": {"S3Uri": resources.checkpoint or f"{resources.workspace}/checkpoints/{resources.name}"},
     }
+    if TENSORBOARD in h.trackers:
+        request["TensorBoardOutputConfig"] = {"S3OutputPath": f"{resources.workspace}/tensorboard"}
     if resources.spot:
         request["EnableManagedSpotTraining"] = True
     if resources.max_retry_attempts is not None:
@@ -296,6 +300,7 @@ def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
     """Finds what SageMaker would take, and the job would fail with, or do otherwise than it says."""
     if h.output_mode == ("uncompressed" if r.compression else "archive"):
         yield f"output_mode={h.output_mode} and compression={r.compression} say two things; leave output_mode out"
+    yield from find_missing_settings(h, r.environment)
     if not r.network_isolation:
         return
     if h.manual_upload_model_path is not None:
@@ -305,15 +310,21 @@ def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
         )
     if h.class_cache is not None:
         yield "network_isolation=True: the job can't reach class_cache in S3; leave it out"
+    online = [MLFLOW, *([WANDB] if is_online(r.environment) else [])]
+    if remote := [name for name in h.trackers if name in online]:
+        yield (
+            f"network_isolation=True: the job can't reach {' and '.join(remote)}; leave them out of report_to, or set "
+            "WANDB_MODE=offline in its environment"
+        )
     for name in ("pretrained_model_name_or_path", "pretrained_vae_name_or_path", "pretrained_parts_name_or_path"):
         if _is_remote(getattr(h, name)):
             yield (
                 f"network_isolation=True: the job can't fetch {name}={getattr(h, name)}; give it as an s3:// prefix or "
                 "a local directory, which becomes a channel"
             )
-    remote = [word for word in (h.fidelity_encoders or "").split() if _is_remote(word.partition("=")[2] or None)]
-    if remote:
-        yield f"network_isolation=True: the job can't fetch fidelity_encoders={' '.join(remote)}; leave them out"
+    encoders = [word for word in (h.fidelity_encoders or "").split() if _is_remote(word.partition("=")[2] or None)]
+    if encoders:
+        yield f"network_isolation=True: the job can't fetch fidelity_encoders={' '.join(encoders)}; leave them out"
 
 
 def _is_remote(model: str | None) -> bool:

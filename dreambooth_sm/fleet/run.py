@@ -32,7 +32,14 @@ from dreambooth_sm.fleet.subjects import FleetSubject, read_list
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.job import Made, make, send
 from dreambooth_sm.models import check_base
-from dreambooth_sm.preflight import Checked, check_checkpoints, find_unused_channels, localize, preflight
+from dreambooth_sm.preflight import (
+    Checked,
+    check_checkpoints,
+    check_trackers,
+    find_unused_channels,
+    localize,
+    preflight,
+)
 from dreambooth_sm.printing import safe, traceback_lines
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.s3 import Store
@@ -99,6 +106,8 @@ def _read(h: Hyperparameters, contract: Contract, report: Reporter, stop: thread
             check_base(job.h)
         with problems.collected():
             check_checkpoints(contract)
+        with problems.collected():
+            check_trackers(job.h, job.world)
         classes = {subject.values.get("class_prompt", h.class_prompt) for subject in subjects} - {None}
         if len(classes) > 1 and list_pictures(Path(job.h.class_data_dir)):
             problems.found.append(

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dreambooth_sm.storage import PROBE_NAME, S3Options, S3Uri
@@ -14,6 +14,11 @@ from launcher.aws.images import REPOSITORY
 Policy = dict[str, Any]
 
 _LOG_GROUP, _ENDPOINT_LOGS = "log-group:/aws/sagemaker/TrainingJobs", "log-group:/aws/sagemaker/Endpoints/"
+# Of MLflow's operations, those that tell of a run.
+_MLFLOW = (
+    *("AccessUI", "CreateExperiment", "CreateRun", "GetExperiment", "GetExperimentByName", "GetRun"),
+    *("ListArtifacts", "LogBatch", "LogMetric", "LogParam", "SearchExperiments", "SetTag", "UpdateRun"),
+)
 _DOING = ("Create", "Describe", "Delete")
 
 
@@ -93,13 +98,20 @@ def endpoint_policy(*, account: str = "*", region: str = "*", partition: str = "
 
 
 def execution_policy(
-    bucket: str, *, account: str = "*", region: str = "*", partition: str = "aws", secret: str | None = None
+    bucket: str,
+    *,
+    account: str = "*",
+    region: str = "*",
+    partition: str = "aws",
+    secrets: Sequence[str] = (),
+    mlflow: str | None = None,
 ) -> Policy:
     """Makes the policy of the job itself: its image, its data and results in the bucket, its log and metrics.
 
     Args:
         bucket, account, region, partition: as for :func:`notebook_policy`.
-        secret: name of the secret that ``hf_token_secret`` names.
+        secrets: names of the secrets that ``hf_token_secret`` and ``tracker_secret`` name.
+        mlflow: ARN of the server that SageMaker manages and ``mlflow_tracking_uri`` names.
     """
     repository = f"arn:{partition}:ecr:{region}:{account}:repository/{REPOSITORY}"
     policy = execution_role_policy(S3Uri(bucket), image_repository=repository, partition=partition)
@@ -107,10 +119,15 @@ def execution_policy(
         **_allow("WriteMetrics", ["cloudwatch:PutMetricData"], "*"),
         "Condition": {"StringEquals": {"cloudwatch:namespace": "/aws/sagemaker/TrainingJobs"}},
     }
-    # Secrets Manager adds six characters to a secret's name.
-    secrets = f"arn:{partition}:secretsmanager:{region}:{account}:secret:{secret}-??????"
-    reading = [_allow("ReadHubToken", ["secretsmanager:GetSecretValue"], secrets)] if secret else []
-    return _policy(*policy["Statement"], metrics, *reading)
+    more = []
+    if secrets:
+        # Secrets Manager adds six characters to a secret's name.
+        here = f"arn:{partition}:secretsmanager:{region}:{account}:secret"
+        names = [f"{here}:{secret}-??????" for secret in secrets]
+        more.append(_allow("ReadSecrets", ["secretsmanager:GetSecretValue"], names))
+    if mlflow:
+        more.append(_allow("TellMLflow", [f"sagemaker-mlflow:{action}" for action in _MLFLOW], mlflow))
+    return _policy(*policy["Statement"], metrics, *more)
 
 
 def execution_role_policy(

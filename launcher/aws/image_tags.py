@@ -27,6 +27,8 @@ REST = (
     "requirements/image.txt",
     "requirements/bitsandbytes.txt",
     "requirements/xformers.txt",
+    "requirements/mlflow.txt",
+    "requirements/wandb.txt",
 )
 LEFT_OUT = frozenset({"__pycache__", ".ipynb_checkpoints", ".DS_Store"})
 _CODE_DIGITS, _BUILD_DIGITS = 12, 8

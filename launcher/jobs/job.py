@@ -391,6 +391,15 @@ class Job:
         """
         return self._outputs().report()
 
+    @property
+    def events_uri(self) -> str:
+        """Where TensorBoard's events lie, for ``tensorboard --logdir``, also while the job runs.
+
+        Raises:
+            UserError: the job was not started with ``report_to=tensorboard``.
+        """
+        return self._outputs().events_uri
+
     def deploy(self, **options: Any) -> Endpoint:
         """Makes an endpoint that draws with the trained model: see :func:`launcher.deploy`, whose options these are.
 

@@ -56,6 +56,16 @@ class Outputs:
             raise UserError(f"{self._name} has no model: it is {self._status}")
         return unquote(urlsplit(uri).path).rstrip("/") if uri.startswith("file://") else uri.rstrip("/")
 
+    @property
+    def events_uri(self) -> str:
+        """See :attr:`launcher.Job.events_uri`."""
+        if self._directory and (events := self._directory / "output" / "tensorboard").is_dir():
+            return str(events)
+        config = self._description.get("TensorBoardOutputConfig")
+        if not config:
+            raise UserError(f"{self._name} has no events for TensorBoard; start jobs with report_to=tensorboard")
+        return f"{config['S3OutputPath'].rstrip('/')}/{self._name}/tensorboard-output"
+
     def download(self, directory: Path) -> Path:
         """See :meth:`launcher.Job.download`."""
         source, target = self.model_uri, self._target()

@@ -28,7 +28,8 @@ _NO_CREDENTIALS = {
     "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     "AWS_CONFIG_FILE": os.devnull,
 }
-HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+# What names accounts of this process's own, beside AWS's.
+_TOKENS = re.compile(r"HF_TOKEN|HUGGING_FACE_HUB_TOKEN|WANDB_(API_KEY|BASE_URL|ENTITY|MODE)|MLFLOW_TRACKING_\w+")
 
 
 def inherited() -> dict[str, str]:
@@ -43,13 +44,18 @@ def loader_variables(names: Iterable[str]) -> Iterator[str]:
 
 def isolated(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment of a job without a network, which gets no credentials either."""
-    kept = {k: v for k, v in environment.items() if not _CREDENTIALS.fullmatch(k) and k not in HUB_TOKENS}
+    kept = {k: v for k, v in environment.items() if not _CREDENTIALS.fullmatch(k) and not _TOKENS.fullmatch(k)}
     return {**kept, "HF_HUB_OFFLINE": "1", **_NO_CREDENTIALS}
 
 
 def own_settings() -> dict[str, str]:
-    """This process's AWS settings and hub token, for jobs that are its own."""
-    return {k: v for k, v in os.environ.items() if k.startswith("AWS_") or k in HUB_TOKENS}
+    """This process's AWS settings, hub token and trackers, for jobs that are its own."""
+    return {k: v for k, v in os.environ.items() if k.startswith("AWS_")} | own_tokens()
+
+
+def own_tokens() -> dict[str, str]:
+    """This process's hub token and trackers."""
+    return {k: v for k, v in os.environ.items() if _TOKENS.fullmatch(k)}
 
 
 def own_credentials() -> dict[str, str]:

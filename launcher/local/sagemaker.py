@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher.local.answers import Operation, RequestError, arn_of, check_shape, pairs, respond, send
 from launcher.local.clients import EmbeddedClients
-from launcher.local.environment import HUB_TOKENS, loader_variables, own_credentials, own_settings
+from launcher.local.environment import loader_variables, own_credentials, own_settings, own_tokens
 from launcher.local.hosting import EmbeddedHosting
 from launcher.local.program import CONTAINER, ENTRYPOINT
 from launcher.local.s3 import REGION, EmbeddedS3
@@ -171,8 +171,7 @@ class EmbeddedSageMaker:
 
     def _environment(self, region: str, in_container: bool, own: bool) -> dict[str, str]:
         if self._with_s3:
-            tokens = {name: value for name, value in own_settings().items() if name in HUB_TOKENS}
-            return {**self._server.environment(region), **(tokens if own else {})}
+            return {**self._server.environment(region), **(own_tokens() if own else {})}
         return own_credentials() if in_container else own_settings()
 
     def _find(self, request: dict[str, Any], region: str) -> TrainingJob:

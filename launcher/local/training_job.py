@@ -23,17 +23,18 @@ from typing import Any
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
-from dreambooth_sm.storage import S3Uri, TransferError, download_directory, list_objects
+from dreambooth_sm.storage import S3Uri, TransferError
 from launcher.aws.clients import Clients
 from launcher.jobs.logs import LOG_GROUP
 from launcher.local.environment import inherited, isolated, loader_variables
 from launcher.local.program import CONTAINER, docker
+from launcher.local.synced import SyncedDirectory, file_states
 from launcher.local.tree import lay_out
 
 HOST = "algo-1"
 # Seconds between SIGTERM and SIGKILL, as SageMaker has it.
 GRACE = 120.0
-# Seconds between two looks at the checkpoint directory.
+# Seconds between two looks at what is synced.
 _SYNC_PAUSE = 1.0
 _MESSAGES = {
     "Starting": "Preparing the instances for training",
@@ -91,6 +92,7 @@ class TrainingJob:
         self._reason = ""
         self._artifacts = ""
         self._final_metrics: dict[str, dict[str, Any]] = {}
+        self._synced: list[SyncedDirectory] = []
         self._stop = threading.Event()
         self._interruption = threading.Event()
         self._enter("Starting")
@@ -190,7 +192,7 @@ class TrainingJob:
         with self._lock:
             self._times.setdefault("TrainingStartTime", time.time())
         code, cause = self._execute()
-        self._sync_checkpoints()
+        self._sync()
         if cause == "Interrupted" and code != 0:
             return cause
         if cause not in ("Stopped", "MaxRuntimeExceeded") and code != 0:
@@ -216,10 +218,12 @@ class TrainingJob:
         lay_out(self.tree, self.request.get("HyperParameters", {}), channels, s3=self._clients("s3"))
         for path in (self._checkpoints, self.tree / "output" / "data"):
             path.mkdir(parents=True, exist_ok=True)
-        uri = self._checkpoint_uri
-        if uri.startswith("s3://") and list_objects(S3Uri.parse(uri), client=self._clients("s3")):
-            download_directory(S3Uri.parse(uri), self._checkpoints, client=self._clients("s3"))
-        self._synced = _stats(self._checkpoints)
+        self._synced = []
+        if (uri := self._checkpoint_uri).startswith("s3://"):
+            self._synced.append(SyncedDirectory(self._checkpoints, S3Uri.parse(uri), self._clients, deletes=True))
+            self._synced[0].fetch()
+        if self._events:
+            self._synced.append(SyncedDirectory(*self._events, self._clients, deletes=False))
 
     def _execute(self) -> tuple[int, str]:
         """Runs the entrypoint to its end.
@@ -245,7 +249,7 @@ class TrainingJob:
         reader.start()
         log = _Log(self._clients("logs"), f"{self.name}/{stream}")
         done = threading.Event()
-        syncer = threading.Thread(target=self._keep_checkpoints_synced, args=(done,), daemon=True)
+        syncer = threading.Thread(target=self._keep_synced, args=(done,), daemon=True)
         syncer.start()
         cause, kill_at = "", float("inf")
         while process.poll() is None or reader.is_alive():
@@ -322,7 +326,7 @@ class TrainingJob:
             return "ClientError: Please use an instance type with more memory, exit code: 137"
         return f"AlgorithmError: , exit code: {code if code >= 0 else 128 - code}"
 
-    # Checkpoints
+    # Checkpoints and events
 
     @property
     def _checkpoint_path(self) -> PurePosixPath:
@@ -337,26 +341,23 @@ class TrainingJob:
     def _checkpoint_uri(self) -> str:
         return str(self.request.get("CheckpointConfig", {}).get("S3Uri", "")).rstrip("/")
 
-    def _keep_checkpoints_synced(self, done: threading.Event) -> None:
+    def _keep_synced(self, done: threading.Event) -> None:
         while not done.wait(_SYNC_PAUSE):
-            self._sync_checkpoints()
+            self._sync()
 
-    def _sync_checkpoints(self) -> None:
-        """Uploads what is new, and deletes in S3 what was deleted here."""
-        if not self._checkpoint_uri.startswith("s3://"):
-            return
-        s3, target, now = self._clients("s3"), S3Uri.parse(self._checkpoint_uri), _stats(self._checkpoints)
-        for name in [name for name in now if now[name] != self._synced.get(name)]:
-            path = self._checkpoints / name
-            try:
-                s3.upload_file(str(path), target.bucket, (target / name).prefix)
-            except Exception:
-                # Deleted meanwhile: what boto3 raises then depends on how far it was.
-                if path.exists():
-                    raise
-        for name in self._synced.keys() - now.keys():
-            s3.delete_object(Bucket=target.bucket, Key=(target / name).prefix)
-        self._synced = now
+    def _sync(self) -> None:
+        for directory in self._synced:
+            directory.sync()
+
+    @property
+    def _events(self) -> tuple[Path, S3Uri] | None:
+        """Where the job writes TensorBoard's events, and where they go; None where nobody asked for them."""
+        config = self.request.get("TensorBoardOutputConfig")
+        if not config:
+            return None
+        local = PurePosixPath(config.get("LocalPath", STANDARD_BASE / "output" / "tensorboard"))
+        target = S3Uri.parse(config["S3OutputPath"].rstrip("/")) / self.name / "tensorboard-output"
+        return self.tree / local.relative_to(STANDARD_BASE), target
 
     # Results
 
@@ -388,7 +389,7 @@ class TrainingJob:
                         tar.add(path, path.name)
                 s3.upload_file(str(archive), target.bucket, (target / name).prefix)
             return
-        for relative in sorted(_stats(folder)):
+        for relative in sorted(file_states(folder)):
             s3.upload_file(str(folder / relative), target.bucket, (target / name / relative).prefix)
 
     def _clean(self) -> None:
@@ -459,14 +460,3 @@ def _drain(lines: queue.SimpleQueue[tuple[int, str]]) -> Iterator[tuple[int, str
     with suppress(queue.Empty):
         while True:
             yield lines.get_nowait()
-
-
-def _stats(directory: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of each file below a directory by its relative path; SageMaker's own marks left out."""
-    found = {}
-    for path in directory.rglob("*"):
-        with suppress(FileNotFoundError):  # deleted meanwhile
-            if path.is_file() and not path.name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")):
-                stat = path.stat()
-                found[path.relative_to(directory).as_posix()] = (stat.st_size, stat.st_mtime_ns)
-    return found

@@ -46,7 +46,9 @@ JOBS: dict[str, dict[str, Any]] = {
         "tags": {"team": "toys", "cost centre": "7"},
         "environment": {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:32"},
     },
+    "tracked": {},
 }
+TRACKED = {"report_to": "tensorboard"}
 VALUES = {
     "instance_prompt": "photo of zwx toy",
     "class_prompt": "photo of a toy",
@@ -63,7 +65,8 @@ def test_what_goes_over_the_wire_is_the_request(backend: str, s3: EmbeddedS3, tm
     requests = []
     for kind, options in JOBS.items():
         resources = Resources.parse({**PLAIN, **options, "name": f"{kind}-{backend.replace('_', '-')}"})
-        requests.append(training_request(Hyperparameters.parse(VALUES), resources, channels))
+        values = VALUES | (TRACKED if kind == "tracked" else {})
+        requests.append(training_request(Hyperparameters.parse(values), resources, channels))
         assert refusals("CreateTrainingJob", requests[-1]) == []
     ended = send(backend, requests, tmp_path, s3.environment())
     assert ended.returncode == 0, ended.stderr

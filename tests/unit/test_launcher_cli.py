@@ -187,13 +187,14 @@ def test_policies_give_no_more_than_they_need(capsys: pytest.CaptureFixture[str]
     ]
     assert "arn:aws-cn:s3:::models/*" in json.dumps(execution_policy("models", partition="aws-cn"))
     assert "secretsmanager" not in json.dumps(printed["execution"])
-    assert main(["iam", "models", "--secret", "hub"]) == 0
-    (reading,) = [
-        each
-        for each in json.loads(capsys.readouterr().out)["execution"]["Statement"]
-        if each["Action"] == ["secretsmanager:GetSecretValue"]
-    ]
-    assert reading["Resource"] == "arn:aws:secretsmanager:*:*:secret:hub-??????"
+    server = "arn:aws:sagemaker:us-west-2:123456789012:mlflow-tracking-server/toys"
+    assert main(["iam", "models", "--secret", "hub", "--secret", "wandb", "--mlflow", server]) == 0
+    statements = json.loads(capsys.readouterr().out)["execution"]["Statement"]
+    (reading,) = [each for each in statements if each["Action"] == ["secretsmanager:GetSecretValue"]]
+    assert reading["Resource"] == [f"arn:aws:secretsmanager:*:*:secret:{name}-??????" for name in ("hub", "wandb")]
+    (telling,) = [each for each in statements if each["Resource"] == server]
+    assert "sagemaker-mlflow:CreateRun" in telling["Action"]
+    assert not any("*" in action or "Delete" in action for action in telling["Action"])
 
 
 def test_the_documented_table_is_current(capsys: pytest.CaptureFixture[str]) -> None:

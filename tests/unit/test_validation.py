@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dreambooth_sm import sampling
 from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.report import Reporter, ValidationPicture
+from dreambooth_sm.report import Listener, Reporter, ValidationPicture
 from dreambooth_sm.validation import Validator, take_over_pictures, validation_prompts
 from tests.helpers.training import Run, attach, hyperparameters, make_subject, same, weights
 
@@ -106,8 +107,13 @@ def test_a_later_attempt_draws_what_is_missing_alone(base: PretrainedModel, tmp_
     h = hyperparameters(validation_prompt="a toy", num_validation_images=2)
     run = Run(base, tmp_path)
     drawn: list[ValidationPicture] = []
+
+    class Remembers(Listener):
+        def drew(self, pictures: Sequence[ValidationPicture]) -> None:
+            drawn.extend(pictures)
+
+    run.recorder.listeners.append(Remembers())
     validator = Validator(run.trainable, ("a toy",), h, run.plan, tmp_path / "samples", run.recorder)
-    validator.on_draw = drawn.extend
     validator.draw(0)
     missing = run.recorder.samples.pop(0)
     missing.path.unlink()
