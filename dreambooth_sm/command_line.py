@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -130,6 +131,24 @@ def read_options(options: Mapping[str, Any], fields: Mapping[str, FieldInfo]) ->
 def joined(words: Sequence[str]) -> str:
     """Words as one value; a switch that stands alone is on."""
     return " ".join(words) if words else "true"
+
+
+def read_pairs(name: str, words: Sequence[str]) -> dict[str, str]:
+    """``NAME=VALUE ...`` as a dictionary.
+
+    Args:
+        name: of the option, for messages.
+
+    Raises:
+        UserError: a word is not a pair, or a name is given twice.
+    """
+    pairs = [word.partition("=")[::2] for word in words]
+    problems = [f"{name}: {word!r} is not NAME=VALUE" for word in words if "=" not in word]
+    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    problems += [f"{name}: {key} is given twice; keep one" for key in twice]
+    if problems:
+        raise UserError(problems)
+    return dict(pairs)
 
 
 def run(

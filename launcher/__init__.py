@@ -26,6 +26,7 @@ from launcher.fleets.fleet import Fleet
 from launcher.fleets.status import FleetStatus
 from launcher.jobs.job import Job, JobFailed, JobStopped
 from launcher.local.run import local_services
+from launcher.registry.packages import ModelPackage
 from launcher.resources import Resources
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "JobFailed",
     "JobStopped",
     "JobSummary",
+    "ModelPackage",
     "Resources",
     "ServiceError",
     "StreamedPicture",

@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,16 +18,17 @@ from pydantic.fields import FieldInfo
 
 import launcher
 from dreambooth_sm import __version__, command_line
-from dreambooth_sm.command_line import add_options, joined, read_options
-from dreambooth_sm.errors import EXIT_OK, Problems, UserError
+from dreambooth_sm.command_line import add_options, joined, read_options, read_pairs
+from dreambooth_sm.errors import EXIT_OK, Problems
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
 from launcher import endpoint_commands
-from launcher.aws.iam import endpoint_policy, execution_policy, notebook_policy, trust_policy
+from launcher.aws.iam import endpoint_policy, execution_policy, notebook_policy, registry_policy, trust_policy
 from launcher.estimates import documented_table, table
 from launcher.jobs.outputs import ENDED
 from launcher.options import Data, all_options, split_options
+from launcher.registry.requests import APPROVED, PENDING, REJECTED
 from launcher.resources import Resources
 
 # Credentials of the environment, which would win over a profile.
@@ -158,6 +158,7 @@ def iam(
     policies = {
         "notebook": notebook_policy(bucket, account=account, region=region, role=role, partition=partition),
         "notebook, for endpoints": endpoint_policy(account=account, region=region, partition=partition),
+        "notebook, for the registry": registry_policy(account=account, region=region, partition=partition),
         "execution": execution,
         "execution role's trust": trust_policy(),
     }
@@ -166,6 +167,12 @@ def iam(
 
 def attach(name: str) -> None:
     print(f"model: {launcher.attach(name).wait().model_uri}")
+
+
+def register(name: str, group: str, approval: str, base_model: str | None, tags: list[str]) -> None:
+    of_group = read_pairs("tags", tags) if tags else None
+    package = launcher.attach(name).register(group, approval=approval, base_model=base_model, tags=of_group)
+    print(f"package: {package.arn}")
 
 
 def logs(name: str, follow: bool) -> None:
@@ -202,6 +209,7 @@ _IN_AN_ACCOUNT = (
     stop,
     download,
     list_jobs,
+    register,
     *endpoint_commands.COMMANDS,
 )
 
@@ -284,6 +292,12 @@ def _parser(*, everything: bool) -> command_line.Parser:
     policies.add_argument("--mlflow", help="ARN of the server that mlflow_tracking_uri names")
 
     add(attach, "attach", "Follow a job until it has ended").add_argument("name", help="of the job")
+    kept = add(register, "register", "Put the model of a job into SageMaker's registry")
+    kept.add_argument("name", help="of the job")
+    kept.add_argument("group", help="of its versions; made if missing")
+    kept.add_argument("--approval", default=PENDING, help=f"{PENDING}, {APPROVED} or {REJECTED}")
+    kept.add_argument("--base_model", help="that an adapter lies beside: an s3:// prefix or a hub id")
+    kept.add_argument("--tags", nargs="+", default=[], help="NAME=VALUE, of a group that is made; or the job's")
     log = add(logs, "logs", "Print the log of a job")
     log.add_argument("name", help="of the job")
     log.add_argument("--follow", action="store_true", help="continue until the job has ended")
@@ -325,10 +339,7 @@ def _value(name: str, words: list[str]) -> Any:
     if name == "vpc":
         return [each for word in words for each in word.split(",")]
     if name in ("tags", "environment"):
-        pairs = [word.partition("=")[::2] for word in words]
-        if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-            raise UserError([f"{name}: {key} is given twice; keep one" for key in twice])
-        return dict(pairs) if all("=" in word for word in words) else words
+        return read_pairs(name, words) if all("=" in word for word in words) else words
     text = joined(words)
     if name not in Resources.model_fields:
         return text  # the schema reads text as SageMaker hands it over

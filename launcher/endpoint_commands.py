@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from dreambooth_sm.command_line import joined
+from dreambooth_sm.command_line import joined, read_pairs
 from dreambooth_sm.serving.settings import ServingSettings
 
 # What has flags of its own, or is the launcher's to set.
 _OTHERS = {"base_model", "adapters", "host"}
 
 
-def deploy(models: list[str], no_wait: bool, **options: Any) -> None:
+def deploy(models: list[str], no_wait: bool, tags: list[str], **options: Any) -> None:
     given = {name: value for name, value in options.items() if value is not None}
+    given |= {"tags": read_pairs("tags", tags)} if tags else {}
     endpoint = launcher.deploy(models if len(models) > 1 else models[0], wait=not no_wait, log=print, **given)
     if isinstance(endpoint, launcher.HostedEndpoint):
         print(f"draw: dreambooth-launcher draw {endpoint.name} PROMPT")
@@ -57,7 +58,11 @@ def add_commands(
         count: reads a whole number from 1.
     """
     command = add(deploy, "deploy", "Check everything, and make an endpoint that draws with trained models")
-    command.add_argument("models", nargs="+", help="a directory or an s3:// prefix; of several, requests choose")
+    command.add_argument(
+        "models",
+        nargs="+",
+        help="a directory, an s3:// prefix or a package's ARN; of several, requests choose",
+    )
     command.add_argument("--instance_type", default="local", help="ml.g5.xlarge, ...; auto: the cheapest that fits")
     for name, help in (
         ("name", "of the endpoint"),
@@ -73,6 +78,7 @@ def add_commands(
     command.add_argument("--min_instances", type=int, help="at any time; 0 with --asynchronous alone")
     command.add_argument("--max_instances", type=int, help="at any time")
     command.add_argument("--requests_per_instance", type=float, help="a minute, or waiting, that one is to have")
+    command.add_argument("--tags", nargs="+", default=[], help="NAME=VALUE, for SageMaker")
     command.add_argument("--no_wait", action="store_true", help="only ask for it")
     settings = command.add_argument_group("server")
     for field in dataclasses.fields(ServingSettings):

@@ -127,7 +127,7 @@ def refused_resources(r: Resources, channels: Mapping[str, S3Uri | Channel]) -> 
             yield f"environment: {name!r} is not the name of a variable; use letters, digits and underscores"
         if len(value) > MAX_ENVIRONMENT_TEXT:
             yield f"environment: {name} is longer than {MAX_ENVIRONMENT_TEXT} characters"
-    yield from _refused_tags(r.tags)
+    yield from refused_tags(r.tags)
     if not 1 <= len(channels) <= MAX_CHANNELS:
         yield f"a job has 1 to {MAX_CHANNELS} input channels, and this one {len(channels)}"
     for name, place in channels.items():
@@ -258,7 +258,8 @@ def _refused_texts(place: str, texts: Mapping[str, str], most: int) -> Iterator[
         yield f"{place}: a job takes at most {most}, and this one has {len(texts)}"
 
 
-def _refused_tags(tags: Mapping[str, str]) -> Iterator[str]:
+def refused_tags(tags: Mapping[str, str]) -> Iterator[str]:
+    """Finds tags that AWS would refuse."""
     yield from _refused_texts("tags", tags, MAX_TAGS)
     for key, value in tags.items():
         if not 1 <= len(key) <= 128 or len(value) > 256 or not _TAG.fullmatch(key) or not _TAG.fullmatch(value):

@@ -24,14 +24,18 @@ _USUALLY = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 # Of W&B's settings: nothing but what the job tells, and how busy its machine is. Not its log, code or packages, and no
-# names of SageMaker's in place of the run's.
+# names of SageMaker's in place of the run's. And it gives up in time, as the job's end waits for it.
 _ALONE = {
     "console": "off",
     "disable_code": True,
     "disable_git": True,
+    "init_timeout": 30.0,
     "sagemaker_disable": True,
     "silent": True,
     "x_disable_meta": True,
+    "x_file_stream_retry_max": 3,
+    "x_file_transfer_retry_max": 3,
+    "x_graphql_retry_max": 3,
     "x_save_requirements": False,
 }
 _PICTURE = re.compile(r"!\[[^]]*\]\([^)]*\)")

@@ -97,6 +97,24 @@ def endpoint_policy(*, account: str = "*", region: str = "*", partition: str = "
     )
 
 
+def registry_policy(*, account: str = "*", region: str = "*", partition: str = "aws") -> Policy:
+    """Makes what the launcher needs beside :func:`notebook_policy` for the registry: to add versions and to decide on
+    them. Deploying them is :func:`endpoint_policy`'s.
+
+    Args:
+        account, region, partition: as for :func:`notebook_policy`.
+    """
+    here = f"arn:{partition}:sagemaker:{region}:{account}"
+    groups, packages, jobs = (f"{here}:{kind}/*" for kind in ("model-package-group", "model-package", "training-job"))
+    versions = [f"sagemaker:{do}ModelPackage" for do in ("Create", "Describe", "Update")]
+    making = ["sagemaker:CreateModelPackageGroup", "sagemaker:DescribeModelPackageGroup", "sagemaker:AddTags"]
+    return _policy(
+        _allow("MakeGroups", making, groups),
+        _allow("AddAndDecide", versions, [packages, groups]),
+        _allow("ReadTagsOfJobs", ["sagemaker:ListTags"], jobs),
+    )
+
+
 def execution_policy(
     bucket: str,
     *,

@@ -16,8 +16,10 @@ from launcher.endpoints.hosted import HostedEndpoint
 from launcher.endpoints.made import make
 from launcher.endpoints.models import Servable, served_of
 from launcher.endpoints.prepare import prepare_endpoint
+from launcher.endpoints.requests import arguments_of_container
 from launcher.endpoints.scaling import scale
 from launcher.local.endpoint import LocalEndpoint
+from launcher.registry.packages import ModelPackage, is_package
 
 if TYPE_CHECKING:
     from boto3.session import Session
@@ -34,6 +36,7 @@ _HOSTED = (
     "min_instances",
     "max_instances",
     "requests_per_instance",
+    "tags",
 )
 
 
@@ -57,7 +60,7 @@ def deploy(
 
     Args:
         models: a job, the directory that its output lies in, or an ``s3://`` prefix; of several, which are adapters
-            that lie below one prefix, requests choose by name.
+            that lie below one prefix, requests choose by name. Or the ARN of a model package that is approved.
         instance_type: ``ml.g5.xlarge``, ...; ``auto``: the cheapest whose card draws as many pictures at a time as
             the server may; ``local``: a process of this machine.
         base_model: that an adapter lies beside; default: the one that its job's report names.
@@ -69,7 +72,8 @@ def deploy(
         options: for SageMaker, ``name``, ``instance_count``, ``role``, ``image_uri``, ``network_isolation``;
             ``asynchronous``, an ``s3://`` prefix that answers go to; ``min_instances``, ``max_instances`` and
             ``requests_per_instance`` (a minute; of asynchronous endpoints, waiting), which let their number follow
-            what is asked. And settings of the server, without ``SERVE_`` and in small letters, such as ``batch=4``.
+            what is asked; ``tags``. And settings of the server, without ``SERVE_`` and in small letters, such as
+            ``batch=4``.
 
     Raises:
         UserError: with everything that is in the way, before anything is made.
@@ -79,6 +83,12 @@ def deploy(
         >>> with deploy("zwx-job/model") as endpoint:  # doctest: +SKIP
         ...     picture = endpoint.draw("photo of zwx toy on the beach")[0]
     """
+    clients = clients or Clients(session)
+    if is_package(models):
+        packaged = arguments_of_container(ModelPackage(str(models), clients).deployable())
+        models, base_model = packaged["model"], base_model or packaged["base_model"]
+        if instance_type != _LOCAL:
+            options.setdefault("image_uri", packaged["image_uri"])
     served = served_of(models, base_model, adapters)
     if instance_type == _LOCAL:
         if wrong := [name for name in _HOSTED if options.get(name) is not None]:
@@ -86,7 +96,6 @@ def deploy(
         settings = {name: value for name, value in options.items() if name not in _HOSTED}
         return LocalEndpoint(served, settings, log or (lambda line: None))
     say = log or print
-    clients = clients or Clients(session)
     prepared = prepare_endpoint(served, Account(clients), instance_type=instance_type, **options)
     for line in prepared.lines():
         say(redact(line))

@@ -17,10 +17,10 @@ from launcher.aws.account import Account
 from launcher.aws.clients import Clients
 from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.endpoints.endpoint import Endpoint, EndpointFailed
-from launcher.endpoints.made import HostedPart, is_owned, make, owned, remove
+from launcher.endpoints.made import HostedPart, is_owned, make, owned, remove, tags_of
 from launcher.endpoints.models import Served, served_of
 from launcher.endpoints.prepare import prepare_endpoint
-from launcher.endpoints.requests import VARIANT, arguments_of
+from launcher.endpoints.requests import OWNER_TAG, VARIANT, arguments_of
 from launcher.endpoints.scaling import scale, scaling_of, stop_scaling
 from launcher.jobs.logs import LogReader
 
@@ -246,7 +246,9 @@ class HostedEndpoint(Endpoint):
         sagemaker = self._clients("sagemaker")
         configuration = HostedPart("endpoint_config", self.describe()["EndpointConfigName"]).describe(sagemaker)
         model = HostedPart("model", configuration["ProductionVariants"][0]["ModelName"]).describe(sagemaker)
-        return arguments_of(model, configuration)
+        tags = tags_of(self.describe()["EndpointArn"], sagemaker)
+        del tags[OWNER_TAG]
+        return {**arguments_of(model, configuration), "tags": tags}
 
     def _check_own(self, description: Mapping[str, Any]) -> None:
         if not is_owned(description["EndpointArn"], self.name, self._clients("sagemaker")):

@@ -145,6 +145,15 @@ def owned(endpoint: str, sagemaker: Any) -> list[HostedPart]:
 
 def is_owned(arn: str, endpoint: str, sagemaker: Any) -> bool:
     """Whether a tag says that something was made for an endpoint."""
+    return tags_of(arn, sagemaker).get(OWNER_TAG) == endpoint
+
+
+def tags_of(arn: str, sagemaker: Any) -> dict[str, str]:
+    """The tags of something of SageMaker's that people have given it.
+
+    Raises:
+        ServiceError: they can't be read.
+    """
     with asking(f"the tags of {arn} can't be read"):
         tags = sagemaker.list_tags(ResourceArn=arn)["Tags"]
-    return {"Key": OWNER_TAG, "Value": endpoint} in tags
+    return {tag["Key"]: tag["Value"] for tag in tags if not tag["Key"].startswith("aws:")}

@@ -92,6 +92,7 @@ def prepare_endpoint(
     max_instances: int | None = None,
     requests_per_instance: float | None = None,
     is_there: bool = False,
+    tags: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> PreparedEndpoint:
     """Checks everything that can be checked of an endpoint on SageMaker.
@@ -104,7 +105,7 @@ def prepare_endpoint(
     """
     problems = Problems()
     clients = account.clients
-    h = _look_at(served, clients, problems)
+    h = look_at(served, clients, problems)
     scaling: Scaling | None = None
     if (min_instances, max_instances, requests_per_instance) != (None, None, None):
         with problems.collected():
@@ -133,6 +134,7 @@ def prepare_endpoint(
             asynchronous=asynchronous,
             network_isolation=network_isolation,
             version=secrets.token_hex(4),
+            tags=tags,
             **found,
             **settings,
         )
@@ -166,7 +168,7 @@ def _batch(settings: Mapping[str, object]) -> int:
         return ServingSettings().batch
 
 
-def _look_at(served: Served, clients: Clients, problems: Problems) -> Hyperparameters | None:
+def look_at(served: Served, clients: Clients, problems: Problems) -> Hyperparameters | None:
     """What the model was trained with, by its report; None where that can't be known."""
     h: Hyperparameters | None = None
     for field_, place in (("model", served.model), ("base_model", served.base_model), ("adapters", served.adapters)):

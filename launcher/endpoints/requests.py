@@ -13,6 +13,7 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.sources import is_s3
 from dreambooth_sm.storage import S3Uri
+from launcher.training_request import refused_tags
 
 # What is made for an endpoint is known by it.
 OWNER_TAG = "dreambooth-sm:endpoint"
@@ -40,6 +41,7 @@ def endpoint_requests(
     asynchronous: str | None = None,
     network_isolation: bool = False,
     version: str | None = None,
+    tags: Mapping[str, str] | None = None,
     **settings: object,
 ) -> dict[str, dict[str, Any]]:
     """The requests of one endpoint, by the names that boto3's client of SageMaker has for them, in their order.
@@ -55,6 +57,7 @@ def endpoint_requests(
         asynchronous: ``s3://`` prefix that answers go to, of an endpoint that is asked by way of S3.
         network_isolation: whether the container reaches nothing, S3 neither.
         version: follows the name of configuration and model, where another version of the endpoint has them.
+        tags: of endpoint, configuration and model, such as those that costs are told apart by.
         settings: of the server, without ``SERVE_`` and in small letters, such as ``batch=16``.
 
     Raises:
@@ -83,8 +86,69 @@ def endpoint_requests(
             problems.found.append(f"{field}: {value!r} is not valid; set {such}")
     if model is None and base_model is None:
         problems.found.append("model is missing; name an s3:// prefix, or a base_model to serve alone")
+    problems.found += refused_tags({**(tags or {}), OWNER_TAG: name})
     if instance_count < 1:
         problems.found.append(f"instance_count: {instance_count} is not valid; set a whole number from 1")
+    container = container_of(
+        model,
+        image_uri,
+        problems,
+        base_model=base_model,
+        adapters=adapters,
+        asynchronous=asynchronous,
+        network_isolation=network_isolation,
+        **settings,
+    )
+    problems.raise_any()
+    variant = {
+        "VariantName": VARIANT,
+        "ModelName": inner,
+        "InstanceType": instance_type,
+        "InitialInstanceCount": instance_count,
+        "ModelDataDownloadTimeoutInSeconds": _DOWNLOAD,
+        "ContainerStartupHealthCheckTimeoutInSeconds": _START,
+    }
+    output = {}
+    if asynchronous:
+        places = {"S3OutputPath": asynchronous, "S3FailurePath": f"{asynchronous.rstrip('/')}/failures"}
+        output = {"AsyncInferenceConfig": {"OutputConfig": places}}
+    owned = [{"Key": key, "Value": value} for key, value in {**(tags or {}), OWNER_TAG: name}.items()]
+    return {
+        "create_model": {
+            "ModelName": inner,
+            "ExecutionRoleArn": role,
+            "PrimaryContainer": container,
+            "EnableNetworkIsolation": network_isolation,
+            "Tags": owned,
+        },
+        "create_endpoint_config": {
+            "EndpointConfigName": inner,
+            "ProductionVariants": [variant],
+            "Tags": owned,
+            **output,
+        },
+        "create_endpoint": {"EndpointName": name, "EndpointConfigName": inner, "Tags": owned},
+    }
+
+
+def container_of(
+    model: str | None,
+    image_uri: str,
+    problems: Problems,
+    *,
+    base_model: str | None = None,
+    adapters: str | None = None,
+    asynchronous: str | None = None,
+    network_isolation: bool = False,
+    **settings: object,
+) -> dict[str, Any]:
+    """The container that serves a model, as SageMaker's requests describe it.
+
+    Args:
+        problems: gets everything that SageMaker or the server would refuse.
+        model, image_uri, base_model, adapters, asynchronous, network_isolation, settings: as for
+            :func:`endpoint_requests`.
+    """
     sources = {field: _source(field, value, problems) for field, value in (("model", model), ("adapters", adapters))}
     channels = {}
     chosen: dict[str, object] = dict(settings)
@@ -104,41 +168,12 @@ def endpoint_requests(
     environment = {f"SERVE_{key.upper()}": str(value) for key, value in chosen.items()}
     with problems.collected():
         ServingSettings.of(environment)
-    problems.raise_any()
     container: dict[str, Any] = {"Image": image_uri, "Environment": environment}
     if model:
         container["ModelDataSource"] = sources["model"]
     if channels:
         container["AdditionalModelDataSources"] = [{"ChannelName": key, **each} for key, each in channels.items()]
-    variant = {
-        "VariantName": VARIANT,
-        "ModelName": inner,
-        "InstanceType": instance_type,
-        "InitialInstanceCount": instance_count,
-        "ModelDataDownloadTimeoutInSeconds": _DOWNLOAD,
-        "ContainerStartupHealthCheckTimeoutInSeconds": _START,
-    }
-    output = {}
-    if asynchronous:
-        places = {"S3OutputPath": asynchronous, "S3FailurePath": f"{asynchronous.rstrip('/')}/failures"}
-        output = {"AsyncInferenceConfig": {"OutputConfig": places}}
-    tags = [{"Key": OWNER_TAG, "Value": name}]
-    return {
-        "create_model": {
-            "ModelName": inner,
-            "ExecutionRoleArn": role,
-            "PrimaryContainer": container,
-            "EnableNetworkIsolation": network_isolation,
-            "Tags": tags,
-        },
-        "create_endpoint_config": {
-            "EndpointConfigName": inner,
-            "ProductionVariants": [variant],
-            "Tags": tags,
-            **output,
-        },
-        "create_endpoint": {"EndpointName": name, "EndpointConfigName": inner, "Tags": tags},
-    }
+    return container
 
 
 def arguments_of(model: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,19 +183,26 @@ def arguments_of(model: Mapping[str, Any], configuration: Mapping[str, Any]) -> 
         model: of DescribeModel.
         configuration: of DescribeEndpointConfig.
     """
-    container, (variant, *_) = model["PrimaryContainer"], configuration["ProductionVariants"]
-    environment = dict(container.get("Environment", {}))
-    found = {name.removeprefix("SERVE_").lower(): value for name, value in environment.items()}
-    channels = {each["ChannelName"]: _prefix(each) for each in container.get("AdditionalModelDataSources", ())}
+    (variant, *_) = configuration["ProductionVariants"]
     output = configuration.get("AsyncInferenceConfig", {}).get("OutputConfig", {})
     return {
-        "model": _prefix(container),
-        "image_uri": container["Image"],
         "role": model["ExecutionRoleArn"],
         "instance_type": variant["InstanceType"],
         "instance_count": variant["InitialInstanceCount"],
         "network_isolation": model.get("EnableNetworkIsolation", False),
         "asynchronous": output.get("S3OutputPath"),
+        **arguments_of_container(model["PrimaryContainer"]),
+    }
+
+
+def arguments_of_container(container: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`container_of` was told."""
+    environment = dict(container.get("Environment", {}))
+    found = {name.removeprefix("SERVE_").lower(): value for name, value in environment.items()}
+    channels = {each["ChannelName"]: _prefix(each) for each in container.get("AdditionalModelDataSources", ())}
+    return {
+        "model": _prefix(container),
+        "image_uri": container["Image"],
         **found,
         "base_model": channels.get("base", found.get("base_model")),
         "adapters": channels.get("adapters", found.get("adapters")),

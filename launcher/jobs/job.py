@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,9 @@ from launcher.jobs.logs import LogReader
 from launcher.jobs.outputs import ENDED, Outputs
 from launcher.jobs.progress import Progress
 from launcher.jobs.views import Display, Page, Pictures, Standing, choose_view
+from launcher.registry.api import register
+from launcher.registry.packages import ModelPackage
+from launcher.registry.requests import PENDING
 
 # Seconds between two looks at a job: of AWS, and of this machine.
 _POLL, _POLL_LOCAL = 2.0, 0.25
@@ -399,6 +402,31 @@ class Job:
             UserError: the job was not started with ``report_to=tensorboard``.
         """
         return self._outputs().events_uri
+
+    def register(
+        self,
+        group: str,
+        *,
+        approval: str = PENDING,
+        base_model: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> ModelPackage:
+        """Puts the trained model into SageMaker's registry, with the report's facts, pictures and measures as its card.
+
+        Args:
+            group: of its versions; made if missing.
+            approval: ``PendingManualApproval``, ``Approved`` or ``Rejected``.
+            base_model: that an adapter lies beside: an ``s3://`` prefix, or a hub id.
+            tags: of a group that is made; default: the job's.
+
+        Returns:
+            the version; ``launcher.deploy(package.arn)`` deploys it once it is approved.
+
+        Raises:
+            UserError: with everything that is in the way.
+            ServiceError: AWS can't be reached, or not with these credentials.
+        """
+        return register(self, group, self._clients, approval=approval, base_model=base_model, tags=tags)
 
     def deploy(self, **options: Any) -> Endpoint:
         """Makes an endpoint that draws with the trained model: see :func:`launcher.deploy`, whose options these are.

@@ -1,5 +1,5 @@
-"""An embedded SageMaker: training jobs and endpoints that really run, on this machine, behind the API that boto3 and
-both SDKs speak.
+"""An embedded SageMaker: training jobs and endpoints that really run, and a registry, on this machine, behind the API
+that boto3 and both SDKs speak.
 
 moto answers for S3, CloudWatch Logs, IAM, STS, ECR and the rest of SageMaker; the operations of training jobs are
 answered here, in front of it, and run ``container/train.py`` as a process, or its image in a container; those of
@@ -20,6 +20,7 @@ from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import loader_variables, own_credentials, own_settings, own_tokens
 from launcher.local.hosting import EmbeddedHosting
 from launcher.local.program import CONTAINER, ENTRYPOINT
+from launcher.local.registry import EmbeddedRegistry
 from launcher.local.s3 import REGION, EmbeddedS3
 from launcher.local.signatures import REGION_KEY, Application
 from launcher.local.training_job import GRACE, TrainingJob
@@ -72,7 +73,7 @@ class EmbeddedSageMaker:
             environment=lambda region: self._environment(region, in_container=False, own=False),
             tags=self._tags,
         )
-        self._operations |= self._hosting.operations
+        self._operations |= self._hosting.operations | EmbeddedRegistry(self._tags).operations
         self._tag_operations: dict[str, Operation] = {
             "AddTags": self._add_tags,
             "DeleteTags": self._delete_tags,
