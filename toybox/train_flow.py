@@ -41,9 +41,9 @@ from toybox.timetable import Timetable
 from toybox.vae import encode_latents, train_vae
 
 # What each stage gets of the time that is left, relative to those after it.
-FLOW_SHARES = {"painting": 0.06, "vae": 0.36, "denoiser": 0.5, "evaluation": 0.08}
+FLOW_SHARES = {"painting": 0.06, "vae": 0.34, "denoiser": 0.56, "evaluation": 0.04}
 # Of what is learned from nothing, and of what learns on.
-_RATE, _RATE_AGAIN = 1e-3, 6e-4
+_RATE, _RATE_AGAIN = 1.5e-3, 1e-3
 _CAPTION_DROPOUT = 0.1
 # Of what the VAE learns by: four times as many latents share the divergence as the other toybox has.
 _DIVERGENCE_WEIGHT, _HALVED_WEIGHT = 5e-4, 0.25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import deque
@@ -31,6 +32,8 @@ from dreambooth_sm.stored.schedulers import BY_NAME, scheduler_by_name
 from dreambooth_sm.training.placement import speed_up_drawing
 
 _USUAL, _MODELS = "default", "model"
+# That are kept, ready for a number of steps.
+_MOST_SCHEDULERS = 64
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Engine:
         self._pipeline = self.model.pipeline()
         self._slots = AdapterSlots(self.model, settings.adapter_slots)
         self._prompts = PromptEncoder(self.model, self._slots)
+        self._schedulers: dict[Any, Any] = {}
         self._waiting: deque[_Place] = deque()
         self._running: dict[_Place, PictureRun] = {}
         self._predictor = Predictor(self.model, self._slots, recorder_for(self._device))
@@ -245,6 +249,15 @@ class Engine:
             place.order.fail(error)
 
     def _scheduler(self, request: PictureRequest) -> Any:
+        """A scheduler of its own for a picture: a copy, which is soon made."""
+        key = request.scheduler, request.steps, request.size
+        if key not in self._schedulers:
+            if len(self._schedulers) == _MOST_SCHEDULERS:
+                self._schedulers.clear()
+            self._schedulers[key] = self._new_scheduler(request)
+        return copy.deepcopy(self._schedulers[key])
+
+    def _new_scheduler(self, request: PictureRequest) -> Any:
         if request.scheduler == _USUAL:
             return self.model.family.sampler(self.model, request.steps, request.size, self._device)
         scheduler = scheduler_by_name(self.model.scheduler, request.scheduler)

@@ -51,6 +51,7 @@ class Predictor:
         self, model: PretrainedModel, slots: AdapterSlots, make_recorder: Callable[[], Recorder] | None = None
     ) -> None:
         self._model, self._slots, self._make_recorder = model, slots, make_recorder
+        self._dtype = model.denoiser.dtype  # diffusers looks at all modules for it
         self._recorder: Recorder | None = None
         self._recordings: dict[Hashable, _Recording] = {}
         self._changes = slots.changes
@@ -67,7 +68,7 @@ class Predictor:
         Returns:
             float32, of the shape of ``noised``.
         """
-        noised = noised.to(self._model.denoiser.dtype)
+        noised = noised.to(self._dtype)
         recording = self._recording(noised, times, rows)
         if recording is not None:
             return recording.replay(noised, times, rows)

@@ -30,6 +30,8 @@ class PromptEncoder:
 
     def __init__(self, model: PretrainedModel, slots: AdapterSlots) -> None:
         self._model, self._slots = model, slots
+        # diffusers looks at all modules for these.
+        self._device, self._dtype = model.denoiser.device, model.denoiser.dtype
         self._kept: OrderedDict[tuple[Any, ...], Conditioning] = OrderedDict()
 
     def conditions(
@@ -48,8 +50,8 @@ class PromptEncoder:
             adapters: that draw the picture, with their strengths.
             uses: of the slots that they lie in.
         """
-        family, denoiser = self._model.family, self._model.denoiser
-        encoding = _Encoding(self._model, self._slots, self._kept, adapters, uses)
+        family = self._model.family
+        encoding = _Encoding(self._model, self._slots, self._device, self._kept, adapters, uses)
         told_guidance = family.facts.drawing.told
         is_guided = guidance > 1 and told_guidance is None
         text = encoding.pair(negative, prompt) if is_guided else encoding.encoded(prompt)
@@ -57,7 +59,7 @@ class PromptEncoder:
         if told_guidance:
             told[told_guidance] = [guidance]
         extras = {name: torch.tensor([row] * len(text), dtype=torch.float32) for name, row in told.items()}
-        return text.beside(extras).to(denoiser.device, denoiser.dtype)
+        return text.beside(extras).to(self._device, self._dtype)
 
 
 class _Encoding:
@@ -67,11 +69,12 @@ class _Encoding:
         self,
         model: PretrainedModel,
         slots: AdapterSlots,
+        device: torch.device,
         kept: OrderedDict[tuple[Any, ...], Conditioning],
         adapters: Sequence[tuple[HostAdapter, float]],
         uses: Sequence[AdapterUse],
     ) -> None:
-        self._model, self._slots, self._kept, self._uses = model, slots, kept, uses
+        self._model, self._slots, self._device, self._kept, self._uses = model, slots, device, kept, uses
         texts = {*model.text_parts}
         # Adapters of the denoiser alone leave prompts as they are.
         reading = [(each, strength) for each, strength in adapters if each.words or texts & each.parts.keys()]
@@ -93,7 +96,7 @@ class _Encoding:
             self._kept.move_to_end(key)
             return self._kept[key]
         model = with_words(self._model, self._words)
-        self._slots.rows.set([self._uses], model.denoiser.device)
+        self._slots.rows.set([self._uses], self._device)
         found = embed(model.family, model, prompts, max_tokens=None)
         self._kept[key] = found
         if len(self._kept) > _KEPT:

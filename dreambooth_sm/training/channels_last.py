@@ -51,7 +51,7 @@ def _is_plain(block: Any) -> bool:
     return (
         type(block.norm1) is type(block.norm2) is nn.GroupNorm
         and type(block.nonlinearity) is nn.SiLU
-        and block.time_embedding_norm == "default"
+        and (block.time_embedding_norm == "default" or block.time_emb_proj is None)
         and not block.skip_time_act
         and block.upsample is block.downsample is None
         and block.output_scale_factor == 1

@@ -47,10 +47,14 @@ def speed_up(denoiser: Any, plan: Plan) -> None:
 
 def speed_up_drawing(module: Any) -> None:
     """Sets the memory format and the kernels of a module that draws, on its device, and is not trained."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     # Without the kernels channels_last is the slower format of a forward pass (measured on an H200).
-    if isinstance(module, UNet2DConditionModel) and module.device.type == "cuda" and not obstacle(module.device):
+    if (
+        isinstance(module, AutoencoderKL | UNet2DConditionModel)
+        and module.device.type == "cuda"
+        and not obstacle(module.device)
+    ):
         module.to(memory_format=torch.channels_last)
         keep_channels_last(module)
 
