@@ -28,6 +28,9 @@ from launcher.jobs.job import Job, JobFailed, JobStopped
 from launcher.local.run import local_services
 from launcher.registry.packages import ModelPackage
 from launcher.resources import Resources
+from launcher.tuning.api import attach_tuning, check_tuning, tune, tuning_request
+from launcher.tuning.status import Trial, TuningStatus
+from launcher.tuning.tuning import Tuning
 
 __all__ = [
     "Endpoint",
@@ -43,11 +46,16 @@ __all__ = [
     "Resources",
     "ServiceError",
     "StreamedPicture",
+    "Trial",
+    "Tuning",
+    "TuningStatus",
     "attach",
     "attach_endpoint",
     "attach_fleet",
+    "attach_tuning",
     "check",
     "check_many",
+    "check_tuning",
     "contact_sheet",
     "deploy",
     "endpoint_requests",
@@ -59,4 +67,6 @@ __all__ = [
     "local_services",
     "model_trainer",
     "request",
+    "tune",
+    "tuning_request",
 ]

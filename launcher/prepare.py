@@ -59,6 +59,7 @@ class PreparedJob:
         warnings: what is odd about the pictures, and what could not be checked.
         new_bucket: that has to be made before, if any.
         build: tag of the image that was found for this code; None where the image was given.
+        pictures: how many there are of the subject.
     """
 
     hyperparameters: Hyperparameters
@@ -71,6 +72,7 @@ class PreparedJob:
     warnings: tuple[str, ...] = ()
     new_bucket: str | None = None
     build: str | None = None
+    pictures: int = 0
     _staged: bool = field(default=False, init=False, repr=False)
     _submitted: int = field(default=0, init=False, repr=False)
 
@@ -176,11 +178,11 @@ class PreparedLocalJob:
         """
         hyperparameters = self.hyperparameters.to_sagemaker()
         return run_locally(
-            hyperparameters, self._data_sources, image=self.image, directory=directory, log=log, wait=wait
+            hyperparameters, self.data_sources, image=self.image, directory=directory, log=log, wait=wait
         )
 
     @cached_property
-    def _data_sources(self) -> dict[str, dict[str, str]]:
+    def data_sources(self) -> dict[str, dict[str, str]]:
         """The channels as S3DataSources, files of this machine laid out in a folder of their own."""
         # A job that nobody waits for reads its channels later.
         scratch = tempfile.TemporaryDirectory(prefix="dreambooth-sm-")
@@ -288,7 +290,9 @@ def prepare(
     draft.raise_any()
     warnings = (*draft.warnings, *(account.warnings if account else ()))
     missing, build = (account.missing_bucket, account.build) if account else (None, None)
-    return PreparedJob(h, resources, channels, chosen, files, draft.writing, account, warnings, missing, build)
+    return PreparedJob(
+        h, resources, channels, chosen, files, draft.writing, account, warnings, missing, build, draft.pictures
+    )
 
 
 def _lookup(account: Account | None, *, thorough: bool) -> Lookup:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 from dreambooth_sm.errors import UserError
+from launcher.aws.clients import Clients
 from launcher.jobs.job import Job
 from launcher.local.answers import RequestError
 from launcher.local.program import CONTAINER, ENTRYPOINT, docker
@@ -44,8 +45,24 @@ def run_locally(
         UserError: where the entrypoint, or Docker, is not here.
         JobFailed: with the job's reason.
     """
-    request = {
-        "TrainingJobName": f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}",
+    name = f"local-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    job = submit_locally(local_request(name, hyperparameters, channels, image), directory)
+    return job.wait(log) if wait else job
+
+
+def local_request(
+    name: str,
+    hyperparameters: Mapping[str, str],
+    channels: Mapping[str, Mapping[str, str]],
+    image: str | None = None,
+) -> dict[str, Any]:
+    """The request of a training job for this machine; see :func:`run_locally`.
+
+    Args:
+        name: of the job.
+    """
+    return {
+        "TrainingJobName": name,
         "AlgorithmSpecification": {"TrainingImage": image or "none", "TrainingInputMode": "File"},
         "RoleArn": "arn:aws:iam::123456789012:role/local",
         "HyperParameters": dict(hyperparameters),
@@ -56,8 +73,6 @@ def run_locally(
         "ResourceConfig": {"InstanceType": CONTAINER if image else "local", "InstanceCount": 1, "VolumeSizeInGB": 1},
         "StoppingCondition": {"MaxRuntimeInSeconds": 28 * 86400},
     }
-    job = submit_locally(request, directory)
-    return job.wait(log) if wait else job
 
 
 def submit_locally(request: Mapping[str, Any], directory: str | Path | None = None) -> Job:
@@ -72,10 +87,7 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
     Raises:
         UserError: for a request that SageMaker would refuse, or where the entrypoint is not here.
     """
-    if not ENTRYPOINT.is_file():
-        raise UserError(f"{ENTRYPOINT} is missing: local jobs need a checkout of the project (pip install -e .)")
-    if request["ResourceConfig"].get("InstanceType") == CONTAINER and not shutil.which(docker()):
-        raise UserError(f"instance_type={CONTAINER!r} needs Docker: there is no {docker()!r} on PATH")
+    _check_programs(request["ResourceConfig"].get("InstanceType"))
     base = Path(directory or tempfile.mkdtemp(prefix="dreambooth-sm-")).resolve()
     services = _services()
     try:
@@ -83,6 +95,45 @@ def submit_locally(request: Mapping[str, Any], directory: str | Path | None = No
     except RequestError as error:
         raise UserError(str(error)) from error
     return Job(request["TrainingJobName"], services.clients(), directory=base)
+
+
+def tune_locally(request: Mapping[str, Any], directory: Path) -> Clients:
+    """Starts a tuning job on this machine, as :func:`submit_locally` starts a training job.
+
+    Args:
+        request: of CreateHyperParameterTuningJob.
+        directory: that holds the tree of each trial, below its name.
+
+    Returns:
+        clients of the services that run it.
+
+    Raises:
+        UserError: for a request that SageMaker would refuse, or where the entrypoint is not here.
+    """
+    definition = request["TrainingJobDefinition"]
+    _check_programs(definition["HyperParameterTuningResourceConfig"].get("InstanceType"))
+    services = _services()
+    try:
+        services.sagemaker.tuning.create(dict(request), directory=directory, own=True)
+    except RequestError as error:
+        raise UserError(str(error)) from error
+    return services.clients()
+
+
+def _check_programs(instance_type: str | None) -> None:
+    if not ENTRYPOINT.is_file():
+        raise UserError(f"{ENTRYPOINT} is missing: local jobs need a checkout of the project (pip install -e .)")
+    if instance_type == CONTAINER and not shutil.which(docker()):
+        raise UserError(f"instance_type={CONTAINER!r} needs Docker: there is no {docker()!r} on PATH")
+
+
+def local_tuning(name: str) -> tuple[Clients, Path | None] | None:
+    """Clients of a tuning job that this process runs, and the directory of its trials' trees where it is kept."""
+    for services in _running:
+        with suppress(KeyError):
+            tuning = services.sagemaker.tuning.named(name)
+            return services.clients(tuning.region), tuning.directory
+    return None
 
 
 def local_job(name: str) -> Job | None:

@@ -3,7 +3,7 @@ that boto3 and both SDKs speak.
 
 moto answers for S3, CloudWatch Logs, IAM, STS, ECR and the rest of SageMaker; the operations of training jobs are
 answered here, in front of it, and run ``container/train.py`` as a process, or its image in a container; those of
-endpoints by :mod:`launcher.local.hosting`.
+endpoints by :mod:`launcher.local.hosting`, those of tuning jobs by :mod:`launcher.local.tuning`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from launcher.local.registry import EmbeddedRegistry
 from launcher.local.s3 import REGION, EmbeddedS3
 from launcher.local.signatures import REGION_KEY, Application
 from launcher.local.training_job import GRACE, TrainingJob
+from launcher.local.tuning import EmbeddedTuning
 
 _TARGET = "SageMaker."
 _QUOTAS = "ServiceQuotasV20190624.ListServiceQuotas"
@@ -42,6 +43,7 @@ class EmbeddedSageMaker:
 
     Attributes:
         jobs: by their ARN.
+        tuning: the tuning jobs.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class EmbeddedSageMaker:
             environment=lambda region: self._environment(region, in_container=False, own=False),
             tags=self._tags,
         )
-        self._operations |= self._hosting.operations | EmbeddedRegistry(self._tags).operations
+        self.tuning = EmbeddedTuning(self.start, self._tags)
+        self._operations |= self._hosting.operations | self.tuning.operations
+        self._operations |= EmbeddedRegistry(self._tags).operations
         self._tag_operations: dict[str, Operation] = {
             "AddTags": self._add_tags,
             "DeleteTags": self._delete_tags,
@@ -83,7 +87,7 @@ class EmbeddedSageMaker:
     def answer(
         self, application: Application, environ: dict[str, Any], start_response: Callable[..., Any]
     ) -> Iterable[bytes]:
-        """Answers a WSGI request that concerns training jobs or endpoints, and passes every other one on."""
+        """Answers a WSGI request that concerns jobs or endpoints, and passes every other one on."""
         if (answered := self._hosting.invoked(environ, start_response)) is not None:
             return answered
         target = environ.get("HTTP_X_AMZ_TARGET", "")
@@ -111,6 +115,22 @@ class EmbeddedSageMaker:
     def create(
         self, request: dict[str, Any], *, region: str = REGION, directory: Path | None = None, own: bool = False
     ) -> dict[str, Any]:
+        """Starts a job; see :meth:`start`.
+
+        Raises:
+            RequestError: as SageMaker would answer, or for what only SageMaker can do.
+        """
+        return {"TrainingJobArn": self.start(request, region=region, directory=directory, own=own).arn}
+
+    def start(
+        self,
+        request: dict[str, Any],
+        *,
+        region: str,
+        directory: Path | None = None,
+        own: bool = False,
+        tuning_arn: str = "",
+    ) -> TrainingJob:
         """Starts a job.
 
         Args:
@@ -119,6 +139,7 @@ class EmbeddedSageMaker:
             region: that the job belongs to.
             directory: for the job's ``/opt/ml`` tree, kept when the services end.
             own: whether the job is this process's own, and gets its token of the model hub.
+            tuning_arn: of the tuning job that it is a trial of.
 
         Raises:
             RequestError: as SageMaker would answer, or for what only SageMaker can do.
@@ -134,6 +155,7 @@ class EmbeddedSageMaker:
             environment=self._environment(region, request["ResourceConfig"].get("InstanceType") == CONTAINER, own),
             entrypoint=self._entrypoint,
             grace=self._grace,
+            tuning_arn=tuning_arn,
         )
         if self.jobs.setdefault(arn, job) is not job:
             raise RequestError(
@@ -143,7 +165,7 @@ class EmbeddedSageMaker:
             )
         self._tags[arn] = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
         job.start()
-        return {"TrainingJobArn": arn}
+        return job
 
     def interrupt(self, name: str) -> None:
         """Takes a spot job's instance away: SIGTERM, then a start on a fresh one with its checkpoints.
@@ -162,7 +184,8 @@ class EmbeddedSageMaker:
         return {job.name: job for job in list(self.jobs.values())}[name]
 
     def close(self) -> None:
-        """Stops the jobs and endpoints that still run, and waits for their end."""
+        """Stops what still runs, and waits for its end."""
+        self.tuning.close()
         self._hosting.close()
         running = [job for job in list(self.jobs.values()) if not job.ended]
         for job in running:

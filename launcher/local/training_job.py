@@ -62,6 +62,10 @@ class TrainingJob:
         environment: of the job, besides what its request names.
         entrypoint: program that runs as a process, where the image's would run in a container.
         grace: seconds between SIGTERM and SIGKILL.
+        tuning_arn: of the tuning job that it is a trial of; empty where it is none.
+
+    Attributes:
+        metric_values: all that its log has said, by the names of MetricDefinitions.
     """
 
     def __init__(
@@ -74,8 +78,11 @@ class TrainingJob:
         environment: Mapping[str, str],
         entrypoint: Path,
         grace: float,
+        tuning_arn: str = "",
     ) -> None:
         self.request = request
+        self.metric_values: dict[str, list[float]] = {}
+        self._tuning_arn = tuning_arn
         self.name: str = request["TrainingJobName"]
         self.arn = arn
         self.region = arn.split(":")[3]
@@ -125,6 +132,8 @@ class TrainingJob:
                 "FinalMetricDataList": list(self._final_metrics.values()),
                 **self._times,
             }
+            if self._tuning_arn:
+                description["TuningJobArn"] = self._tuning_arn
             if self._artifacts:
                 description["ModelArtifacts"] = {"S3ModelArtifacts": self._artifacts}
             if self._reason:
@@ -424,6 +433,7 @@ class TrainingJob:
             for timestamp, line in lines:
                 if found := re.search(definition["Regex"], line):
                     with suppress(ValueError), self._lock:
+                        self.metric_values.setdefault(definition["Name"], []).append(float(found.group(1)))
                         self._final_metrics[definition["Name"]] = {
                             "MetricName": definition["Name"],
                             "Value": float(found.group(1)),

@@ -1,0 +1,1 @@
+"""Tuning: SageMaker searches for the hyperparameters that a subject is learned best with."""

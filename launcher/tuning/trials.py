@@ -1,0 +1,222 @@
+"""What the trials of a tuning job have in common: their hyperparameters, how they are measured, what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dreambooth_sm import toybox
+from dreambooth_sm.errors import Problems, UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.methods import asks_base_of_classes
+from dreambooth_sm.planning.length import length_of
+from launcher.estimates import Estimate, estimate_on
+from launcher.instances import PRICES, Instance
+from launcher.tuning.ranges import Range, Ranges, read_ranges, settings
+from launcher.tuning.search import Search
+
+# Pictures are measured with these where nothing else is said.
+_ENCODERS = "dino=facebook/dinov2-base clip=openai/clip-vit-large-patch14"
+# Measures of a trial whose length nobody says a step for: enough to fall behind, few enough to cost little.
+_MEASURES = 5
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The trials of a tuning job, before values are chosen.
+
+    Attributes:
+        hyperparameters: that all have, with values at one end of each range.
+        ranges: what is searched over.
+        measures: how often a trial says its measures, at most.
+        notes: lines for people.
+    """
+
+    hyperparameters: Hyperparameters
+    ranges: tuple[Range, ...]
+    measures: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TuningEstimate:
+    """The time and money that a tuning job needs.
+
+    Attributes:
+        trials, parallel: training jobs in all, and at a time.
+        least, most: of a trial, by the values that it is tried with.
+    """
+
+    trials: int
+    parallel: int
+    least: Estimate
+    most: Estimate
+
+    def lines(self) -> list[str]:
+        """For people: what a trial runs on, and time and cost of all."""
+        lines = self.most.lines()[:2]
+        shortest, longest = self.least.minutes, self.most.minutes
+        if shortest is None or longest is None:
+            return [*lines, "time: no estimate for CPUs; choose an instance type with a GPU for more than a try"]
+        rounds = -(-self.trials // self.parallel)
+        lines.append(
+            f"estimate: about {_span(shortest * rounds, longest * rounds, '{:.0f}')} minutes in all, "
+            f"{_span(shortest, longest, '{:.0f}')} a trial"
+        )
+        low, high = self.least.usd, self.most.usd
+        if low is None or high is None:
+            return [*lines, "cost: at an unknown price"]
+        whole = _span(low * self.trials, high * self.trials, "${:.2f}")
+        return [*lines, f"cost: about {whole} in all, {_span(low, high, '${:.2f}')} a trial, on demand ({PRICES})"]
+
+
+def _span(low: float, high: float, form: str) -> str:
+    first, last = form.format(low), form.format(high)
+    return first if first == last else f"{first} to {last}"
+
+
+def plan_trials(
+    h: Hyperparameters,
+    ranges: Ranges | None,
+    search: Search,
+    *,
+    pictures: int,
+    processes: int = 1,
+    isolated: bool = False,
+    class_cache: str | None = None,
+) -> Trials:
+    """Reads the ranges, and adds what trials need to be compared with each other.
+
+    Args:
+        pictures: of the subject.
+        processes: that train together.
+        isolated: whether trials have no network.
+        class_cache: where they may share their class images; None: nowhere.
+
+    Raises:
+        UserError: with everything that is wrong.
+    """
+    found = read_ranges(ranges, h)
+    if isolated and h.fidelity_encoders is None and not _is_toybox(h):
+        raise UserError(
+            "fidelity_encoders: trials without a network can't fetch what they are measured with; name directories of "
+            "the image or of a channel, such as dino=/opt/ml/input/data/dino"
+        )
+    added: dict[str, object] = {}
+    if h.fidelity_encoders is None:
+        added["fidelity_encoders"] = "judge" if _is_toybox(h) else _ENCODERS
+    if h.validation_prompt is None and h.instance_prompt is not None:
+        added["validation_prompt"] = h.instance_prompt
+    if h.seed is None and all(each.name != "seed" for each in found):
+        added["seed"] = 0
+    draws_classes = h.prior_preservation and not asks_base_of_classes(h)
+    if class_cache and h.class_cache is None and draws_classes and not isolated:
+        added["class_cache"] = class_cache
+    shortest, longest = _lengths(h, found, pictures, processes)
+    every = h.fidelity_steps
+    if search.looks_while_training and not every:
+        chosen = h.save_steps if 0 < h.save_steps < shortest and not h.save_use_epochs else shortest // _MEASURES
+        added["fidelity_steps"] = every = max(1, chosen)
+    problems = Problems()
+    if search.looks_while_training and every >= shortest:
+        problems.found.append(
+            f"fidelity_steps={every}: trials of {shortest} steps can't be compared on the way; set "
+            f"{max(1, shortest // _MEASURES)}"
+        )
+    first = next(settings(found))
+    with problems.collected():
+        whole = with_values(h, {**added, **first})
+        problems.found += search.problems_with(found, whole)
+    problems.raise_any()
+    on_the_way = (longest - 1) // every if every else 0
+    chooses = h.checkpoints_total_limit + 1 if h.select_best else 0
+    notes = [f"search: {each.words}" for each in found]
+    notes += [f"{name}: {value}, for all trials" for name, value in added.items()]
+    return Trials(whole, tuple(found), on_the_way + 1 + chooses, tuple(notes))
+
+
+def estimate_trials(
+    trials: Trials,
+    search: Search,
+    instance: Instance,
+    *,
+    instance_count: int = 1,
+    pictures: int = 5,
+    max_minutes: int | None = None,
+) -> TuningEstimate:
+    """Checks and estimates trials at the ends of the ranges.
+
+    Raises:
+        UserError: where some of them are refused, do not fit, or take too long; each reason once.
+    """
+    problems: dict[str, str] = {}
+    found: list[Estimate] = []
+    for words, h in _checked(trials, problems):
+        try:
+            estimate = estimate_on(h, instance, instance_count=instance_count, pictures=pictures)
+        except UserError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, f"{words}: {problem}")
+            continue
+        found.append(estimate)
+        if max_minutes is not None and (estimate.minutes or 0.0) > max_minutes:
+            problems.setdefault(
+                "max_minutes",
+                f"max_minutes={max_minutes}: a trial with {words} is expected to take about {estimate.minutes:.0f} "
+                f"minutes on {instance.name}; allow more, or search over fewer steps",
+            )
+    if problems:
+        raise UserError(problems.values())
+    by_time = sorted(found, key=lambda estimate: estimate.minutes or 0.0)
+    count = search.trials(trials.ranges)
+    return TuningEstimate(count, min(search.parallel, count), by_time[0], by_time[-1])
+
+
+def check_trials(trials: Trials) -> None:
+    """Raises UserError where trials at the ends of the ranges are refused; each reason once."""
+    problems: dict[str, str] = {}
+    for _ in _checked(trials, problems):
+        pass
+    if problems:
+        raise UserError(problems.values())
+
+
+def _checked(trials: Trials, problems: dict[str, str]) -> Iterator[tuple[str, Hyperparameters]]:
+    """Trials that hyperparameters' rules allow; why others are refused goes to ``problems``."""
+    for values in settings(trials.ranges):
+        words = _words(values)
+        try:
+            yield words, with_values(trials.hyperparameters, values)
+        except UserError as error:
+            for problem in error.problems:
+                problems.setdefault(problem, f"{words}: {problem}")
+
+
+def with_values(h: Hyperparameters, values: Mapping[str, Any]) -> Hyperparameters:
+    """Hyperparameters with others in place of some of them.
+
+    Raises:
+        UserError: where they are refused.
+    """
+    return Hyperparameters.parse({**h.model_dump(exclude_unset=True), **values})
+
+
+def _lengths(h: Hyperparameters, ranges: Sequence[Range], pictures: int, processes: int) -> tuple[int, int]:
+    """Steps of the shortest and of the longest trial."""
+    lengths = [each for each in ranges if each.name in ("max_train_steps", "num_train_epochs", "train_batch_size")]
+    steps = []
+    for values in settings(lengths):
+        tried = h.model_copy(update=values)  # which counts them as set
+        steps.append(length_of(tried, pictures, processes).steps)
+    return min(steps), max(steps)
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return " ".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+def _is_toybox(h: Hyperparameters) -> bool:
+    return h.pretrained_model_name_or_path == toybox.NAME
