@@ -5,7 +5,16 @@ from __future__ import annotations
 from dreambooth_sm.hyperparameters import Hyperparameters
 
 # What the pictures of a subject show beside it; DreamBooth's paper asks for such places as well.
-PLACES = ("", "on the beach", "in the snow", "on a table", "at night", "in a room", "in the meadow", "on the street")
+PLACES: tuple[str, ...] = (
+    "",
+    "on the beach",
+    "in the snow",
+    "on a table",
+    "at night",
+    "in a room",
+    "in the meadow",
+    "on the street",
+)
 CLASS_PICTURES = 16
 
 

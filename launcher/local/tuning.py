@@ -7,6 +7,7 @@ early stopping, Hyperband's brackets.
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import threading
 import time
@@ -406,9 +407,6 @@ def _study(job: TuningJob) -> Study:
     if config["Strategy"] == "Bayesian":
         at_random = max(2, min(10, planned // 3))
         sampler = optuna.samplers.TPESampler(n_startup_trials=at_random, seed=seed, constant_liar=True)
-    elif config["Strategy"] == "Grid":
-        grid = {name: list(each.choices) for name, each in ranges.items() if isinstance(each, CategoricalDistribution)}
-        sampler = optuna.samplers.GridSampler(grid, seed)
     elif config["Strategy"] == "Hyperband":
         resources = config.get("StrategyConfig", {}).get("HyperbandStrategyConfig", {})
         pruner = optuna.pruners.HyperbandPruner(
@@ -419,6 +417,10 @@ def _study(job: TuningJob) -> Study:
     study = optuna.create_study(
         sampler=sampler, pruner=pruner, direction="maximize" if job.maximizes else "minimize", study_name=job.name
     )
+    if config["Strategy"] == "Grid":
+        lists = [each.choices for each in ranges.values() if isinstance(each, CategoricalDistribution)]
+        for values in itertools.product(*lists):
+            study.enqueue_trial(dict(zip(ranges, values, strict=True)))
     for parent in job._parents:
         for tried in parent.tried:
             if tried.job.status != "Completed" or not tried.measures:

@@ -86,12 +86,14 @@ class TuningStatus:
         return sum(known) if known and len(known) == len(self.trials) else None
 
     def counts(self) -> dict[str, int]:
-        """How many trials are where: ``done``, ``stopped``, ``failed``, ``running``, ``planned``."""
+        """How many trials are ``done``, ``stopped``, ``failed``, ``running``, ``planned``, where there are any."""
         names = {"Completed": "done", "Stopped": "stopped", "Failed": "failed"}
         found = {"done": 0, "stopped": 0, "failed": 0, "running": 0}
         for trial in self.trials:
             found[names.get(trial.status, "running")] += 1
-        return found if self.has_ended else {**found, "planned": max(0, self.planned - len(self.trials))}
+        planned = 0 if self.has_ended else max(0, self.planned - len(self.trials))
+        every = {**found, "planned": planned}
+        return {name: count for name, count in every.items() if count or name == "done"}
 
     def line(self) -> str:
         """For people."""

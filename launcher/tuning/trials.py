@@ -27,7 +27,7 @@ class Trials:
     """The trials of a tuning job, before values are chosen.
 
     Attributes:
-        hyperparameters: that all have, with values at one end of each range.
+        hyperparameters: that all have.
         ranges: what is searched over.
         measures: how often a trial says its measures, at most.
         notes: lines for people.
@@ -124,9 +124,9 @@ def plan_trials(
             f"fidelity_steps={every}: trials of {shortest} steps can't be compared on the way; set "
             f"{max(1, shortest // _MEASURES)}"
         )
-    first = next(settings(found))
+    whole = h
     with problems.collected():
-        whole = with_values(h, {**added, **first})
+        whole = with_values(h, added)
         problems.found += search.problems_with(found, whole)
     problems.raise_any()
     on_the_way = (longest - 1) // every if every else 0
@@ -151,7 +151,7 @@ def estimate_trials(
         UserError: where some of them are refused, do not fit, or take too long; each reason once.
     """
     problems: dict[str, str] = {}
-    found: list[Estimate] = []
+    found: list[tuple[str, Estimate]] = []
     for words, h in _checked(trials, problems):
         try:
             estimate = estimate_on(h, instance, instance_count=instance_count, pictures=pictures)
@@ -159,18 +159,17 @@ def estimate_trials(
             for problem in error.problems:
                 problems.setdefault(problem, f"{words}: {problem}")
             continue
-        found.append(estimate)
-        if max_minutes is not None and (estimate.minutes or 0.0) > max_minutes:
-            problems.setdefault(
-                "max_minutes",
-                f"max_minutes={max_minutes}: a trial with {words} is expected to take about {estimate.minutes:.0f} "
-                f"minutes on {instance.name}; allow more, or search over fewer steps",
-            )
+        found.append((words, estimate))
+    found.sort(key=lambda each: each[1].minutes or 0.0)
+    if found and max_minutes is not None and (longest := found[-1][1].minutes or 0.0) > max_minutes:
+        problems["max_minutes"] = (
+            f"max_minutes={max_minutes}: a trial with {found[-1][0]} is expected to take about {longest:.0f} minutes "
+            f"on {instance.name}; allow more, or search over fewer steps"
+        )
     if problems:
         raise UserError(problems.values())
-    by_time = sorted(found, key=lambda estimate: estimate.minutes or 0.0)
     count = search.trials(trials.ranges)
-    return TuningEstimate(count, min(search.parallel, count), by_time[0], by_time[-1])
+    return TuningEstimate(count, min(search.parallel, count), found[0][1], found[-1][1])
 
 
 def check_trials(trials: Trials) -> None:
