@@ -13,7 +13,7 @@ import pytest
 
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Uri
-from launcher.local.services import EmbeddedServices
+from launcher.local.s3 import EmbeddedS3
 from launcher.resources import Resources
 from launcher.training_request import training_request
 from launcher.tuning.search import Search, tuning_request
@@ -67,7 +67,7 @@ SEARCHES: dict[str, tuple[Search, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("backend", ["estimator", "model_trainer"])
-def test_a_tuner_sends_the_request(backend: str, services: EmbeddedServices, tmp_path: Path) -> None:
+def test_a_tuner_sends_the_request(backend: str, s3: EmbeddedS3, tmp_path: Path) -> None:
     channels = {"images": S3Uri("models", "pictures"), "model": S3Uri("models", "base/model.safetensors")}
     requests = []
     for kind, (search, options) in SEARCHES.items():
@@ -77,13 +77,11 @@ def test_a_tuner_sends_the_request(backend: str, services: EmbeddedServices, tmp
         training = training_request(trials.hyperparameters, resources, channels)
         requests.append(tuning_request(training, name, trials.ranges, search, trials.measures))
         assert refusals("CreateHyperParameterTuningJob", requests[-1]) == []
-    ended = run_script(backend, "sdk_tuning.py", [backend], tmp_path, services.environment(), standard_input=requests)
+    ended = run_script(backend, "sdk_tuning.py", [backend], tmp_path, s3.environment(), standard_input=requests)
     sent = json.loads(ended.stdout.splitlines()[-1]) if ended.stdout else []
     assert len(sent) == len(requests), ended.stderr
     for body, request in zip(sent, requests, strict=True):
         definition = body["TrainingJobDefinition"]
-        if backend == "model_trainer":  # which calls the same by another name, and sends what is empty
+        if backend == "model_trainer":  # which calls the same by another name
             definition["HyperParameterTuningResourceConfig"] = definition.pop("ResourceConfig")
-            if not definition["Environment"]:
-                del definition["Environment"]
         assert body == request
