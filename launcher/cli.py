@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
@@ -23,14 +24,18 @@ from dreambooth_sm.errors import EXIT_OK, Problems
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
-from launcher import endpoint_commands
+from launcher import endpoint_commands, tuning_commands
 from launcher.aws.iam import endpoint_policy, execution_policy, notebook_policy, registry_policy, trust_policy
 from launcher.estimates import documented_table, table
 from launcher.jobs.outputs import ENDED
 from launcher.options import Data, all_options, split_options
 from launcher.registry.requests import APPROVED, PENDING, REJECTED
 from launcher.resources import Resources
+from launcher.tuning.ranges import parse_ranges
+from launcher.tuning.search import Search
 
+# Options of a search that are not those of a job.
+_SEARCH = [field.name for field in fields(Search)]
 # Credentials of the environment, which would win over a profile.
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
@@ -127,6 +132,40 @@ def _tell_of_fleet(fleet: Any) -> None:
         raise launcher.JobFailed("fleet", "\n".join([f"{len(lines)} subjects failed", *lines]))
 
 
+def tune(
+    ranges: list[str] | None, dry_run: bool, no_wait: bool, directory: Path | None, grid: Path | None, **options: Any
+) -> None:
+    how = {name: options.pop(name) for name in _SEARCH if name in options}
+    asked = {"ranges": parse_ranges(ranges) if ranges else None, **how}
+    if dry_run:
+        launcher.check_tuning(**asked, **_read(options))
+        return
+    started = launcher.tune(**asked, directory=directory, wait=not no_wait, **_read(options))
+    if no_wait:
+        print(f"started: dreambooth-launcher attach_tuning {started.name}")
+    else:
+        _tell_of_tuning(started, grid)
+
+
+def attach_tuning(name: str, stop: bool, no_wait: bool, grid: Path | None) -> None:
+    found = launcher.attach_tuning(name)
+    if stop:
+        found.stop()
+    if no_wait:
+        print(found.status().line())
+    else:
+        _tell_of_tuning(found.wait(), grid)
+
+
+def _tell_of_tuning(tuning: launcher.Tuning, grid: Path | None) -> None:
+    best = tuning.best
+    print(f"best: trial {best.number}: {' '.join(f'--{name} {value}' for name, value in best.values.items())}")
+    print(f"model: {tuning.job(best).model_uri}")
+    if grid is not None and (sheet := tuning.samples().image()):
+        sheet.save(grid)
+        print(f"pictures: {grid}")
+
+
 def check(**options: Any) -> None:
     launcher.check(**_read(options))
 
@@ -202,6 +241,8 @@ _IN_AN_ACCOUNT = (
     fit,
     fleet,
     attach_fleet,
+    tune,
+    attach_tuning,
     check,
     request,
     attach,
@@ -274,6 +315,22 @@ def _parser(*, everything: bool) -> command_line.Parser:
     followed.add_argument("--retry", action="store_true", help="try failed subjects again")
     followed.add_argument("--bad_input", action="store_true", help="with --retry: those with bad input as well")
     followed.add_argument("--no_wait", action="store_true", help="only print how far it is")
+
+    search = add(tune, "tune", "Check everything, search for the best hyperparameters, and follow the trials")
+    search.usage = "dreambooth-launcher tune IMAGES ... [--ranges NAME NAME=LEAST..MOST NAME=A,B] [--NAME VALUE] ..."
+    search.add_argument("images", nargs="+", help=Data.model_fields["images"].description)
+    default = inspect.signature(launcher.tune).parameters["instance_type"].default
+    add_options(search, own, _group, everything=everything, defaults={"instance_type": default})
+    tuning_commands.add_search(search, _count)
+    search.add_argument("--dry_run", action="store_true", help="only check, and print minutes and dollars")
+    search.add_argument("--no_wait", action="store_true", help="only start the search")
+    search.add_argument("--directory", type=Path, help="of a search on this machine, which keeps its trials there")
+    looked_at = add(attach_tuning, "attach_tuning", "Follow a search until it has ended, and print the best values")
+    looked_at.add_argument("name", help="of the tuning job")
+    looked_at.add_argument("--stop", action="store_true", help="stop its trials, and start no more")
+    looked_at.add_argument("--no_wait", action="store_true", help="only print how far it is")
+    for command in (search, looked_at):
+        command.add_argument("--grid", type=Path, help="file for pictures of the best trials, side by side")
 
     endpoint_commands.add_commands(add, _count)
     add(instances, "instances", "Print what usual jobs need on each instance type, as a Markdown table")

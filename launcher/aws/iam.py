@@ -38,6 +38,8 @@ def notebook_policy(
     jobs = f"arn:{partition}:sagemaker:{region}:{account}:training-job/*"
     logs = f"arn:{partition}:logs:{region}:{account}:{_LOG_GROUP}*"
     sagemaker = ["CreateTrainingJob", "DescribeTrainingJob", "StopTrainingJob", "AddTags"]
+    searches = f"arn:{partition}:sagemaker:{region}:{account}:hyper-parameter-tuning-job/*"
+    tuning = [f"sagemaker:{do}HyperParameterTuningJob" for do in ("Create", "Describe", "Stop", "ListTrainingJobsFor")]
     batch = f"arn:{partition}:batch:{region}:{account}"
     pictures = f"arn:{partition}:s3:::{bucket}"
     return _policy(
@@ -46,6 +48,7 @@ def notebook_policy(
         _allow("RemoveWhatTriedTheUpload", ["s3:DeleteObject"], f"{pictures}/*{PROBE_NAME}"),
         _allow("TrySubjectsAgain", ["s3:DeleteObject"], f"{pictures}/*/fleets/*/outcomes/*"),
         _allow("StartAndStopJobs", [f"sagemaker:{action}" for action in sagemaker], jobs),
+        _allow("StartAndStopSearches", [*tuning, "sagemaker:AddTags"], searches),
         # These can't be limited to a resource.
         _allow("ListJobs", ["sagemaker:ListTrainingJobs", "servicequotas:ListServiceQuotas"], "*"),
         _allow("LookAtQueues", ["batch:DescribeJobQueues", "batch:ListServiceJobs"], "*"),

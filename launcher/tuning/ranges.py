@@ -66,6 +66,42 @@ def parameter_ranges(ranges: Sequence[Range]) -> dict[str, list[dict[str, Any]]]
     return {f"{kind}ParameterRanges": [each.request for each in ranges if each.kind == kind] for kind in kinds}
 
 
+def parse_ranges(words: Sequence[str]) -> dict[str, Any]:
+    """Reads ranges as a command line has them: ``NAME``, ``NAME=1e-5..1e-3``, ``NAME=4..64:linear``, ``NAME=a,b,c``.
+
+    Raises:
+        UserError: for ends that are not numbers, and names that are given twice.
+
+    Examples:
+        >>> parse_ranges(["lora_rank", "learning_rate=1e-5..1e-3", "lora_targets=attention,linear"])
+        {'lora_rank': None, 'learning_rate': (1e-05, 0.001), 'lora_targets': ['attention', 'linear']}
+    """
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name in found:
+            problems.append(f"ranges: {name} is given twice; keep one")
+        ends, _, scale = text.partition(":")
+        least, dots, most = ends.partition("..")
+        if not equals:
+            found[name] = None
+        elif not dots:
+            found[name] = text.split(",")
+        else:
+            try:
+                found[name] = (_read_number(least), _read_number(most), *([scale] if scale else []))
+            except ValueError:
+                problems.append(f"ranges: {word}: set two numbers, as {name}=1e-5..1e-3, or values, as {name}=a,b")
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def _read_number(text: str) -> float:
+    return int(text) if text.strip().isdecimal() else float(text)
+
+
 def read_ranges(ranges: Ranges | None, h: Hyperparameters) -> list[Range]:
     """Reads ranges, and checks each by itself.
 

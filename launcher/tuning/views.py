@@ -16,7 +16,7 @@ from launcher.tuning.status import Trial, TuningStatus, short
 
 # Trials that a table shows; of more, the best and those that run.
 _ROWS = 20
-Draw = Callable[[], TrialGrid]
+DrawGrid = Callable[[], TrialGrid]
 
 
 def header(status: TuningStatus) -> list[str]:
@@ -114,7 +114,7 @@ class TuningPage(LiveView[TuningStatus]):
         draw: these pictures.
     """
 
-    def __init__(self, name: str, draw: Draw) -> None:
+    def __init__(self, name: str, draw: DrawGrid) -> None:
         self._name, self._draw = name, draw
         self._line, self._pictures = "", ""
         self._best: str | None = None
@@ -159,7 +159,7 @@ def tuning_html(name: str, status: TuningStatus, line: str = "") -> str:
     )
 
 
-def choose_view(name: str, write: Callable[[str], None] | None, draw: Draw) -> LiveView[TuningStatus]:
+def choose_view(name: str, write: Callable[[str], None] | None, draw: DrawGrid) -> LiveView[TuningStatus]:
     """The view for where this process runs; plain lines to ``write`` where one is given."""
     if write is not None:
         return TuningLines(name, write)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from botocore.exceptions import ClientError
+from PIL import Image
 
 import launcher
-from dreambooth_sm.errors import UserError
+from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.report import measure_pattern
-from launcher.local.services import embedded_services
+from dreambooth_sm.storage import S3Uri, list_objects
+from launcher.aws.iam import notebook_policy
+from launcher.cli import main
+from launcher.local.services import EmbeddedServices, embedded_services
 from launcher.tuning.tuning import Tuning
 from tests.helpers.api import refusals
 from tests.helpers.services import Workplace, eventually
@@ -37,6 +45,19 @@ for step in range(3):
 """
 RATES = {"Name": "learning_rate", "MinValue": "1e-5", "MaxValue": "1e-1", "ScalingType": "Logarithmic"}
 WORDS = {"Name": "word", "Values": ["good", "bad"]}
+
+
+# Of a job that is trained and measured for real.
+SMALL: dict[str, Any] = {
+    "instance_prompt": "photo of zwx toy",
+    "class_prompt": "photo of a toy",
+    "method": "lora",
+    "resolution": 64,
+    "center_crop": True,
+    "max_train_steps": 2,
+    "num_class_images": 2,
+    "fidelity_encoders": "judge",
+}
 
 
 @pytest.fixture(scope="module")
@@ -272,3 +293,139 @@ def test_what_can_not_be_searched_is_refused(workplace: Workplace, change: dict[
     request = request_of(workplace, "refused", {"ContinuousParameterRanges": [RATES]}, **change)
     with pytest.raises(ClientError, match=words):
         workplace.clients("sagemaker").create_hyper_parameter_tuning_job(**request)
+
+
+# The launcher's own way
+
+
+@pytest.mark.slow
+def test_from_pictures_to_the_best_model(
+    services: EmbeddedServices, pictures: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    bucket = S3Uri("tuned-toys")
+    services.client().create_bucket(Bucket=bucket.bucket)
+    services.client().put_object(Bucket=bucket.bucket, Key="mine/manifest.json", Body=b"the user's own")
+    asked: set[str] = set()
+    session = boto3.Session()
+    session.events.register("before-call.sagemaker", lambda model, **_: asked.add(model.name))
+    lines: list[str] = []
+    tuning = launcher.tune(
+        pictures,
+        ranges={"learning_rate": (1e-4, 1e-2, "log"), "lora_rank": [2, 4]},
+        max_trials=2,
+        parallel=1,
+        search_seed=1,
+        early_stopping=True,
+        base_model=tiny_base,
+        instance_type="ml.g5.xlarge",
+        output="s3://tuned-toys/mine",
+        bucket=bucket.bucket,
+        spot=True,
+        max_minutes=30,
+        tags={"team": "toys"},
+        log=lines.append,
+        session=session,
+        **SMALL,
+    )
+    said = "\n".join(lines)
+    assert "trials: 2 trials, 1 at a time, those that fall behind stopped; strategy=bayesian" in said
+    assert "search: learning_rate 0.0001 to 0.01, logarithmic" in said
+    assert "fidelity_steps: 1, for all trials" in said
+    assert "cost: about $" in said
+    allowed = {action for statement in notebook_policy("b")["Statement"] for action in statement["Action"]}
+    assert {f"sagemaker:{name}" for name in asked} <= allowed
+    first, second = tuning.trials
+    # A measure after each step but the last, and one at the end.
+    job = tuning.job(first)
+    measures = [match for line in job.lines() if (match := re.search(measure_pattern("score"), line))]
+    assert len(measures) == 2
+    assert first.objective == float(measures[-1][1])
+    assert any("class_images found=2 missing=0" in line for line in tuning.job(second).lines())
+    tags = services.clients()("sagemaker").list_tags(ResourceArn=job.describe()["TrainingJobArn"])["Tags"]
+    assert {tag["Key"]: tag["Value"] for tag in tags} == {"team": "toys", "dreambooth-sm:tuning": tuning.name}
+    # Each has its own place, and nothing of the user's was touched.
+    assert tuning.best_job.model_uri == f"s3://tuned-toys/mine/{tuning.best.name}/output/model"
+    places = {name.split("/")[0] for name in list_objects(bucket / "mine")}
+    assert places == {"manifest.json", first.name, second.name}
+    assert (
+        services.client().get_object(Bucket=bucket.bucket, Key="mine/manifest.json")["Body"].read() == b"the user's own"
+    )
+    kept = list_objects(bucket / f"dreambooth-sm/checkpoints/{tuning.name}")
+    assert not [name for name in kept if "step-" in name and "/samples/" not in name]
+    grid = tuning.samples()
+    assert [trial.number for trial, _ in grid] == [trial.number for trial in tuning.status().ranked()]
+    assert all(len(shown) == 2 for _, shown in grid)  # the subject and its class, after training
+    assert Image.open(io.BytesIO(grid._repr_png_() or b"")).height > 160 * len(grid)
+    assert launcher.attach_tuning(tuning.name).best == tuning.best
+    # What is found is what trains again.
+    found = launcher.tuning_request(
+        pictures,
+        ranges=["learning_rate"],
+        warm_start=[tuning.name],
+        base_model=tiny_base,
+        bucket=bucket.bucket,
+        **SMALL,
+    )
+    assert refusals("CreateHyperParameterTuningJob", found) == []
+    with pytest.raises(UserError, match=f"warm_start: {tuning.name} searched for the best score, and not subject"):
+        launcher.check_tuning(
+            pictures, objective="subject", warm_start=[tuning.name], instance_type="ml.g5.xlarge", **SMALL
+        )
+
+
+@pytest.mark.slow
+def test_the_command_line_searches_on_this_machine(
+    pictures: Path, tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [word for name, value in SMALL.items() for word in (f"--{name}", *str(value).split())]
+    options += ["--base_model", str(tiny_base), "--ranges", "learning_rate=1e-4..1e-2:log", "lora_targets=linear"]
+    assert main(["tune", str(pictures), *options, "--max_trials", "3", "--dry_run"]) == EXIT_OK
+    assert "trials: 3 trials, 2 at a time" in capfd.readouterr().out
+    grid = tmp_path / "grid.png"
+    here = ["--max_trials", "1", "--directory", str(tmp_path / "trials"), "--grid", str(grid), "--name", "here"]
+    assert main(["tune", str(pictures), *options, *here]) == EXIT_OK
+    said = capfd.readouterr().out
+    (tree,) = (tmp_path / "trials").iterdir()
+    assert f"model: {tree / 'model'}" in said
+    assert re.search(r"^best: trial 1: --learning_rate \S+ --lora_targets linear$", said, re.MULTILINE)
+    assert grid.stat().st_size
+    assert (tree / "model" / "report.html").is_file()
+    assert main(["attach_tuning", "here", "--no_wait"]) == EXIT_OK
+    assert "1 done; best score" in capfd.readouterr().out
+    wrong = ["--ranges", "lora_rank=a..b", "lora_rank", "--strategy", "best"]
+    assert main(["tune", str(pictures), *options[:-3], *wrong]) == EXIT_BAD_INPUT
+    assert "set two numbers" in capfd.readouterr().err
+
+
+def test_everything_that_is_wrong_is_told_before_anything_starts(
+    services: EmbeddedServices, pictures: Path, tmp_path: Path
+) -> None:
+    started = len(services.sagemaker.jobs)
+    with pytest.raises(UserError) as raised:
+        launcher.tune(
+            tmp_path / "nothing",
+            ranges={"lora_rank": None, "learning_rate": (1, 0)},
+            objective="loss",
+            max_trials=1000,
+            name="a" * 33,
+            checkpoint="s3://other/place",
+            manual_upload_model_path="s3://other/place",
+            instance_type="ml.g5.xlarge",
+            instance_prompt="photo of zwx toy",
+        )
+    text = "\n".join(raised.value.problems)
+    for words in (
+        "is not a folder",
+        "lora_rank belongs to method=lora or pivotal",
+        "learning_rate: 1 to 0 is not a range",
+        "objective=loss",
+        "max_trials=1000",
+        "is not the name of a tuning job",
+        "checkpoint: each trial has a place of its own",
+        "manual_upload_model_path: all trials would write there",
+    ):
+        assert words in text
+    assert len({*raised.value.problems}) == len(raised.value.problems)
+    with pytest.raises(UserError, match="directory is for a search on this machine"):
+        launcher.tune(pictures, directory=tmp_path, instance_type="ml.g5.xlarge", **SMALL)
+    assert len(services.sagemaker.jobs) == started
