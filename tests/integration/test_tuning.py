@@ -24,7 +24,8 @@ from launcher.tuning.tuning import Tuning
 from tests.helpers.api import refusals
 from tests.helpers.services import Workplace, eventually
 
-# Is measured three times: the better, the nearer its learning rate is to 1e-3. Waits to be stopped where it is told to.
+# Is measured twice: the better, the nearer its learning rate is to 1e-3. Takes its time where it is told to, but not
+# where it finds a checkpoint of its own.
 PROGRAM = """
 import json, math, os, pathlib, signal, sys, time
 base = pathlib.Path(os.environ["SAGEMAKER_BASE_DIR"])
@@ -36,11 +37,13 @@ if values.get("word") == "bad":
     (base / "output/failure").write_text("a bad word")
     sys.exit(1)
 score = 1 - abs(math.log10(float(values.get("learning_rate", "1e-3"))) + 3)
+own = base / "checkpoints" / os.environ["TRAINING_JOB_NAME"]
+takes_its_time = not own.exists() and (score < 0.5 or "ALL" in os.environ)
+own.mkdir(parents=True, exist_ok=True)
 for step in range(3):
     print(f"candidate={step} score={score if step else 9}", flush=True)
-    (base / "checkpoints" / os.environ["TRAINING_JOB_NAME"]).mkdir(parents=True, exist_ok=True)
-    (base / "checkpoints" / os.environ["TRAINING_JOB_NAME"] / str(step)).write_text("x")
-    time.sleep(float(os.environ.get("PAUSE", "0")) if score < 0.5 or "ALL" in os.environ else 0)
+    (own / str(step)).write_text("x")
+    time.sleep(float(os.environ.get("PAUSE", "0")) if takes_its_time else 0)
 (base / "model" / "model.txt").write_text(str(values))
 """
 RATES = {"Name": "learning_rate", "MinValue": "1e-5", "MaxValue": "1e-1", "ScalingType": "Logarithmic"}
@@ -243,6 +246,25 @@ def test_a_search_is_stopped_with_its_trials(workplace: Workplace) -> None:
     tuning.stop()  # which has an end already
     with pytest.raises(ClientError, match="is in status Stopped"):
         workplace.clients("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName="stopped")
+
+
+def test_an_interrupted_trial_finds_its_own_checkpoint(workplace: Workplace) -> None:
+    ranges = {"CategoricalParameterRanges": [{"Name": "learning_rate", "Values": ["1e-3"]}]}
+    limits = {"MaxNumberOfTrainingJobs": 2, "MaxParallelTrainingJobs": 2}
+    request = request_of(workplace, "spot", ranges, {"PAUSE": "60", "ALL": "1"}, ResourceLimits=limits)
+    request["TrainingJobDefinition"] |= {
+        "EnableManagedSpotTraining": True,
+        "StoppingCondition": {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 1200},
+    }
+    workplace.clients("sagemaker").create_hyper_parameter_tuning_job(**request)
+    tuning = Tuning("spot", workplace.clients)
+    eventually(lambda: len(workplace.keys("checkpoints/spot")) == 2)
+    for trial in tuning.trials:
+        workplace.services.sagemaker.interrupt(trial.name)
+    assert tuning.wait(quiet).status().counts() == {"done": 2}
+    for trial in tuning.trials:
+        states = [entry["Status"] for entry in tuning.job(trial).describe()["SecondaryStatusTransitions"]]
+        assert "Interrupted" in states
 
 
 def test_lists_have_pages_and_an_order(workplace: Workplace) -> None:
