@@ -148,45 +148,38 @@ def prepare_tuning(
     Raises:
         UserError: with everything that was found.
     """
-    problems, job, trials = Problems(), None, None
+    job, trials = None, None
     name = str(options.get("name") or _new_name())
-    if refusal := refused_name(name):
-        problems.found.append(refusal)
-    problems.found += [*_refused(options), *search.problems()]
+    problems = _refused(name, options, search)
+    is_search = not problems.found
     # The job's own upload would go to one place for all trials.
     own = {"output_mode": "uncompressed"} if options.get("output") and "output_mode" not in options else {}
     with problems.collected():
-        job = prepare({**options, **own, "name": name if not refusal else None}, account)
+        job = prepare({**options, **own, "name": None if refused_name(name) else name}, account)
     with problems.collected():
         _check_parents(search, account)
-    if job is None:
-        with problems.collected():
-            read_ranges(ranges, _likely(options))
-    elif not [*search.problems()]:
-        with problems.collected():
+    with problems.collected():
+        if job is not None and is_search:
             trials = _plan(job, ranges, search)
+        else:
+            read_ranges(ranges, job.hyperparameters if job else _likely(options))
     problems.raise_any()
     assert job is not None
     assert trials is not None
     parallel, notes = _within_quota(job, search, account)
     search = replace(search, parallel=parallel)
     resources = job.resources
-    with problems.collected():
-        estimate = estimate_trials(
-            trials,
-            search,
-            job.estimate.instance,
-            instance_count=resources.instance_count,
-            pictures=job.pictures,
-            max_minutes=resources.max_minutes,
-        )
-    prepared = None
-    if not problems.found:
-        prepared = PreparedTuning(name, job, trials, search, estimate, tuple(notes))
-        with problems.collected():
-            problems.found += _refused_request(prepared.request)
+    estimate = estimate_trials(
+        trials,
+        search,
+        job.estimate.instance,
+        instance_count=resources.instance_count,
+        pictures=job.pictures,
+        max_minutes=resources.max_minutes,
+    )
+    prepared = PreparedTuning(name, job, trials, search, estimate, tuple(notes))
+    problems.found += _refused_request(prepared.request)
     problems.raise_any()
-    assert prepared is not None
     return prepared
 
 
@@ -213,23 +206,21 @@ def prepare_local_tuning(options: Mapping[str, Any], ranges: Ranges | None, sear
     Raises:
         UserError: with everything that was found.
     """
-    problems, job, trials = Problems(), None, None
+    job, trials = None, None
     name = str(options.get("name") or _new_name())
-    if refusal := refused_name(name):
-        problems.found.append(refusal)
-    problems.found += [*_refused(options), *search.problems()]
+    problems = _refused(name, options, search)
+    is_search = not problems.found
     if options.get("output"):
         problems.found.append("output: trials of this machine keep their models in `directory`; leave output out")
     own = {key: value for key, value in options.items() if key not in (*_OF_SAGEMAKER, "name", "output")}
     with problems.collected():
         job = prepare_local(own)
-    if job is None:
-        with problems.collected():
-            read_ranges(ranges, _likely(options))
-    elif not [*search.problems()]:
-        with problems.collected():
+    with problems.collected():
+        if job is not None and is_search:
             trials = plan_trials(job.hyperparameters, ranges, search, pictures=job.pictures)
             check_trials(trials)
+        else:
+            read_ranges(ranges, job.hyperparameters if job else _likely(options))
     problems.raise_any()
     assert job is not None
     assert trials is not None
@@ -249,7 +240,16 @@ def _likely(options: Mapping[str, Any]) -> Hyperparameters:
         return Hyperparameters()
 
 
-def _refused(options: Mapping[str, Any]) -> Iterator[str]:
+def _refused(name: str, options: Mapping[str, Any], search: Search) -> Problems:
+    """What is wrong whatever the job is."""
+    problems = Problems()
+    if refusal := refused_name(name):
+        problems.found.append(refusal)
+    problems.found += [*search.problems(), *_refused_options(options)]
+    return problems
+
+
+def _refused_options(options: Mapping[str, Any]) -> Iterator[str]:
     """Options of a job that mean nothing, or harm, where many run at a time."""
     if options.get("checkpoint"):
         yield "checkpoint: each trial has a place of its own; leave it out"
