@@ -21,6 +21,7 @@ from launcher.endpoints.api import attach_endpoint, deploy
 from launcher.endpoints.endpoint import Endpoint, EndpointFailed, StreamedPicture
 from launcher.endpoints.hosted import HostedEndpoint
 from launcher.endpoints.requests import endpoint_requests
+from launcher.events.api import notify, stop_notifying
 from launcher.fleets.api import attach_fleet, check_many, fit_many
 from launcher.fleets.fleet import Fleet
 from launcher.fleets.status import FleetStatus
@@ -66,7 +67,9 @@ __all__ = [
     "list_jobs",
     "local_services",
     "model_trainer",
+    "notify",
     "request",
+    "stop_notifying",
     "tune",
     "tuning_request",
 ]

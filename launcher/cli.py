@@ -25,8 +25,16 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
 from launcher import endpoint_commands, tuning_commands
-from launcher.aws.iam import endpoint_policy, execution_policy, notebook_policy, registry_policy, trust_policy
+from launcher.aws.iam import (
+    endpoint_policy,
+    events_policy,
+    execution_policy,
+    notebook_policy,
+    registry_policy,
+    trust_policy,
+)
 from launcher.estimates import documented_table, table
+from launcher.events.api import DEFAULT_NAME
 from launcher.jobs.outputs import ENDED
 from launcher.options import Data, all_options, split_options
 from launcher.registry.requests import APPROVED, PENDING, REJECTED
@@ -198,6 +206,7 @@ def iam(
         "notebook": notebook_policy(bucket, account=account, region=region, role=role, partition=partition),
         "notebook, for endpoints": endpoint_policy(account=account, region=region, partition=partition),
         "notebook, for the registry": registry_policy(account=account, region=region, partition=partition),
+        "notebook, for events": events_policy(account=account, region=region, partition=partition),
         "execution": execution,
         "execution role's trust": trust_policy(),
     }
@@ -212,6 +221,15 @@ def register(name: str, group: str, approval: str, base_model: str | None, tags:
     of_group = read_pairs("tags", tags) if tags else None
     package = launcher.attach(name).register(group, approval=approval, base_model=base_model, tags=of_group)
     print(f"package: {package.arn}")
+
+
+def notify(to: str, jobs: list[str], statuses: list[str], tags: list[str], **options: Any) -> None:
+    launcher.notify(to, jobs=jobs, statuses=statuses, tags=read_pairs("tags", tags), log=print, **options)
+
+
+def stop_notifying(name: str) -> None:
+    launcher.stop_notifying(name)
+    print(f"{name} is removed, with all that was made for it")
 
 
 def logs(name: str, follow: bool) -> None:
@@ -251,6 +269,8 @@ _IN_AN_ACCOUNT = (
     download,
     list_jobs,
     register,
+    notify,
+    stop_notifying,
     *endpoint_commands.COMMANDS,
 )
 
@@ -355,6 +375,18 @@ def _parser(*, everything: bool) -> command_line.Parser:
     kept.add_argument("--approval", default=PENDING, help=f"{PENDING}, {APPROVED} or {REJECTED}")
     kept.add_argument("--base_model", help="that an adapter lies beside: an s3:// prefix or a hub id")
     kept.add_argument("--tags", nargs="+", default=[], help="NAME=VALUE, of a group that is made; or the job's")
+    telling = add(notify, "notify", "Let EventBridge tell that jobs have ended, by mail, SNS or a webhook")
+    telling.add_argument("to", help="an address of mail, the ARN of a topic of SNS, or https://... of a webhook")
+    telling.add_argument("--name", default=DEFAULT_NAME, help="of the rule; begins with dreambooth-sm-")
+    telling.add_argument("--jobs", nargs="+", default=["dreambooth-"], help="what the names of jobs begin with")
+    telling.add_argument("--statuses", nargs="+", default=list(ENDED), help="of them")
+    telling.add_argument("--secret", help="name of the secret whose text a webhook gets as a header")
+    telling.add_argument("--header", default="Authorization", help="of that name")
+    telling.add_argument("--tags", nargs="+", default=[], help="NAME=VALUE, of rule, topic and role")
+    telling.add_argument("--dry_run", action="store_true", help="only print the requests")
+    add(stop_notifying, "stop_notifying", "Remove what notify has made").add_argument(
+        "name", nargs="?", default=DEFAULT_NAME, help="of the rule"
+    )
     log = add(logs, "logs", "Print the log of a job")
     log.add_argument("name", help="of the job")
     log.add_argument("--follow", action="store_true", help="continue until the job has ended")

@@ -118,6 +118,40 @@ def registry_policy(*, account: str = "*", region: str = "*", partition: str = "
     )
 
 
+def events_policy(*, account: str = "*", region: str = "*", partition: str = "aws") -> Policy:
+    """Makes what :func:`launcher.notify` needs, for what its names begin with alone.
+
+    Args:
+        account, region, partition: as for :func:`notebook_policy`.
+    """
+    here = f"arn:{partition}:%s:{region}:{account}:%s"
+    kinds = ("rule", "connection", "api-destination")
+    made = [here % ("events", f"{kind}/dreambooth-sm-*") for kind in kinds]
+    ruling = ["PutRule", "DeleteRule", "PutTargets", "RemoveTargets", "ListTargetsByRule", "TagResource"]
+    calling = [f"{do}{kind}" for kind in ("Connection", "ApiDestination") for do in ("Create", "Update", "Delete")]
+    topics = ["CreateTopic", "GetTopicAttributes", "SetTopicAttributes", "Subscribe", "TagResource", "DeleteTopic"]
+    role = f"arn:{partition}:iam::{account}:role/dreambooth-sm-*"
+    roles = ["CreateRole", "TagRole", "UpdateAssumeRolePolicy", "PutRolePolicy", "DeleteRolePolicy", "DeleteRole"]
+    linked = f"arn:{partition}:iam::{account}:role/aws-service-role/apidestinations.events.amazonaws.com/*"
+    keys = ["CreateSecret", "UpdateSecret", "DeleteSecret", "GetSecretValue", "PutSecretValue"]
+    return _policy(
+        _allow("MakeRules", [f"events:{each}" for each in (*ruling, *calling)], made),
+        _allow("MakeTopics", [f"sns:{each}" for each in topics], here % ("sns", "dreambooth-sm-*")),
+        _allow("MakeRolesOfWebhooks", [f"iam:{each}" for each in roles], role),
+        {
+            **_allow("GiveThemToEventBridgeAlone", ["iam:PassRole"], role),
+            "Condition": {"StringEquals": {"iam:PassedToService": "events.amazonaws.com"}},
+        },
+        _allow("LetEventBridgeCall", ["iam:CreateServiceLinkedRole"], linked),
+        # EventBridge keeps a webhook's header as a secret, in the name of whoever makes the connection.
+        _allow(
+            "KeepKeysOfWebhooks",
+            [f"secretsmanager:{each}" for each in keys],
+            here % ("secretsmanager", "secret:events!connection/dreambooth-sm-*"),
+        ),
+    )
+
+
 def execution_policy(
     bucket: str,
     *,

@@ -18,6 +18,7 @@ from typing import Any
 from launcher.local.answers import Operation, RequestError, arn_of, check_shape, pairs, respond, send
 from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import loader_variables, own_credentials, own_settings, own_tokens
+from launcher.local.events import EmbeddedEvents
 from launcher.local.hosting import EmbeddedHosting
 from launcher.local.program import CONTAINER, ENTRYPOINT
 from launcher.local.registry import EmbeddedRegistry
@@ -62,6 +63,7 @@ class EmbeddedSageMaker:
         self._entrypoint = entrypoint
         self._grace = grace
         self._tags: dict[str, dict[str, str]] = {}
+        self._events = EmbeddedEvents(server)
         self._operations: dict[str, Operation] = {
             "CreateTrainingJob": lambda request, region: self.create(request, region=region),
             "DescribeTrainingJob": lambda request, region: self._find(request, region).describe(),
@@ -156,6 +158,7 @@ class EmbeddedSageMaker:
             entrypoint=self._entrypoint,
             grace=self._grace,
             tuning_arn=tuning_arn,
+            on_change=self._tell,
         )
         if self.jobs.setdefault(arn, job) is not job:
             raise RequestError(
@@ -192,11 +195,15 @@ class EmbeddedSageMaker:
             job.stop()
         for job in running:
             job.join()
+        self._events.close()
 
     def _environment(self, region: str, in_container: bool, own: bool) -> dict[str, str]:
         if self._with_s3:
             return {**self._server.environment(region), **(own_tokens() if own else {})}
         return own_credentials() if in_container else own_settings()
+
+    def _tell(self, job: TrainingJob) -> None:
+        self._events.tell(job.describe(), self._tags.get(job.arn, {}), job.region)
 
     def _find(self, request: dict[str, Any], region: str) -> TrainingJob:
         try:

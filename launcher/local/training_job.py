@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,6 +62,7 @@ class TrainingJob:
         environment: of the job, besides what its request names.
         entrypoint: program that runs as a process, where the image's would run in a container.
         grace: seconds between SIGTERM and SIGKILL.
+        on_change: is told of each change of its state, with it.
         tuning_arn: of the tuning job that it is a trial of; empty where it is none.
 
     Attributes:
@@ -79,6 +80,7 @@ class TrainingJob:
         entrypoint: Path,
         grace: float,
         tuning_arn: str = "",
+        on_change: Callable[[TrainingJob], object] = lambda job: None,
     ) -> None:
         self.request = request
         self.metric_values: dict[str, list[float]] = {}
@@ -92,6 +94,7 @@ class TrainingJob:
         self._environment = dict(environment)
         self._entrypoint = entrypoint
         self._grace = grace
+        self._on_change = on_change
         self._lock = threading.RLock()
         self._status = "InProgress"
         self._transitions: list[dict[str, Any]] = []
@@ -102,10 +105,11 @@ class TrainingJob:
         self._synced: list[SyncedDirectory] = []
         self._stop = threading.Event()
         self._interruption = threading.Event()
-        self._enter("Starting")
+        self._note("Starting")
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
 
     def start(self) -> None:
+        self._on_change(self)
         self._thread.start()
 
     # What the API shows and takes
@@ -411,6 +415,10 @@ class TrainingJob:
     # State
 
     def _enter(self, secondary: str) -> None:
+        self._note(secondary)
+        self._on_change(self)
+
+    def _note(self, secondary: str) -> None:
         now = time.time()
         with self._lock:
             if self._transitions and "EndTime" not in self._transitions[-1]:
@@ -419,13 +427,14 @@ class TrainingJob:
             self._transitions.append({"Status": secondary, "StartTime": now, "StatusMessage": message})
 
     def _end(self, status: str, secondary: str = "", *, reason: str = "") -> None:
-        self._enter(secondary or status)
+        self._note(secondary or status)
         with self._lock:
             now = time.time()
             self._transitions[-1]["EndTime"] = now
             self._times.setdefault("TrainingStartTime", now)
             self._times["TrainingEndTime"] = now
             self._reason, self._status = reason, status
+        self._on_change(self)
 
     def _note_metrics(self, lines: list[tuple[int, str]]) -> None:
         definitions = self.request["AlgorithmSpecification"].get("MetricDefinitions", [])

@@ -1,0 +1,1 @@
+"""What tells people, or other programs, that jobs have ended: a rule of EventBridge, and where it sends what."""
