@@ -12,6 +12,7 @@ from typing import Any
 
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.tracking import TENSORBOARD
 from launcher.aws.account import Account
 from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.local.run import local_request, tune_locally
@@ -278,6 +279,8 @@ def _refused_request(request: Mapping[str, Any]) -> Iterator[str]:
         yield f"a job has at most {MAX_HYPERPARAMETERS} hyperparameters, and these trials {count}"
     if len(definition.get("Environment", {})) > MAX_ENVIRONMENT:
         yield f"environment: a tuning job takes at most {MAX_ENVIRONMENT} variables; leave some out"
+    if TENSORBOARD in definition["StaticHyperParameters"].get("report_to", ""):
+        yield "report_to: automatic tuning does not take TensorBoard's events to S3; leave tensorboard out"
 
 
 def _check_parents(search: Search, account: Account) -> None:

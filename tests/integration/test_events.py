@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -151,6 +154,21 @@ def test_a_topic_is_told_and_keeps_its_own_policy(capsys: pytest.CaptureFixture[
     assert topic in [each["TopicArn"] for each in sns.list_topics()["Topics"]], "it is not the launcher's"
     assert json.loads(sns.get_topic_attributes(TopicArn=topic)["Attributes"]["Policy"])["Statement"] == before
     assert "is removed" in capsys.readouterr().out
+    sns.delete_topic(TopicArn=topic)
+
+
+def test_the_commands_are_those_of_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    sns = boto3.client("sns")
+    topic = sns.create_topic(Name="mine")["TopicArn"]
+    document = (Path(__file__).parents[2] / "docs" / "events.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "dreambooth-launcher"
+        assert main(arguments) == 0, line
+    printed = capsys.readouterr().out
+    assert f'sns.subscribe: {{"TopicArn": "{topic.removesuffix("mine")}dreambooth-sm-jobs"' in printed
+    assert boto3.client("events").list_rules()["Rules"] == []
     sns.delete_topic(TopicArn=topic)
 
 

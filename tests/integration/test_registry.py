@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import uuid
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,21 @@ def test_versions_follow_each_other_in_a_group_that_is_there(
     sagemaker.delete_model_package_group(ModelPackageGroupName=group)
     with pytest.raises(launcher.ServiceError, match="does not exist"):
         second.describe()
+
+
+def test_the_commands_are_those_of_the_document(job: Job, group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "registry.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```bash\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    for line in block.replace("zwx-20261130", job.name).replace(" toys ", f" {group} ").splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert program == "dreambooth-launcher"
+        if arguments[0] == "deploy":
+            arguments[1] = capsys.readouterr().out.split()[-1]
+            arguments += ["--name", group]
+        assert main(arguments) == 0, line
+    endpoint = launcher.attach_endpoint(group)
+    assert endpoint.draw("photo of zwx toy", steps=1, width=32, height=32)[0].size == (32, 32)
+    endpoint.delete()
 
 
 def test_what_can_not_be_registered_is_refused(services: EmbeddedServices, job: Job, group: str) -> None:

@@ -450,4 +450,6 @@ def test_everything_that_is_wrong_is_told_before_anything_starts(
     assert len({*raised.value.problems}) == len(raised.value.problems)
     with pytest.raises(UserError, match="directory is for a search on this machine"):
         launcher.tune(pictures, directory=tmp_path, instance_type="ml.g5.xlarge", **SMALL)
+    with pytest.raises(UserError, match="report_to: automatic tuning does not take TensorBoard's events"):
+        launcher.tune(pictures, instance_type="ml.g5.xlarge", report_to="tensorboard", **SMALL)
     assert len(services.sagemaker.jobs) == started
