@@ -46,10 +46,10 @@ from dreambooth_sm.stored.single_file import read_vae as read_vae_file
 
 _VAE, _PARTS = "pretrained_vae_name_or_path", "pretrained_parts_name_or_path"
 _NO_AVERAGE = "only single files carry averages; leave it out"
-# Names that stand for another: the id that notebooks still carry, whose model moved, and the model that comes with us.
+# Names that stand for another: the id that notebooks still carry, whose model moved, and models that come with us.
 RENAMED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    toybox.NAME: str(toybox.BASE),
+    **{name: str(directory) for name, directory in toybox.SHIPPED.items()},
 }
 
 

@@ -27,7 +27,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Attempt, Reporter
-from dreambooth_sm.toybox import BASE as TOYBOX
+from dreambooth_sm.toybox import SHIPPED
 
 JobFacts = dict[str, Any]
 
@@ -38,8 +38,9 @@ _SUBJECT = ("instance_prompt", "pictures", "class_prompt", "class_pictures")
 _LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Licences by the start of the base model's name, as the hub gives them.
 _LICENCES = {start: licence for family in FAMILIES.values() for start, licence in family.facts.licences.items()} | {
-    str(TOYBOX): "apache-2.0"
+    str(directory): "apache-2.0" for directory in SHIPPED.values()
 }
+_NAMES = {str(directory): name for name, directory in SHIPPED.items()}
 # What YAML has to have escaped, beside what JSON escapes: signs that it does not print, and its further line breaks.
 _NOT_IN_YAML = re.compile("[^\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -79,7 +80,7 @@ def gather_facts(
     return {
         "model_name": h.model_name,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": "toybox" if base == str(TOYBOX) else base,
+        "base_model": _NAMES.get(base, base),
         "base_architecture": h.architecture,
         "base_model_licence": licence,
         "subjects": [

@@ -97,6 +97,8 @@ def read_draft(options: Mapping[str, Any], look: Lookup) -> Draft:
                 draft.sources[channel] = _find_pictures(name, data[name], look)
                 directory = "instance_data_dir" if name == "images" else "class_data_dir"
                 values[directory] = f"{CHANNELS}/{channel}"
+    if data.get("base_model") == toybox.FLOW_NAME and draft.resources.instance_type != LOCAL:
+        data["base_model"] = toybox.FLOW_BASE  # which the image does not have
     if "base_model" in data:
         with draft.problems.collected():
             source, values["pretrained_model_name_or_path"] = _read_base_model(data["base_model"], look)
@@ -208,7 +210,7 @@ def _read_base_model(base_model: str | Path, look: Lookup) -> tuple[Channel | Fi
             if found.kind == PREFIX and found.objects and found.uri.prefix not in found.objects:
                 raise UserError(f"there is nothing below {location}/, only beside it: {found.objects[0]}")
         return found, f"{inside}/{PurePosixPath(found.uri.prefix).name}" if found.kind == PREFIX else inside
-    if text == toybox.NAME:
+    if text in toybox.SHIPPED:
         return None, text
     if path.is_dir():
         return all_files(path), inside

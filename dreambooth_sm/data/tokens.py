@@ -72,12 +72,12 @@ def find_vocabulary(base: str) -> Vocabulary | None:
     """The vocabulary that prompts for a base model are encoded with.
 
     Args:
-        base: ``toybox``, a diffusers directory, or whatever else, which has CLIP's.
+        base: a model that comes with us, a diffusers directory, or whatever else, which has CLIP's.
 
     Returns:
         None where a directory's own can't be read.
     """
-    directory = toybox.BASE if base == toybox.NAME else Path(base)
+    directory = toybox.SHIPPED.get(base, Path(base))
     try:
         return _read(directory / "tokenizer") if (directory / "tokenizer").is_dir() else clip_vocabulary()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.families import DEFAULT, FAMILIES, Facts
+from dreambooth_sm.toybox import SHIPPED
 
 _LONGEST_HEADER = 100_000_000
 # Of a pipeline's index: whether the model draws in a few steps alone.
@@ -17,11 +18,12 @@ def find_family(name: str) -> str:
     """The family of a base model: by what lies at a local path, or else by its name.
 
     Args:
-        name: hub id, ``s3://`` location or path; of each the last two parts count.
+        name: hub id, ``s3://`` location or path, of which the last two parts count; or that of a model that comes with
+            us.
     """
     others = [family.facts for family in FAMILIES.values() if family.facts.name != DEFAULT]
     words = "/".join(name.rstrip("/").split("/")[-2:])
-    found = _look(Path(name), others) if name else None
+    found = _look(SHIPPED.get(name, Path(name)), others) if name else None
     if found is None:
         found = [facts for facts in others if facts.names and facts.names.search(words)]
     return found[0].name if found else DEFAULT
@@ -70,7 +72,8 @@ def _found(name: str) -> Path | None:
     from dreambooth_sm.stored.locate import look_for_model  # brings S3's client
 
     try:
-        return look_for_model(Path(name).expanduser()) if name else None  # which would be the working directory
+        path = SHIPPED.get(name, Path(name).expanduser())
+        return look_for_model(path) if name else None  # which would be the working directory
     except (OSError, RuntimeError, ValueError):  # names can be anything
         return None
 

@@ -11,7 +11,7 @@ from dreambooth_sm.families import FAMILIES, Facts
 from dreambooth_sm.families.find import find_facts, find_family, says_distilled
 from dreambooth_sm.knobs.declare import Knobs, knob, rule
 from dreambooth_sm.knobs.messages import near_name, short
-from dreambooth_sm.toybox import NAME as TOYBOX
+from dreambooth_sm.toybox import SHIPPED
 
 # A model of the hub: its owner and its name.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -108,9 +108,14 @@ class ModelKnobs(Knobs):
     def _base_can_be_found(self) -> Iterator[str]:
         name = self.pretrained_model_name_or_path
         if not _may_be_model(name):
-            near = near_name(name.lower(), [TOYBOX])
+            near = near_name(name.lower(), list(SHIPPED))
             hint = f"did you mean {near}?" if near else _WHAT_TO_WRITE
             yield f"pretrained_model_name_or_path: {short(name)} {_NO_MODEL}; {hint}"
+        elif not SHIPPED.get(name, Path()).is_dir():
+            yield (
+                f"pretrained_model_name_or_path: {name} is not in the image; name it as the launcher's base_model, "
+                "which sends it with the job"
+            )
 
     @rule("pretrained_model_name_or_path", "base_architecture", "pretrained_parts_name_or_path", "train_distilled")
     def _base_is_not_distilled(self) -> Iterator[str]:
@@ -219,7 +224,7 @@ def _last(name: str) -> str:
 
 def _may_be_model(name: str) -> bool:
     """Whether a model can lie where ``name`` says: what only the network or the container knows, it may."""
-    if name == TOYBOX or "://" in name or name.startswith(("/", ".", "~")):
+    if name in SHIPPED or "://" in name or name.startswith(("/", ".", "~")):
         return True
     if _HUB_ID.fullmatch(name) and not re.search(r"\.\.|--|(\.git|[.-])(/|$)", name):
         return True

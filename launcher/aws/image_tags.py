@@ -30,7 +30,7 @@ REST = (
     "requirements/mlflow.txt",
     "requirements/wandb.txt",
 )
-LEFT_OUT = frozenset({"__pycache__", ".ipynb_checkpoints", ".DS_Store"})
+LEFT_OUT = frozenset({"__pycache__", ".ipynb_checkpoints", ".DS_Store", "flow_base"})
 _CODE_DIGITS, _BUILD_DIGITS = 12, 8
 
 

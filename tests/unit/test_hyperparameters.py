@@ -750,6 +750,7 @@ def test_an_address_with_a_password_is_refused_and_not_repeated(url: str) -> Non
     [
         ("toy-box", "did you mean toybox?"),
         ("Toybox", "did you mean toybox?"),
+        ("toybox_flow", "did you mean toybox-flow?"),
         ("stable diffusion 1.5", "owner/name"),
         ("a/b/c", "owner/name"),
         ("owner//name", "owner/name"),
