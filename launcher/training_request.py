@@ -17,6 +17,7 @@ from dreambooth_sm.knobs.tracking import MLFLOW, TENSORBOARD, WANDB
 from dreambooth_sm.printing import SECRET_VALUE, names_secret, secrets_of
 from dreambooth_sm.report import MEASURES, TRAINING_METRICS, measure_pattern, metric_pattern
 from dreambooth_sm.storage import S3Uri
+from dreambooth_sm.toybox import SHIPPED
 from dreambooth_sm.trackers.needs import find_missing_settings, is_online
 from launcher.channels import Channel
 from launcher.instances import find_instance
@@ -330,7 +331,7 @@ def _refused_by_the_job(h: Hyperparameters, r: Resources) -> Iterator[str]:
 
 def _is_remote(model: str | None) -> bool:
     """Whether a model has to come over the network: a hub id or S3, no directory and no model of the image's own."""
-    return model is not None and not model.startswith(("/", ".")) and model != "toybox"
+    return model is not None and not model.startswith(("/", ".")) and model not in SHIPPED
 
 
 def _problems_of(check: Any, prefix: str = "") -> Iterable[str]:

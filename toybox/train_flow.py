@@ -23,6 +23,8 @@ from dreambooth_sm.quiet import quiet_libraries
 
 # isort: split
 from diffusers import AutoencoderKL, ZImagePipeline
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_model
 from transformers import Qwen2Tokenizer, Qwen3Model
 
 from dreambooth_sm.families.conditioning import Conditioning
@@ -112,7 +114,7 @@ def make_all(out: Path, settings: FlowSettings, device: torch.device, start: Pat
             figures["vae"] = _make_vae(base / "vae", training.pixels, timetable, settings.vae_batch).figures()
         elif earlier != base:
             shutil.copytree(earlier / "vae", base / "vae", dirs_exist_ok=True)
-        vae = AutoencoderKL.from_pretrained(base / "vae", dtype=torch.float32).to(device).requires_grad_(False)
+        vae = _read_vae(base / "vae").to(device).requires_grad_(False)
         figures["psnr_db"] = round(psnr(vae, held_out.pixels), 2)
         print(f"vae psnr_db={figures['psnr_db']}", flush=True)
 
@@ -145,6 +147,13 @@ def _make_vae(target: Path, pixels: Tensor, timetable: Timetable, batch: int) ->
     outcome = train_vae(vae, pixels, seconds, batch, divergence_weight=_DIVERGENCE_WEIGHT, halved_weight=_HALVED_WEIGHT)
     vae.half().save_pretrained(target)
     return outcome
+
+
+def _read_vae(directory: Path) -> AutoencoderKL:
+    """In fp32; its configuration does not name the directory, as diffusers' would."""
+    vae = make_flow_vae()
+    load_model(vae, directory / SAFETENSORS_WEIGHTS_NAME)
+    return vae
 
 
 def _make_tokenizer(seed: int) -> Qwen2Tokenizer:

@@ -218,4 +218,4 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def _is_toybox(h: Hyperparameters) -> bool:
-    return h.pretrained_model_name_or_path == toybox.NAME
+    return h.pretrained_model_name_or_path in toybox.SHIPPED

@@ -29,6 +29,10 @@ def test_it_is_small_enough_to_be_shipped() -> None:
     assert sum(path.stat().st_size for path in toybox.FLOW_BASE.rglob("*") if path.is_file()) <= 16 * MEGABYTE
 
 
+def test_it_does_not_say_where_it_was_made() -> None:
+    assert not [path for path in toybox.FLOW_BASE.rglob("*.json") if "_name_or_path" in path.read_text()]
+
+
 def test_jobs_know_it_by_its_name() -> None:
     h = hyperparameters(pretrained_model_name_or_path="toybox-flow", method="lora")
     assert h.architecture == "z_image"

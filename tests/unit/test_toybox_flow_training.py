@@ -40,6 +40,7 @@ def captions() -> list[str]:
 def test_the_command_makes_a_base_model_that_jobs_take(made: Path) -> None:
     assert json.loads((made / "figures.json").read_text()).keys() >= {"vae", "psnr_db", "denoiser", "base_mb"}
     assert (made / "sheet.png").is_file()
+    assert not [path for path in (made / "base").rglob("*.json") if "_name_or_path" in path.read_text()]
     assert sum(path.stat().st_size for path in (made / "base").rglob("*") if path.is_file()) <= 16 * MEGABYTE
     base = load_base(hyperparameters(pretrained_model_name_or_path=str(made / "base"), method="lora"))
     assert base.family is FAMILY
