@@ -38,7 +38,6 @@ _ALIKE = (
     "StoppingCondition",
     "EnableNetworkIsolation",
     "EnableManagedSpotTraining",
-    "CheckpointConfig",
     "RetryStrategy",
     "Environment",
 )
@@ -209,6 +208,9 @@ def tuning_request(
         "HyperParameterTuningResourceConfig": resources,
         **{key: training[key] for key in _ALIKE if key in training},
     }
+    if training.get("EnableManagedSpotTraining") or "RetryStrategy" in training:
+        # All trials have one place, and each fetches what lies there: without another start there is nothing to fetch.
+        definition |= {key: training[key] for key in ("CheckpointConfig",) if key in training}
     request: dict[str, Any] = {
         "HyperParameterTuningJobName": name,
         "HyperParameterTuningJobConfig": config,

@@ -22,6 +22,7 @@ def training(request: dict[str, Any]) -> dict[str, Any]:
         "TrainingJobName": request["HyperParameterTuningJobName"],
         "HyperParameters": definition["StaticHyperParameters"],
         "ResourceConfig": definition["HyperParameterTuningResourceConfig"],
+        "CheckpointConfig": {"S3Uri": "s3://models/unused"},
         **{key: value for key, value in definition.items() if not key.startswith(("Static", "HyperParameter"))},
     }
 
@@ -68,6 +69,8 @@ def with_estimator(request: dict[str, Any], session: boto3.Session) -> None:
 
     estimator = sdks.estimator(training(request), session)
     estimator.tags = None  # or it would add them to the tuner's
+    if "CheckpointConfig" not in request["TrainingJobDefinition"]:
+        estimator.checkpoint_s3_uri = None
     kinds = {"Integer": IntegerParameter, "Continuous": ContinuousParameter, "Categorical": CategoricalParameter}
     options = how(request)
     config, warm = request["HyperParameterTuningJobConfig"], request.get("WarmStartConfig")
@@ -104,6 +107,8 @@ def with_model_trainer(request: dict[str, Any], session: boto3.Session) -> None:
     from sagemaker.train.tuner import HyperparameterTuner
 
     trainer = sdks.model_trainer(training(request), session)
+    if "CheckpointConfig" not in request["TrainingJobDefinition"]:
+        trainer.checkpoint_config = None
     kinds = {"Integer": IntegerParameter, "Continuous": ContinuousParameter, "Categorical": CategoricalParameter}
     options = how(request)
     config = request["HyperParameterTuningJobConfig"]

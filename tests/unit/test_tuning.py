@@ -348,6 +348,12 @@ def test_the_request_says_it_all() -> None:
     assert request["Tags"] == [{"Key": "team", "Value": "toys"}, {"Key": TAG, "Value": "zwx"}]
 
 
+def test_checkpoints_are_kept_for_trials_that_may_start_again() -> None:
+    for resources, kept in (({}, False), ({"spot": True}, True), ({"max_retry_attempts": 2}, True)):
+        definition = request_of(["learning_rate"], Search(), **resources)["TrainingJobDefinition"]
+        assert ("CheckpointConfig" in definition) == kept
+
+
 def test_hyperband_knows_how_often_trials_are_measured() -> None:
     request = request_of(["learning_rate"], Search(strategy="hyperband"), {"max_train_steps": 400})
     config = request["HyperParameterTuningJobConfig"]
