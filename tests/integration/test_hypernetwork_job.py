@@ -168,7 +168,7 @@ def log_of(job: JobTree) -> str:
 def test_the_best_checkpoint_is_exported(lay_out_job: Callable[..., JobTree], monkeypatch: pytest.MonkeyPatch) -> None:
     # Fewer pictures than are worth measuring: what is chosen has to be what is exported, whichever it is.
     monkeypatch.setattr(selection, "PLACES", ("", "in the snow"))
-    monkeypatch.setattr(selection, "_CLASS_PICTURES", 2)
+    monkeypatch.setattr(selection, "CLASS_PICTURES", 2)
     monkeypatch.setattr(selection, "draw", partial(selection.draw, steps=5))
     values = VALUES | {
         "pretrained_model_name_or_path": "toybox",
