@@ -6,12 +6,15 @@ error of the input that is found before a model is opened does not wait for it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from dreambooth_sm.importing import importing
 
 with importing():
     import diffusers
+    import torch
     import transformers
     from accelerate import init_empty_weights
     from diffusers import (
@@ -24,6 +27,7 @@ with importing():
         StableDiffusionXLPipeline,
         UNet2DConditionModel,
     )
+    from diffusers.models import embeddings
     from transformers import (
         CLIPImageProcessor,
         CLIPTextConfig,
@@ -57,7 +61,24 @@ __all__ = [
     "init_empty_weights",
     "named",
     "no_init_weights",
+    "no_positions",
 ]
+
+
+@contextmanager
+def no_positions() -> Iterator[None]:
+    """Does not compute the table of positions of a transformer whose files hold it: of Stable Diffusion 3 it takes
+    seconds, and 2 GB."""
+    compute = embeddings.get_2d_sincos_pos_embed
+
+    def empty(width: int, grid: int, **_: Any) -> torch.Tensor:
+        return torch.empty(grid * grid, width)
+
+    embeddings.get_2d_sincos_pos_embed = empty
+    try:
+        yield
+    finally:
+        embeddings.get_2d_sincos_pos_embed = compute
 
 
 def named(name: str) -> Any:

@@ -7,6 +7,7 @@ import gzip
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from types import MappingProxyType
@@ -156,7 +157,9 @@ def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) ->
     from dreambooth_sm.stored import classes
 
     kind: Any = classes.named(class_of(pipeline, part))
-    with classes.no_init_weights(), classes.init_empty_weights(include_buffers=False):
+    # With a largest size the table of positions is one of the weights; without one it follows from the configuration.
+    positions = classes.no_positions() if config.get("pos_embed_max_size") else nullcontext()
+    with positions, classes.no_init_weights(), classes.init_empty_weights(include_buffers=False):
         if issubclass(kind, classes.PreTrainedModel):
             # The stored weights say their types themselves.
             values = {key: value for key, value in config.items() if key not in _TYPES}

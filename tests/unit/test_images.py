@@ -184,6 +184,7 @@ def test_the_code_is_that_of_the_package_wherever_it_lies(tmp_path: Path) -> Non
     assert code_digest(installed) != CODE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", ["0.1.0-g4b204ea1c2d3-1f2e3d4c5b6a.9a8b7c6d", ""])
 @pytest.mark.parametrize("word", ["train", "serve"])
 def test_a_container_says_first_which_build_it_is_of(word: str, build: str) -> None:

@@ -29,6 +29,7 @@ def subject(root: Path, seed: int, pictures: int) -> Subject:
     return Subject(tuple(paint_pictures(root, pictures, seed=seed)), f"photo of zwx {seed}", None, root / "class", ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("values", "plan"), PLANS.values(), ids=PLANS)
 def test_a_training_after_another_is_as_if_alone(
     base: PretrainedModel, tmp_path: Path, values: dict[str, Any], plan: dict[str, Any]
