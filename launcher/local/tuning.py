@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -75,6 +76,8 @@ class EmbeddedTuning:
             RequestError: as SageMaker would answer, or for what only SageMaker can do.
         """
         check_shape(f"Create{_OPERATIONS}", request)
+        if find_spec("optuna") is None:
+            raise RequestError("tuning jobs on this machine need optuna: pip install 'dreambooth-sm[demo]'")
         if problems := [*_beyond_a_laptop(request)]:
             raise RequestError("; ".join(problems))
         name = request["HyperParameterTuningJobName"]

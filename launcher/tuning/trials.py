@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,9 +207,9 @@ def _lengths(h: Hyperparameters, ranges: Sequence[Range], pictures: int, process
     lengths = [each for each in ranges if each.name in ("max_train_steps", "num_train_epochs", "train_batch_size")]
     steps = []
     for values in settings(lengths):
-        tried = h.model_copy(update=values)  # which counts them as set
-        steps.append(length_of(tried, pictures, processes).steps)
-    return min(steps), max(steps)
+        with suppress(UserError):  # which is told later, with these values
+            steps.append(length_of(with_values(h, values), pictures, processes).steps)
+    return min(steps, default=1), max(steps, default=1)
 
 
 def _words(values: Mapping[str, Any]) -> str:

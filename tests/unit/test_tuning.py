@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from dreambooth_sm.storage import S3Uri
 from launcher.instances import find_instance
 from launcher.resources import Resources
 from launcher.training_request import training_request
-from launcher.tuning.ranges import Range, parameter_ranges, read_ranges, settings
+from launcher.tuning.prepare import _within_quota
+from launcher.tuning.ranges import Range, parameter_ranges, parse_ranges, read_ranges, settings
 from launcher.tuning.search import OBJECTIVES, TAG, Search, refused_name, tuning_request
 from launcher.tuning.status import TuningStatus, read_trials
 from launcher.tuning.trials import check_trials, estimate_trials, plan_trials
@@ -264,6 +266,31 @@ def test_settings_that_the_rules_refuse_are_found_before() -> None:
     check_trials(trials)
     with pytest.raises(UserError, match="lora_min_rank=8 lora_rank=4: lora_min_rank=8 is more than lora_rank=4"):
         check_trials(plan_trials(parse(method="lora"), ranges, Search(), pictures=5))
+
+
+def test_lengths_may_be_a_list_in_words() -> None:
+    """As the command line has them."""
+    ranges = parse_ranges(["max_train_steps=100,400", "learning_rate=1e-5..1e-4:log"])
+    assert ranges == {"max_train_steps": ["100", "400"], "learning_rate": (1e-5, 1e-4, "log")}
+    trials = plan_trials(parse(), ranges, Search(early_stopping=True), pictures=5)
+    assert (trials.hyperparameters.fidelity_steps, trials.measures) == (20, 20)
+    check_trials(trials)
+    odd = plan_trials(parse(), {"max_train_steps": [100, "many"]}, Search(), pictures=5)
+    with pytest.raises(UserError, match="max_train_steps=many: "):
+        check_trials(odd)
+    with pytest.raises(UserError) as raised:
+        parse_ranges(["learning_rate=a..b", "lora_rank", "lora_rank=4..8"])
+    assert len(raised.value.problems) == 2
+
+
+def test_no_more_trials_run_at_a_time_than_the_quota_allows() -> None:
+    resources = Resources.parse({**RESOURCES, "instance_count": 2})
+    job: Any = SimpleNamespace(estimate=SimpleNamespace(instance=A10G), resources=resources)
+    for room, expected in ((None, 4), (8, 4), (5, 2), (1, 1)):
+        account: Any = SimpleNamespace(room_for=lambda name, spot, room=room: room)
+        parallel, lines = _within_quota(job, Search(parallel=4), account)
+        assert parallel == expected
+        assert bool(lines) == (expected < 4)
 
 
 def test_the_estimate_is_of_all_trials() -> None:
