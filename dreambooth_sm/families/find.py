@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def find_family(name: str) -> str:
     """
     others = [family.facts for family in FAMILIES.values() if family.facts.name != DEFAULT]
     words = "/".join(name.rstrip("/").split("/")[-2:])
-    found = _look(SHIPPED.get(name, Path(name)), others) if name else None
+    path = _at(name)
+    found = _look(path, others) if path else None
     if found is None:
         found = [facts for facts in others if facts.names and facts.names.search(words)]
     return found[0].name if found else DEFAULT
@@ -67,13 +69,20 @@ def says_distilled(name: str) -> bool | None:
     return said if isinstance(said, bool) else None
 
 
+def _at(name: str) -> Path | None:
+    """What lies at a local path, or came with us; None where nothing does. Planners ask about a hub id thousands of
+    times, and pathlib takes ten times as long to say that it is not here."""
+    place = os.path.expanduser(SHIPPED.get(name, name))  # noqa: PTH111
+    return Path(place) if os.path.exists(place) else None  # noqa: PTH110
+
+
 def _found(name: str) -> Path | None:
     """The model at a local path; None where there is none."""
     from dreambooth_sm.stored.locate import look_for_model  # brings S3's client
 
+    path = _at(name)
     try:
-        path = SHIPPED.get(name, Path(name).expanduser())
-        return look_for_model(path) if name else None  # which would be the working directory
+        return look_for_model(path) if path else None
     except (OSError, RuntimeError, ValueError):  # names can be anything
         return None
 
