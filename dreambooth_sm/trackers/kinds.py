@@ -22,6 +22,7 @@ _USUALLY = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "GIT_PYTHON_REFRESH": "quiet",  # the image has no git
 }
 # Of W&B's settings: nothing but what the job tells, and how busy its machine is. Not its log, code or packages, and no
 # names of SageMaker's in place of the run's. And it gives up in time, as the job's end waits for it.

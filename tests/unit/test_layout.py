@@ -30,7 +30,8 @@ SHARED_NAMES = {"FAMILY", "METHOD", "Item", "T"}
 # and no check has to wait for it that does not open a model.
 LATE = (
     "accelerate", "bitsandbytes", "boto3", "diffusers", "huggingface_hub", "pandas", "scipy", "sympy", "torch._dynamo",
-    "starlette", "torch._inductor", "torchvision", "transformers", "triton", "uvicorn", "xformers",
+    "mlflow", "starlette", "tensorboard", "torch._inductor", "torchvision", "transformers", "triton", "uvicorn",
+    "wandb", "xformers",
 )  # fmt: skip
 
 
