@@ -305,6 +305,8 @@ class TuningJob:
 
     def _search(self, study: Study) -> None:
         planned: float = self._limits.get("MaxNumberOfTrainingJobs", float("inf"))
+        if self._config["Strategy"] == "Grid":
+            planned = min(planned, len(_combinations(self._ranges)))
         deadline = self.created + self._limits.get("MaxRuntimeInSeconds", float("inf"))
         is_over = False
         while True:
@@ -399,7 +401,6 @@ def _stop(job: TrainingJob) -> None:
 
 def _study(job: TuningJob) -> Study:
     import optuna
-    from optuna.distributions import CategoricalDistribution
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -421,9 +422,8 @@ def _study(job: TuningJob) -> Study:
         sampler=sampler, pruner=pruner, direction="maximize" if job.maximizes else "minimize", study_name=job.name
     )
     if config["Strategy"] == "Grid":
-        lists = [each.choices for each in ranges.values() if isinstance(each, CategoricalDistribution)]
-        for values in itertools.product(*lists):
-            study.enqueue_trial(dict(zip(ranges, values, strict=True)))
+        for values in _combinations(ranges):
+            study.enqueue_trial(values)
     for parent in job._parents:
         for tried in parent.tried:
             if tried.job.status != "Completed" or not tried.measures:
@@ -434,6 +434,14 @@ def _study(job: TuningJob) -> Study:
                     create_trial(state=TrialState.COMPLETE, params=values, distributions=ranges, value=found)
                 )
     return study
+
+
+def _combinations(ranges: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
+    """All of lists of values."""
+    from optuna.distributions import CategoricalDistribution
+
+    lists = [each.choices for each in ranges.values() if isinstance(each, CategoricalDistribution)]
+    return [dict(zip(ranges, values, strict=True)) for values in itertools.product(*lists)]
 
 
 def _ranges(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -455,7 +463,8 @@ def _distribution(found: Mapping[str, Any]) -> BaseDistribution:
 
 def _beyond_a_laptop(request: Mapping[str, Any]) -> Iterator[str]:
     config = request["HyperParameterTuningJobConfig"]
-    if "TrainingJobDefinition" not in request or request.get("Autotune"):
+    automatic = request.get("Autotune") or config.get("ParameterRanges", {}).get("AutoParameters")
+    if "TrainingJobDefinition" not in request or automatic:
         yield "the embedded SageMaker tunes one TrainingJobDefinition, without Autotune"
         return
     definition = request["TrainingJobDefinition"]

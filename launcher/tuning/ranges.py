@@ -193,10 +193,8 @@ def _read(name: str, value: Any, h: Hyperparameters) -> Range:
             return _interval(name, least, most, bool(said.tunable and said.tunable.logarithmic))
         case (int() | float() as least, int() | float() as most, str() as scale) if scale in _SCALES:
             return _interval(name, least, most, _SCALES[scale])
-    own = "" if said.tunable else f"; {name} has no range of its own"
-    raise UserError(
-        f"ranges: {name}: {value!r} is not a range; set (least, most), (least, most, 'log'), or a list of values{own}"
-    )
+    wrong = f"{name} has no range of its own" if value is None else f"{name}: {value!r} is not a range"
+    raise UserError(f"ranges: {wrong}; set (least, most), (least, most, 'log'), or a list of values")
 
 
 def _interval(name: str, least: float, most: float, logarithmic: bool) -> Range:

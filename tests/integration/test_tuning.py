@@ -172,8 +172,7 @@ def test_earlier_trials_count_and_nothing_is_drawn_twice(workplace: Workplace) -
 
 def test_a_grid_tries_all_and_a_failed_trial_ends_nothing(workplace: Workplace) -> None:
     ranges = {"CategoricalParameterRanges": [WORDS, {"Name": "learning_rate", "Values": ["1e-3", "1e-2"]}]}
-    limits = {"MaxNumberOfTrainingJobs": 4, "MaxParallelTrainingJobs": 2}
-    tuning = start(workplace, "grid", ranges, Strategy="Grid", ResourceLimits=limits)
+    tuning = start(workplace, "grid", ranges, Strategy="Grid", ResourceLimits={"MaxParallelTrainingJobs": 2})
     lines: list[str] = []
     tuning.wait(lines.append)
     tried = {(trial.values["word"], trial.values["learning_rate"]) for trial in tuning.trials}
@@ -300,6 +299,7 @@ def test_lists_have_pages_and_an_order(workplace: Workplace) -> None:
         ({"HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": "loss"}}, "not one of MetricDefinit"),
         ({"Strategy": "Hyperband", "TrainingJobEarlyStoppingType": "Auto"}, "has to be Off"),
         ({"ParameterRanges": {}}, "has at least one"),
+        ({"ParameterRanges": {"AutoParameters": [{"Name": "a", "ValueHint": "1"}]}}, "without Autotune"),
         (
             {"TuningJobCompletionCriteria": {"ConvergenceDetected": {"CompleteOnConvergence": "Enabled"}}},
             "leave it out",
