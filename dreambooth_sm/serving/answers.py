@@ -12,7 +12,8 @@ from typing import Any
 from PIL.Image import Image
 
 from dreambooth_sm.s3_uri import S3Uri
-from dreambooth_sm.serving.orders import Shown
+from dreambooth_sm.serving.orders import Shown, Withheld
+from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import PictureFormat, PictureRequest
 from dreambooth_sm.storage import put_object
 
@@ -30,25 +31,34 @@ def encode_picture(picture: Image, form: PictureFormat) -> bytes:
     return file.getvalue()
 
 
-def answer(request: PictureRequest, pictures: Sequence[Image]) -> tuple[bytes, str]:
+def answer(request: PictureRequest, pictures: Sequence[Image | Withheld]) -> tuple[bytes, str]:
     """The body of an answer, and its type.
 
     Raises:
+        Refusal: where a picture is withheld, and the answer can't say so.
         UserError, TransferError: where the pictures can't go to S3.
     """
-    if request.manner == "picture":
-        return encode_picture(pictures[0], request.format), f"image/{request.format}"
-    return json.dumps(_content(request, pictures), separators=(",", ":")).encode(), "application/json"
+    if request.manner == "ours":
+        width, height = request.size
+        described = [_described(request, number, picture) for number, picture in enumerate(pictures)]
+        content: dict[str, Any] = {"pictures": described, "format": request.format, "width": width, "height": height}
+    else:
+        shown = [each for each in pictures if not isinstance(each, Withheld)]
+        if withheld := [each.label for each in pictures if isinstance(each, Withheld)]:
+            raise Refusal(
+                f"{len(withheld)} of {len(pictures)} pictures are withheld by the endpoint's safety check "
+                f"({', '.join(sorted({*withheld}))}); ask with another seed or prompt",
+                422,
+            )
+        if request.manner == "picture":
+            return encode_picture(shown[0], request.format), f"image/{request.format}"
+        content = _content(request, shown)
+    return json.dumps(content, separators=(",", ":")).encode(), "application/json"
 
 
 def _content(request: PictureRequest, pictures: Sequence[Image]) -> dict[str, Any]:
     if request.output is not None:
-        places = [_put(request.output, encode_picture(each, request.format), request.format) for each in pictures]
-        if request.manner == "locations":
-            return {"result": places}
-        return _described(request, "location", places)
-    if request.manner == "ours":
-        return _described(request, "picture", [_base64(encode_picture(each, request.format)) for each in pictures])
+        return {"result": [_put(request.output, each, request.format) for each in pictures]}
     prompt = request.prompts[0]
     found: list[Any]
     if request.manner == "encoded":
@@ -72,17 +82,10 @@ def answer_line(request: PictureRequest, shown: Shown) -> bytes:
         UserError, TransferError: where the picture can't go to S3.
     """
     told: dict[str, Any] = {"number": shown.number}
-    if shown.step is None:
-        content, form = encode_picture(shown.picture, request.format), request.format
-        told |= {"prompt": request.prompts[shown.number], "seed": request.seeds[shown.number]}
-        if request.output is not None:
-            told["location"] = _put(request.output, content, form)
-        else:
-            told["picture"] = _base64(content)
-    else:
-        content, form = encode_picture(shown.picture, "jpeg"), "jpeg"
-        told |= {"step": shown.step, "steps": shown.steps, "picture": _base64(content)}
-    return line_of({**told, "format": form})
+    if shown.step is None or isinstance(shown.picture, Withheld):
+        return line_of({**told, **_described(request, shown.number, shown.picture), "format": request.format})
+    preview = _base64(encode_picture(shown.picture, "jpeg"))
+    return line_of({**told, "step": shown.step, "steps": shown.steps, "picture": preview, "format": "jpeg"})
 
 
 def line_of(told: Mapping[str, Any]) -> bytes:
@@ -90,16 +93,19 @@ def line_of(told: Mapping[str, Any]) -> bytes:
     return json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
-def _described(request: PictureRequest, name: str, values: Sequence[str]) -> dict[str, Any]:
-    width, height = request.size
-    told = zip(values, request.prompts, request.seeds, strict=True)
-    pictures = [{name: value, "prompt": prompt, "seed": seed} for value, prompt, seed in told]
-    return {"pictures": pictures, "format": request.format, "width": width, "height": height}
+def _described(request: PictureRequest, number: int, picture: Image | Withheld) -> dict[str, Any]:
+    """What an answer says of a picture, and where it is."""
+    told: dict[str, Any] = {"prompt": request.prompts[number], "seed": request.seeds[number]}
+    if isinstance(picture, Withheld):
+        return {"withheld": picture.label, "certainty": round(picture.certainty, 3), **told}
+    if request.output is not None:
+        return {"location": _put(request.output, picture, request.format), **told}
+    return {"picture": _base64(encode_picture(picture, request.format)), **told}
 
 
-def _put(prefix: S3Uri, content: bytes, form: PictureFormat) -> str:
+def _put(prefix: S3Uri, picture: Image, form: PictureFormat) -> str:
     place = prefix / f"{uuid.uuid4()}.{'jpg' if form == 'jpeg' else form}"
-    put_object(place, content)
+    put_object(place, encode_picture(picture, form))
     return str(place)
 
 

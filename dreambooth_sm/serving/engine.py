@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image
 
+from dreambooth_sm import sources
+from dreambooth_sm.errors import UserError
 from dreambooth_sm.latents import latent_channels
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
@@ -19,12 +22,13 @@ from dreambooth_sm.sampling import decode
 from dreambooth_sm.serving.adapter_store import AdapterStore
 from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.offer import Offer
-from dreambooth_sm.serving.orders import Order, Shown
+from dreambooth_sm.serving.orders import Order, Shown, Withheld
 from dreambooth_sm.serving.predictor import Predictor, Rows, recorder_for
 from dreambooth_sm.serving.prompts import PromptEncoder, side_by_side
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import PictureRequest
 from dreambooth_sm.serving.runs import PictureRun
+from dreambooth_sm.serving.safety import SafetyCheck
 from dreambooth_sm.serving.served_model import ServedModel
 from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.serving.slots import AdapterSlots, busy_slots
@@ -69,6 +73,7 @@ class Engine:
         self.store = AdapterStore(settings.adapters, shapes, self.model.name, settings.adapter_bytes)
         self._pipeline = self.model.pipeline()
         self._slots = AdapterSlots(self.model, settings.adapter_slots)
+        self._safety = _safety_check(settings, self._device)
         self._prompts = PromptEncoder(self.model, self._slots)
         self._schedulers: dict[Any, Any] = {}
         self._waiting: deque[_Place] = deque()
@@ -200,7 +205,7 @@ class Engine:
                 if self._running[place].is_done:
                     picture = decode(self._pipeline, self._running[place].latents)[0]
                     del self._running[place]
-                    place.order.add(place.number, picture)
+                    place.order.add(place.number, self._withheld(picture) or picture)
                 else:
                     self._show(place)
         except torch.OutOfMemoryError as error:
@@ -221,7 +226,13 @@ class Engine:
         """Shows a picture that is not done, where its request wants that now."""
         run, order = self._running[place], place.order
         if order.show and order.request.shows_after(*run.taken):
-            order.show(Shown(place.number, decode(self._pipeline, run.preview())[0], *run.taken))
+            picture = decode(self._pipeline, run.preview())[0]
+            if not self._withheld(picture):
+                order.show(Shown(place.number, picture, *run.taken))
+
+    def _withheld(self, picture: Image) -> Withheld | None:
+        """Why a picture is not to be seen."""
+        return self._safety(picture) if self._safety else None
 
     @torch.no_grad()
     def _step(self, places: tuple[_Place, ...]) -> None:
@@ -265,6 +276,15 @@ class Engine:
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
         return scheduler
+
+
+def _safety_check(settings: ServingSettings, device: torch.device) -> SafetyCheck | None:
+    if settings.safety_model is None:
+        return None
+    labels = tuple(label.strip() for label in settings.safety_labels.split(",") if label.strip())
+    if not labels:
+        raise UserError("SERVE_SAFETY_LABELS: it names none; set the labels whose pictures are withheld")
+    return SafetyCheck(sources.fetch(settings.safety_model), labels, settings.safety_percent, device)
 
 
 def _on_device(model: PretrainedModel, device: torch.device, in_half: bool) -> PretrainedModel:

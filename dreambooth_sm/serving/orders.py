@@ -15,16 +15,30 @@ from dreambooth_sm.serving.requests import PictureRequest
 
 
 @dataclass(frozen=True)
+class Withheld:
+    """What is answered in place of a picture that the safety check does not let through.
+
+    Attributes:
+        label: that the check gives it.
+        certainty: from 0 to 1.
+    """
+
+    label: str
+    certainty: float
+
+
+@dataclass(frozen=True)
 class Shown:
     """A picture that whoever waits may see.
 
     Attributes:
         number: among those of its request, from 0.
+        picture: or why it is not shown, of one that is done.
         step, steps: that were taken, and of how many; None: it is done.
     """
 
     number: int
-    picture: Image
+    picture: Image | Withheld
     step: int | None = None
     steps: int | None = None
 
@@ -45,12 +59,12 @@ class Order:
     request: PictureRequest
     adapters: Sequence[tuple[HostAdapter, float]] = ()
     show: Callable[[Shown], None] | None = None
-    pictures: Future[list[Image]] = field(default_factory=Future)
+    pictures: Future[list[Image | Withheld]] = field(default_factory=Future)
     reading: float = 0.0
     taken: float = field(default_factory=time.monotonic)
     begun: float | None = None
     batch: int = 0
-    _drawn: dict[int, Image] = field(default_factory=dict)
+    _drawn: dict[int, Image | Withheld] = field(default_factory=dict)
     _given_up: threading.Event = field(default_factory=threading.Event)
 
     def give_up(self) -> None:
@@ -62,8 +76,8 @@ class Order:
         """Whether nothing more has to be drawn of it."""
         return self._given_up.is_set() or self.pictures.done()
 
-    def add(self, number: int, picture: Image) -> None:
-        """Gives it one of its pictures."""
+    def add(self, number: int, picture: Image | Withheld) -> None:
+        """Gives it one of its pictures, or says why not."""
         if self.show:
             self.show(Shown(number, picture))
         self._drawn[number] = picture

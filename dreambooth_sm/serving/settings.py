@@ -34,6 +34,11 @@ class ServingSettings:
     max_side: int = _setting(2048, "width and height of a picture, in pixels", 8)
     answer_bytes: int = _setting(LARGEST_BODY, "the largest answer; asynchronous endpoints may set it higher", 1000)
     precision: str = _setting("auto", "`fp32`, or `auto`: 16 bits on a GPU")
+    safety_model: str | None = _setting(
+        None, "an image classifier of transformers that pictures are shown to first: a path, `s3://` location or hub id"
+    )
+    safety_labels: str = _setting("nsfw", "labels of it, with commas between them, whose pictures are withheld")
+    safety_percent: int = _setting(50, "of certainty from which on it counts", 1)
     log_prompts: bool = _setting(False, "`true` adds prompts to the line that the log has of each request")
 
     @classmethod

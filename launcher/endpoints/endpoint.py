@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
+
+from dreambooth_sm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,13 +52,14 @@ class Endpoint(ABC):
             the pictures, in the order of the answer.
 
         Raises:
-            UserError: with everything that is wrong with the request.
+            UserError: with everything that is wrong with the request; or its safety check withholds a picture.
             EndpointFailed: where the endpoint could not draw.
         """
         from PIL import Image
 
-        answer = self.invoke({"prompt": prompt, **options})
-        return [Image.open(io.BytesIO(base64.b64decode(each["picture"]))) for each in answer["pictures"]]
+        drawn = self.invoke({"prompt": prompt, **options})["pictures"]
+        _check_shown(drawn)
+        return [Image.open(io.BytesIO(base64.b64decode(each["picture"]))) for each in drawn]
 
     def stream(self, prompt: str | None = None, *, previews: int = 4, **options: Any) -> Iterator[StreamedPicture]:
         """Draws pictures, and shows them while they are drawn.
@@ -76,6 +79,7 @@ class Endpoint(ABC):
         for line in self.invoke_lines({"prompt": prompt, "previews": previews, **options}):
             if problems := line.get("errors"):
                 raise EndpointFailed("\n".join(problems))
+            _check_shown([line])
             picture = Image.open(io.BytesIO(base64.b64decode(line["picture"])))
             yield StreamedPicture(line["number"], picture, line.get("step"))
 
@@ -118,3 +122,12 @@ class Endpoint(ABC):
 
     def __exit__(self, *error: object) -> None:
         self.delete()
+
+
+def _check_shown(pictures: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError where a picture is withheld."""
+    if labels := sorted({each["withheld"] for each in pictures if "withheld" in each}):
+        raise UserError(
+            f"the endpoint's safety check withholds a picture ({', '.join(labels)}); ask with another seed or prompt, "
+            "or call invoke, whose answer has the others"
+        )
