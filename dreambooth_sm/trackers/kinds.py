@@ -112,9 +112,8 @@ class TensorBoard(Tracker):
 
     def start(self, run: TrackedRun, settings: Mapping[str, bool | float | str]) -> str:
         name = run.id or run.name
-        # What an interrupted job told after its last checkpoint is told again.
-        again = {"purge_step": run.step + 1} if run.id else {}
-        self._tracker = self._make(name, str(run.events), **again)
+        # What an interrupted job told after its last checkpoint, or before its first one, is told again.
+        self._tracker = self._make(name, str(run.events), purge_step=run.step + 1 if run.id else 0)
         self._tracker.start()
         if not run.id:
             # accelerate would put them into a run of their own.

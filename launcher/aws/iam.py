@@ -94,7 +94,9 @@ def endpoint_policy(*, account: str = "*", region: str = "*", partition: str = "
         # These can't be limited to a resource.
         _allow("ListWhatWasMade", ["sagemaker:ListModels", "sagemaker:ListEndpointConfigs"], "*"),
         _allow("Scale", [f"application-autoscaling:{each}" for each in scaling], "*"),
-        _allow("WakeFromZero", ["cloudwatch:PutMetricAlarm", "cloudwatch:DeleteAlarms"], alarms),
+        _allow(
+            "WakeFromZero", [f"cloudwatch:{do}" for do in ("PutMetricAlarm", "DeleteAlarms", "TagResource")], alarms
+        ),
         _allow("LetAutoScalingAct", ["iam:CreateServiceLinkedRole"], linked),
         _allow("ReadEndpointLogs", ["logs:DescribeLogStreams", "logs:GetLogEvents"], logs),
     )

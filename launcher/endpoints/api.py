@@ -105,7 +105,7 @@ def deploy(
         if wait or prepared.scaling:  # what is on its way can't be scaled
             endpoint.wait()
         if prepared.scaling:
-            scale(prepared.name, prepared.scaling, clients)
+            scale(prepared.name, prepared.scaling, clients, prepared.tags)
     except BaseException:
         _give_up(endpoint, say)
         raise

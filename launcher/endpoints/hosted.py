@@ -189,10 +189,10 @@ class HostedEndpoint(Endpoint):
             self._replace(prepared.requests)
         except Exception:
             if scaling:
-                scale(self.name, scaling, self._clients)
+                scale(self.name, scaling, self._clients, prepared.tags)
             raise
         if chosen := prepared.scaling or scaling:
-            scale(self.name, chosen, self._clients)
+            scale(self.name, chosen, self._clients, prepared.tags)
         return self
 
     def _replace(self, requests: Mapping[str, dict[str, Any]]) -> None:

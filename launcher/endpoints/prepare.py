@@ -55,6 +55,11 @@ class PreparedEndpoint:
     build: str | None = None
     warnings: tuple[str, ...] = field(default=())
 
+    @property
+    def tags(self) -> list[dict[str, str]]:
+        """Those of all that is made."""
+        return list(self.requests["create_endpoint"]["Tags"])
+
     def lines(self) -> list[str]:
         """Tells people what will be made."""
         price, card = self.instance.usd_per_hour, self.instance.card

@@ -120,15 +120,18 @@ def _scalable(endpoint: str) -> dict[str, str]:
     return {"ServiceNamespace": "sagemaker", "ResourceId": where, "ScalableDimension": _DIMENSION}
 
 
-def scale(endpoint: str, scaling: Scaling, clients: Any) -> None:
+def scale(endpoint: str, scaling: Scaling, clients: Any, tags: Sequence[Mapping[str, str]] = ()) -> None:
     """Lets an endpoint that is there have more and fewer instances.
+
+    Args:
+        tags: of an alarm that is made, as SageMaker has them.
 
     Raises:
         ServiceError: AWS refuses it.
     """
     answer: dict[str, Any] = {}
     for service, operation, request in scaling.requests(endpoint):
-        acting = {"AlarmActions": [answer["PolicyARN"]]} if service == "cloudwatch" else {}
+        acting = {"AlarmActions": [answer["PolicyARN"]], "Tags": list(tags)} if service == "cloudwatch" else {}
         with asking(f"autoscaling of {endpoint} can't be set"):
             answer = getattr(clients(service), operation)(**request, **acting)
 

@@ -136,6 +136,7 @@ def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices,
         asynchronous=answers,
         min_instances=0,
         max_instances=3,
+        tags={"team": "toys"},
         log=lambda line: None,
         session=session,
     ) as endpoint:
@@ -149,6 +150,8 @@ def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices,
         assert (target["MinCapacity"], target["MaxCapacity"]) == (0, 3)
         (alarm,) = clients("cloudwatch").describe_alarms()["MetricAlarms"]
         assert "from-zero" in alarm["AlarmActions"][0]
+        tags = clients("cloudwatch").list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
+        assert {"Key": "team", "Value": "toys"} in tags
         endpoint.update(max_instances=2, min_instances=0)
         (target,) = clients("application-autoscaling").describe_scalable_targets(**where)["ScalableTargets"]
         assert (target["MinCapacity"], target["MaxCapacity"]) == (0, 2)

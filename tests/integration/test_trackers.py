@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import socket
 import subprocess
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +19,16 @@ from typing import Any
 
 import pytest
 
+from dreambooth_sm.context import Context
+from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import EXIT_BAD_INPUT
+from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.planning.cards import CPU
+from dreambooth_sm.planning.choice import make_plan
+from dreambooth_sm.report import Reporter
+from dreambooth_sm.sagemaker import Contract
 from dreambooth_sm.storage import download_directory
+from dreambooth_sm.trackers.told import told_trackers
 from launcher.local.services import embedded_services
 from tests.helpers.jobs import JobTree
 from tests.helpers.services import Workplace, eventually
@@ -79,6 +90,18 @@ def test_tensorboards_events_are_in_s3_while_a_job_runs_and_go_on_after_an_inter
     (card,) = events.Tensors("report/text_summary")
     assert b"aws-trained-dreambooth-model" in card.tensor_proto.string_val[0]
     assert "_hparams_/session_start_info" in events.PluginTagToContent("hparams")
+
+
+def test_a_job_that_is_interrupted_before_its_first_checkpoint_replaces_what_it_told(tmp_path: Path) -> None:
+    h = Hyperparameters.parse({"instance_prompt": "photo of zwx toy", "report_to": "tensorboard"})
+    for factor, last in ((1.0, 2), (10.0, 3)):
+        report = Reporter(io.StringIO())
+        job = Context(h, h, Contract(tmp_path, job_name="toy"), World(), report, threading.Event(), ExitStack())
+        with told_trackers(job, make_plan(h, CPU), 0):
+            for step in range(1, last + 1):
+                report.metrics(step=step, loss=factor * step)
+    points = events_of(tmp_path / "output" / "tensorboard" / "toy").Scalars("train/loss")
+    assert [(point.step, point.value) for point in points] == [(1, 10.0), (2, 20.0), (3, 30.0)]
 
 
 def test_a_tracker_that_is_missing_ends_the_job_before_anything_else(lay_out_job: Callable[..., JobTree]) -> None:
