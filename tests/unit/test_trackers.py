@@ -81,7 +81,7 @@ def test_what_a_tracker_needs_is_said(
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "wandb").mkdir()  # as W&B leaves it where it ran; this is no package
+    (tmp_path / "wandb").mkdir()  # as W&B leaves it where it ran; that is not a package
     monkeypatch.syspath_prepend(tmp_path)
     if any(found and found.origin for found in map(find_spec, ("mlflow", "wandb", "sagemaker_mlflow"))):
         pytest.skip("trackers are installed here")
