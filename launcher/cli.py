@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 import launcher
 from dreambooth_sm import __version__, command_line
 from dreambooth_sm.command_line import add_options, joined, read_options, read_pairs
-from dreambooth_sm.errors import EXIT_OK, Problems
+from dreambooth_sm.errors import EXIT_OK, Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
@@ -119,13 +119,17 @@ def fleet(
     _tell_of_fleet(started)
 
 
-def attach_fleet(name: str, retry: bool, bad_input: bool, no_wait: bool) -> None:
+def attach_fleet(name: str, retry: bool, stop: bool, bad_input: bool, no_wait: bool) -> None:
     found = launcher.attach_fleet(name)
     if isinstance(found, launcher.Fleet):
         if retry:
             found.retry(bad_input=bad_input)
+        elif stop:
+            found.stop()
         if not no_wait:
             found.wait()
+    elif stop:
+        raise UserError("a fleet on this machine runs in the process that started it: stop that one")
     _tell_of_fleet(found)
 
 
@@ -332,7 +336,9 @@ def _parser(*, everything: bool) -> command_line.Parser:
     many.add_argument("--directory", type=Path, help="of a fleet on this machine, which keeps its files there")
     followed = add(attach_fleet, "attach_fleet", "Follow a fleet, and start what remains of it")
     followed.add_argument("name", help="of the fleet, the s3:// place of its state, or its directory")
-    followed.add_argument("--retry", action="store_true", help="try failed subjects again")
+    either = followed.add_mutually_exclusive_group()
+    either.add_argument("--retry", action="store_true", help="try failed subjects again, or go on after --stop")
+    either.add_argument("--stop", action="store_true", help="stop its jobs, and start no more")
     followed.add_argument("--bad_input", action="store_true", help="with --retry: those with bad input as well")
     followed.add_argument("--no_wait", action="store_true", help="only print how far it is")
 

@@ -52,7 +52,9 @@ def notebook_policy(
         # These can't be limited to a resource.
         _allow("ListJobs", ["sagemaker:ListTrainingJobs", "servicequotas:ListServiceQuotas"], "*"),
         _allow("LookAtQueues", ["batch:DescribeJobQueues", "batch:ListServiceJobs"], "*"),
-        _allow("SubmitToQueues", ["batch:SubmitServiceJob", "batch:TagResource"], f"{batch}:*"),
+        _allow(
+            "SubmitToQueues", ["batch:SubmitServiceJob", "batch:TagResource", "batch:TerminateServiceJob"], f"{batch}:*"
+        ),
         _allow("ReadLogs", ["logs:DescribeLogStreams", "logs:GetLogEvents", "logs:FilterLogEvents"], logs),
         _allow(
             "FindImage",

@@ -77,6 +77,8 @@ class Fleet:
         # Jobs that have ended, and nothing of which is to be tried again.
         self._whole: set[str] = set()
         self.requests = 0
+        # Jobs that were asked to stop.
+        self._stopping: set[str] = set()
         self._not_taken = 0
         self._not_before = 0.0
         # Whether more jobs may start at once, as soon as it was looked at those that have.
@@ -257,6 +259,9 @@ class Fleet:
         self._start_more(log)
 
     def _start_more(self, log: Callable[[str], None]) -> None:
+        if self._state.is_stopped:
+            self._stop_jobs(log)
+            return
         self._plan_again_what_was_lost()
         states = self._jobs.states
         at_work = sum(states[job].is_open for job in self._state.lists if job in states)
@@ -316,6 +321,8 @@ class Fleet:
 
     def _waiting(self) -> list[str]:
         """Jobs that are planned and not started, and have subjects that have not ended."""
+        if self._state.is_stopped:
+            return []
         current, states = self._state.job_of, self._jobs.states
         return [
             job
@@ -324,13 +331,40 @@ class Fleet:
             and any(subject.id not in self._state.ended and current[subject.id] == job for subject in subjects)
         ]
 
+    def stop(self, log: Callable[[str], None] = print) -> Fleet:
+        """Ends the jobs that run, which save checkpoints first, and starts no more, whoever follows the fleet.
+
+        Subjects that have ended keep their models; :meth:`retry` goes on with the others.
+
+        Args:
+            log: gets a line for each job.
+
+        Raises:
+            ServiceError: AWS can't be reached, or not with these credentials.
+        """
+        self._state.stop()
+        self._look()
+        self._stop_jobs(log)
+        return self
+
+    def _stop_jobs(self, log: Callable[[str], None]) -> None:
+        states = self._jobs.states
+        for job in [job for job in self._state.lists if job in states and states[job].is_open]:
+            if job not in self._stopping:
+                self._jobs.stop(job)
+                self._stopping.add(job)
+                log(f"stopped: {job}")
+
     def retry(self, log: Callable[[str], None] = print, *, bad_input: bool = False) -> Fleet:
-        """Tries again subjects that have failed, and those whose job has ended before their turn.
+        """Tries again subjects that have failed, and those whose job has ended before their turn; and goes on with a
+        fleet that was stopped.
 
         Args:
             bad_input: those as well whose input was wrong, and has been put right where it lies.
             log: gets a line for each job that is started.
         """
+        self._state.go_on()
+        self._stopping.clear()
         status = self.status()
         job_of = self._state.job_of
         lost = [subject for subject in status.remaining if status.jobs.get(job_of[subject]) in ENDED]

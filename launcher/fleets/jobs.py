@@ -12,6 +12,7 @@ from launcher.aws.clients import Clients
 from launcher.aws.service_errors import ServiceError, asking
 from launcher.fleets.clock import Clock
 from launcher.instances import INSTANCES
+from launcher.jobs.job import Job
 from launcher.jobs.outputs import ENDED
 from launcher.submit import submit
 
@@ -113,6 +114,15 @@ class FleetJobs:
             if "ResourceInUse" not in str(error):
                 raise
         self.states[name] = JobState("InProgress", self._clock.now(), training_job=name, doing="Starting")
+
+    def stop(self, name: str) -> None:
+        """Ends a job, which saves a checkpoint first.
+
+        Raises:
+            ServiceError: AWS can't be reached, or not with these credentials.
+        """
+        job = Job(self.states[name].training_job or name, self._clients)
+        job.stop()
 
     def look_at_ended(self) -> int:
         """Looks at jobs that have ended, once at each and at some of them between two listings; failed ones first.

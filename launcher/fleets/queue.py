@@ -143,6 +143,7 @@ class QueuedJobs(FleetJobs):
     def __init__(self, queue: Queue, fleet: str, clients: Clients, clock: Clock, instance_type: str) -> None:
         super().__init__(fleet, clients, clock, instance_type)
         self._queue = queue
+        self._ids: dict[str, str] = {}
         self._next = 0.0
 
     def look(self) -> int:
@@ -161,7 +162,7 @@ class QueuedJobs(FleetJobs):
             for job in page["jobSummaryList"]:
                 state, known = _queued_state(job), found.get(job["jobName"])
                 if self._is_ours(job["jobName"]) and (known is None or known.created < state.created):
-                    found[job["jobName"]] = state
+                    found[job["jobName"]], self._ids[job["jobName"]] = state, job["jobId"]
         self.states |= found
         return count
 
@@ -182,6 +183,11 @@ class QueuedJobs(FleetJobs):
             if not _SUBMITTED.search(error.reason):
                 raise UserError(f"AWS Batch refuses the job: {error.reason}") from error
         self.states[name] = JobState(WAITING, self._clock.now())
+
+    def stop(self, name: str) -> None:
+        """Takes a job out of the queue, or ends it."""
+        with asking(f"{name} can't be stopped"):
+            self._clients("batch").terminate_service_job(jobId=self._ids[name], reason="the fleet was stopped")
 
 
 def _queued_state(job: Mapping[str, Any]) -> JobState:

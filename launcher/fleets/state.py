@@ -3,6 +3,7 @@
 ``fleet.json`` holds the request of its jobs and where models go; ``jobs/JOB/list/fleet.jsonl`` the subjects of each
 job, started or not; ``jobs/JOB/outcomes/ID/`` a copy of the manifest or the failure of each subject that has ended in
 it. Names of jobs sort as they are planned: one listing, from the first open job on, tells of all that can be new.
+``jobs/~stopped``, which sorts behind them, is there while nothing more is to be started.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from launcher.aws.clients import Clients
 from launcher.aws.service_errors import asking
 
 FLEET_CHANNEL, LIST_FILE, OUTCOMES = "fleet", "fleet.jsonl", "outcomes"
+_STOPPED = "~stopped"
 _ROUND = re.compile(r"-r(\d+)-\d+$")
 _WORKERS = 16
 T = TypeVar("T")
@@ -59,6 +61,7 @@ class FleetState:
         subjects: all of them, by their ids.
         job_of: the last job of each.
         ended: those that have ended.
+        is_stopped: whether nothing more is to be started.
 
     Raises:
         UserError: there is none.
@@ -74,6 +77,7 @@ class FleetState:
         self.subjects: dict[str, FleetSubject] = {}
         self.job_of: dict[str, str] = {}
         self.ended: dict[str, Ended] = {}
+        self.is_stopped = False
         # What is written later is written as its jobs write.
         self._options = Hyperparameters.parse(self.facts["request"]["HyperParameters"]).s3_options
         self._failures: dict[str, Failure] = {}
@@ -98,14 +102,16 @@ class FleetState:
         done = {*settled}
         first = min((job for job in self.lists if job not in done), default=max(self.lists, default=""))
         self.ended = {subject: end for subject, end in self.ended.items() if end.job < first}
-        pages, new = 0, list[str]()
+        pages, new, self.is_stopped = 0, list[str](), False
         paginator = self._clients("s3").get_paginator("list_objects_v2")
         with asking(f"{self.root} can't be listed"):
             for page in paginator.paginate(Bucket=self.root.bucket, Prefix=start, StartAfter=start + first):
                 pages += 1
                 for item in page.get("Contents", []):
                     job, _, rest = item["Key"].removeprefix(start).partition("/")
-                    if rest == f"list/{LIST_FILE}":
+                    if job == _STOPPED:
+                        self.is_stopped = True
+                    elif rest == f"list/{LIST_FILE}":
                         new += [job] if job not in self.lists else []
                     else:
                         self._take(job, rest, item["LastModified"].timestamp())
@@ -179,6 +185,18 @@ class FleetState:
         lists = {name: tuple(self.subjects[each] for each in part) for name, part in zip(names, parts, strict=True)}
         write_lists(self.root, lists, self._options, self._clients)
         self._know(lists)
+
+    def stop(self) -> None:
+        """Says to all who go on with the fleet that nothing more is to be started."""
+        put_object(self.root / "jobs" / _STOPPED, b"", self._options, client=self._clients("s3"))
+        self.is_stopped = True
+
+    def go_on(self) -> None:
+        """Takes that back."""
+        place = self.root / "jobs" / _STOPPED
+        with asking(f"{place} can't be removed"):
+            self._clients("s3").delete_object(Bucket=place.bucket, Key=place.prefix)
+        self.is_stopped = False
 
     def in_parallel(self, act: Callable[[str], T], names: Sequence[str]) -> list[T]:
         """What a function comes to for each name; several requests at a time."""

@@ -21,8 +21,9 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import S3Options, S3Uri, read_manifest
 from launcher.aws.clients import Clients
 from launcher.channels import Channel
+from launcher.fleets.clock import Clock
 from launcher.fleets.fleet import Fleet
-from launcher.fleets.queue import MAX_PAYLOAD, Queue
+from launcher.fleets.queue import MAX_PAYLOAD, Queue, QueuedJobs
 from launcher.fleets.state import write_state
 from launcher.local.s3 import EmbeddedS3
 from launcher.local.sagemaker import EmbeddedSageMaker
@@ -109,7 +110,7 @@ class Jobs:
                 "TrainingJobStatus": "Failed" if reason else "Completed",
                 **({"FailureReason": reason} if reason else {}),
             }
-        return SimpleNamespace(describe=lambda: known)
+        return SimpleNamespace(describe=lambda: known, stop=lambda: self.ended.setdefault(name, "stopped"))
 
 
 @pytest.fixture
@@ -122,6 +123,25 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Jobs]]:
     monkeypatch.setattr(EmbeddedSageMaker, "named", lambda self, name: jobs.named(name))
     with embedded_services() as services:
         yield services.clients()("batch"), jobs
+
+
+def test_jobs_of_a_fleet_that_is_stopped_leave_the_queue(
+    jobs: tuple[Any, Jobs], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, training = jobs
+    make_queue(batch, "stopped", 1)
+    clients = Clients()
+    monkeypatch.setattr(Clients, "__call__", lambda self, name: batch)
+    queued = QueuedJobs(Queue("stopped"), "toys", clients, Clock(), "ml.g5.xlarge")
+    for number in (1, 2):
+        queued.send(request_of(f"toys-000{number}", checkpoint=f"s3://models/{number}"))
+    eventually(lambda: training.started)
+    queued.look()
+    for name in sorted(queued.states):
+        queued.stop(name)
+    eventually(lambda: queued.look() and not queued.states["toys-0002"].is_open)
+    assert queued.states["toys-0002"].reason == "the fleet was stopped"
+    assert queued.why_again("toys-0002") == ""
 
 
 def request_of(name: str, **more: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from launcher.aws.account import Account
 from launcher.aws.lookup import Lookup
 from launcher.cli import main
 from launcher.fleets import fleet as fleets
+from launcher.fleets.fleet import Fleet
 from launcher.fleets.queue import Queue
 from launcher.local.answers import RequestError
 from launcher.local.s3 import EmbeddedS3
@@ -38,6 +39,34 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleets, "_FIRST_WAIT", 0.01)
+
+
+@pytest.mark.slow
+def test_a_fleet_that_is_stopped_starts_nothing_whoever_follows_it_until_it_is_retried(
+    services: EmbeddedServices, tiny_base: Path, tmp_path: Path
+) -> None:
+    for number, name in enumerate(("duck", "cat")):
+        paint_pictures(tmp_path / name, 2, seed=number)
+    options = {**OPTIONS, "base_model": tiny_base, "max_train_steps": 100_000, "subjects_per_job": 1, "parallel": 1}
+    lines: list[str] = []
+    fleet = launcher.fit_many(
+        tmp_path, instance_type="ml.g5.xlarge", name="stopped-toys", wait=False, log=lines.append, **options
+    )
+    other = launcher.attach_fleet("stopped-toys", services.clients())
+    assert isinstance(fleet, Fleet)
+    assert isinstance(other, Fleet)
+    other.stop(lines.append)
+    assert lines[-1] == "stopped: stopped-toys-0001"
+    fleet.wait(lines.append)
+    status = fleet.status()
+    assert status.jobs == {"stopped-toys-0001": "Stopped"}
+    assert {*status.remaining} == {"cat", "duck"}
+    other.advance(lines.append)
+    assert other.status().jobs == status.jobs
+    fleet.retry(lines.append)
+    assert lines[-1].startswith("started: stopped-toys-0002")
+    assert main(["attach_fleet", "stopped-toys", "--stop"]) == EXIT_OK
+    assert {*fleet.status().jobs.values()} == {"Stopped"}
 
 
 @pytest.mark.slow
