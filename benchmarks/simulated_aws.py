@@ -454,6 +454,7 @@ def _service_summary(waiting: SimulatedServiceJob) -> dict[str, Any]:
     known = {"serviceResourceId": {"name": "TrainingJobArn", "value": arn}}
     reason = {"statusReason": f"Received status from SageMaker: {job.reason}"} if job and job.reason else {}
     return {
+        "jobId": waiting.name,
         "jobName": waiting.name,
         "status": waiting.status,
         "createdAt": round(1000 * waiting.created),
