@@ -1,35 +1,26 @@
-"""Tuning jobs of the embedded SageMaker: their trials are training jobs that really run.
-
-Values are chosen by optuna: at random, over a grid, or, for ``Bayesian``, by its tree of Parzen estimators, which is
-not SageMaker's own Gaussian process. Trials that fall behind are stopped by its pruners: the median of the others for
-early stopping, Hyperband's brackets.
-"""
+"""Tuning jobs of the embedded SageMaker: their trials are training jobs that really run."""
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dreambooth_sm.sagemaker import OBJECTIVE_KEY
 from launcher.local.answers import Operation, RequestError, arn_of, check_shape
+from launcher.local.chosen_values import all_ranges, combinations, distribution, distributions, make_study
 from launcher.local.s3 import REGION
 from launcher.local.training_job import TrainingJob
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.distributions import BaseDistribution
 
 # Seconds between two looks at the trials that run.
 _PAUSE = 0.1
-# Hyperband's: of so many trials, one has so many times the resources.
-_REDUCTION = 3
 _OPERATIONS = "HyperParameterTuningJob"
 
 
@@ -224,7 +215,7 @@ class TuningJob:
         config = request["HyperParameterTuningJobConfig"]
         self._config, self._limits = config, config["ResourceLimits"]
         self._goal = config["HyperParameterTuningJobObjective"]
-        self._ranges = {each["Name"]: _distribution(each) for each in _ranges(config)}
+        self._ranges = distributions(config)
         self.tried: list[Tried] = []
         self._ended_at = 0.0
         self._reason = ""
@@ -298,15 +289,21 @@ class TuningJob:
 
     def _run(self) -> None:
         try:
-            self._search(_study(self))
+            self._search(make_study(self.name, self._config, self._earlier()))
         except Exception as error:  # the platform's own fault: a tuning job has to end in some state
             self._stop_running()
             self._end("Failed", f"InternalServerError: {type(error).__name__}: {error}")
 
+    def _earlier(self) -> Iterator[tuple[dict[str, Any], float]]:
+        """Values and objectives of the parents' trials."""
+        for tried in [tried for parent in self._parents for tried in parent.tried]:
+            if tried.job.status == "Completed" and tried.measures:
+                yield tried.asked.params, tried.measures[-1]
+
     def _search(self, study: Study) -> None:
         planned: float = self._limits.get("MaxNumberOfTrainingJobs", float("inf"))
         if self._config["Strategy"] == "Grid":
-            planned = min(planned, len(_combinations(self._ranges)))
+            planned = min(planned, len(combinations(self._config)))
         deadline = self.created + self._limits.get("MaxRuntimeInSeconds", float("inf"))
         is_over = False
         while True:
@@ -399,68 +396,6 @@ def _stop(job: TrainingJob) -> None:
         return
 
 
-def _study(job: TuningJob) -> Study:
-    import optuna
-    from optuna.trial import TrialState, create_trial
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config, ranges = job.request["HyperParameterTuningJobConfig"], job._ranges
-    seed, planned = config.get("RandomSeed"), config["ResourceLimits"].get("MaxNumberOfTrainingJobs", 100)
-    sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed)
-    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
-    if config["Strategy"] == "Bayesian":
-        at_random = max(2, min(10, planned // 3))
-        sampler = optuna.samplers.TPESampler(n_startup_trials=at_random, seed=seed, constant_liar=True)
-    elif config["Strategy"] == "Hyperband":
-        resources = config.get("StrategyConfig", {}).get("HyperbandStrategyConfig", {})
-        pruner = optuna.pruners.HyperbandPruner(
-            resources.get("MinResource", 1), resources.get("MaxResource", "auto"), _REDUCTION
-        )
-    if config.get("TrainingJobEarlyStoppingType") == "Auto":
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=3)
-    study = optuna.create_study(
-        sampler=sampler, pruner=pruner, direction="maximize" if job.maximizes else "minimize", study_name=job.name
-    )
-    if config["Strategy"] == "Grid":
-        for values in _combinations(ranges):
-            study.enqueue_trial(values)
-    for parent in job._parents:
-        for tried in parent.tried:
-            if tried.job.status != "Completed" or not tried.measures:
-                continue
-            values, found = tried.asked.params, tried.measures[-1]
-            with suppress(ValueError):  # it tried other hyperparameters, or values out of these ranges
-                study.add_trial(
-                    create_trial(state=TrialState.COMPLETE, params=values, distributions=ranges, value=found)
-                )
-    return study
-
-
-def _combinations(ranges: Mapping[str, BaseDistribution]) -> list[dict[str, Any]]:
-    """All of lists of values."""
-    from optuna.distributions import CategoricalDistribution
-
-    lists = [each.choices for each in ranges.values() if isinstance(each, CategoricalDistribution)]
-    return [dict(zip(ranges, values, strict=True)) for values in itertools.product(*lists)]
-
-
-def _ranges(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for kind, each in config.get("ParameterRanges", {}).items():
-        for found in each:
-            yield {**found, "Kind": kind.removesuffix("ParameterRanges")}
-
-
-def _distribution(found: Mapping[str, Any]) -> BaseDistribution:
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if found["Kind"] == "Categorical":
-        return CategoricalDistribution(found["Values"])
-    logarithmic = found.get("ScalingType") == "Logarithmic"
-    if found["Kind"] == "Integer":
-        return IntDistribution(int(found["MinValue"]), int(found["MaxValue"]), log=logarithmic)
-    return FloatDistribution(float(found["MinValue"]), float(found["MaxValue"]), log=logarithmic)
-
-
 def _beyond_a_laptop(request: Mapping[str, Any]) -> Iterator[str]:
     config = request["HyperParameterTuningJobConfig"]
     automatic = request.get("Autotune") or config.get("ParameterRanges", {}).get("AutoParameters")
@@ -472,7 +407,7 @@ def _beyond_a_laptop(request: Mapping[str, Any]) -> Iterator[str]:
     known = [each["Name"] for each in definition["AlgorithmSpecification"].get("MetricDefinitions", ())]
     if goal not in known:
         yield f"HyperParameterTuningJobObjective: {goal!r} is not one of MetricDefinitions: {', '.join(known)}"
-    found = [*_ranges(config)]
+    found = [*all_ranges(config)]
     if not found:
         yield "ParameterRanges: a tuning job has at least one"
     if any(each.get("ScalingType") == "ReverseLogarithmic" for each in found):
@@ -487,7 +422,7 @@ def _beyond_a_laptop(request: Mapping[str, Any]) -> Iterator[str]:
         yield "ConvergenceDetected: the embedded SageMaker does not detect it; leave it out"
     for each in found:
         try:
-            _distribution(each)
+            distribution(each)
         except ValueError as error:
             yield f"ParameterRanges: {each['Name']}: {error}"
 
