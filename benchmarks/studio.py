@@ -15,7 +15,7 @@ from benchmarks.common import DEVICE, PROMPTS
 from dreambooth_sm import sampling
 from dreambooth_sm.data.assemble import encode_training_set
 from dreambooth_sm.data.concepts import Subject
-from dreambooth_sm.families import family_of
+from dreambooth_sm.data.conditioning import embed
 from dreambooth_sm.fidelity import Fidelity
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.latents import latent_channels
@@ -118,19 +118,18 @@ def draw_together(
 ) -> list[Image.Image]:
     """Draws a picture a prompt, all in one batch, as jobs draw: with the text encoders' reading of all words that the
     model knows."""
-    sampler = sampling.make_sampler(model, plan, dict.fromkeys(prompts), guidance)
-    pipeline, family = sampler.pipeline, family_of(sampler.pipeline)
+    encoding = model.with_parts({part: sampling.drawing_part(model, plan, part) for part in model.text_parts})
+    different = ["", *dict.fromkeys(prompts)]
+    asked_for = [*[0] * len(prompts), *map(different.index, prompts)]  # the empty prompt's rows first
+    conditions = embed(model.family, encoding, different, max_tokens=None).of(torch.tensor(asked_for, device=DEVICE))
+    pipeline, family = sampling.make_sampler(model, plan, embedded={}).pipeline, model.family
     pipeline.vae.disable_slicing()
     denoiser = getattr(pipeline, family.facts.denoiser)
     scheduler = family.sampler(pipeline, steps, (SIDE, SIDE), DEVICE)
-    # The empty prompt's rows, then those of the prompts.
-    read = [sampler.embedded[prompt].text for prompt in prompts]
-    text = {name: torch.cat([torch.stack([one[name][row] for one in read]) for row in (0, 1)]) for name in read[0]}
-    conditions = dataclasses.replace(sampler.embedded[prompts[0]], text=text)
     side = SIDE // pipeline.vae_scale_factor
     shape = (latent_channels(pipeline.vae), side, side)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents = torch.stack(noise).to(DEVICE) * scheduler.init_noise_sigma
+    latents = torch.stack(noise).to(DEVICE) * getattr(scheduler, "init_noise_sigma", 1.0)
     for time in scheduler.timesteps:
         both = torch.cat([latents, latents]).to(denoiser.dtype)
         without, asked = family.predict(denoiser, both, time, conditions).float().chunk(2)

@@ -18,12 +18,13 @@ from dreambooth_sm.knobs.docs import markdown_table
 from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.table import tier_rows, tier_table
+from dreambooth_sm.toybox import FLOW_NAME, NAME, SHIPPED
 
 # `check` takes the directory as a word of its own.
 _FIELDS = {name: field for name, field in Hyperparameters.model_fields.items() if name != "instance_data_dir"}
 
 
-Demo = Callable[[Path], int]
+Demo = Callable[[Path, str], int]
 
 
 def main(arguments: Sequence[str] | None = None, demo: Demo | None = None) -> int:
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None, demo: Demo | None = None) -> in
 
     Args:
         arguments: default: those of the process.
-        demo: runs the demo, which needs the launcher, in a directory, and returns the exit code; without it there is
-            no such command.
+        demo: runs the demo, which needs the launcher, in a directory with a base model that comes with the project, and
+            returns the exit code; without it there is no such command.
     """
     return command_line.run(lambda words: _run(words, demo), arguments, (storage.TransferError,))
 
@@ -52,7 +53,7 @@ def _run(arguments: Sequence[str], demo: Demo | None) -> int:
     elif options.command == "verify":
         return verify_upload(options.uri, as_json=options.json, requester_pays=options.requester_pays)
     elif demo:
-        return demo(options.output)
+        return demo(options.output, options.base_model)
     return EXIT_OK
 
 
@@ -64,6 +65,12 @@ def _parser(*, everything: bool, demo: bool = False) -> command_line.Parser:
     if demo:
         show = commands.add_parser("demo", help="run the whole job on this machine, with an embedded S3 server")
         show.add_argument("--output", type=Path, default=Path("demo-output"), help="directory for what the demo makes")
+        show.add_argument(
+            "--base-model",
+            choices=SHIPPED,
+            default=NAME,
+            help=f"{NAME} is trained whole; {FLOW_NAME}, which matches flows, by LoRA (default: {NAME})",
+        )
     plan = commands.add_parser(
         "plan",
         help="print the settings that a card gets",

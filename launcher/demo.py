@@ -16,6 +16,7 @@ from tqdm import tqdm
 import launcher
 from dreambooth_sm import storage, toybox
 from dreambooth_sm.gallery import grid
+from dreambooth_sm.methods import lora
 from dreambooth_sm.quiet import quiet_libraries
 from dreambooth_sm.report import parse_metrics
 from dreambooth_sm.storage import S3Uri
@@ -27,7 +28,7 @@ BUCKET = "dreambooth-demo"
 PICTURES = S3Uri(BUCKET, f"images/{SUBJECT}")
 MODEL = S3Uri(BUCKET, f"models/{SUBJECT}")
 TRAINING_STEPS = 200
-# What suits the toybox model: class images close to what it knows, and rates for its few parameters.
+# What suits the toybox: class images close to what its models know.
 SETTINGS: dict[str, Any] = {
     "resolution": 128,
     "num_class_images": 32,
@@ -35,12 +36,16 @@ SETTINGS: dict[str, Any] = {
     "sample_guidance_scale": 1.5,
     "train_batch_size": 4,
     "prior_loss_weight": 1.0,
-    "learning_rate": 2e-4,
     "fidelity_encoders": "judge",
     "validation_prompt": f"{INSTANCE_PROMPT}|{INSTANCE_PROMPT} on the beach",
     "num_validation_images": 2,
     "validation_guidance_scale": 3.0,
     "seed": 0,
+}
+# By base model: rates for their few parameters.
+LEARNING: dict[str, dict[str, Any]] = {
+    toybox.NAME: {"learning_rate": 2e-4},
+    toybox.FLOW_NAME: {"method": lora.METHOD.name, "lora_targets": "linear", "learning_rate": 2e-3},
 }
 # Part of the way that the pictures have to come from the base model's to the real ones.
 ENOUGH = 0.7
@@ -51,11 +56,12 @@ class DemoFailed(RuntimeError):  # noqa: N818
     """The demo ran and did not show what it has to show."""
 
 
-def main(output: Path) -> None:
+def main(output: Path, base_model: str = toybox.NAME) -> None:
     """Runs the demo and prints what came of it.
 
     Args:
         output: directory for the picture grid; the job's tree lies in it as well.
+        base_model: one of those that come with the project.
 
     Raises:
         DemoFailed, JobFailed, StorageError: where anything of it failed.
@@ -78,17 +84,18 @@ def main(output: Path) -> None:
                 str(PICTURES),
                 instance_prompt=INSTANCE_PROMPT,
                 class_prompt=CLASS_PROMPT,
-                base_model=toybox.NAME,
+                base_model=base_model,
                 output=str(MODEL),
                 directory=work / "opt-ml",
                 log=show,
                 max_train_steps=TRAINING_STEPS,
                 **SETTINGS,
+                **LEARNING[base_model],
             )
         files = storage.list_objects(MODEL)
         trained = work / "trained"
         storage.download_directory(MODEL, trained)
-    drawn = draw_grid(trained, output / "before-after.png")
+    drawn = draw_grid(toybox.SHIPPED[base_model], trained, output / "before-after.png")
     history = job.history()
     before, after = [pairs for line in said if "candidate" in (pairs := parse_metrics(line))]
 
@@ -123,22 +130,32 @@ def _show(line: str, bar: tqdm[Any]) -> None:
         bar.write(line)
 
 
-def draw_grid(trained: Path, target: Path) -> Path:
-    """Rows of five: the subject; the instance prompt in some places, drawn by the toybox model and by the trained one;
+def _read_trained(base: Path, trained: Path) -> Any:
+    """The pipeline of what a job left: a whole model, or a LoRA beside the base model."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from dreambooth_sm.stored.locate import INDEX
+
+    is_whole = (trained / INDEX).is_file()
+    pipeline = DiffusionPipeline.from_pretrained(trained if is_whole else base, dtype=torch.float32)
+    if not is_whole:
+        pipeline.load_lora_weights(trained, weight_name=lora.FILE)
+    return pipeline
+
+
+def draw_grid(base: Path, trained: Path, target: Path) -> Path:
+    """Rows of five: the subject; the instance prompt in some places, drawn by the base model and by the trained one;
     and the class prompt, drawn by the trained one."""
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from dreambooth_sm.sampling import draw
 
     rows = [Image.open(path, formats=["PNG"]).convert("RGB") for path in sorted(toybox.PHOTOS.iterdir())]
     instances = [f"{INSTANCE_PROMPT} {place}".strip() for place in _PLACES]
-    for model, prompts in (
-        (toybox.BASE, instances),
-        (trained, instances),
-        (trained, [CLASS_PROMPT] * len(_PLACES)),
-    ):
-        pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None, dtype=torch.float32)
+    before, after = DiffusionPipeline.from_pretrained(base, dtype=torch.float32), _read_trained(base, trained)
+    for pipeline, prompts in ((before, instances), (after, instances), (after, [CLASS_PROMPT] * len(_PLACES))):
         for seed, prompt in enumerate(prompts):
             rows += next(draw(pipeline, prompt, [seed], resolution=toybox.SIDE, guidance=3.0))
     grid(rows, len(_PLACES)).save(target)

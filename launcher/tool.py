@@ -17,12 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.main(arguments, run_demo)
 
 
-def run_demo(output: Path) -> int:
+def run_demo(output: Path, base_model: str) -> int:
     """Runs the demo; 1 where anything of it failed."""
     from launcher import demo  # brings drawing and numpy
 
     try:
-        demo.main(output)
+        demo.main(output, base_model)
     except (demo.DemoFailed, JobFailed, TransferError) as error:
         print(f"error: the demo failed: {error}", file=sys.stderr)
         return EXIT_FAILURE
