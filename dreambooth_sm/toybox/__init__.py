@@ -1,6 +1,6 @@
 """Small text-to-image models of toys that come with the project: bases, photos of a subject, and a judge.
 
-Bases and judge have never seen the subject. What made them is ``toybox/`` at the top of the repository; it is no part
+Bases and judge have never seen the subject. What made them is ``toybox/`` at the top of the repository; it is not part
 of the image or of a wheel, and nothing in here imports it.
 """
 
