@@ -24,16 +24,16 @@ from dreambooth_sm.training.group_norm import group_norm, serves
 from dreambooth_sm.training.quantised import QuantisedConv2d, convolve_frozen, is_plain_convolution
 
 
-def keep_channels_last(denoiser: Any) -> None:
-    """Makes a denoiser's residual blocks, transformers and last norm keep the layout; other kinds of blocks stay.
+def keep_channels_last(model: Any) -> None:
+    """Makes residual blocks, transformers and last norms of a UNet or VAE keep the layout; other kinds of blocks stay.
 
     Args:
-        denoiser: what is not trained of it requires no gradients.
+        model: what is not trained of it requires no gradients.
     """
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    for module in denoiser.modules():
+    for module in model.modules():
         if is_plain_convolution(module) and not module.weight.requires_grad:
             setattr(module, "forward", functools.partial(_frozen_convolution, module))  # noqa: B010 - typed otherwise
         elif type(module) is ResnetBlock2D and _is_plain(module):
@@ -42,9 +42,9 @@ def keep_channels_last(denoiser: Any) -> None:
             module.norm.forward = functools.partial(_norm, module.norm)
             module._operate_on_continuous_inputs = functools.partial(_transformer_input, module)
             module._get_output_for_continuous_inputs = functools.partial(_transformer_output, module)
-    if type(getattr(denoiser, "conv_norm_out", None)) is nn.GroupNorm and type(denoiser.conv_act) is nn.SiLU:
-        denoiser.conv_norm_out.forward = functools.partial(_norm, denoiser.conv_norm_out, silu=True)
-        denoiser.conv_act = nn.Identity()
+        if type(getattr(module, "conv_norm_out", None)) is nn.GroupNorm and type(module.conv_act) is nn.SiLU:
+            module.conv_norm_out.forward = functools.partial(_norm, module.conv_norm_out, silu=True)
+            module.conv_act = nn.Identity()
 
 
 def _is_plain(block: Any) -> bool:

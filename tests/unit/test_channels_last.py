@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -148,6 +148,29 @@ def test_images_in_another_layout_are_right_as_well() -> None:
     layout = torch.contiguous_format
     with torch.no_grad():
         torch.testing.assert_close(prediction(ours, layout), prediction(plain, layout), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_vae_draws_the_same_by_these_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the one of its attention, which sees tokens."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(16, 32), norm_num_groups=4, latent_channels=4)
+    vae.requires_grad_(False).eval()
+    latents, picture = torch.randn(2, 4, 6, 5), torch.randn(2, 3, 12, 10)
+    before = vae.decode(latents).sample, vae.encode(picture).latent_dist.mean
+    vae.to(memory_format=torch.channels_last)
+    keep_channels_last(vae)
+    normed: list[int] = []
+    forward = group_norm.reference_forward
+    monkeypatch.setattr(
+        group_norm, "reference_forward", lambda x, *rest: normed.append(x.shape[1]) or forward(x, *rest)
+    )
+    after = vae.decode(latents).sample, vae.encode(picture).latent_dist.mean
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    norms = [name for name, module in vae.named_modules() if type(module) is torch.nn.GroupNorm]
+    assert len(normed) == len([name for name in norms if "attentions" not in name])
 
 
 def test_copies_compute_with_their_own_modules() -> None:
