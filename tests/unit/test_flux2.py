@@ -228,6 +228,7 @@ def test_damaged_directories_are_refused(
         load_base(hyperparameters(pretrained_model_name_or_path=str(model), method="lora"))
 
 
+@pytest.mark.slow
 def test_a_directory_is_described_and_written_again(
     tiny_flux2: Path, loaded_flux2: PretrainedModel, tmp_path: Path
 ) -> None:

@@ -126,7 +126,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PretrainedModel
     return {name: load_base(hyperparameters(pretrained_model_name_or_path=str(path))) for name, path in saved.items()}
 
 
-@pytest.fixture(scope="module", params=slow_except(["schedule_free", "textual_inversion", "lora"], CASES))
+@pytest.fixture(scope="module", params=slow_except(["textual_inversion", "lora"], CASES))
 def case(
     request: pytest.FixtureRequest, bases: dict[str, PretrainedModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Case:

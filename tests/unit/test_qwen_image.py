@@ -303,6 +303,7 @@ def test_text_encoders_of_all_versions_are_read(
     assert torch.equal(found, embed(read.family, loaded_qwen_image, [SHORT]).text["states"])
 
 
+@pytest.mark.slow
 def test_a_directory_is_described_and_written_again(
     tiny_qwen_image: Path, loaded_qwen_image: PretrainedModel, tmp_path: Path
 ) -> None:

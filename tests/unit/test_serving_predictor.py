@@ -78,6 +78,7 @@ def test_pictures_are_those_of_steps_that_are_computed_one_by_one(
     assert before <= recorder.recorded <= before + 1 < recorder.replayed
 
 
+@pytest.mark.slow
 def test_adapters_that_come_later_are_drawn_with(
     recorder: Recorder, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
