@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, demo: Demo | None = None) -> in
     Args:
         arguments: default: those of the process.
         demo: runs the demo, which needs the launcher, in a directory with a base model that comes with the project, and
-            returns the exit code; without it there is no such command.
+            returns the exit code; None leaves the command out.
     """
     return command_line.run(lambda words: _run(words, demo), arguments, (storage.TransferError,))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any
@@ -146,3 +146,18 @@ def asking(doing: str) -> Iterator[None]:
         if "still expired" not in str(error):  # botocore's word on credentials that were renewed too late
             raise
         raise ServiceError.of(doing, error) from error
+
+
+@contextmanager
+def stopping(name: str, has_ended: Callable[[], bool]) -> Iterator[None]:
+    """Asks inside to stop something; where it has ended already, what AWS says to that is not an error.
+
+    Raises:
+        ServiceError: AWS refuses, or can't be reached.
+    """
+    try:
+        with asking(f"{name} can't be stopped"):
+            yield
+    except ServiceError as error:
+        if error.kind not in (Kind.MISSING, Kind.OTHER) or not has_ended():
+            raise

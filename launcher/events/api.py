@@ -95,7 +95,7 @@ def stop_notifying(name: str = DEFAULT_NAME, *, session: Session | None = None) 
     """Removes what :func:`notify` has made of this name; a topic that was there before stays.
 
     Raises:
-        UserError: there is no such rule.
+        UserError: the rule was not found.
         ServiceError: AWS can't be reached, or does not remove it.
     """
     if not name.startswith(OUR_PREFIX):

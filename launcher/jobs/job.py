@@ -13,7 +13,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.printing import redact
 from launcher.aws.advice import advice_for
 from launcher.aws.clients import Clients
-from launcher.aws.service_errors import Kind, ServiceError, asking
+from launcher.aws.service_errors import Kind, ServiceError, asking, stopping
 from launcher.endpoints.api import deploy
 from launcher.endpoints.endpoint import Endpoint
 from launcher.instances import INSTANCES
@@ -222,13 +222,8 @@ class Job:
             UserError: there is no such job.
             ServiceError: AWS can't be reached, or not with these credentials.
         """
-        try:
-            with asking(f"{self.name} can't be stopped"):
-                self._clients("sagemaker").stop_training_job(TrainingJobName=self.name)
-        except ServiceError as error:
-            if error.kind in (Kind.MISSING, Kind.OTHER) and self.status in ENDED:
-                return
-            raise
+        with stopping(self.name, lambda: self.status in ENDED):
+            self._clients("sagemaker").stop_training_job(TrainingJobName=self.name)
 
     def _polls(
         self, read_log: Callable[[], object], notice: Callable[[str], None] = lambda line: None

@@ -110,7 +110,7 @@ class EmbeddedTuning:
         try:
             return self._jobs[arn_of("hyper-parameter-tuning-job", name, region)]
         except KeyError:
-            raise RequestError(f"there is no tuning job {name!r}", "ResourceNotFound") from None
+            raise RequestError(f"tuning job {name!r} was not found", "ResourceNotFound") from None
 
     def _stop(self, request: dict[str, Any], region: str) -> dict[str, Any]:
         job = self._find(request, region)

@@ -159,7 +159,7 @@ def attach_tuning(name: str, clients: Clients | None = None, *, session: Session
         session: boto3's, for credentials and region; default: the standard AWS settings.
 
     Raises:
-        UserError: there is no such tuning job in this account and region.
+        UserError: the tuning job was not found in this account and region.
     """
     here = local_tuning(name) if clients is None and session is None else None
     tuning = Tuning(name, here[0], directory=here[1]) if here else Tuning(name, clients or Clients(session))

@@ -14,10 +14,10 @@ from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.tracking import TENSORBOARD
 from launcher.aws.account import Account
-from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.local.run import local_request, tune_locally
 from launcher.prepare import PreparedJob, PreparedLocalJob, prepare, prepare_local
 from launcher.resources import Resources
+from launcher.submit import starting
 from launcher.training_request import (
     MAX_HYPERPARAMETERS,
     MAX_TAGS,
@@ -80,22 +80,8 @@ class PreparedTuning:
         self.job.stage(say)
         account = self.job.account
         assert account is not None
-        try:
-            with asking(f"{self.name} was not started"):
-                account.clients("sagemaker").create_hyper_parameter_tuning_job(**self.request)
-        except ServiceError as error:
-            if error.kind is Kind.NETWORK:
-                raise ServiceError(
-                    f"whether {self.name} was started is not known, as there was no answer ({error.reason}): "
-                    f'{error.advice}, then see launcher.attach_tuning("{self.name}")',
-                    error.kind,
-                    error.reason,
-                    error.advice,
-                ) from error
-            if error.kind in (Kind.CREDENTIALS, Kind.CLOCK, Kind.BUSY):
-                raise
-            advice = f"; {error.advice}" if error.advice else ""
-            raise UserError(f"SageMaker refuses the tuning job: {error.reason}{advice}") from error
+        with starting(self.name, "tuning job", f'launcher.attach_tuning("{self.name}")'):
+            account.clients("sagemaker").create_hyper_parameter_tuning_job(**self.request)
         return Tuning(self.name, account.clients)
 
 
@@ -287,7 +273,7 @@ def _check_parents(search: Search, account: Account) -> None:
     """Looks whether the trials of earlier tuning jobs can count.
 
     Raises:
-        UserError: there is no such tuning job, it has not ended, or it had another goal.
+        UserError: the tuning job was not found, has not ended, or had another goal.
     """
     problems = Problems()
     for name in search.warm_start:

@@ -12,7 +12,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.printing import redact
 from launcher.aws.advice import advice_for
 from launcher.aws.clients import Clients
-from launcher.aws.service_errors import Kind, ServiceError, asking
+from launcher.aws.service_errors import Kind, ServiceError, asking, stopping
 from launcher.instances import INSTANCES
 from launcher.jobs.job import Job, JobFailed, JobStopped
 from launcher.jobs.views import Display
@@ -54,7 +54,7 @@ class Tuning:
         """SageMaker's own description of the tuning job.
 
         Raises:
-            UserError: there is no such tuning job in this account and region.
+            UserError: the tuning job was not found in this account and region.
             ServiceError: AWS can't be reached, or not with these credentials.
         """
         sagemaker = self._clients("sagemaker")
@@ -65,7 +65,7 @@ class Tuning:
                 )
         except ServiceError as error:
             if error.kind is Kind.MISSING:
-                raise UserError(f"there is no tuning job {self.name!r} in {sagemaker.meta.region_name}") from None
+                raise UserError(f"tuning job {self.name!r} was not found in {sagemaker.meta.region_name}") from None
             raise
         return found
 
@@ -73,7 +73,7 @@ class Tuning:
         """How far it is, now, with all trials that were started.
 
         Raises:
-            UserError: there is no such tuning job in this account and region.
+            UserError: the tuning job was not found in this account and region.
             ServiceError: AWS can't be reached, or not with these credentials.
         """
         return self._status(self.describe())
@@ -193,16 +193,11 @@ class Tuning:
         """Asks SageMaker to stop the trials that run, and to start no more; :meth:`wait` waits until it has ended.
 
         Raises:
-            UserError: there is no such tuning job.
+            UserError: the tuning job was not found.
             ServiceError: AWS can't be reached, or not with these credentials.
         """
-        try:
-            with asking(f"{self.name} can't be stopped"):
-                self._clients("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName=self.name)
-        except ServiceError as error:
-            if error.kind in (Kind.MISSING, Kind.OTHER) and self.status().has_ended:
-                return
-            raise
+        with stopping(self.name, lambda: self.status().has_ended):
+            self._clients("sagemaker").stop_hyper_parameter_tuning_job(HyperParameterTuningJobName=self.name)
 
     @property
     def is_local(self) -> bool:

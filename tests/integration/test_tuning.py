@@ -287,7 +287,7 @@ def test_lists_have_pages_and_an_order(workplace: Workplace) -> None:
     assert "NextToken" not in rest
     (listed,) = sagemaker.list_hyper_parameter_tuning_jobs(NameContains="liste")["HyperParameterTuningJobSummaries"]
     assert (listed["HyperParameterTuningJobName"], listed["HyperParameterTuningJobStatus"]) == ("listed", "Completed")
-    with pytest.raises(UserError, match="there is no tuning job 'nothing' in us-east-1"):
+    with pytest.raises(UserError, match="tuning job 'nothing' was not found in us-east-1"):
         launcher.attach_tuning("nothing", workplace.clients)
     assert launcher.attach_tuning("listed", workplace.clients).best.status == "Completed"
 

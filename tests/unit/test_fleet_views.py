@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import re
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +13,7 @@ from dreambooth_sm.errors import UserError
 from launcher.fleets.status import FleetStatus
 from launcher.fleets.views import FleetPage, FleetTable, choose_table
 from launcher.jobs.views import Pictures
+from tests.helpers.terminal import open_terminal
 
 STATUS = FleetStatus(
     done=("a", "b"),
@@ -48,19 +47,13 @@ def test_lines_tell_what_has_changed() -> None:
 
 
 def test_a_terminal_has_a_table_below_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("TERM", "xterm")
+    screen = open_terminal(monkeypatch)
     view = choose_table("toys [1]", None, no_pictures)
     assert isinstance(view, FleetTable)
     with view:
         view.say("started: [toys-0001]")
         view.show(STATUS)
-    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", screen.getvalue())
+    shown = screen.shown
     assert "started: [toys-0001]" in shown
     for words in (
         r"toys \[1\]",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -23,6 +21,7 @@ from launcher.jobs.job import Job, JobFailed
 from launcher.jobs.logs import LogReader
 from launcher.jobs.progress import Progress
 from launcher.jobs.views import NotebookView, Standing, TerminalView, choose_view, job_html
+from tests.helpers.terminal import open_terminal
 
 # --- The log: no line lost or doubled --------------------------------------------------------------------------------
 
@@ -197,19 +196,13 @@ def test_the_notebooks_picture_of_a_job_escapes_what_the_job_says() -> None:
 
 
 def test_a_terminal_shows_the_lines_above_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("TERM", "xterm")
+    screen = open_terminal(monkeypatch)
     view = choose_view("toy", None)
     assert isinstance(view, TerminalView)
     with view:
         view.say("a line [with brackets]")
         view.show(standing(progress_of("phase=train state=started", "step=200 loss=0.25 steps_per_s=4")))
-    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", screen.getvalue())
+    shown = screen.shown
     assert "a line [with brackets]" in shown
     assert "train · step 200/800 · loss 0.2500 · 2:30 left" in shown
 

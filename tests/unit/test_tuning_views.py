@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +12,7 @@ from dreambooth_sm.errors import UserError
 from launcher.tuning.grid import TrialGrid
 from launcher.tuning.status import Trial, TuningStatus
 from launcher.tuning.views import TuningPage, TuningTable, choose_view
+from tests.helpers.terminal import open_terminal
 
 VALUES = {"learning_rate": "0.000123456", "lora_targets": "all"}
 GOOD = Trial("toys-001-ab", 1, VALUES, "Completed", 0.75, 90.0, 0.05)
@@ -51,20 +49,13 @@ def test_lines_tell_what_has_changed() -> None:
 
 
 def test_a_terminal_has_a_table_below_the_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
+    screen = open_terminal(monkeypatch, columns=120)
     view = choose_view("toys [1]", None, nothing)
     assert isinstance(view, TuningTable)
     with view:
         view.say("a [line]")
         view.show(STATUS)
-    shown = re.sub(r"\x1b\[[0-9;?]*\w", "", screen.getvalue())
+    shown = screen.shown
     assert "a [line]" in shown
     found = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
     assert [row[0] for row in found[:4]] == ["3", "1", "4", "2"]  # the best first, then what runs, then the others
