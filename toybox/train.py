@@ -9,7 +9,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.model import StoredModel
 from dreambooth_sm.toybox.judge import Judge, as_input, load_judge
 from toybox import toys
+from toybox.amounts import Amounts
 from toybox.examine import examine_judge, examine_pipeline, psnr
 from toybox.judge_losses import identity_loss, label_loss
 from toybox.networks import (
@@ -53,42 +54,21 @@ _JUDGE_LATENT_NOISE = 0.15
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The amounts of everything.
+class Settings(Amounts):
+    """Those of the Stable Diffusion pipeline and of the judge."""
 
-    Attributes:
-        minutes: for all, from the painting to the evaluation.
-        pictures: to be painted for the training.
-        held_out: further ones to measure on; even.
-        drawn: pictures that the pipeline draws in the end, for the judge to read.
-    """
-
-    minutes: float = 9.0
-    pictures: int = 60_000
-    seed: int = 0
-    held_out: int = 1024
-    drawn: int = 256
-    vae_batch: int = 64
     unet_batch: int = 256
     judge_batch: int = 256
 
-    def on_cpu(self) -> Settings:
-        """The same in miniature."""
-        return replace(self, held_out=16, drawn=8, vae_batch=4, unet_batch=16, judge_batch=16)
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    default = Settings()
     parser = argparse.ArgumentParser(prog="python -m toybox.train", description=__doc__)
     parser.add_argument("out", type=Path, help="where base/, judge.safetensors, sheet.png and figures.json go")
-    parser.add_argument("--minutes", type=float, default=default.minutes, help="for all stages together")
-    parser.add_argument("--pictures", type=int, default=default.pictures)
-    parser.add_argument("--seed", type=int, default=default.seed)
+    Settings.add_to(parser)
     options = parser.parse_args(arguments)
-    settings = Settings(options.minutes, options.pictures, options.seed)
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    make_all(options.out, settings if device.type == "cuda" else settings.on_cpu(), device)
+    make_all(options.out, Settings.of(options, device), device)
 
 
 def make_all(out: Path, settings: Settings, device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from dreambooth_sm.stored.locate import INDEX
 from dreambooth_sm.stored.model import StoredModel
 from dreambooth_sm.toybox.judge import load_judge
 from toybox import toys
+from toybox.amounts import Amounts
 from toybox.examine import DRAWING_GUIDANCE, examine_pipeline, psnr
 from toybox.flow_networks import CAPTION_LENGTH, make_flow_vae, make_pipeline, make_tokenizer
 from toybox.optimise import Outcome, random_rows, train_for
@@ -54,49 +55,29 @@ _OTHER_GUIDANCES = (2.0, 4.5)
 
 
 @dataclass(frozen=True)
-class FlowSettings:
-    """The amounts of everything.
+class FlowSettings(Amounts):
+    """Those of the flow pipeline."""
 
-    Attributes:
-        minutes: for all, from the painting to the evaluation.
-        pictures: to be painted for the training.
-        held_out: further ones to measure on; even.
-        drawn: pictures that the pipeline draws in the end, for the judge to read.
-    """
-
-    minutes: float = 9.0
     pictures: int = 100_000
-    seed: int = 0
-    held_out: int = 1024
-    drawn: int = 256
-    vae_batch: int = 64
     denoiser_batch: int = 256
-
-    def on_cpu(self) -> FlowSettings:
-        """The same in miniature."""
-        return replace(self, held_out=16, drawn=8, vae_batch=4, denoiser_batch=16)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    default = FlowSettings()
     parser = argparse.ArgumentParser(prog="python -m toybox.train_flow", description=__doc__)
     parser.add_argument("out", type=Path, help="where base/, sheets of pictures and figures.json go")
     parser.add_argument("--start", type=Path, help="an OUT of an earlier command; left out, OUT itself")
-    parser.add_argument("--minutes", type=float, default=default.minutes, help="for all stages together")
-    parser.add_argument("--pictures", type=int, default=default.pictures)
-    parser.add_argument("--seed", type=int, default=default.seed)
+    FlowSettings.add_to(parser)
     options = parser.parse_args(arguments)
-    settings = FlowSettings(options.minutes, options.pictures, options.seed)
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    make_all(options.out, settings if device.type == "cuda" else settings.on_cpu(), device, options.start)
+    make_all(options.out, FlowSettings.of(options, device), device, options.start)
 
 
 def make_all(out: Path, settings: FlowSettings, device: torch.device, start: Path | None = None) -> dict[str, Any]:
     """Paints, trains and measures; every stage's result is written as soon as it is there.
 
     Args:
-        start: holds the ``base/`` that is gone on from; None: ``out``.
+        start: holds the ``base/`` that training goes on with; None: ``out``.
 
     Returns:
         the figures, which are printed and written too.
