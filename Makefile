@@ -18,8 +18,9 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: $(STAMP)
 	$(BIN)/dreambooth-sm demo
 
+# Three workers for two cores: tests also wait for servers, jobs and clocks.
 test: $(STAMP) $(SDKS) $(READERS) $(TRACKERS)
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests
+	$(BIN)/python -m pytest -q -n 3 --dist worksteal tests
 
 # An answer in three minutes: all but tests that start jobs and servers, and those that take more than about a second (slow).
 # hypothesis tries fewer examples.

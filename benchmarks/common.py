@@ -313,8 +313,11 @@ def _vae(*, latent_channels: int = 4, **options: Any) -> AutoencoderKL:
 
 
 def _clip(*, width: int = 768, layers: int = 12, heads: int = 12, **options: Any) -> CLIPTextConfig:
+    tokenizer = byte_tokenizer()
     return CLIPTextConfig(
         vocab_size=49408,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,

@@ -4,8 +4,10 @@
 
 One job with a single subject, and one with several, by :func:`launcher.fit_many` on this machine. Marginal seconds are
 those of the second job less those of the first, over the subjects that it has more; ``between_starts_s`` are seconds
-from one subject's start to the next one's, as the log has them. Hyperparameters go to the jobs: by default a LoRA, 400
-steps at 512 pixels, 50 shared class images. ``--model toybox`` needs no GPU; the others have random weights.
+from one subject's start to the next one's, as the log has them. ``phases_s`` are medians of each phase's seconds, of
+the subjects after the first: also of phases that another subject's training hides. Hyperparameters go to the jobs: by
+default a LoRA, 400 steps at 512 pixels, 50 shared class images. ``--model toybox`` needs no GPU; the others have random
+weights.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import itertools
 import os
 import re
 import resource
+import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,7 @@ from dreambooth_sm.knobs.decode import split_arguments
 from launcher import fit_many
 
 _STARTED = re.compile(r"^subject=\S+ state=started")
+_PHASE = re.compile(r"^phase=(\S+) state=ended seconds=(\S+)")
 
 
 def main() -> None:
@@ -71,32 +76,37 @@ def main() -> None:
         marginal_s=round((many.wall - alone.wall) / more, 2),
         marginal_cpu_s=round((many.cpu - alone.cpu) / more, 2),
         between_starts_s=[round(later - sooner, 2) for sooner, later in itertools.pairwise(starts)],
+        phases_s={phase: round(statistics.median(seconds), 3) for phase, seconds in many.phases.items()},
     )
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a fleet's job, and when each of its subjects started."""
+    """Seconds of a fleet's job, when each of its subjects started, and what phases took after the first one."""
 
     wall: float
     cpu: float
     starts: list[float]
+    phases: dict[str, list[float]]
 
 
 def measure(subjects: Path, model: str | Path, directory: Path, wishes: Mapping[str, object]) -> Times:
     """Trains all subjects of a folder."""
     starts: list[float] = []
+    phases: dict[str, list[float]] = defaultdict(list)
 
     def log(line: str) -> None:
         print(line, file=sys.stderr)
         if _STARTED.search(line):
             starts.append(time.perf_counter())
+        elif len(starts) > 1 and (ended := _PHASE.match(line)):
+            phases[ended[1]].append(float(ended[2]))
 
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     fit_many(subjects, base_model=model, directory=directory, log=log, **{**PROMPTS, **wishes})  # type: ignore[arg-type]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Times(time.perf_counter() - began, cpu, starts)
+    return Times(time.perf_counter() - began, cpu, starts, phases)
 
 
 if __name__ == "__main__":

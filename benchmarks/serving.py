@@ -5,15 +5,20 @@
 
 ``diffusers`` draws with diffusers' own pipeline, one picture at a time; ``one`` is the server with ``batch=1``,
 ``together`` with as many as there are clients, and ``adapters`` the same where each request names one of ``--adapters``
-random ones.
+random ones. ``zipf`` is ``adapters`` where they lie in S3, 20 ms away, and are asked for by Zipf's law: the second half
+as often as the first, the third a third as often. ``first`` draws one at a time, each with an adapter that was not
+asked for before, from there.
 Where others use the machine, ``cpu_s`` counts: processor seconds of this process, clients included, for a picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import random
+import resource
 import tempfile
 import threading
 import time
@@ -26,10 +31,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import DEVICE, MODELS, emit
+from benchmarks.transfer import null_server
 from dreambooth_sm.adapters.adapter import Adapter
 from dreambooth_sm.adapters.layers import LowRank
 from dreambooth_sm.adapters.peft_file import write_peft
+from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.serving.engine import Engine
+from dreambooth_sm.serving.report import REPORT
 from dreambooth_sm.serving.served_model import ServedModel, open_served
 from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.toybox import BASE
@@ -37,6 +45,9 @@ from tests.helpers.serving import served
 
 _TOYBOX = "toybox"
 _RANK = 16
+_DELAY_MS = 20
+# Files that lie in S3, each under many names: to make a thousand takes minutes, and to read them is as much work.
+_MOST_FILES = 40
 Draw = Callable[[int], None]
 
 
@@ -79,6 +90,7 @@ def measure(draw: Draw, clients: int, requests: int) -> dict[str, float]:
         "p50_s": round(ordered[len(ordered) // 2], 3),
         "p95_s": round(ordered[int(len(ordered) * 0.95)], 3),
         "cpu_s": round(cpu / requests, 3),
+        "most_host_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
 
 
@@ -101,17 +113,20 @@ def _diffusers(model: ServedModel, options: argparse.Namespace) -> Iterator[Draw
 
 @contextmanager
 def _server(
-    model: ServedModel, options: argparse.Namespace, batch: int, adapters: Path | None = None
+    model: ServedModel,
+    options: argparse.Namespace,
+    batch: int,
+    adapters: str | None = None,
+    choose: Callable[[int], int] = int,
 ) -> Iterator[Draw]:
-    place = str(adapters) if adapters else None
-    settings = ServingSettings(batch=batch, queue=10_000, adapters=place, adapter_slots=max(4, options.adapters))
-    engine = Engine(model, settings)
+    slots = max(4, min(options.adapters, 2 * batch))
+    engine = Engine(model, ServingSettings(batch=batch, queue=10_000, adapters=adapters, adapter_slots=slots))
     with served(engine) as (client, _):
 
         def draw(number: int) -> None:
             request = {"prompt": _prompt(number), "seed": number, "steps": options.steps}
             if adapters:
-                request["adapters"] = [str(number % options.adapters)]
+                request["adapters"] = [str(choose(number))]
             answer = client.draw(request, Accept="image/jpeg")  # random weights draw noise, which PNG is slow with
             if answer.status != 200:
                 raise RuntimeError(json.dumps(answer.json))
@@ -131,11 +146,54 @@ def _together(model: ServedModel, options: argparse.Namespace) -> Any:
 @contextmanager
 def _with_adapters(model: ServedModel, options: argparse.Namespace) -> Iterator[Draw]:
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(options.adapters):
-            write_peft(Path(folder, f"{number}.safetensors"), _random_adapter(model, number))
-            Path(folder, str(number)).symlink_to(f"{number}.safetensors")
-        with _server(model, options, options.clients, Path(folder)) as draw:
+        lay_out(Path(folder), model, options.adapters)
+        with _server(model, options, options.clients, folder, lambda number: number % options.adapters) as draw:
             yield draw
+
+
+@contextmanager
+def _by_zipf(model: ServedModel, options: argparse.Namespace) -> Iterator[Draw]:
+    weights = list(itertools.accumulate(1 / rank for rank in range(1, options.adapters + 1)))
+
+    def choose(number: int) -> int:
+        return random.Random(number).choices(range(options.adapters), cum_weights=weights)[0]
+
+    with _in_s3(model, options.adapters) as place, _server(model, options, options.clients, place, choose) as draw:
+        yield draw
+
+
+@contextmanager
+def _first(model: ServedModel, options: argparse.Namespace) -> Iterator[Draw]:
+    numbers = itertools.count()
+    count = options.clients + options.requests
+    with _in_s3(model, count) as place, _server(model, options, 1, place, lambda number: next(numbers)) as draw:
+        yield draw
+
+
+@contextmanager
+def _in_s3(model: ServedModel, count: int) -> Iterator[str]:
+    """Adapters in an S3 server of this machine.
+
+    Yields:
+        the prefix that they lie below.
+    """
+    with tempfile.TemporaryDirectory() as folder, null_server(Path(folder), _DELAY_MS) as address:
+        lay_out(Path(folder, "bucket", "adapters"), model, count)
+        os.environ |= {"AWS_ENDPOINT_URL_S3": address, "AWS_DEFAULT_REGION": "us-east-1"}
+        os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        yield "s3://bucket/adapters"
+
+
+def lay_out(folder: Path, model: ServedModel, count: int) -> None:
+    """Adapters, named by their numbers, as jobs leave them."""
+    for number in range(count):
+        (folder / str(number)).mkdir(parents=True)
+        (folder / str(number) / REPORT).write_text("{}")
+        file = folder / str(number) / FILE
+        if number < _MOST_FILES:
+            write_peft(file, _random_adapter(model, number), dtype=torch.float16)
+        else:
+            os.link(folder / str(number % _MOST_FILES) / FILE, file)
 
 
 def _random_adapter(model: ServedModel, seed: int) -> Adapter:
@@ -162,6 +220,8 @@ _MANNERS: dict[str, Callable[[ServedModel, argparse.Namespace], Any]] = {
     "one": _one,
     "together": _together,
     "adapters": _with_adapters,
+    "zipf": _by_zipf,
+    "first": _first,
 }
 
 if __name__ == "__main__":

@@ -124,6 +124,8 @@ class SimulatedS3:
 
     def put_object(self, *, Key: str, Body: bytes, **named: Any) -> dict[str, Any]:  # noqa: N803
         self._counted.count("s3", "PutObject")
+        if "IfNoneMatch" in named and Key in self.objects:
+            raise fault("PreconditionFailed", "PutObject", 412)
         self.write(Key, Body)
         return {"ETag": '"simulated"', "ChecksumCRC64NVME": named.get("ChecksumCRC64NVME", "")}
 

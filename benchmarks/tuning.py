@@ -13,7 +13,6 @@ pictures that are drawn in few steps, alike for all. On a CPU twelve trials take
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import resource
 import statistics
@@ -59,8 +58,9 @@ def main() -> None:
         "logging_steps": options.steps,
         "instance_type": "ml.g5.xlarge",
         "validation_guidance_scale": 3.0,
+        "environment": {"DRAWING_STEPS": str(options.drawing_steps)},  # a job inherits none of this process's
     }
-    with _services(options.drawing_steps):
+    with _services():
         started = time.monotonic()
         tuning = launcher.tune(
             toybox.PHOTOS,
@@ -88,11 +88,10 @@ def main() -> None:
 
 
 @contextmanager
-def _services(drawing_steps: int) -> Iterator[None]:
+def _services() -> Iterator[None]:
     """The embedded services, whose jobs draw in few steps."""
     program = Path(__file__).with_name("tuning_job.py")
     quicker = partial(embedded_services, entrypoint=program)
-    os.environ["DRAWING_STEPS"] = str(drawing_steps)
     with patch("launcher.local.run.embedded_services", quicker), launcher.local_services():
         yield
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
-from dreambooth_sm import __build__, distributed, sagemaker
+from dreambooth_sm import __build__, distributed, sagemaker, warm_pool
 from dreambooth_sm.data.captions import read_dataset_info
 from dreambooth_sm.errors import (
     EXIT_BAD_INPUT,
@@ -24,11 +25,13 @@ from dreambooth_sm.errors import (
     SubjectsFailed,
     UserError,
 )
+from dreambooth_sm.fetching import fetching
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.importing import importing
 from dreambooth_sm.knobs.decode import split_arguments
 from dreambooth_sm.printing import safe, survive_streams, traceback_lines
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.sagemaker import Contract
 
 USAGE = (
     "docker run IMAGE [train] [--name value ...]: trains on what is mounted at /opt/ml as SageMaker mounts it; options "
@@ -59,22 +62,18 @@ def main(arguments: list[str]) -> int:
             )
         options = split_arguments(arguments)
         contract = sagemaker.read_contract(base, need_hyperparameters=not options)
+        warm_pool.keep_compiled()
         hyperparameters = Hyperparameters.parse(
             {**contract.hyperparameters, **options},
             dataset_info=lambda directory: read_dataset_info(Path(contract.localize(directory))),
         )
-        if not distributed.is_worker():
+        with fetching(hyperparameters):
+            if distributed.is_worker():
+                return train(hyperparameters, contract, report, stop)
             processes = distributed.count_processes(hyperparameters.num_processes, on_cpu=hyperparameters.use_cpu)
             if processes * len(contract.hosts) > 1:
                 return distributed.run_workers([sys.executable, "-u", __file__, *arguments], contract, processes)
-        with importing():  # torch, which bad input does not have to wait for
-            from dreambooth_sm.fleet.run import run_fleet
-            from dreambooth_sm.job import run
-
-        if hyperparameters.fleet is None:
-            run(hyperparameters, contract, report=report, stop=stop)
-        else:
-            run_fleet(hyperparameters, contract, report=report, stop=stop)
+            return train(hyperparameters, contract, report, stop)
     except UserError as error:
         return fail(base, "\n".join([*error.problems, *getattr(error, "__notes__", ())]), EXIT_BAD_INPUT)
     except SubjectsFailed as error:
@@ -86,6 +85,18 @@ def main(arguments: list[str]) -> int:
         print(*traceback_lines(error), sep="\n", file=sys.stderr)
         words = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
         return fail(base, "; ".join(words), EXIT_FAILURE)
+
+
+def train(hyperparameters: Hyperparameters, contract: Contract, report: Reporter, stop: threading.Event) -> int:
+    """Runs the job in this process."""
+    with importing():  # torch, which bad input does not have to wait for
+        from dreambooth_sm.fleet.run import run_fleet
+        from dreambooth_sm.job import run
+
+    if hyperparameters.fleet is None:
+        run(hyperparameters, contract, report=report, stop=stop)
+    else:
+        run_fleet(hyperparameters, contract, report=report, stop=stop)
     return EXIT_OK
 
 

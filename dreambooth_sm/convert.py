@@ -24,7 +24,7 @@ from dreambooth_sm.adapters.peft_file import CONFIG_FIELD, write_peft
 from dreambooth_sm.adapters.read import find_adapter, read_adapter
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import family_of
-from dreambooth_sm.models import RENAMED, find_denoiser, read_stored
+from dreambooth_sm.models import find_denoiser, read_stored
 from dreambooth_sm.stored.directory import write_directory
 from dreambooth_sm.stored.files import HASH_FIELD, OutOfRange, Stored
 from dreambooth_sm.stored.layout import Configs
@@ -168,7 +168,7 @@ def extract_from(
 
 
 def _fetch(name: str) -> Path:
-    return sources.fetch(RENAMED.get(name, name))
+    return sources.fetch(sources.RENAMED.get(name, name))
 
 
 def _check_target(target: Path) -> None:
@@ -212,7 +212,7 @@ def _merged(layer: Layer, weight: Stored, strength: float) -> Stored:
     def piece(start: int, stop: int) -> torch.Tensor:
         return merged_weight(layer, weight.read(), strength).flatten()[start:stop]
 
-    return replace(weight, piece=piece, in_pieces=False)
+    return weight.of_pieces(piece, in_pieces=False)
 
 
 def _write_adapter(

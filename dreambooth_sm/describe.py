@@ -6,7 +6,7 @@ from dreambooth_sm import sources
 from dreambooth_sm.adapters.base_model import described
 from dreambooth_sm.adapters.read import find_adapter, read_adapter
 from dreambooth_sm.families import family_of
-from dreambooth_sm.models import RENAMED, read_stored
+from dreambooth_sm.models import read_stored
 from dreambooth_sm.stored.locate import look_for_model
 from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.recognise import is_whole, kind_of
@@ -21,7 +21,7 @@ def describe(source: str) -> dict[str, str]:
     Raises:
         UserError: where it is damaged, or nothing of the kind.
     """
-    path = sources.fetch(RENAMED.get(source, source))
+    path = sources.fetch(sources.RENAMED.get(source, source))
     if found := find_adapter(path):
         return {"file": str(found), **dict(described(read_adapter(found)))}
     file = look_for_model(path)

@@ -34,6 +34,7 @@ from dreambooth_sm.shared import Opened
 from dreambooth_sm.space import Space
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.trackers.told import told_trackers
+from dreambooth_sm.training.attention import planned_kernels
 from dreambooth_sm.training.loop import TrainingSet
 from dreambooth_sm.training.train import TrainedModel, train
 from dreambooth_sm.validation import SAMPLES, Validator, take_over_pictures, validation_prompts
@@ -75,9 +76,10 @@ def make(job: Context, checked: Checked) -> Made | None:
     """Trains the model and writes it into its directory; None on processes that only help with it."""
     job.report.listeners.clear()  # of a first try, in a fleet
     start = find_start(job, checked.plan, checked.subjects, checked.target)
+    job.stop_if_asked()
     loaded = load(job, checked, start)
     job.stop_if_asked()
-    with told_trackers(job, checked.plan, start.step):
+    with told_trackers(job, checked.plan, start.step), planned_kernels(checked.plan):
         prior = draw_prior(job, checked, loaded)
         validator = draw_before(job, checked, loaded, prior)
         data = encode(job, checked, loaded, prior, start)

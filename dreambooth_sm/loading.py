@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from dreambooth_sm import fetching
 from dreambooth_sm.context import Context
 from dreambooth_sm.fidelity import load_encoders
 from dreambooth_sm.methods import Resettable, encodes_in_steps
@@ -21,6 +22,10 @@ def open_model(job: Context, plan: Plan, seed: int) -> Opened:
     """
     if job.shared and (kept := job.shared.opened_for(plan, seed)):
         return kept
+    from dreambooth_sm.stored import classes  # noqa: F401 - imports the libraries while the files are on their way
+
+    fetching.wait(job.h, job.stop)
+    job.stop_if_asked()
     # Host memory is short where cards are small: weights wait in the precision of their files, unless they are
     # drawn with as they are.
     on_host = torch.float32 if plan.device == "cpu" or plan.precision == "fp32" else None

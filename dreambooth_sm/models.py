@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from dreambooth_sm import sources, toybox
+from dreambooth_sm import sources
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.families import Family, family_of
 from dreambooth_sm.families.find import DISTILLED
+from dreambooth_sm.fetching import WantedBase, fetch
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.model import is_distilled
 from dreambooth_sm.latents import latent_scale
@@ -46,11 +46,6 @@ from dreambooth_sm.stored.single_file import read_vae as read_vae_file
 
 _VAE, _PARTS = "pretrained_vae_name_or_path", "pretrained_parts_name_or_path"
 _NO_AVERAGE = "only single files carry averages; leave it out"
-# Names that stand for another: the id that notebooks still carry, whose model moved, and models that come with us.
-RENAMED = {
-    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-    **{name: str(directory) for name, directory in toybox.SHIPPED.items()},
-}
 
 
 class PretrainedModel:
@@ -172,7 +167,7 @@ class PretrainedModel:
         dtype: torch.dtype | None,
         shrink: Callable[[torch.nn.Module], object] | None = None,
     ) -> Any:
-        """A module like the model's, which stays as it is.
+        """A module like the model's, which stays as it is; of a language model in files, the layers that are read.
 
         Args:
             dtype: of the copy; None leaves it to the weights, see :class:`PretrainedModel`.
@@ -185,6 +180,8 @@ class PretrainedModel:
                 shrink(copied)
             return copied
         read = copy.deepcopy(module)
+        if (layers := self.family.facts.text_layers) and name in self.text_parts:
+            keep_layers(read, layers)
         # With its number: threads read, and have a current device of their own.
         fill(read, self._files[name], dtype, torch.empty(0, device=device).device, shrink)
         return read
@@ -273,6 +270,13 @@ def frame_of(module: torch.nn.Module, copied: Iterable[torch.Tensor] = ()) -> to
     return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
+def keep_layers(reader: Any, count: int) -> None:
+    """Leaves out a language model's layers after the first ``count``, and the norm, which is for the last one's states:
+    what it then gives last are the states after the ``count``-th."""
+    del reader.layers[count:]
+    reader.norm = torch.nn.Identity()
+
+
 def _copy(module: torch.nn.Module, device: str | torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
     """A copy of a type on a device, made without a second copy in fp32 on the way."""
     memo: dict[int, Any] = {}
@@ -298,7 +302,7 @@ def check_base(h: Hyperparameters) -> None:
             knobs that would do nothing.
     """
     problems = Problems()
-    name, vae, parts = _base_name(h), _vae_name(h), _parts_name(h)
+    name, vae, parts = _names(h)
     for field, value in (("pretrained_model_name_or_path", name), (_VAE, vae), (_PARTS, parts)):
         if is_s3(value):
             with _of(problems, field):
@@ -325,16 +329,10 @@ def check_base(h: Hyperparameters) -> None:
     problems.raise_any()
 
 
-def _base_name(h: Hyperparameters) -> str:
-    return RENAMED.get(h.pretrained_model_name_or_path, h.pretrained_model_name_or_path)
-
-
-def _vae_name(h: Hyperparameters) -> str:
-    return h.pretrained_vae_name_or_path or ""
-
-
-def _parts_name(h: Hyperparameters) -> str:
-    return h.pretrained_parts_name_or_path or ""
+def _names(h: Hyperparameters) -> tuple[str, str, str]:
+    """Of the base model, of the VAE in the place of its own, and of what its other parts come from."""
+    wanted = WantedBase.of(h)
+    return wanted.model.name, wanted.vae.name if wanted.vae else "", wanted.parts.name if wanted.parts else ""
 
 
 @contextmanager
@@ -449,7 +447,8 @@ def read_stored(
 
 def _read(h: Hyperparameters, path: Path, vae: StoredPart | None, parts: Path | None) -> StoredModel:
     prediction = None if h.prediction_type == "auto" else h.prediction_type
-    directory = _parts_name(h) or _base_name(h)
+    name, _, rest = _names(h)
+    directory = rest or name
     variant = h.variant if is_local(directory) or is_s3(directory) else None  # the hub's are chosen there
     ema = h.use_ema_weights
     return read_stored(path, variant=variant, use_ema=ema, prediction_type=prediction, vae=vae, parts=parts)
@@ -473,15 +472,13 @@ def open_base(h: Hyperparameters, dtype: torch.dtype | None = torch.float32) -> 
         UserError: where there is no such model, its files are damaged, or it is of another kind than the job was
             planned for.
     """
-    name, vae, parts = _base_name(h), _vae_name(h), _parts_name(h)
+    name, vae, parts = _names(h)
     planned = h.facts
     _check_names(h, name, vae, parts)
-    fetch = partial(sources.fetch, token_secret=h.hf_token_secret)
-    replacement = read_vae(fetch(vae)) if vae else None
-    of_directory = partial(fetch, revision=h.revision, variant=h.variant)
-    rest = of_directory(parts, without=planned.denoiser) if parts else None
-    path = (fetch if parts else of_directory)(name)
-    stored = _read(h, path, replacement, rest)
+    wanted = WantedBase.of(h)
+    replacement = read_vae(fetch(wanted.vae)) if wanted.vae else None
+    rest = fetch(wanted.parts) if wanted.parts else None
+    stored = _read(h, fetch(wanted.model), replacement, rest)
     found = family_of(stored.pipeline).facts
     if found.name != planned.name:
         raise UserError(

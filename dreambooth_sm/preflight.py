@@ -21,7 +21,7 @@ from dreambooth_sm.outputs import make_way
 from dreambooth_sm.planning.cards import detect_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.plan import Plan
-from dreambooth_sm.sagemaker import Contract
+from dreambooth_sm.sagemaker import Contract, localize
 from dreambooth_sm.storage import S3Uri
 from dreambooth_sm.trackers.needs import find_missing_packages, find_missing_settings, take_secrets
 from dreambooth_sm.validation import SAMPLES
@@ -88,20 +88,6 @@ def find_unused_channels(job: Context) -> list[str]:
     values = f"{job.asked.model_dump_json()} {job.h.model_dump_json()}"
     others = [name for name in job.contract.channels if name not in _PLATFORM_CHANNELS]
     return [name for name in sorted(others) if not re.search(rf"/input/data/{re.escape(name)}(?![\w.-])", values)]
-
-
-def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
-    """Paths under ``/opt/ml`` as paths under the contract's base directory."""
-
-    paths = h.names_where(lambda knob: knob.path)
-
-    def move(values: dict[str, object]) -> dict[str, object]:
-        return {k: contract.localize(v) for k, v in values.items() if k in paths and isinstance(v, str)}
-
-    moved = move(h.model_dump(include=set(paths)))
-    if h.inline_concepts:
-        moved["concepts_list"] = tuple(c.model_copy(update=move(c.model_dump())) for c in h.inline_concepts)
-    return h.moved(moved)
 
 
 def plan_for_card(h: Hyperparameters, contract: Contract, world: World) -> Plan:

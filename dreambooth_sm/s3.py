@@ -122,6 +122,10 @@ class Found:
     checksum: str
 
 
+# What servers answer to a condition: that it is not met, that another write is on its way, that they know none.
+_CONDITION = re.compile(
+    "PreconditionFailed|412|ConditionalRequestConflict|NotImplemented|501|InvalidArgument|InvalidRequest"
+)
 # Endpoints that refuse requests with CRC-64/NVME checksums: these get MD5 sums.
 _without_checksums: set[str] = set()
 
@@ -140,17 +144,22 @@ class Store:
 
     def sizes(self, prefix: S3Uri) -> dict[str, int]:
         """The objects below a prefix: relative key -> size in bytes. Raises DownloadError."""
+        return {key: found.size for key, found in self.listed(prefix).items()}
+
+    def listed(self, prefix: S3Uri) -> dict[str, Found]:
+        """The objects below a prefix, by relative key; lists tell no checksums. Raises DownloadError."""
         start = f"{prefix.prefix}/" if prefix.prefix else ""
         request = {"Bucket": prefix.bucket, "Prefix": start, **self.options.reading()}
-        objects: dict[str, int] = {}
+        objects: dict[str, Found] = {}
         token: str | None = ""
         while token is not None:
             with explained(prefix, DownloadError):
                 page = self.client.list_objects_v2(**request)
-            objects |= {item["Key"].removeprefix(start): item["Size"] for item in page.get("Contents", [])}
+            for item in page.get("Contents", []):
+                objects[item["Key"].removeprefix(start)] = Found(item["Size"], item.get("ETag", ""), "")
             request["ContinuationToken"] = token = page.get("NextContinuationToken")
         # Consoles make "folders": empty objects whose key ends with a slash.
-        return {key: size for key, size in objects.items() if key and not key.endswith("/")}
+        return {key: found for key, found in objects.items() if key and not key.endswith("/")}
 
     def put(self, uri: S3Uri, body: bytes) -> None:
         """Writes an object, and makes sure that it is what was sent. Raises UploadError."""
@@ -158,6 +167,32 @@ class Store:
             sent, kept = self._send("put_object", uri, body, self.options.writing())
             if not sent.md5:
                 self._verify(uri, len(body), sent.checksum, kept)
+
+    def create(self, uri: S3Uri, body: bytes) -> bool:
+        """Writes an object unless another one is there; whether this one is there now. Raises UploadError.
+
+        A server that refuses conditional writes is asked before, which leaves a moment for others.
+        """
+        from botocore.exceptions import ClientError
+
+        digest = b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+        with explained(uri, UploadError):
+            request = {"Bucket": uri.bucket, "Key": uri.prefix, "Body": body, "ContentMD5": digest}
+            try:
+                self.client.put_object(**request, IfNoneMatch="*", **self.options.writing())
+                return True
+            except ClientError as error:
+                if not _CONDITION.search(str(error.response.get("Error", {}).get("Code", ""))):
+                    raise
+            try:
+                answer = self.client.get_object(Bucket=uri.bucket, Key=uri.prefix, **self.options.reading())
+                # It is this one where the answer to a first try was lost.
+                return bool(answer["Body"].read() == body)
+            except ClientError as error:
+                if str(error.response.get("Error", {}).get("Code", "")) not in ("NoSuchKey", "404", "NotFound"):
+                    raise
+        self.put(uri, body)
+        return True
 
     def begin(self, uri: S3Uri) -> str:
         """Starts an object that comes in parts; its id. Raises UploadError."""

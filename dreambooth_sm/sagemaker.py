@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import safe
 
 STANDARD_BASE = PurePosixPath("/opt/ml")
@@ -77,6 +78,20 @@ class Contract:
         return path
 
 
+def localize(h: Hyperparameters, contract: Contract) -> Hyperparameters:
+    """Paths under ``/opt/ml`` as paths under the contract's base directory."""
+
+    paths = h.names_where(lambda knob: knob.path)
+
+    def move(values: dict[str, object]) -> dict[str, object]:
+        return {k: contract.localize(v) for k, v in values.items() if k in paths and isinstance(v, str)}
+
+    moved = move(h.model_dump(include=set(paths)))
+    if h.inline_concepts:
+        moved["concepts_list"] = tuple(c.model_copy(update=move(c.model_dump())) for c in h.inline_concepts)
+    return h.moved(moved)
+
+
 def base_directory() -> Path:
     return Path(os.environ.get("SAGEMAKER_BASE_DIR") or STANDARD_BASE)
 
@@ -133,9 +148,13 @@ def read_contract(base: Path, *, need_hyperparameters: bool = True) -> Contract:
     )
 
 
-def write_failure(base: Path, reason: str) -> None:
-    """Writes the reason that SageMaker shows as FailureReason, at most 1024 characters."""
-    path = base / "output" / "failure"
+def write_failure(base: Path, reason: str, name: str = "failure") -> None:
+    """Writes the reason that SageMaker shows as FailureReason, at most 1024 characters.
+
+    Args:
+        name: of the file; ``message`` is what processing jobs show as ExitMessage.
+    """
+    path = base / "output" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     reason = "\n".join(safe(line) for line in reason.split("\n"))
     if len(reason) > FAILURE_LENGTH:

@@ -9,19 +9,23 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dreambooth_sm import storage
+from dreambooth_sm import storage, toybox, warm_pool
 from dreambooth_sm.aws_secrets import read_secret
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
+from dreambooth_sm.hub_ranges import fetch_large
+from dreambooth_sm.private_directory import make_private
 from dreambooth_sm.storage import S3Uri
 
-# SageMaker's disk that outlives a job of a warm pool.
-_WARM_POOL = "SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"
+# Names that stand for another: the id that notebooks still carry, whose model moved, and models that come with us.
+RENAMED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    **{name: str(directory) for name, directory in toybox.SHIPPED.items()},
+}
 _CACHE = "dreambooth-sm-models"
 # Models that the image was built with (the Dockerfile's BASE_MODEL), as directories named by their hub ids.
 BAKED = Path("/opt/base-models")
@@ -39,8 +43,9 @@ def is_s3(name: str) -> bool:
 
 
 def is_local(name: str) -> bool:
-    """Paths are told from hub ids (``owner/name``) by their look, so that a missing channel is never looked up."""
-    return not is_s3(name) and (name.startswith(("/", ".", "~")) or Path(name).exists())
+    """Paths are told from hub ids (``owner/name``) by their look, so that a missing channel is never looked up. The
+    name of a model that comes with us is not a path, whatever lies here."""
+    return not is_s3(name) and name not in RENAMED and (name.startswith(("/", ".", "~")) or Path(name).exists())
 
 
 def cache_directory() -> Path:
@@ -49,21 +54,9 @@ def cache_directory() -> Path:
     Raises:
         UserError: where somebody else could have put models there.
     """
-    disk = os.environ.get(_WARM_POOL)
-    directory = Path(disk) / _CACHE if disk else Path(tempfile.gettempdir()) / f"{_CACHE}-{os.getuid()}"
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-        found = directory.lstat()
-    except OSError as error:
-        raise UserError(f"{directory}, where base models are kept, can't be made: {error.strerror}") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UserError(
-            f"{directory}, where base models are kept, is not a directory that this user alone can write to; remove "
-            f"it, or set {_WARM_POOL if disk else 'TMPDIR'} to another directory"
-        )
-    return directory
+    if (disk := warm_pool.disk()) is not None:
+        return make_private(disk / _CACHE, "base models", warm_pool.VARIABLE)
+    return make_private(Path(tempfile.gettempdir()) / f"{_CACHE}-{os.getuid()}", "base models", "TMPDIR")
 
 
 def fetch(
@@ -91,11 +84,22 @@ def fetch(
     """
     if is_local(name):
         return Path(name)
-    if is_s3(name):
-        return _from_s3(S3Uri.parse(name))
-    if revision is None and variant is None and (BAKED / name).is_dir():
+    if revision is None and variant is None and not is_s3(name) and (BAKED / name).is_dir():
         return BAKED / name
-    return _from_hub(name, revision, variant, read_token(token_secret), without)
+    if warm_pool.disk():
+        warm_pool.bound(cache_directory())
+    if is_s3(name):
+        found = _from_s3(S3Uri.parse(name))
+    else:
+        found = _from_hub(name, revision, variant, read_token(token_secret), without)
+    return use(found)
+
+
+def use(found: Path) -> Path:
+    """Keeps what was fetched from other processes of this host that make room on a warm pool's disk."""
+    if warm_pool.disk():
+        warm_pool.bound(cache_directory(), found)
+    return found
 
 
 def check_s3(uri: S3Uri) -> None:
@@ -144,7 +148,7 @@ def _from_s3(uri: S3Uri) -> Path:
     whole = directory / uri.prefix.rpartition("/")[2] if single else directory
     with locked(cache_directory() / f"{identity}.lock"):
         if not directory.is_dir():
-            partial = directory.with_suffix(".partial")
+            partial = directory.with_suffix(warm_pool.UNFINISHED)
             shutil.rmtree(partial, ignore_errors=True)
             if single:
                 partial.mkdir(parents=True)
@@ -193,7 +197,7 @@ def needed_files(names: Sequence[str], variant: str | None, without: str | None 
 def _from_hub(name: str, revision: str | None, variant: str | None, token: str | None, without: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
-    cache = cache_directory() / "hub" if os.environ.get(_WARM_POOL) else None
+    cache = cache_directory() / "hub" if warm_pool.disk() else None
     try:
         try:
             info = HfApi(token=token).model_info(name, revision=revision)
@@ -206,6 +210,9 @@ def _from_hub(name: str, revision: str | None, variant: str | None, token: str |
         files = needed_files([file.rfilename for file in info.siblings or []], variant, without)
         if not files:
             raise UserError(f"{name}: the repository holds no diffusers model; name one that does")
+        if info.sha:
+            weights = [file for file in files if file.endswith((".safetensors", ".bin"))]
+            fetch_large(name, weights, info.sha, token, cache)
         return Path(
             snapshot_download(
                 name, revision=revision, allow_patterns=files, token=token, cache_dir=cache, max_workers=8

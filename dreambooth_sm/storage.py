@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.manifest import MANIFEST_NAME, Manifest, ManifestEntry, unfit_names
-from dreambooth_sm.s3 import DownloadError, NoSuchObject, Store, TransferError, UploadError, s3_client
+from dreambooth_sm.s3 import DownloadError, Found, NoSuchObject, Store, TransferError, UploadError, s3_client
 from dreambooth_sm.s3_uri import DEFAULTS, S3Options, S3Uri
 from dreambooth_sm.transfers import Download, Upload, do_all, files_below, in_parallel
 
@@ -35,12 +35,17 @@ __all__ = [
     "TransferError",
     "UploadError",
     "Verification",
+    "check_takes_objects",
     "check_writable",
     "delete_directory",
     "download_directory",
     "download_object",
+    "find_object",
+    "find_objects",
     "get_object",
     "list_objects",
+    "parse_manifest",
+    "probing_client",
     "put_object",
     "read_manifest",
     "s3_client",
@@ -56,7 +61,7 @@ _COMING = 4 * PART_SIZE
 WORKERS = min(32, max(16, 4 * (os.cpu_count() or 1)))
 # Of small files alone: their requests are the processor's work, and more threads of Python only wait for each other.
 _SMALL_AT_ONCE = 8
-# What `check_writable` writes, and deletes again.
+# What checks write, and delete again.
 PROBE_NAME = ".upload-check"
 
 TransferProgress = Callable[[int, int], None]
@@ -71,7 +76,7 @@ def check_writable(target: S3Uri, options: S3Options = DEFAULTS, *, client: S3Cl
     Raises:
         UserError: it could not; the message names the URI and what to do.
     """
-    store, probe = Store(client or s3_client(attempts=2, timeout=5), options), target / PROBE_NAME
+    store, probe = Store(client or probing_client(), options), target / PROBE_NAME
     upload = ""
     try:
         store.sizes(target)
@@ -86,6 +91,24 @@ def check_writable(target: S3Uri, options: S3Options = DEFAULTS, *, client: S3Cl
         store.delete(probe)
 
 
+def check_takes_objects(target: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> None:
+    """Does what :func:`put_object` does below `target`, and no more: rights to list or to delete are not needed.
+
+    Raises:
+        UserError: it is refused; the message names the URI and what to do.
+        UploadError: the server can't be reached or fails.
+    """
+    store, probe = Store(client or probing_client(), options), target / PROBE_NAME
+    store.put(probe, b"An object at this place was tried.")
+    with suppress(UserError, TransferError):
+        store.delete(probe)
+
+
+def probing_client() -> S3Client:
+    """A client that gives up soon."""
+    return s3_client(attempts=2, timeout=5)
+
+
 def list_objects(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> dict[str, int]:
     """The objects below a prefix: relative key -> size in bytes.
 
@@ -94,6 +117,22 @@ def list_objects(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Clie
         DownloadError: the server can't be reached or fails.
     """
     return Store(client or s3_client(), options).sizes(source)
+
+
+def find_objects(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> dict[str, Found]:
+    """As :func:`list_objects`, with the objects' entity tags."""
+    return Store(client or s3_client(), options).listed(source)
+
+
+def find_object(uri: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> Found:
+    """What the server says of an object.
+
+    Raises:
+        UserError: no such bucket, no permission, no credentials.
+        NoSuchObject: there is none of this key.
+        DownloadError: the server can't be reached or fails.
+    """
+    return Store(client or s3_client(), options).find(uri)
 
 
 def get_object(uri: S3Uri, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> bytes | None:
@@ -124,6 +163,19 @@ def put_object(uri: S3Uri, body: bytes, options: S3Options = DEFAULTS, *, client
         UploadError: the server can't be reached or fails.
     """
     Store(client or s3_client(), options).put(uri, body)
+
+
+def create_object(uri: S3Uri, body: bytes, options: S3Options = DEFAULTS, *, client: S3Client | None = None) -> bool:
+    """Writes one object unless another one is there; of several writers one does it.
+
+    Returns:
+        whether the object with this content is there.
+
+    Raises:
+        UserError: no such bucket, no permission, no credentials.
+        UploadError: the server can't be reached or fails.
+    """
+    return Store(client or s3_client(), options).create(uri, body)
 
 
 def upload_directory(
@@ -363,8 +415,17 @@ def read_manifest(source: S3Uri, options: S3Options = DEFAULTS, *, client: S3Cli
 
 def _find_manifest(source: S3Uri, store: Store) -> Manifest | None:
     text = get_object(source / MANIFEST_NAME, store.options, client=store.client)
+    return None if text is None else parse_manifest(source, text)
+
+
+def parse_manifest(source: S3Uri, text: bytes) -> Manifest:
+    """Reads what lies at a prefix as its manifest.
+
+    Raises:
+        UserError: it is something else.
+    """
     try:
-        return None if text is None else Manifest.from_json(text)
+        return Manifest.from_json(text)
     except ValueError as error:
         raise UserError(f"{source / MANIFEST_NAME}: {error}: remove it or upload the directory again") from error
 

@@ -18,6 +18,8 @@ from dreambooth_sm.manifest import MANIFEST_NAME, ManifestEntry
 from dreambooth_sm.s3 import DownloadError, Part, Store, UploadError, explained
 from dreambooth_sm.s3_uri import S3Uri
 
+# What is on its way here is called so until it was compared with its checksum.
+UNCHECKED = ".unchecked"
 _MOST_PARTS = 10_000
 _CHUNK = 2**20
 
@@ -31,7 +33,7 @@ class Upload:
         self.store, self.path, self.name, self.uri = store, path, name, target / name
         with explained(self.uri, UploadError):
             self.size = path.stat().st_size
-        self.spans = _spans(self.size, max(part_size, -(-self.size // _MOST_PARTS)))
+        self.spans = spans(self.size, max(part_size, -(-self.size // _MOST_PARTS)))
         self.parts: dict[int, Part] = {}
         self.checksum = ""
         self.upload_id = ""
@@ -90,8 +92,8 @@ class Download:
 
     def __init__(self, store: Store, uri: S3Uri, entry: ManifestEntry, path: Path, part_size: int) -> None:
         self.store, self.uri, self.entry, self.path = store, uri, entry, path
-        self.unchecked = path.with_name(f".{uuid4().hex}.unchecked")
-        self.spans = _spans(entry.size, part_size)
+        self.unchecked = path.with_name(f".{uuid4().hex}{UNCHECKED}")
+        self.spans = spans(entry.size, part_size)
         # What the parts have to be of, as the server tells it.
         self.etag, self.kept = "", ""
         self.checksums: dict[int, int] = {}
@@ -166,7 +168,7 @@ def do_all(tasks: Iterable[Callable[[], object]], workers: int) -> None:
             pass
 
 
-def _spans(size: int, part_size: int) -> list[tuple[int, int]]:
+def spans(size: int, part_size: int) -> list[tuple[int, int]]:
     """First byte and size of each part of a file; an empty file has one."""
     return [(first, min(part_size, size - first)) for first in range(0, max(1, size), part_size)]
 

@@ -27,6 +27,8 @@ from launcher.fleets.fleet import Fleet
 from launcher.fleets.status import FleetStatus
 from launcher.jobs.job import Job, JobFailed, JobStopped
 from launcher.local.run import local_services
+from launcher.pipelines.api import attach_pipeline, pipeline, pipeline_request, sagemaker_pipeline
+from launcher.pipelines.pipeline import PipelineExecution, TrainingPipeline
 from launcher.registry.packages import ModelPackage
 from launcher.resources import Resources
 from launcher.tuning.api import attach_tuning, check_tuning, tune, tuning_request
@@ -44,15 +46,18 @@ __all__ = [
     "JobStopped",
     "JobSummary",
     "ModelPackage",
+    "PipelineExecution",
     "Resources",
     "ServiceError",
     "StreamedPicture",
+    "TrainingPipeline",
     "Trial",
     "Tuning",
     "TuningStatus",
     "attach",
     "attach_endpoint",
     "attach_fleet",
+    "attach_pipeline",
     "attach_tuning",
     "check",
     "check_many",
@@ -68,7 +73,10 @@ __all__ = [
     "local_services",
     "model_trainer",
     "notify",
+    "pipeline",
+    "pipeline_request",
     "request",
+    "sagemaker_pipeline",
     "stop_notifying",
     "tune",
     "tuning_request",

@@ -24,12 +24,14 @@ from dreambooth_sm.errors import EXIT_OK, Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.printing import redact
 from dreambooth_sm.storage import S3Uri, TransferError
-from launcher import endpoint_commands, tuning_commands
+from launcher import endpoint_commands, pipeline_commands, tuning_commands
 from launcher.aws.iam import (
     endpoint_policy,
     events_policy,
     execution_policy,
     notebook_policy,
+    pipeline_policy,
+    pipeline_role_policy,
     registry_policy,
     trust_policy,
 )
@@ -178,6 +180,13 @@ def _tell_of_tuning(tuning: launcher.Tuning, grid: Path | None) -> None:
         print(f"pictures: {grid}")
 
 
+def pipeline(
+    group: str, require: list[str], approval: str, check_instance: str, dry_run: bool, start: bool, **options: Any
+) -> None:
+    how = {"group": group, "approval": approval, "check_instance": check_instance, "dry_run": dry_run}
+    pipeline_commands.make(require, start and not dry_run, {**how, **_read(options)})
+
+
 def check(**options: Any) -> None:
     launcher.check(**_read(options))
 
@@ -211,7 +220,11 @@ def iam(
         "notebook, for endpoints": endpoint_policy(account=account, region=region, partition=partition),
         "notebook, for the registry": registry_policy(account=account, region=region, partition=partition),
         "notebook, for events": events_policy(account=account, region=region, partition=partition),
+        "notebook, for pipelines": pipeline_policy(account=account, region=region, partition=partition),
         "execution": execution,
+        "execution, for pipelines": pipeline_role_policy(
+            account=account, region=region, role=role, partition=partition
+        ),
         "execution role's trust": trust_policy(),
     }
     print(json.dumps(policies, indent=2))
@@ -275,6 +288,9 @@ _IN_AN_ACCOUNT = (
     register,
     notify,
     stop_notifying,
+    pipeline,
+    pipeline_commands.run_pipeline,
+    pipeline_commands.delete_pipeline,
     *endpoint_commands.COMMANDS,
 )
 
@@ -357,6 +373,15 @@ def _parser(*, everything: bool) -> command_line.Parser:
     looked_at.add_argument("--no_wait", action="store_true", help="only print how far it is")
     for command in (search, looked_at):
         command.add_argument("--grid", type=Path, help="file for pictures of the best trials, side by side")
+
+    piped = add(pipeline, "pipeline", "Check everything, and make a pipeline that trains, measures and registers")
+    piped.usage = (
+        "dreambooth-launcher pipeline IMAGES ... --group GROUP --require MEASURE=NUMBER ... [--NAME VALUE] ..."
+    )
+    piped.add_argument("images", nargs="+", help=Data.model_fields["images"].description)
+    add_options(piped, own, _group, everything=everything, defaults={"instance_type": "auto"})
+    pipeline_commands.add_options_of_pipelines(piped)
+    pipeline_commands.add_run(add)
 
     endpoint_commands.add_commands(add, _count)
     add(instances, "instances", "Print what usual jobs need on each instance type, as a Markdown table")

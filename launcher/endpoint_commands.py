@@ -66,8 +66,9 @@ def add_commands(
     command.add_argument("--instance_type", default="local", help="ml.g5.xlarge, ...; auto: the cheapest that fits")
     for name, help in (
         ("name", "of the endpoint"),
-        ("base_model", "that an adapter lies beside: an s3:// prefix or a hub id"),
+        ("base_model", "that an adapter lies beside: a directory, an s3:// prefix or a hub id"),
         ("adapters", "an s3:// prefix, or a folder, with the adapters that requests may name"),
+        ("bucket", "that what lies on this machine goes to; SageMaker's own if left out"),
         ("role", "name or ARN of the execution role"),
         ("image_uri", "of the image; found if left out"),
         ("asynchronous", "s3:// prefix that answers go to, of an endpoint that is asked by way of S3"),

@@ -1,14 +1,15 @@
 """Estimates of a job's time and cost on an instance type, made without a GPU or an account.
 
 The steps of each plan were measured on an H200 (docs/performance.md), on its own memory or under the cap of the card
-that the plan is for (``dreambooth_sm/planning/measured``). Other cards are scaled from it by their data sheets: half of
-a step is taken to follow 16-bit arithmetic and half memory bandwidth. Downloads and the start of the container are
-assumed, not measured.
+that the plan is for (``dreambooth_sm/planning/measured``). Other cards are computed from it, by their data sheets and
+what a step computes and moves (:mod:`dreambooth_sm.planning.roofline`). The parts of a job beside its steps are
+:mod:`launcher.parts`. Where an account has run jobs that are like it, these say how long its parts take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from dreambooth_sm.errors import UserError
@@ -21,7 +22,10 @@ from dreambooth_sm.planning.figures import figure
 from dreambooth_sm.planning.length import length_of
 from dreambooth_sm.planning.measuring import measured_pictures
 from dreambooth_sm.planning.plan import Plan
+from dreambooth_sm.planning.roofline import slowdown
 from launcher.instances import INSTANCES, PRICES, Instance
+from launcher.jobs.times import Median
+from launcher.parts import NOTHING, JobPart, Known, after_training, before_training, pool_lines
 
 # The family whose steps and class images were timed; what those of the others cost is relative to it.
 _TIMED = next(iter(FAMILIES))
@@ -35,8 +39,10 @@ _FORWARD_SHARE = 0.5
 _SEVERAL_CARDS = figure("shared", "several_cards_cost")
 # Class images on the H200: GPU seconds of a picture in a large batch, and the host's seconds for a batch.
 _CLASS_IMAGE_S, _CLASS_BATCH_HOST_S = 1 / figure(_TIMED, "class_images_per_s"), figure("shared", "class_batch_host_s")
-# Assumed: pulling the image, fetching the base model and loading it; saving the model and sending it to S3.
-_START_MINUTES, _END_MINUTES = figure("shared", "start_minutes"), figure("shared", "end_minutes")
+# Before the first step of a job: kernels are compiled or read, and the step is captured.
+_FIRST_STEP_S = figure("shared", "first_step_s")
+# The card whose steps were measured.
+_MEASURED_CARD = "H200"
 # An instance type is chosen for a time limit only if the estimate leaves it this much room.
 MARGIN = 1.5
 
@@ -46,10 +52,13 @@ class Estimate:
     """The time, memory and money that a job needs on an instance type.
 
     Attributes:
-        minutes: billed minutes that are expected, the start of the container included; None on CPUs.
+        minutes: billed minutes that are expected, from the start of the instance; None on CPUs.
         usd: the same in dollars on demand, for all instances; None where the price is not known.
         training_minutes: of them, those of the steps alone; 0 on CPUs.
         length_note: what several processes change about the length of the training.
+        parts: what the minutes are made of, in order, with the wait that is not billed.
+        known: what the account said of the job.
+        notes: on warm pools.
     """
 
     instance: Instance
@@ -60,6 +69,19 @@ class Estimate:
     usd: float | None
     training_minutes: float = 0.0
     length_note: str | None = None
+    parts: tuple[JobPart, ...] = ()
+    known: Known = NOTHING
+    notes: tuple[str, ...] = ()
+
+    @property
+    def waiting_minutes(self) -> float:
+        """Minutes before the billed ones: until there is an instance."""
+        return sum(part.seconds for part in self.parts if not part.is_billed) / 60
+
+    @property
+    def whole_minutes(self) -> float | None:
+        """Minutes from the request to the end; None on CPUs."""
+        return None if self.minutes is None else self.waiting_minutes + self.minutes
 
     def lines(self) -> list[str]:
         """For people: instance, plan, memory, time and cost."""
@@ -78,15 +100,21 @@ class Estimate:
             lines.append("time: no estimate for CPUs; choose an instance type with a GPU for more than a trial")
         else:
             cost = "at an unknown price" if self.usd is None else f"about ${self.usd:.2f} on demand ({PRICES})"
-            lines.append(f"estimate: about {self.minutes:.0f} minutes, {cost}")
+            lines.append(
+                f"estimate: about {self.whole_minutes:.0f} minutes, {cost}; {self.minutes:.0f} minutes are billed"
+            )
+            lines += [*(f"  {part.line()}" for part in self.parts), *self.notes]
         return lines
 
 
-def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int = 1, pictures: int = 5) -> Estimate:
+def estimate_on(
+    h: Hyperparameters, instance: Instance, *, instance_count: int = 1, pictures: int = 5, known: Known = NOTHING
+) -> Estimate:
     """The plan for an instance type's card, and how long the job will take and cost with it.
 
     Args:
         pictures: of the subject, for a length that is given in epochs.
+        known: what the account says of such jobs.
 
     Raises:
         UserError: where the job can't run on this card; the message says what would.
@@ -97,30 +125,82 @@ def estimate_on(h: Hyperparameters, instance: Instance, *, instance_count: int =
     length = length_of(h, pictures, processes)
     if plan.device == "cpu":
         return Estimate(instance, instance_count, h.method, plan, None, None, length_note=length.note)
-    slower = slowdown(instance.card)
-    size = (h.resolution / 512) ** 2
-    step = _step_seconds(plan, slower, h.method)
+    training = _step_of(h, plan, instance, processes) * length.steps
+    is_measured = instance.card.name == _MEASURED_CARD
+    source = "measured" if is_measured else f"measured on an {_MEASURED_CARD}, computed for this card"
+    steps = JobPart(f"{length.steps} steps", training + _FIRST_STEP_S, source)
+    if ratio := _own_ratio(known, instance, instance_count):
+        training *= ratio.value
+        steps = JobPart(
+            steps.name, steps.seconds * ratio.value, f"{ratio.value:.2g} x what was expected, {ratio.source}"
+        )
+    parts = [*before_training(h, known), *_drawn(h, plan, instance, processes, length.steps, source), steps]
+    parts.append(after_training(h, plan, known))
+    minutes = sum(part.seconds for part in parts if part.is_billed) / 60
+    price = instance.usd_per_hour
+    usd = None if price is None else minutes / 60 * price * instance_count
+    return Estimate(
+        instance,
+        instance_count,
+        h.method,
+        plan,
+        minutes,
+        usd,
+        training / 60,
+        length.note,
+        tuple(parts),
+        known,
+        tuple(pool_lines(h, known)),
+    )
+
+
+def _step_of(h: Hyperparameters, plan: Plan, instance: Instance, processes: int) -> float:
+    """Seconds of one optimizer step of a job."""
     samples: float = h.train_batch_size * (2 if h.prior_preservation else 1)
     if asks_base(h):
         samples += h.train_batch_size * _FORWARD_SHARE
-    relative = h.facts.relative.cost
-    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * size * relative * figure(h.architecture, "step_cost")
-    step *= h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
-    training = seconds = step * length.steps
-    image = _CLASS_IMAGE_S * slower * size * relative * figure(h.architecture, "class_image_cost")
+    step = _step_seconds(plan, _slowdown(h, instance), h.method)
+    step *= _FIXED_SHARE + (1 - _FIXED_SHARE) * samples / 2 * _size(h) * figure(h.architecture, "step_cost")
+    return step * h.gradient_accumulation_steps * (_SEVERAL_CARDS if processes > 1 else 1)
+
+
+def _slowdown(h: Hyperparameters, instance: Instance) -> float:
+    whole = not METHODS[h.method].leaves_base
+    return slowdown(instance.card.name, h.architecture, whole=whole, base=_MEASURED_CARD)
+
+
+def _size(h: Hyperparameters) -> float:
+    """What pictures and model cost beside those that were timed, by arithmetic."""
+    return (h.resolution / 512) ** 2 * h.facts.relative.cost
+
+
+def _drawn(
+    h: Hyperparameters, plan: Plan, instance: Instance, processes: int, steps: int, source: str
+) -> Iterator[JobPart]:
+    """The pictures that a job draws: those of the class, and those that the model is measured by."""
+    image = _CLASS_IMAGE_S * _slowdown(h, instance) * _size(h) * figure(h.architecture, "class_image_cost")
 
     def drawing(pictures: float, batch_size: int) -> float:
         return pictures / batch_size * max(_CLASS_BATCH_HOST_S, batch_size * image)
 
     if h.prior_preservation and not asks_base_of_classes(h):
-        made = h.num_class_images * max(1, len(h.inline_concepts)) / processes
-        seconds += drawing(made, plan.sample_batch_size)
-    measured, on_the_way = measured_pictures(h, length.steps)
-    seconds += drawing(measured, plan.sample_batch_size) + drawing(on_the_way, 1)
-    minutes = _START_MINUTES + seconds / 60 + _END_MINUTES
-    price = instance.usd_per_hour
-    usd = None if price is None else minutes / 60 * price * instance_count
-    return Estimate(instance, instance_count, h.method, plan, minutes, usd, training / 60, length.note)
+        made = h.num_class_images * max(1, len(h.inline_concepts))
+        yield JobPart(f"{made} class images", drawing(made / processes, plan.sample_batch_size), source)
+    measured, on_the_way = measured_pictures(h, steps)
+    if measured or on_the_way:
+        seconds = drawing(measured, plan.sample_batch_size) + drawing(on_the_way, 1)
+        yield JobPart(f"{measured + on_the_way} pictures to measure", seconds, source)
+
+
+def _own_ratio(known: Known, instance: Instance, instance_count: int) -> Median | None:
+    """How long the account's jobs trained, beside what would have been expected of them."""
+    ratios = []
+    for values, seconds in known.own.trained:
+        with suppress(UserError):  # of another version, perhaps
+            expected = estimate_on(Hyperparameters.parse(values), instance, instance_count=instance_count)
+            if expected.training_minutes:
+                ratios.append(seconds / (60 * expected.training_minutes + _FIRST_STEP_S))
+    return Median.of(ratios)
 
 
 def cheapest_that_fits(h: Hyperparameters, instance_count: int, pictures: int) -> str:
@@ -130,14 +210,6 @@ def cheapest_that_fits(h: Hyperparameters, instance_count: int, pictures: int) -
     except UserError:
         return ""
     return f"; instance_type='auto' takes {found}"
-
-
-def slowdown(card: Card) -> float:
-    """Estimates by how much a card is slower than an H200: by 16-bit arithmetic (no sparsity) and memory bandwidth."""
-    tflops, bandwidth = (
-        figure("cards", f"H200.{key}") / figure("cards", f"{card.name}.{key}") for key in ("tflops", "tb_per_s")
-    )
-    return (tflops + bandwidth) / 2
 
 
 def choose_instance(
@@ -214,7 +286,7 @@ def _cell(h: Hyperparameters, instance: Instance) -> str:
     except UserError:
         return "does not fit"
     cost = "" if found.usd is None else f", ${found.usd:.2f}"
-    time = "" if found.minutes is None else f", {found.minutes:.0f} min"
+    time = "" if found.whole_minutes is None else f", {found.whole_minutes:.0f} min"
     return f"{found.plan.tier}, {found.plan.predicted_peak_gb:.1f} GB{time}{cost}"
 
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,17 @@ from dreambooth_sm.storage import S3Options, S3Uri
 from launcher.aws.account import Account
 from launcher.aws.clients import Clients
 from launcher.aws.lookup import MANIFEST_FILE, Listed, Lookup
+from launcher.aws.service_errors import ServiceError
 from launcher.channels import MANIFEST, Channel
 from launcher.draft import Draft, read_draft
 from launcher.estimates import Estimate, cheapest_that_fits, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
 from launcher.jobs.job import Job
+from launcher.jobs.times import OwnTimes, own_times
+from launcher.jobs.warm_pools import WarmPool, find_warm_pools
 from launcher.local.program import CONTAINER
 from launcher.local.run import run_locally
+from launcher.parts import Known, keeping_line
 from launcher.resources import Resources
 from launcher.staging import Files, digest, lay_out_files, stage
 from launcher.submit import submit
@@ -287,7 +291,22 @@ def prepare(
     with draft.problems.collected():
         request = training_request(h, resources, channels or {IMAGES_CHANNEL: Channel(resources.workspace / "unknown")})
     draft.problems.found += find_secrets(request, os.environ)
+    if account is not None and thorough and not draft.problems.found:
+        chosen = estimate_on(
+            h,
+            chosen.instance,
+            instance_count=resources.instance_count,
+            pictures=draft.pictures,
+            known=_look_around(account, request),
+        )
+    with draft.problems.collected():
+        _check_limit(chosen, resources.max_minutes)
     draft.raise_any()
+    if resources.keep_alive:
+        hourly = chosen.instance.usd_per_hour
+        price = None if hourly is None else hourly * resources.instance_count
+        kept = keeping_line(h, chosen.known, resources.keep_alive, price)
+        chosen = replace(chosen, notes=(*chosen.notes, kept))
     warnings = (*draft.warnings, *(account.warnings if account else ()))
     missing, build = (account.missing_bucket, account.build) if account else (None, None)
     return PreparedJob(
@@ -336,13 +355,29 @@ def _choose_instance(draft: Draft) -> Estimate | None:
         except UserError as error:
             more = cheapest_that_fits(h, count, draft.pictures)
             raise UserError([*error.problems[:-1], error.problems[-1] + more]) from None
-        if limit is not None and chosen.minutes is not None and chosen.minutes > limit:
-            raise UserError(
-                f"max_minutes={limit}: the job is expected to take about {chosen.minutes:.0f} minutes on "
-                f"{instance.name}; allow more, train fewer steps, or choose instance_type='auto'"
-            )
         return chosen
     return None
+
+
+def _look_around(account: Account, request: Mapping[str, Any]) -> Known:
+    """What the account's last jobs and warm pools say about a request's job. What can't be looked at becomes a
+    warning."""
+    own, pools = OwnTimes(), list[WarmPool]()
+    try:
+        own = own_times(account.clients, request)
+        pools = find_warm_pools(account.clients, request)
+    except ServiceError as error:
+        account.warnings.append(f"estimate: more of it is assumed than need be: {error}")
+    return Known(account.image_bytes, own, tuple(pools))
+
+
+def _check_limit(chosen: Estimate, limit: int | None) -> None:
+    """Raises UserError where a job is not expected to be done in time, which counts from the start of its instance."""
+    if limit is not None and chosen.minutes is not None and chosen.minutes > limit:
+        raise UserError(
+            f"max_minutes={limit}: the job is expected to take about {chosen.minutes:.0f} minutes on "
+            f"{chosen.instance.name}; allow more, train fewer steps, or choose instance_type='auto'"
+        )
 
 
 def _complete(resources: Resources, draft: Draft, account: Account | None) -> Resources:

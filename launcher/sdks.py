@@ -110,32 +110,29 @@ def model_trainer(request: Mapping[str, Any], session: Session | None = None) ->
     vpc, isolated = request.get("VpcConfig"), request.get("EnableNetworkIsolation")
     networking = None
     if vpc or isolated:
-        networking = Networking(**_snake(vpc or {}), enable_network_isolation=isolated)
+        networking = Networking(**snake(vpc or {}), enable_network_isolation=isolated)
     spot = request.get("EnableManagedSpotTraining")
     trainer = ModelTrainer(
         training_image=request["AlgorithmSpecification"]["TrainingImage"],
         role=request["RoleArn"],
         base_job_name=request["TrainingJobName"],
-        compute=Compute(**_snake(request["ResourceConfig"]), enable_managed_spot_training=spot),
+        compute=Compute(**snake(request["ResourceConfig"]), enable_managed_spot_training=spot),
         networking=networking,
-        stopping_condition=StoppingCondition(**_snake(request["StoppingCondition"])),
-        output_data_config=OutputDataConfig(**_snake(request["OutputDataConfig"])),
-        input_data_config=[Channel(**_snake(channel)) for channel in request["InputDataConfig"]],
-        checkpoint_config=CheckpointConfig(**_snake(request["CheckpointConfig"])),
+        stopping_condition=StoppingCondition(**snake(request["StoppingCondition"])),
+        output_data_config=OutputDataConfig(**snake(request["OutputDataConfig"])),
+        input_data_config=[Channel(**snake(channel)) for channel in request["InputDataConfig"]],
+        checkpoint_config=CheckpointConfig(**snake(request["CheckpointConfig"])),
         hyperparameters=dict(request["HyperParameters"]),
         environment=dict(request.get("Environment", {})),
-        tags=[Tag(**_snake(tag)) for tag in request.get("Tags", [])] or None,
+        tags=[Tag(**snake(tag)) for tag in request.get("Tags", [])] or None,
         sagemaker_session=SageMakerSession(session) if session else None,
     )
     if retry := request.get("RetryStrategy"):
-        trainer = trainer.with_retry_strategy(RetryStrategy(**_snake(retry)))
+        trainer = trainer.with_retry_strategy(RetryStrategy(**snake(retry)))
     if events := request.get("TensorBoardOutputConfig"):
-        trainer = trainer.with_tensorboard_output_config(TensorBoardOutputConfig(**_snake(events)))
+        trainer = trainer.with_tensorboard_output_config(TensorBoardOutputConfig(**snake(events)))
     return trainer.with_metric_definitions(
-        [
-            MetricDefinition(**_snake(definition))
-            for definition in request["AlgorithmSpecification"]["MetricDefinitions"]
-        ]
+        [MetricDefinition(**snake(definition)) for definition in request["AlgorithmSpecification"]["MetricDefinitions"]]
     )
 
 
@@ -143,11 +140,12 @@ def _install(extra: str) -> str:
     return f"pip install 'dreambooth-sm[{extra}]', in an environment without the other SageMaker SDK"
 
 
-def _snake(value: Any) -> Any:
-    """``{"InstanceType": ...}`` as ``{"instance_type": ...}``, all the way down: the SDK 3 renames each field so."""
+def snake(value: Any) -> Any:
+    """A request as SDK 3 calls its fields, all the way down: ``{"InstanceType": ...}`` as ``{"instance_type": ...}``.
+    The names of variables stay."""
     if isinstance(value, Mapping):
-        return {_snake_case(name): _snake(each) for name, each in value.items()}
-    return [_snake(each) for each in value] if isinstance(value, list) else value
+        return {_snake_case(name): each if name == "Environment" else snake(each) for name, each in value.items()}
+    return [snake(each) for each in value] if isinstance(value, list) else value
 
 
 def _snake_case(name: str) -> str:

@@ -235,4 +235,5 @@ def hub(tiny_base: Path) -> Iterator[Hub]:
     files |= {"v1-5-pruned.ckpt": b"pickle", "safety_checker/model.safetensors": b"x", "README.md": b"x"}
     served = Hub(files)
     yield served
+    served.moves.set()
     served.server.shutdown()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -125,7 +125,7 @@ def merge_stored(layers: Layers, weights: Mapping[str, Stored], strength: float 
         def piece(start: int, stop: int) -> Tensor:
             return merged_weight(layer, weight.read().float(), strength).flatten()[start:stop]
 
-        return replace(weight, dtype=torch.float32, piece=piece, in_pieces=False)
+        return weight.of_pieces(piece, dtype=torch.float32, in_pieces=False)
 
     found = {name.removesuffix(".weight"): name for name in weights}
     return {**weights, **{found[name]: merged(layer, weights[found[name]]) for name, layer in layers.items()}}

@@ -17,7 +17,8 @@ class ModelFootprint:
     Attributes:
         denoiser, text_encoder, vae: millions of parameters; of all text encoders together.
         text_width: of the text encoders' states, side by side.
-        denoiser_coded, text_coded: those that can be kept in fewer bits (``base_weights``).
+        text_unread: those of the text encoders' layers that come after ``Facts.text_layers``.
+        denoiser_coded, text_coded: those that can be kept in fewer bits (``base_weights``), of what is read.
         largest_coded: those of the largest layer of them, which is made whole while it computes.
         vae_bytes: width of the VAE's values while pictures are drawn.
         trains_text_encoder: whether its text encoders are trained beside the denoiser where nobody says otherwise.
@@ -27,11 +28,17 @@ class ModelFootprint:
     text_encoder: float
     vae: float
     text_width: int
+    text_unread: float = 0.0
     denoiser_coded: float = 0.0
     text_coded: float = 0.0
     largest_coded: float = 29.5
     vae_bytes: int = 2
     trains_text_encoder: bool = True
+
+    @property
+    def text_read(self) -> float:
+        """Millions of parameters of the text encoders that compute."""
+        return self.text_encoder - self.text_unread
 
     @property
     def has_language_model(self) -> bool:
@@ -185,6 +192,7 @@ class Facts:
             ``takes`` says why.
         multiple: of which pictures' sides have to be, in pixels.
         longest_prompt: in tokens; None where a hyperparameter says it.
+        text_layers: how many of its language model's layers compute what is read of it; None for all.
         matches_flow: whether it is trained by flow matching.
         draws_latents: whether a picture's latents are drawn from what the VAE says of them; or else are its mean.
         takes: hyperparameters that have to have one of some values, each with these and the reason.
@@ -225,6 +233,7 @@ class Facts:
     overflows: bool = False
     multiple: int = 8
     longest_prompt: int | None = None
+    text_layers: int | None = None
     matches_flow: bool = False
     draws_latents: bool = True
     takes: Mapping[str, tuple[tuple[object, ...], str]] = field(default_factory=dict)

@@ -35,18 +35,20 @@ from dreambooth_sm.models import check_base
 from dreambooth_sm.preflight import (
     Checked,
     check_checkpoints,
+    check_target,
     check_trackers,
     find_unused_channels,
-    localize,
     preflight,
 )
 from dreambooth_sm.printing import safe, traceback_lines
 from dreambooth_sm.report import Reporter
 from dreambooth_sm.s3 import Store
-from dreambooth_sm.sagemaker import Contract
+from dreambooth_sm.sagemaker import Contract, localize
 from dreambooth_sm.shared import Shared
-from dreambooth_sm.storage import S3Uri, download_directory
+from dreambooth_sm.storage import S3Uri, check_writable, download_directory
 
+# So many failures for one reason, and no model, are not the subjects' own.
+_SAME_FAILURES = 3
 # A process that has no subjects left waits for the others; SageMaker's jobs end after 28 days.
 _PATIENCE = timedelta(days=28)
 Item = TypeVar("Item")
@@ -85,11 +87,16 @@ def run_fleet(h: Hyperparameters, contract: Contract, *, report: Reporter, stop:
             fleet.train(subjects[world.rank :: world.size])
         except StopRequested as request:
             stopped = request
-        told = world.gather((fleet.failures, str(stopped or "")))
-    if words := next((words for _, words in told if words), None):
+        told = world.gather((fleet.failures, str(stopped or ""), fleet.untried))
+    if words := next((words for _, words, _ in told if words), None):
         raise StopRequested(words)
-    if failures := [failure for found, _ in told for failure in found]:
+    if failures := [failure for found, _, _ in told for failure in found]:
         lines = [f"{len(failures)} of {len(subjects)} subjects failed; the others have their models"]
+        if untried := sum(count for _, _, count in told):
+            lines = [
+                f"the first {len(failures)} of {len(subjects)} subjects failed alike, and {untried} were not tried; "
+                "put right what they have in common"
+            ]
         raise SubjectsFailed("\n".join([*lines, *(f"{failure.subject}: {failure.reason}" for failure in failures)]))
 
 
@@ -108,6 +115,11 @@ def _read(h: Hyperparameters, contract: Contract, report: Reporter, stop: thread
             check_checkpoints(contract)
         with problems.collected():
             check_trackers(job.h, job.world)
+        with problems.collected():
+            check_target(job.h)
+        with problems.collected():
+            if job.h.fleet_outcomes:
+                check_writable(S3Uri.parse(job.h.fleet_outcomes), job.h.s3_options, client=upload_client(job.h))
         classes = {subject.values.get("class_prompt", h.class_prompt) for subject in subjects} - {None}
         if len(classes) > 1 and list_pictures(Path(job.h.class_data_dir)):
             problems.found.append(
@@ -128,6 +140,7 @@ class _Fleet:
 
     Attributes:
         failures: of those that have no model.
+        untried: how many were left out, as those before them have failed for one reason.
     """
 
     def __init__(
@@ -145,7 +158,7 @@ class _Fleet:
         self._list_directory = Path(str(local.fleet)).parent
         self._shared = Shared(outputs.scratch_directory(local))
         self._store: Store | None = None
-        self._ended = 0
+        self._ended = self._done = self.untried = 0
 
     def train(self, subjects: tuple[FleetSubject, ...]) -> None:
         """Trains one after another.
@@ -155,7 +168,13 @@ class _Fleet:
         """
         sent: Future[None] | None = None
         with ThreadPoolExecutor(1, "sends") as sender:
-            for subject, found in _ahead(self._prepare, subjects, self._use_own_card):
+            for number, (subject, found) in enumerate(_ahead(self._prepare, subjects, self._use_own_card)):
+                if self._fails_alike() and sent:
+                    sent.result()  # may have gone well
+                if self._fails_alike():
+                    _let_go(found)
+                    self.untried = len(subjects) - number
+                    break
                 prepared = self._result(subject, found)
                 if prepared:
                     self._report.metrics(subject=subject.id, state="started", ended=self._ended, of=len(subjects))
@@ -188,7 +207,7 @@ class _Fleet:
             return failed
         pictures = self._list_directory / self._contract.localize(subject.images)
         if subject.images.startswith("s3://"):
-            pictures = scratch / "pictures"
+            pictures = self._fetched(subject)
             download_directory(S3Uri.parse(subject.images), pictures)
         places = {"instance_data_dir": str(pictures), "models_path": self._models_path(subject)}
         if place.target:
@@ -199,6 +218,9 @@ class _Fleet:
         world = World(local_rank=self._world.local_rank)
         job = Context(h, h, contract, world, report, self._stop, contextlib.ExitStack(), self._shared)
         return Prepared(subject, place, job, preflight(job), scratch)
+
+    def _fetched(self, subject: FleetSubject) -> Path:
+        return self._scratch / subject.id / "pictures"
 
     def _models_path(self, subject: FleetSubject) -> str:
         return f"{self._h.models_path.rstrip('/')}/{subject.id}"
@@ -216,8 +238,7 @@ class _Fleet:
     def _result(self, subject: FleetSubject, found: Future[Prepared | Failure | None]) -> Prepared | None:
         """What :meth:`_prepare` came to; None where there is nothing to train."""
         if self._stop.is_set():
-            if (done := found.exception()) is None and isinstance(ready := found.result(), Prepared):
-                _discard(ready)
+            done = _let_go(found)
             raise StopRequested(f"before the subject {subject.id}; those before it have ended") from done
         try:
             prepared = found.result()
@@ -228,9 +249,18 @@ class _Fleet:
             self._show(prepared)
             return prepared
         state = "failed" if prepared else "there"
+        self._done += not prepared
         self._report.metrics(subject=subject.id, state=state)
         self.failures += [prepared] if prepared else []
         return None
+
+    def _fails_alike(self) -> bool:
+        """Whether what subjects fail with is not their own: the same of all that have ended."""
+        return (
+            not self._done
+            and len(self.failures) >= _SAME_FAILURES
+            and len({failure.reason for failure in self.failures}) == 1
+        )
 
     def _show(self, prepared: Prepared) -> None:
         """Lets a subject's log go where the job's goes, from its first line on."""
@@ -272,6 +302,7 @@ class _Fleet:
                 outputs.seal(job.directory, made.written, job.contract.job_name, start.schedule.steps)
             prepared.place.conclude()
             outputs.discard_checkpoints(start.checkpoints, start.identity)
+            self._done += 1
             self._report.metrics(subject=prepared.subject.id, state="done")
         except Exception as error:
             self._fail(prepared.subject, prepared.place, error)
@@ -284,6 +315,7 @@ class _Fleet:
         is_bad = isinstance(error, UserError)
         words = "; ".join(error.problems) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         reason = "; ".join([words, *getattr(error, "__notes__", ())])
+        reason = reason.replace(str(self._fetched(subject)), subject.images)  # people know the place in S3
         failure = Failure(subject.id, safe(reason), is_bad, self._contract.job_name)
         self.failures.append(failure)
         self._report.metrics(subject=subject.id, state="failed")
@@ -298,6 +330,13 @@ class _Fleet:
         if not isinstance(error, UserError):
             for line in traceback_lines(error):
                 self._report.say(line)
+
+
+def _let_go(found: Future[Prepared | Failure | None]) -> BaseException | None:
+    """Lets go of what was prepared and is not trained; the error that it came to, if any."""
+    if (error := found.exception()) is None and isinstance(ready := found.result(), Prepared):
+        _discard(ready)
+    return error
 
 
 def _discard(prepared: Prepared) -> None:

@@ -18,7 +18,8 @@ class MemoryKnobs(OptimizerKnobs):
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = knob("auto", "Precision of the forward and backward pass.")
     attention: Literal["auto", "default", "xformers", "flash_attention"] = knob(
         "auto",
-        "Attention kernels; default is torch's SDPA.",
+        "Attention kernels; default is torch's SDPA. With auto, jobs of few steps on a Hopper card or later take "
+        "flash_attention, which has nothing to compile.",
         resume="free",
     )
     gradient_checkpointing: bool | Auto = knob(

@@ -185,8 +185,8 @@ class Adapters:
     def reset(self, seed: int) -> None:
         # The magnitudes of DoRA begin as norms of the weights; all else begins by shapes alone.
         plan = self._plan if self._h.lora_variant == "dora" else replace(self._plan, base_weights="plain")
-        fresh = Adapters.of(self._base.with_parts({}), plan, self._h, seed)
-        fresh.load()
+        fresh = Adapters(self._base.with_parts({}), plan, self._h, self._adapted, seed)
+        fresh.load()  # beside layers of its own: those that are named here stay as they are
         values = fresh.parameters
         for name, parameter in self.parameters.items():
             parameter.data = values[name].detach()

@@ -7,8 +7,10 @@ from typing import Literal
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.knobs.training import DEFAULT_TRAIN_STEPS
 from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.cards import CARDS, Card
+from dreambooth_sm.planning.figures import figure
 from dreambooth_sm.planning.ladder import BaseWeights, Optimizer, Rung, Weights
 from dreambooth_sm.planning.memory import (
     drawing_gb,
@@ -18,8 +20,10 @@ from dreambooth_sm.planning.memory import (
     sampling_peak_gb,
 )
 from dreambooth_sm.planning.optimizers import ON_MASTERS
-from dreambooth_sm.planning.plan import EmaPlace, Plan, Precision
+from dreambooth_sm.planning.plan import AttentionKernels, EmaPlace, Plan, Precision
 
+# Compute capability from which on PyTorch prefers cuDNN's attention.
+_CUDNN_FROM = (9, 0)
 # Cards of this size draw 64 class images in seconds.
 _FAST_FROM_GIB = 36
 
@@ -148,7 +152,7 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
         state_bits=state_bits,
         update_in_backward=not keeps,
         gradient_checkpointing=_choose(h.gradient_checkpointing, rung.gradient_checkpointing),
-        attention="default" if h.attention == "auto" else h.attention,
+        attention=_attention(h, card, precision),
         # Volta and older have no fast fp16 kernels for it.
         channels_last=card.capability >= (7, 5),
         cuda_graph=optimizer != "adamw8bit" and h.cuda_graph is not False,
@@ -169,6 +173,17 @@ def _on(rung: Rung, ema_place: EmaPlace, h: Hyperparameters, card: Card) -> Plan
     most = h.facts.drawing.batch
     batches = [n for n in sizes if n <= most and sampling_peak_gb(n, h) <= card.budget_gb]
     return dataclasses.replace(plan, sample_batch_size=batches[0] if batches else 1)
+
+
+def _attention(h: Hyperparameters, card: Card, precision: Precision) -> AttentionKernels:
+    """From Hopper on, SDPA's kernels are cuDNN's, which a job compiles for each shape: seconds that short ones save."""
+    if h.attention != "auto":
+        return h.attention
+    steps = 0 if h.num_train_epochs else h.max_train_steps or DEFAULT_TRAIN_STEPS
+    pictures = steps * h.train_batch_size * h.gradient_accumulation_steps
+    is_short = 0 < pictures < figure(h.architecture, "cudnn_attention_from_steps") and h.fleet is None
+    has_both = card.capability >= _CUDNN_FROM and precision != "fp32"
+    return "flash_attention" if is_short and has_both else "default"
 
 
 def _reading(plan: Plan, h: Hyperparameters, card: Card) -> Plan:

@@ -54,6 +54,12 @@ def figure(name: str, key: str) -> float:
     return found.value
 
 
+def figures_below(name: str, start: str) -> dict[str, float]:
+    """The values of all figures of a file whose keys begin so, by the rest of their keys."""
+    found = _read_once(MEASURED / f"{name}.json")
+    return {key.removeprefix(start): each.value for key, each in found.items() if key.startswith(start)}
+
+
 def read_figures(path: Path) -> dict[str, Figure]:
     """All figures of a file, by their keys.
 

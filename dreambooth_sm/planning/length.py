@@ -41,11 +41,11 @@ def length_of(h: Hyperparameters, pictures: int, processes: int = 1) -> Length:
     rate = h.learning_rate * (batch if h.scale_lr else 1)
     if h.max_train_steps and "max_train_steps" in h.model_fields_set:
         return Length(h.max_train_steps, epoch, rate)
-    if h.num_train_epochs and not h.max_train_steps:
-        alone, steps = h.num_train_epochs * -(-pictures // of_one), h.num_train_epochs * epoch
+    if h.num_train_epochs and not h.max_train_steps:  # which more than four share: all see each picture so often
+        alone, sharing = h.num_train_epochs * -(-pictures // of_one), processes
     else:
-        alone = h.max_train_steps or DEFAULT_TRAIN_STEPS
-        steps = -(-alone // min(processes, _SHARED_BY))
+        alone, sharing = h.max_train_steps or DEFAULT_TRAIN_STEPS, min(processes, _SHARED_BY)
+    steps = -(-alone // sharing)
     if steps == alone:
         return Length(steps, epoch, rate)
     finds_rate = h.scale_lr or h.optimizer == "prodigy"

@@ -80,7 +80,7 @@ def frozen_gb(plan: Plan, model: ModelFootprint, encodes: bool) -> float:
     Args:
         encodes: whether its text encoders compute as well.
     """
-    computing = model.denoiser + (model.text_encoder if encodes else 0)
+    computing = model.denoiser + (model.text_read if encodes else 0)
     coded = model.denoiser_coded + (model.text_coded if encodes else 0)
     return _kept_gb(plan.base_weights, plan.precision, computing, coded, model.largest_coded)
 
@@ -89,7 +89,7 @@ def reading_gb(plan: Plan, model: ModelFootprint) -> float:
     """Highest allocation while text encoders that are language models read prompts, in GB: before all else; else 0."""
     if not model.has_language_model:
         return 0.0
-    weights = _kept_gb(plan.text_weights, plan.precision, model.text_encoder, model.text_coded, model.largest_coded)
+    weights = _kept_gb(plan.text_weights, plan.precision, model.text_read, model.text_coded, model.largest_coded)
     return weights + figure("shared", "reading_gb")
 
 

@@ -10,6 +10,7 @@ from dreambooth_sm.planning.ladder import BaseWeights, Optimizer, Weights
 
 Precision = Literal["fp32", "fp16", "bf16"]
 EmaPlace = Literal["no", "device", "cpu"]
+AttentionKernels = Literal["default", "xformers", "flash_attention"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Plan:
     state_bits: int
     update_in_backward: bool
     gradient_checkpointing: bool
-    attention: Literal["default", "xformers", "flash_attention"]
+    attention: AttentionKernels
     channels_last: bool
     cuda_graph: bool
     compile: bool

@@ -16,7 +16,7 @@ def serving_peak_gb(pictures: int, h: Hyperparameters) -> float:
     """
     model = h.facts.footprint
     # What draws class images lets go of these before.
-    kept = 2e-3 * model.text_encoder if model.has_language_model else 0.0
+    kept = 2e-3 * model.text_read if model.has_language_model else 0.0
     return sampling_peak_gb(pictures, h) + kept
 
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import OrderedDict, defaultdict
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dreambooth_sm import storage
-from dreambooth_sm.checksums import checksum_of, encoded
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.knobs.messages import short
-from dreambooth_sm.manifest import MANIFEST_NAME, Manifest
-from dreambooth_sm.methods.lora import FILE
 from dreambooth_sm.s3 import TransferError
 from dreambooth_sm.s3_uri import S3Uri
+from dreambooth_sm.serving.adapter_disk import AdapterDisk
+from dreambooth_sm.serving.adapter_s3 import AdapterInS3
 from dreambooth_sm.serving.fields import is_adapter_name
 from dreambooth_sm.serving.host_adapter import HostAdapter, Shapes, read_host_adapter
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.sources import is_s3
 
-_SAFETENSORS, _REPORT = ".safetensors", "report.json"
-# Bytes of a file: an adapter has some MB, and a learned word some KB.
-_LARGEST, _WORD = 2**30, 2**20
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 
 class AdapterStore:
@@ -33,10 +32,11 @@ class AdapterStore:
             can be had.
         shapes: of the weights of the model that they lie beside, and ``base``, what messages call that.
         size: bytes of the host's memory that they may take.
+        disk: keeps the files of those that come from S3.
     """
 
-    def __init__(self, place: str | None, shapes: Shapes, base: str, size: int) -> None:
-        self._place, self._shapes, self._base, self._size = place, shapes, base, size
+    def __init__(self, place: str | None, shapes: Shapes, base: str, size: int, disk: AdapterDisk) -> None:
+        self._place, self._shapes, self._base, self._size, self._disk = place, shapes, base, size, disk
         self._added: dict[str, str] = {}
         self._pinned: set[str] = set()
         self._kept: OrderedDict[str, HostAdapter] = OrderedDict()
@@ -134,13 +134,18 @@ class AdapterStore:
                 if not path.exists():
                     raise Refusal(f"adapters: {short(name)} is not known here", 404)
                 return read_host_adapter(name, path, self._shapes, self._base)
-            with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-                _download(S3Uri.parse(source), Path(folder), name)
-                return read_host_adapter(name, Path(folder), self._shapes, self._base)
+            found = AdapterInS3.find(name, S3Uri.parse(source), self._client)
+            with self._disk.files(found.identity, lambda folder: found.download(folder, self._client)) as folder:
+                return read_host_adapter(name, folder, self._shapes, self._base)
         except Refusal:
             raise
         except UserError as error:
             raise Refusal([f"adapters: {name}: {problem}" for problem in error.problems], 422) from None
+
+    @cached_property
+    def _client(self) -> S3Client:
+        """To make one takes longer than to bring an adapter here."""
+        return storage.s3_client()
 
     def _source(self, name: str) -> str:
         with self._lock:
@@ -149,33 +154,3 @@ class AdapterStore:
         if self._place is None or not is_adapter_name(name):
             raise Refusal(f"adapters: {short(name)} is not known here", 404)
         return f"{self._place.rstrip('/')}/{name}"
-
-
-def _download(source: S3Uri, folder: Path, name: str) -> None:
-    """Brings what is needed of an adapter here, and nothing else that a job left beside it.
-
-    Raises:
-        Refusal: where it is not there, or is not what its manifest says.
-    """
-    if source.prefix.endswith(_SAFETENSORS):
-        storage.download_object(source, folder / source.prefix.rpartition("/")[2])
-        return
-    sizes = storage.list_objects(source)
-    files = {key for key in sizes if key.endswith(_SAFETENSORS) and "/" not in key}
-    if not files:
-        raise Refusal(f"adapters: {short(name)} is not known here", 404)
-    if FILE in files:  # the others are learned words, or the same adapter once more
-        files = {key for key in files if key == FILE or sizes[key] <= _WORD}
-    if large := [key for key in files if sizes[key] > _LARGEST]:
-        raise Refusal(f"adapters: {name}: {large[0]} has {sizes[large[0]]:,} bytes, as no adapter has", 422)
-    manifest = storage.read_manifest(source) if MANIFEST_NAME in sizes else None
-    for key in sorted(files | ({_REPORT} & sizes.keys())):
-        storage.download_object(source / key, folder / key)
-        _check(manifest, key, folder / key, name)
-
-
-def _check(manifest: Manifest | None, key: str, path: Path, name: str) -> None:
-    """Raises Refusal where a file is not the one that its manifest lists."""
-    entry = next((each for each in manifest.files if each.path == key), None) if manifest else None
-    if entry and entry.crc64nvme and encoded(checksum_of(path.read_bytes())) != entry.crc64nvme:
-        raise Refusal(f"adapters: {name}: {key} is not what its manifest says; send it again", 422)

@@ -13,9 +13,9 @@ from PIL.Image import Image
 
 from dreambooth_sm.s3_uri import S3Uri
 from dreambooth_sm.serving.orders import Shown, Withheld
+from dreambooth_sm.serving.output_places import OutputPlaces
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import PictureFormat, PictureRequest
-from dreambooth_sm.storage import put_object
 
 # Twice as fast as the usual level, and a tenth larger.
 _PNG = {"compress_level": 1}
@@ -31,8 +31,11 @@ def encode_picture(picture: Image, form: PictureFormat) -> bytes:
     return file.getvalue()
 
 
-def answer(request: PictureRequest, pictures: Sequence[Image | Withheld]) -> tuple[bytes, str]:
+def answer(request: PictureRequest, pictures: Sequence[Image | Withheld], places: OutputPlaces) -> tuple[bytes, str]:
     """The body of an answer, and its type.
+
+    Args:
+        places: that pictures are put to, where the request names one.
 
     Raises:
         Refusal: where a picture is withheld, and the answer can't say so.
@@ -40,7 +43,7 @@ def answer(request: PictureRequest, pictures: Sequence[Image | Withheld]) -> tup
     """
     if request.manner == "ours":
         width, height = request.size
-        described = [_described(request, number, picture) for number, picture in enumerate(pictures)]
+        described = [_described(request, number, picture, places) for number, picture in enumerate(pictures)]
         content: dict[str, Any] = {"pictures": described, "format": request.format, "width": width, "height": height}
     else:
         shown = [each for each in pictures if not isinstance(each, Withheld)]
@@ -52,13 +55,13 @@ def answer(request: PictureRequest, pictures: Sequence[Image | Withheld]) -> tup
             )
         if request.manner == "picture":
             return encode_picture(shown[0], request.format), f"image/{request.format}"
-        content = _content(request, shown)
+        content = _content(request, shown, places)
     return json.dumps(content, separators=(",", ":")).encode(), "application/json"
 
 
-def _content(request: PictureRequest, pictures: Sequence[Image]) -> dict[str, Any]:
+def _content(request: PictureRequest, pictures: Sequence[Image], places: OutputPlaces) -> dict[str, Any]:
     if request.output is not None:
-        return {"result": [_put(request.output, each, request.format) for each in pictures]}
+        return {"result": [_put(places, request.output, each, request.format) for each in pictures]}
     prompt = request.prompts[0]
     found: list[Any]
     if request.manner == "encoded":
@@ -75,15 +78,18 @@ def _content(request: PictureRequest, pictures: Sequence[Image]) -> dict[str, An
     )
 
 
-def answer_line(request: PictureRequest, shown: Shown) -> bytes:
+def answer_line(request: PictureRequest, shown: Shown, places: OutputPlaces) -> bytes:
     """A line of an answer that comes bit by bit: of a picture, or of one while it is drawn.
+
+    Args:
+        places: as of :func:`answer`.
 
     Raises:
         UserError, TransferError: where the picture can't go to S3.
     """
     told: dict[str, Any] = {"number": shown.number}
     if shown.step is None or isinstance(shown.picture, Withheld):
-        return line_of({**told, **_described(request, shown.number, shown.picture), "format": request.format})
+        return line_of({**told, **_described(request, shown.number, shown.picture, places), "format": request.format})
     preview = _base64(encode_picture(shown.picture, "jpeg"))
     return line_of({**told, "step": shown.step, "steps": shown.steps, "picture": preview, "format": "jpeg"})
 
@@ -93,20 +99,19 @@ def line_of(told: Mapping[str, Any]) -> bytes:
     return json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
-def _described(request: PictureRequest, number: int, picture: Image | Withheld) -> dict[str, Any]:
+def _described(request: PictureRequest, number: int, picture: Image | Withheld, places: OutputPlaces) -> dict[str, Any]:
     """What an answer says of a picture, and where it is."""
     told: dict[str, Any] = {"prompt": request.prompts[number], "seed": request.seeds[number]}
     if isinstance(picture, Withheld):
         return {"withheld": picture.label, "certainty": round(picture.certainty, 3), **told}
     if request.output is not None:
-        return {"location": _put(request.output, picture, request.format), **told}
+        return {"location": _put(places, request.output, picture, request.format), **told}
     return {"picture": _base64(encode_picture(picture, request.format)), **told}
 
 
-def _put(prefix: S3Uri, picture: Image, form: PictureFormat) -> str:
-    place = prefix / f"{uuid.uuid4()}.{'jpg' if form == 'jpeg' else form}"
-    put_object(place, encode_picture(picture, form))
-    return str(place)
+def _put(places: OutputPlaces, prefix: S3Uri, picture: Image, form: PictureFormat) -> str:
+    name = f"{uuid.uuid4()}.{'jpg' if form == 'jpeg' else form}"
+    return str(places.put(prefix, name, encode_picture(picture, form)))
 
 
 def _base64(content: bytes) -> str:

@@ -20,6 +20,7 @@ from dreambooth_sm.s3 import TransferError
 from dreambooth_sm.serving.answers import answer, answer_line, line_of
 from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.log import RequestLine
+from dreambooth_sm.serving.output_places import OutputPlaces
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import LINES, read_addition, read_request
 from dreambooth_sm.serving.settings import LARGEST_BODY
@@ -46,6 +47,7 @@ class Service:
 
     def __init__(self) -> None:
         self.engine: Engine | None = None
+        self._places = OutputPlaces()
 
     def app(self) -> Starlette:
         """The application."""
@@ -70,9 +72,9 @@ class Service:
         try:
             order = await self._taken(request, line, shown)
             if order.request.manner == "lines":
-                return StreamingResponse(_lines(order, shown, line), 200, headers, media_type=LINES)
+                return StreamingResponse(_lines(order, shown, line, self._places), 200, headers, media_type=LINES)
             pictures = await _drawn(request, order)
-            body, kind = await run_in_threadpool(answer, order.request, pictures)
+            body, kind = await run_in_threadpool(answer, order.request, pictures, self._places)
             status = 200
         except Exception as error:
             status, problems = _why(error)
@@ -90,6 +92,7 @@ class Service:
             content_type=request.headers.get("Content-Type", ""),
             accept=request.headers.get("Accept", ""),
             adapter=request.headers.get(_ADAPTER),
+            check_output=self._places.check,
         )
 
         def tell(picture: Shown | None) -> None:
@@ -127,12 +130,14 @@ class Service:
         return self.engine
 
 
-async def _lines(order: Order, shown: asyncio.Queue[Shown | None], line: RequestLine) -> AsyncIterator[bytes]:
+async def _lines(
+    order: Order, shown: asyncio.Queue[Shown | None], line: RequestLine, places: OutputPlaces
+) -> AsyncIterator[bytes]:
     """An answer that comes bit by bit; what is wrong comes last, since its status is sent already."""
     status = _GONE
     try:
         while (picture := await shown.get()) is not None:
-            yield await run_in_threadpool(answer_line, order.request, picture)
+            yield await run_in_threadpool(answer_line, order.request, picture, places)
         order.pictures.result()
         status = 200
     except Exception as error:

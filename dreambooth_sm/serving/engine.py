@@ -19,6 +19,7 @@ from dreambooth_sm.latents import latent_channels
 from dreambooth_sm.memory import free_memory
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.sampling import decode
+from dreambooth_sm.serving.adapter_disk import AdapterDisk
 from dreambooth_sm.serving.adapter_store import AdapterStore
 from dreambooth_sm.serving.broken import show
 from dreambooth_sm.serving.offer import Offer
@@ -70,7 +71,8 @@ class Engine:
         shapes = {
             part: {k: v.shape for k, v in module.state_dict().items()} for part, module in self.model.modules.items()
         }
-        self.store = AdapterStore(settings.adapters, shapes, self.model.name, settings.adapter_bytes)
+        disk = AdapterDisk(settings.adapter_disk, settings.adapter_disk_bytes)
+        self.store = AdapterStore(settings.adapters, shapes, self.model.name, settings.adapter_bytes, disk)
         self._pipeline = self.model.pipeline()
         self._slots = AdapterSlots(self.model, settings.adapter_slots)
         self._safety = _safety_check(settings, self._device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -67,17 +67,29 @@ class PictureRequest:
         return step in {steps * part // (self.previews + 1) for part in range(1, self.previews + 1)} - {0}
 
 
+def _takes_all(place: S3Uri) -> None:
+    pass
+
+
 def read_request(
-    body: bytes, offer: Offer, *, content_type: str = _JSON, accept: str = "", adapter: str | None = None
+    body: bytes,
+    offer: Offer,
+    *,
+    content_type: str = _JSON,
+    accept: str = "",
+    adapter: str | None = None,
+    check_output: Callable[[S3Uri], None] = _takes_all,
 ) -> PictureRequest:
     """Reads and checks a request.
 
     Args:
         content_type, accept: of its headers.
         adapter: that a header names.
+        check_output: raises UserError where a place that pictures are to go to does not take them.
 
     Raises:
         Refusal: with everything that is wrong with it.
+        TransferError: S3 does not answer.
     """
     kind = content_type.partition(";")[0].strip().lower() or _JSON
     if kind == _TEXT:
@@ -88,11 +100,11 @@ def read_request(
         raise Refusal(f"Content-Type: {short(kind)} is not taken; send {_JSON}, or {_TEXT} with a prompt alone", 415)
     wanted = _wanted(accept)
     if _QUICK_KIT.keys() & {name for name, theirs in _QUICK_KIT.items() if theirs in values}:
-        return _Reading(values, offer, _OURS | _QUICK_KIT, "locations", wanted, adapter).request()
+        return _Reading(values, offer, _OURS | _QUICK_KIT, "locations", wanted, adapter, check_output).request()
     jumpstart = kind == _TEXT or wanted == "json;jpeg" or {*_JUMPSTART.values()} & values.keys()
     manner: Manner = "ours" if not jumpstart else "encoded" if wanted == "json;jpeg" else "arrays"
     names = _OURS | (_JUMPSTART if jumpstart else {})
-    return _Reading(values, offer, names, manner, wanted, adapter, single=kind == _TEXT).request()
+    return _Reading(values, offer, names, manner, wanted, adapter, check_output, single=kind == _TEXT).request()
 
 
 @dataclass(frozen=True)
@@ -178,13 +190,14 @@ class _Reading:
         manner: Manner,
         wanted: str,
         adapter: str | None,
+        check_output: Callable[[S3Uri], None],
         *,
         single: bool = False,
     ) -> None:
         self._offer, self._names, self._manner, self._wanted = offer, names, manner, wanted
         self._problems = Problems()
         self._fields = Fields(values, self._problems.found)
-        self._adapter, self._single = adapter, single
+        self._adapter, self._single, self._check_output = adapter, single, check_output
 
     def request(self) -> PictureRequest:
         fields, offer, limits = self._fields, self._offer, self._offer.settings
@@ -335,5 +348,7 @@ class _Reading:
         if self._manner == "picture":
             self._problems.found.append(f"{name}: the picture is the answer, as Accept says; leave it out")
         with self._problems.collected():
-            return S3Uri.parse(text)
+            place = S3Uri.parse(text)
+            self._check_output(place)
+            return place
         return None

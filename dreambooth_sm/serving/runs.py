@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreambooth_sm.families import Conditioning, Family
+from dreambooth_sm.objectives import Diffusion
 from dreambooth_sm.serving.bank import AdapterUse
 
 
@@ -44,6 +46,7 @@ class PictureRun:
         self.conditioning, self.adapters = conditioning, adapters
         self._times = list(scheduler.timesteps)
         self._position = 0
+        self._answer: tuple[Tensor, Tensor] | None = None
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((1, *shape), generator=generator).to(device)
         self.latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -73,8 +76,18 @@ class PictureRun:
         return self._position, len(self._times)
 
     def preview(self) -> Tensor:
-        """What it looks like before its next step: latents as :attr:`latents` are in the end."""
-        return self.noised()[:1]
+        """What it is about to look like, after a step: the clean latents that the denoiser's last answer points to."""
+        assert self._answer is not None
+        position, (seen, predicted) = self._position - 1, self._answer
+        if self._family.facts.matches_flow:
+            clean: Tensor = seen - self._scheduler.sigmas[position].to(seen.device) * predicted
+            return clean
+        trained = Diffusion.of(self._scheduler)
+        between = replace(
+            trained, alphas_cumprod=_share_left(trained.alphas_cumprod, float(self._times[position]))[None]
+        )
+        first = torch.zeros(1, dtype=torch.long, device=seen.device)
+        return between.to(seen.device).invert(seen, predicted, first)[0]
 
     @property
     def time(self) -> Tensor:
@@ -87,6 +100,7 @@ class PictureRun:
         latents = torch.cat([self.latents] * self.rows)
         if self._scales:
             latents = self._scheduler.scale_model_input(latents, self._times[self._position])
+        self._seen = latents[:1]
         return latents
 
     def take(self, predicted: Tensor) -> None:
@@ -98,6 +112,15 @@ class PictureRun:
         if self.rows == 2:
             without, asked = predicted.chunk(2)
             predicted = self._family.guide(asked, without, self._guidance)
+        self._answer = self._seen, predicted
         time = self._times[self._position]
         self.latents = self._scheduler.step(predicted, time, self.latents, return_dict=False, **self._noise)[0]
         self._position += 1
+
+
+def _share_left(alphas_cumprod: Tensor, time: float) -> Tensor:
+    """The share of a picture that is left at a time, which may lie between two that the model was trained with."""
+    sigmas = (1 / alphas_cumprod - 1).sqrt()
+    before = min(int(time), len(sigmas) - 1)
+    sigma = sigmas[before].lerp(sigmas[min(before + 1, len(sigmas) - 1)], time - before)
+    return 1 / (1 + sigma**2)

@@ -15,7 +15,7 @@ from dreambooth_sm.adapters.read import find_adapter, read_adapter
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
-from dreambooth_sm.models import RENAMED, PretrainedModel, open_base, read_stored
+from dreambooth_sm.models import PretrainedModel, open_base, read_stored
 from dreambooth_sm.serving.report import REPORT, trained_with
 from dreambooth_sm.sources import is_local
 from dreambooth_sm.stored.locate import INDEX
@@ -122,7 +122,7 @@ def open_beside(base: str | None, h: Hyperparameters | None, whose: str) -> Pret
     if base:
         return _open(base)
     name = h.pretrained_model_name_or_path if h else None
-    known = name and RENAMED.get(name, name)
+    known = name and sources.RENAMED.get(name, name)
     if h is None or not known or (is_local(known) and not Path(known).exists()):
         said = f"{name}, which is not here" if name else "a model that nothing names"
         raise UserError(
@@ -133,7 +133,7 @@ def open_beside(base: str | None, h: Hyperparameters | None, whose: str) -> Pret
 
 
 def _open(name: str) -> PretrainedModel:
-    return PretrainedModel.of(name, read_stored(sources.fetch(RENAMED.get(name, name))))
+    return PretrainedModel.of(name, read_stored(sources.fetch(sources.RENAMED.get(name, name))))
 
 
 def merged(base: PretrainedModel, adapter: Adapter) -> PretrainedModel:

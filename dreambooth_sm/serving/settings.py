@@ -26,6 +26,10 @@ class ServingSettings:
     adapters: str | None = _setting(None, "a folder or an `s3://` prefix: the adapter `zwx` lies below `zwx/` in it")
     adapter_slots: int = _setting(16, "adapters that pictures are drawn with at a time", 4)
     adapter_bytes: int = _setting(2 * 2**30, "of the host's memory, for adapters that were asked for lately")
+    adapter_disk: str | None = _setting(
+        None, "a folder for files of adapters from S3; among temporary files without it"
+    )
+    adapter_disk_bytes: int = _setting(8 * 2**30, "that they may take there; 0 keeps none")
     host: str = _setting("0.0.0.0", "address that the server listens at")
     batch: int = _setting(8, "pictures that are drawn at a time", 1)
     queue: int = _setting(64, "pictures that may wait; more are answered with 429 at once", 1)

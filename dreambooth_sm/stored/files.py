@@ -62,6 +62,8 @@ class Stored:
             each time where it comes from a file.
         in_pieces: whether a piece costs no more than its part of the whole; :meth:`spans` has one otherwise.
         companions: names of tensors beside it in its file, without which it can't be understood, nor with them.
+        every: makes a flat tensor of one element in so many, from the first on, without reading those between; None
+            where that is not possible.
     """
 
     dtype: torch.dtype
@@ -69,6 +71,7 @@ class Stored:
     piece: Callable[[int, int], Tensor]
     in_pieces: bool = True
     companions: tuple[str, ...] = ()
+    every: Callable[[int], Tensor] | None = None
 
     @property
     def numel(self) -> int:
@@ -84,6 +87,10 @@ class Stored:
     def read(self) -> Tensor:
         """All of it, on the CPU where it comes from a file."""
         return self.piece(0, self.numel).reshape(self.shape)
+
+    def sample(self, step: int) -> Tensor:
+        """One element in ``step``, from the first on, as a flat tensor."""
+        return self.every(step) if self.every else self.read().flatten()[::step]
 
     def load(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """All of it in this precision and place; what has to be converted or moved passes through in pieces."""
@@ -105,7 +112,13 @@ class Stored:
         """The same values in another precision."""
         if dtype == self.dtype:
             return self
-        return replace(self, dtype=dtype, piece=lambda start, stop: self.piece(start, stop).to(dtype))
+        every = self.every
+        cast = self.of_pieces(lambda start, stop: self.piece(start, stop).to(dtype), dtype=dtype)
+        return replace(cast, every=lambda step: every(step).to(dtype)) if every else cast
+
+    def of_pieces(self, piece: Callable[[int, int], Tensor], **changes: Any) -> Stored:
+        """Another tensor, which differs from this one in its pieces and in ``changes``."""
+        return replace(self, piece=piece, every=None, **changes)
 
     def reshaped(self, shape: tuple[int, ...]) -> Stored:
         return replace(self, shape=shape)
@@ -116,11 +129,11 @@ class Stored:
         def piece(start: int, stop: int) -> Tensor:
             return self.read().t().flatten()[start:stop]
 
-        return replace(self, shape=self.shape[::-1], piece=piece, in_pieces=False)
+        return self.of_pieces(piece, shape=self.shape[::-1], in_pieces=False)
 
     def part(self, first: int, shape: tuple[int, ...]) -> Stored:
         """A tensor of the elements from the number ``first`` on."""
-        return replace(self, shape=shape, piece=lambda start, stop: self.piece(first + start, first + stop))
+        return self.of_pieces(lambda start, stop: self.piece(first + start, first + stop), shape=shape)
 
     def third(self, number: int) -> Stored:
         """One of three equal parts along the first dimension."""
@@ -137,7 +150,7 @@ class Stored:
             spans = [(max(start - first, 0), min(stop - first, size)) for first in range(0, size * len(parts), size)]
             return torch.cat([part.piece(*span) for part, span in zip(parts, spans, strict=True) if span[0] < span[1]])
 
-        return replace(parts[0], shape=shape, piece=piece, in_pieces=all(part.in_pieces for part in parts))
+        return parts[0].of_pieces(piece, shape=shape, in_pieces=all(part.in_pieces for part in parts))
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,16 @@ def at(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> S
                 raise UserError(f"{path} ends in the middle of a tensor; copy it again")
         return tensor
 
-    return Stored(dtype, shape, piece)
+    def every(step: int) -> Tensor:
+        size, numel = dtype.itemsize, math.prod(shape)
+        with path.open("rb") as file:
+            # A call for each costs less than the page faults of a map.
+            items = [os.pread(file.fileno(), size, offset + number * size) for number in range(0, numel, step)]
+        if any(len(item) < size for item in items):
+            raise UserError(f"{path} ends in the middle of a tensor; copy it again")
+        return torch.frombuffer(bytearray(b"".join(items)), dtype=dtype)
+
+    return Stored(dtype, shape, piece, every=every if math.prod(shape) else None)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

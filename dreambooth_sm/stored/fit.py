@@ -13,6 +13,7 @@ from dreambooth_sm.data.prompts import encode, encode_two
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.stored.configs import plainly
 from dreambooth_sm.stored.model import Pipeline, configs_of, rules_of
+from dreambooth_sm.stored.quick_shapes import QuickShapes
 
 _SAME_MODEL = "take weights and configuration of the same model"
 # Latents a side that a pass through the modules is tried with; UNets halve it up to three times.
@@ -69,7 +70,8 @@ def check_fit(pipeline: Pipeline, name: str) -> None:
     if not problems:
         configs = json.dumps([configs_of(pipeline), [each.model_max_length for each in tokenizers]], default=repr)
         if configs not in _FOUND_TO_RUN:
-            problems = _run(pipeline, xl, tokenizers, encoders)
+            with QuickShapes():
+                problems = _run(pipeline, xl, tokenizers, encoders)
             if not problems:
                 _FOUND_TO_RUN.add(configs)
     if problems:

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Literal
 
-from dreambooth_sm import sources
+from dreambooth_sm import sources, warm_pool
 from dreambooth_sm.errors import UserError
 
 FileKind = Literal["safetensors", "pickle", "archive"]
@@ -114,7 +114,7 @@ def _unpack(archive: Path) -> Path:
     directory = kept / identity
     with sources.locked(kept / f"{identity}.lock"):
         if not directory.is_dir():
-            partial = directory.with_suffix(".partial")
+            partial = directory.with_suffix(warm_pool.UNFINISHED)
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             try:

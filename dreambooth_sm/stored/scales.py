@@ -49,7 +49,7 @@ def _multiplied(weight: Stored, scales: Tensor) -> Stored:
         factors = scales[torch.arange(start, stop) // row] if len(scales) > 1 else scales
         return weight.piece(start, stop).float() * factors
 
-    return replace(weight, dtype=torch.float32, piece=piece)
+    return weight.of_pieces(piece, dtype=torch.float32)
 
 
 def _owner(name: str, tensors: Mapping[str, Stored]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,11 +28,18 @@ def attention_context(plan: Plan, denoiser: Any, device: torch.device, warn: Cal
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             warn(f"attention=xformers can't run here ({reason}); SDPA serves instead")
     if plan.attention == "flash_attention":
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        return lambda: sdpa_kernel(backends, set_priority=True)
+        return partial(planned_kernels, plan)
     return gradients_as_results_lie if device.type == "cuda" else contextlib.nullcontext
+
+
+def planned_kernels(plan: Plan) -> contextlib.AbstractContextManager[Any]:
+    """The kernels of SDPA that the plan names. What is drawn takes them as well: others would be compiled for it."""
+    if plan.attention != "flash_attention":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(backends, set_priority=True)
 
 
 @contextlib.contextmanager

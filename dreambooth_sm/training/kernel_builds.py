@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 
 import dreambooth_sm.quiet  # noqa: F401 - what jobs set for Triton is part of what it looks kernels up by
-from dreambooth_sm.training.kernels import folder_of, obstacle
+from dreambooth_sm.training.kernels import folder_of, launchers_of, obstacle
 from dreambooth_sm.training.moments import BLOCK_FORMATS, BlockFormat, DeviceScalars, Moments
 from dreambooth_sm.training.quantised import LEVELS, quantise
 
@@ -35,6 +38,8 @@ ARCHITECTURES = {
     (10, 0): torch.bfloat16,  # B200
     (12, 0): torch.bfloat16,  # RTX Pro 6000
 }
+# Stable Diffusion is drawn in the first, and VAEs that overflow in it in the second.
+_DRAWN = (torch.float16, torch.float32)
 
 
 class StandIn:
@@ -76,18 +81,23 @@ def compiling_for(capability: tuple[int, int]) -> Iterator[list[Any]]:
         driver._active, triton.JITFunction.run = before, run
 
 
-def launch_all(dtype: torch.dtype, formats: list[BlockFormat] | None = None) -> None:
+def launch_all(dtype: torch.dtype, *, as_trained: bool = False) -> None:
     """Launches each kernel in all the ways that Triton tells apart: types, options, and numbers divisible by 16.
 
     Args:
-        dtype: of weights and activations.
-        formats: of the optimizer's moments; all of them where nothing is said.
+        dtype: of weights and activations in training.
+        as_trained: leaves out other types, which are drawn in, and all moments of the optimizer but those of 8 bits
+            with residuals.
     """
     launch_quantised(dtype)
     launch_group_norm(dtype)
+    for drawn in () if as_trained else {*_DRAWN} - {dtype}:
+        launch_group_norm(drawn, backward=False)
     launch_rms_norm(dtype)
     launch_modulation(dtype)
-    launch_optimizer(dtype, list(BLOCK_FORMATS.values()) if formats is None else formats)
+    for fmt in [BLOCK_FORMATS[8]] if as_trained else BLOCK_FORMATS.values():
+        for residual in (True,) if as_trained else (True, False):
+            launch_optimizer(dtype, fmt, residual=residual)
 
 
 def launch_quantised(dtype: torch.dtype) -> None:
@@ -97,13 +107,13 @@ def launch_quantised(dtype: torch.dtype) -> None:
     kernels.dequantised(*quantise(torch.ones(64, 128), "nf4", dtype), torch.tensor(LEVELS, dtype=dtype))
 
 
-def launch_group_norm(dtype: torch.dtype) -> None:
+def launch_group_norm(dtype: torch.dtype, *, backward: bool = True) -> None:
     from dreambooth_sm.training import group_norm_triton as kernels
 
     image = torch.ones(2, 64, 8, 8, dtype=dtype).to(memory_format=torch.channels_last)
     weight, bias, shift = torch.ones(64, dtype=dtype), torch.ones(64, dtype=dtype), torch.ones(2, 64, dtype=dtype)
     _, mean, rstd = kernels.forward(image, weight, bias, shift, bias, 32, 1e-5, True)
-    for of_added in (True, False):
+    for of_added in (True, False) if backward else ():
         kernels.backward(image, image, mean, rstd, weight, bias, shift, bias, True, True, of_added)
 
 
@@ -134,19 +144,17 @@ def launch_modulation(dtype: torch.dtype) -> None:
         kernels.gated_sum(other, row, x)
 
 
-def launch_optimizer(dtype: torch.dtype, formats: list[BlockFormat]) -> None:
+def launch_optimizer(dtype: torch.dtype, fmt: BlockFormat, *, residual: bool) -> None:
     from dreambooth_sm.training import adamw_blockwise_triton as kernels
 
     cpu = torch.device("cpu")
     scalars = DeviceScalars(torch.zeros(2, 8), torch.zeros(2), torch.zeros(()))
-    for fmt in formats:
-        for residual in (True, False):
-            parameter, blocks = torch.ones(4096, dtype=dtype), fmt.blocks(4096)
-            moments = Moments.zeros(blocks, fmt, residual, cpu)
-            kernels.update(parameter, parameter, moments, scalars, index=0, group=0, fmt=fmt)
-            table = kernels.bundle_table([(parameter.data_ptr(), 4096, 0, 0, 0)], fmt, cpu)
-            kernels.update_bundle(table, dtype, parameter, moments, scalars, fmt=fmt)
-            kernels.average(torch.ones(4096), parameter, moments.residual, torch.ones(()))
+    parameter, blocks = torch.ones(4096, dtype=dtype), fmt.blocks(4096)
+    moments = Moments.zeros(blocks, fmt, residual, cpu)
+    kernels.update(parameter, parameter, moments, scalars, index=0, group=0, fmt=fmt)
+    table = kernels.bundle_table([(parameter.data_ptr(), 4096, 0, 0, 0)], fmt, cpu)
+    kernels.update_bundle(table, dtype, parameter, moments, scalars, fmt=fmt)
+    kernels.average(torch.ones(4096), parameter, moments.residual, torch.ones(()))
 
 
 def build(folder: Path, capability: tuple[int, int]) -> int:
@@ -155,13 +163,51 @@ def build(folder: Path, capability: tuple[int, int]) -> int:
     Returns:
         how many.
     """
+    return len({kernel.hash for kernel in _compiled(folder, capability)})
+
+
+def _compiled(folder: Path, capability: tuple[int, int]) -> list[Any]:
+    """All kernels of an architecture; those that are in its folder are read."""
     from triton import knobs
 
     knobs.cache.dir = str(folder_of(capability, folder))
     knobs.compilation.store_binary_only = True  # the rest is for people
     with compiling_for(capability) as found:
         launch_all(ARCHITECTURES[capability])
-    return len({kernel.hash for kernel in found})
+    return found
+
+
+def build_launchers(folder: Path, capability: tuple[int, int]) -> None:
+    """Compiles what Triton until 3.6 calls each kernel and the driver with: C, the same for all architectures.
+
+    Later versions look what they compile for the driver up by where its library lies, which no image knows.
+
+    Args:
+        capability: of an architecture whose kernels are built.
+    """
+    from triton import knobs
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "make_launcher"):
+        return
+    kernels = _compiled(folder, capability)
+    knobs.cache.dir = str(launchers_of(folder))
+    with tempfile.TemporaryDirectory() as libraries:
+        link_stand_in(Path(libraries), Path(driver.include_dirs[0]))
+        knobs.nvidia.libcuda_path = libraries
+        with suppress(ImportError):  # a machine without a driver can compile it, and not load it
+            driver.CudaUtils()
+        for kernel in kernels:
+            with suppress(ImportError):
+                driver.CudaLauncher(kernel.src, kernel.metadata)
+
+
+def link_stand_in(libraries: Path, headers: Path) -> None:
+    """Makes a ``libcuda.so.1`` to link with: it has all functions of the driver, which do nothing."""
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w+", (headers / "cuda.h").read_text(encoding="utf-8"))))
+    source = "".join(f"int {name}(void) {{ return 999; }}\n" for name in names)
+    command = [os.environ.get("CC", "gcc"), "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-"]
+    subprocess.run([*command, "-o", str(libraries / "libcuda.so.1")], input=source, text=True, check=True)
 
 
 def main() -> None:
@@ -174,6 +220,7 @@ def main() -> None:
         return
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         counts = list(pool.map(partial(build, folder), ARCHITECTURES))
+        pool.submit(build_launchers, folder, next(iter(ARCHITECTURES))).result()
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{sum(counts)} kernels for {len(counts)} architectures, {size / 1e6:.1f} MB")
 

@@ -51,21 +51,27 @@ def folder_of(capability: tuple[int, int], builds: Path) -> Path:
     return builds / f"sm_{capability[0]}{capability[1]}"
 
 
+def launchers_of(builds: Path) -> Path:
+    """What calls kernels, of whatever architecture."""
+    return builds / "launchers"
+
+
 @cache
 def take_builds(capability: tuple[int, int], builds: Path = BUILDS) -> None:
-    """Puts the compiled kernels of an architecture into Triton's cache, where there are any.
+    """Puts the compiled kernels of an architecture, and what calls them, into Triton's cache, where there are any.
 
     Other processes may do the same at the same time.
     """
     from triton import knobs
 
     target = Path(knobs.cache.dir)
-    with suppress(OSError):  # without them, the job compiles
-        for kernel in folder_of(capability, builds).iterdir():
-            if (target / kernel.name).exists():
-                continue
-            copy = target / f"{kernel.name}.{uuid.uuid4().hex}"
-            shutil.copytree(kernel, copy)
-            with suppress(OSError):  # another process was first
-                copy.rename(target / kernel.name)
-            shutil.rmtree(copy, ignore_errors=True)
+    for folder in (folder_of(capability, builds), launchers_of(builds)):
+        with suppress(OSError):  # without them, the job compiles
+            for built in folder.iterdir():
+                if (target / built.name).exists():
+                    continue
+                copy = target / f"{built.name}.{uuid.uuid4().hex}"
+                shutil.copytree(built, copy)
+                with suppress(OSError):  # another process was first
+                    copy.rename(target / built.name)
+                shutil.rmtree(copy, ignore_errors=True)

@@ -79,11 +79,14 @@ class GradientAverage:
 
     def _send(self, parameter: Tensor) -> None:
         if self.active and parameter.grad is not None:
-            self._waiting.append(self._sum(parameter.grad))
+            self._waiting.append(self._mean(parameter.grad))
 
     @staticmethod
-    def _sum(tensor: Tensor) -> dist.Work:
-        work = dist.all_reduce(tensor.div_(dist.get_world_size()), async_op=True)
+    def _mean(tensor: Tensor) -> dist.Work:
+        if tensor.is_cuda:  # NCCL divides on the way
+            work = dist.all_reduce(tensor, dist.ReduceOp.AVG, async_op=True)
+        else:
+            work = dist.all_reduce(tensor.div_(dist.get_world_size()), async_op=True)
         assert work is not None
         return work
 
@@ -92,7 +95,7 @@ class GradientAverage:
         grads = [p.grad for p in self._small if p.grad is not None]
         if grads:
             flat = torch.cat([grad.flatten() for grad in grads])
-            self._sum(flat).wait()
+            self._mean(flat).wait()
             for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(part.view(grad.shape))
         for work in self._waiting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,7 @@ class Account:
         warnings: what could not be checked, and why.
         missing_bucket: SageMaker's default bucket, if it is wanted and has to be made.
         build: tag of the image that was found for this code, if one was looked for.
+        image_bytes: of the image that was checked, compressed; None where it could not be.
     """
 
     def __init__(self, clients: Clients, metadata: Path = _NOTEBOOK_METADATA) -> None:
@@ -39,6 +40,7 @@ class Account:
         self.warnings: list[str] = []
         self.missing_bucket: str | None = None
         self.build: str | None = None
+        self.image_bytes: int | None = None
         self._metadata = metadata
         self._identity: dict[str, str] | None = None
         self._known_quotas: dict[str, float] | None = None
@@ -223,7 +225,8 @@ class Account:
             raise UserError(f"image_uri: the image is in {image.region}, and the job will run in {self.region}")
         wanted = {"imageDigest": image.digest} if image.digest else {"imageTag": image.tag or "latest"}
         with self._looking("image_uri: whether the image is there", f"image_uri: {uri} is not in ECR; push it"):
-            self.clients("ecr").describe_images(repositoryName=image.repository, imageIds=[wanted])
+            found = self.clients("ecr").describe_images(repositoryName=image.repository, imageIds=[wanted])
+            self.image_bytes = found["imageDetails"][0].get("imageSizeInBytes")
 
     def _check_role(self, arn: str) -> None:
         """The role has to be the account's, and to let SageMaker assume it."""
@@ -247,24 +250,26 @@ class Account:
 
     def _check_places(self, resources: Resources, options: S3Options) -> None:
         """Buckets that the launcher writes to; a job's role needs the same access to them."""
-        places = {str(resources.workspace): resources.workspace}
-        for text in (resources.output, resources.checkpoint):
-            if text is not None:
-                places[text] = S3Uri.parse(text)
+        texts = [text for text in (resources.output, resources.checkpoint) if text is not None]
+        self._check_writable([resources.workspace, *map(S3Uri.parse, texts)], options)
+
+    def _check_writable(self, places: Iterable[S3Uri], options: S3Options) -> None:
         problems = Problems()
-        for place in places.values():
+        for place in dict.fromkeys(places):
             if place.bucket == self.missing_bucket:  # it will be made
                 continue
             with problems.collected():
                 check_writable(place, options, client=self.clients("s3"))
         problems.raise_any()
 
-    def check_endpoint(self, image_uri: str, role: str, instance_type: str, count: int, written: S3Uri | None) -> None:
-        """Checks whether an endpoint can be made: image, role, where answers go, and quota.
+    def check_endpoint(
+        self, image_uri: str, role: str, instance_type: str, count: int, written: Sequence[S3Uri]
+    ) -> None:
+        """Checks whether an endpoint can be made: image, role, places in S3, and quota.
 
         Args:
             count: of instances, at most.
-            written: where answers go, of an endpoint that is asked by way of S3.
+            written: where its model and its answers go to.
 
         Raises:
             UserError: with everything that is in the way. What can't be looked at becomes a warning.
@@ -276,8 +281,7 @@ class Account:
             lambda: self._check_role(role),
             lambda: self._check_quotas([f"{instance_type} for endpoint usage"], instance_type, count, "the endpoint"),
         ]
-        if written is not None:
-            checks.append(lambda: check_writable(written, client=self.clients("s3")))
+        checks.append(lambda: self._check_writable(written, S3Options()))
         for check in checks:
             with problems.collected():
                 check()

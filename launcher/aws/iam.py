@@ -122,6 +122,56 @@ def registry_policy(*, account: str = "*", region: str = "*", partition: str = "
     )
 
 
+def pipeline_policy(*, account: str = "*", region: str = "*", partition: str = "aws") -> Policy:
+    """Makes what the launcher needs beside :func:`notebook_policy` for pipelines: to make, run, follow and
+    delete them.
+
+    Args:
+        account, region, partition: as for :func:`notebook_policy`.
+    """
+    here = f"arn:{partition}:sagemaker:{region}:{account}"
+    making = ["CreatePipeline", "UpdatePipeline", "DeletePipeline", "DescribePipeline", "AddTags", "ListTags"]
+    running = ["StartPipelineExecution", "ListPipelineExecutions"]
+    following = ["DescribePipelineExecution", "ListPipelineExecutionSteps", "StopPipelineExecution"]
+    groups = ["CreateModelPackageGroup", "DescribeModelPackageGroup", "AddTags"]
+    return _policy(
+        _allow("MakeAndRunPipelines", [f"sagemaker:{each}" for each in (*making, *running)], f"{here}:pipeline/*"),
+        _allow("FollowExecutions", [f"sagemaker:{each}" for each in following], f"{here}:pipeline/*"),
+        _allow("MakeTheirGroups", [f"sagemaker:{each}" for each in groups], f"{here}:model-package-group/*"),
+    )
+
+
+def pipeline_role_policy(
+    *, account: str = "*", region: str = "*", role: str = "dreambooth-sm", partition: str = "aws"
+) -> Policy:
+    """Makes what the execution role needs beside :func:`execution_policy` where pipelines run by it: to start their
+    jobs, and to register what they have trained.
+
+    Args:
+        account, region, role, partition: as for :func:`notebook_policy`.
+    """
+    here = f"arn:{partition}:sagemaker:{region}:{account}"
+    kinds = ("TrainingJob", "ProcessingJob")
+    jobs = [f"sagemaker:{do}{kind}" for kind in kinds for do in ("Create", "Describe", "Stop")]
+    places = [f"{here}:training-job/pipelines-*", f"{here}:processing-job/pipelines-*"]
+    versions = ["CreateModelPackage", "DescribeModelPackage", "DescribeModelPackageGroup"]
+    packages = [f"{here}:model-package-group/*", f"{here}:model-package/*"]
+    logs = f"arn:{partition}:logs:{region}:{account}:log-group:/aws/sagemaker/ProcessingJobs*"
+    return _policy(
+        _allow("RunSteps", [*jobs, "sagemaker:AddTags"], places),
+        _allow("RegisterModels", [f"sagemaker:{each}" for each in versions], packages),
+        _allow(
+            "WriteLogs",
+            ["logs:CreateLogGroup", "logs:CreateLogStream", "logs:DescribeLogStreams", "logs:PutLogEvents"],
+            logs,
+        ),
+        {
+            **_allow("GiveItToSteps", ["iam:PassRole"], f"arn:{partition}:iam::{account}:role/{role}"),
+            "Condition": {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}},
+        },
+    )
+
+
 def events_policy(*, account: str = "*", region: str = "*", partition: str = "aws") -> Policy:
     """Makes what :func:`launcher.notify` needs, for what its names begin with alone.
 

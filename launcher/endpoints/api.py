@@ -13,6 +13,7 @@ from launcher.aws.clients import Clients
 from launcher.aws.service_errors import ServiceError
 from launcher.endpoints.endpoint import Endpoint, EndpointFailed
 from launcher.endpoints.hosted import HostedEndpoint
+from launcher.endpoints.local_files import send
 from launcher.endpoints.made import make
 from launcher.endpoints.models import Servable, served_of
 from launcher.endpoints.prepare import prepare_endpoint
@@ -33,6 +34,7 @@ _HOSTED = (
     "image_uri",
     "asynchronous",
     "network_isolation",
+    "bucket",
     "min_instances",
     "max_instances",
     "requests_per_instance",
@@ -55,8 +57,9 @@ def deploy(
     """Makes an endpoint that draws with a trained model, on SageMaker or on this machine.
 
     On SageMaker image, role, quota, what the model needs of the card, and whether the model is there are checked
-    first, every problem at once, and the dollars an hour are said. What fails or is interrupted while it is made is
-    removed again; what can't be is named, with the command that removes it.
+    first, every problem at once, and the dollars an hour are said. What lies on this machine then goes to the account's
+    bucket, verified, below a name made of its content: what is there already is not sent again. What fails or is
+    interrupted while it is made is removed again; what can't be is named, with the command that removes it.
 
     Args:
         models: a job, the directory that its output lies in, or an ``s3://`` prefix; of several, which are adapters
@@ -70,6 +73,7 @@ def deploy(
         session: boto3's, for credentials and region; default: the standard AWS settings.
         clients: of AWS services; default: those of the session.
         options: for SageMaker, ``name``, ``instance_count``, ``role``, ``image_uri``, ``network_isolation``;
+            ``bucket``, which what lies on this machine goes to, by default the one of SageMaker's SDKs;
             ``asynchronous``, an ``s3://`` prefix that answers go to; ``min_instances``, ``max_instances`` and
             ``requests_per_instance`` (a minute; of asynchronous endpoints, waiting), which let their number follow
             what is asked; ``tags``. And settings of the server, without ``SERVE_`` and in small letters, such as
@@ -96,9 +100,11 @@ def deploy(
         settings = {name: value for name, value in options.items() if name not in _HOSTED}
         return LocalEndpoint(served, settings, log or (lambda line: None))
     say = log or print
-    prepared = prepare_endpoint(served, Account(clients), instance_type=instance_type, **options)
+    account = Account(clients)
+    prepared = prepare_endpoint(served, account, instance_type=instance_type, **options)
     for line in prepared.lines():
         say(redact(line))
+    send(prepared.files, account, say)
     make(prepared.requests, clients("sagemaker"), say)
     endpoint = HostedEndpoint(prepared.name, clients, say)
     try:

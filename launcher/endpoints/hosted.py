@@ -17,6 +17,7 @@ from launcher.aws.account import Account
 from launcher.aws.clients import Clients
 from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.endpoints.endpoint import Endpoint, EndpointFailed
+from launcher.endpoints.local_files import send
 from launcher.endpoints.made import HostedPart, is_owned, make, owned, remove, tags_of
 from launcher.endpoints.models import Served, served_of
 from launcher.endpoints.prepare import prepare_endpoint
@@ -178,11 +179,11 @@ class HostedEndpoint(Endpoint):
         places = {name: changes.pop(name) for name in ("base_model", "adapters") if name in changes}
         served = served_of(model, **places) if model is not None else served.changed(**places)
         scaling = scaling_of(self.name, self._clients)
-        prepared = prepare_endpoint(
-            served, Account(self._clients), name=self.name, is_there=True, **{**given, **changes}
-        )
+        account = Account(self._clients)
+        prepared = prepare_endpoint(served, account, name=self.name, is_there=True, **{**given, **changes})
         for line in prepared.lines():
             self._say(redact(line))
+        send(prepared.files, account, self._say)
         if scaling:
             stop_scaling(self.name, self._clients)
         try:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.errors import Problems, UserError
@@ -16,16 +15,18 @@ from dreambooth_sm.methods import METHODS
 from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb, why_none
 from dreambooth_sm.serving.report import REPORT, trained_with
 from dreambooth_sm.serving.settings import ServingSettings
-from dreambooth_sm.sources import is_s3
+from dreambooth_sm.sources import is_local, is_s3
 from dreambooth_sm.storage import S3Uri, TransferError, get_object, list_objects
 from launcher.aws.account import Account
 from launcher.aws.clients import Clients
 from launcher.aws.service_errors import Kind, ServiceError
+from launcher.endpoints.local_files import LocalFiles, find_local_files
 from launcher.endpoints.made import HostedPart
 from launcher.endpoints.models import Served
-from launcher.endpoints.requests import endpoint_requests
+from launcher.endpoints.requests import endpoint_requests, not_in_s3
 from launcher.endpoints.scaling import Scaling
 from launcher.instances import INSTANCES, PRICES, Instance, find_instance
+from launcher.resources import WORKSPACE
 
 AUTO = "auto"
 # What a request holds where the account had no answer.
@@ -42,6 +43,7 @@ class PreparedEndpoint:
         requests: operations of boto3 to their requests, in their order.
         pictures: that its card draws at a time; None where that is not known.
         peak_gb: memory that they take.
+        files: that go to S3 first; and ``new_bucket``, the bucket that is made for them, where it is missing.
         warnings: what could not be checked.
     """
 
@@ -53,6 +55,8 @@ class PreparedEndpoint:
     pictures: int | None
     peak_gb: float
     build: str | None = None
+    files: tuple[LocalFiles, ...] = ()
+    new_bucket: str | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -74,6 +78,9 @@ class PreparedEndpoint:
             memory = "" if card.is_cpu else f", {self.peak_gb:.1f} of {card.budget_gb:.1f} GB"
             lines.append(f"plan: {self.pictures} pictures at a time{memory}")
         lines.append(f"cost: {money}, until it is deleted")
+        if self.new_bucket:
+            lines.append(f"bucket: {self.new_bucket} is missing; it is made")
+        lines += [each.line() for each in self.files]
         return [*lines, *(f"warning: {warning}" for warning in self.warnings)]
 
 
@@ -96,6 +103,7 @@ def prepare_endpoint(
     min_instances: int | None = None,
     max_instances: int | None = None,
     requests_per_instance: float | None = None,
+    bucket: str | None = None,
     is_there: bool = False,
     tags: Mapping[str, str] | None = None,
     **settings: Any,
@@ -103,6 +111,7 @@ def prepare_endpoint(
     """Checks everything that can be checked of an endpoint on SageMaker.
 
     Args:
+        bucket: that what lies on this machine goes to; None: the one that SageMaker's SDKs use.
         is_there: whether the endpoint is there, and gets another version.
 
     Raises:
@@ -110,7 +119,8 @@ def prepare_endpoint(
     """
     problems = Problems()
     clients = account.clients
-    h = look_at(served, clients, problems)
+    served, files = find_local_files(served, account, bucket, problems)
+    h = look_at(served, clients, problems, files)
     scaling: Scaling | None = None
     if (min_instances, max_instances, requests_per_instance) != (None, None, None):
         with problems.collected():
@@ -148,7 +158,9 @@ def prepare_endpoint(
             _check_free(name, clients, account)
     if instance and not _STANDINS.items() & found.items():
         with problems.collected():
-            written = S3Uri.parse(asynchronous) if asynchronous else None
+            written = [S3Uri(each.place.bucket, WORKSPACE) for each in files] + (
+                [S3Uri.parse(asynchronous)] if asynchronous else []
+            )
             most = scaling.most if scaling else instance_count
             account.check_endpoint(found["image_uri"], found["role"], instance.name, most, written)
     problems.raise_any()
@@ -161,7 +173,17 @@ def prepare_endpoint(
     if h is None:
         warnings.append(f"model: {REPORT} is missing, so whether it fits the card can't be checked")
     return PreparedEndpoint(
-        name, requests, instance, instance_count, scaling, pictures, peak, account.build, tuple(warnings)
+        name,
+        requests,
+        instance,
+        instance_count,
+        scaling,
+        pictures,
+        peak,
+        account.build,
+        files,
+        account.missing_bucket,
+        tuple(warnings),
     )
 
 
@@ -173,31 +195,35 @@ def _batch(settings: Mapping[str, object]) -> int:
         return ServingSettings().batch
 
 
-def look_at(served: Served, clients: Clients, problems: Problems) -> Hyperparameters | None:
-    """What the model was trained with, by its report; None where that can't be known."""
+def look_at(
+    served: Served, clients: Clients, problems: Problems, files: Sequence[LocalFiles] = ()
+) -> Hyperparameters | None:
+    """What the model was trained with, by its report; None where that can't be known.
+
+    Args:
+        files: that are not sent yet.
+    """
     h: Hyperparameters | None = None
+    unsent = {str(each.place): each for each in files}
     for field_, place in (("model", served.model), ("base_model", served.base_model), ("adapters", served.adapters)):
         if place is None:
             continue
         if not is_s3(place):  # the hub's, or refused with the other requests
-            if field_ == "base_model" and _is_path(place):
-                problems.found.append(f"{field_}: {place} is not in S3; upload it, and name its s3:// prefix")
+            if field_ == "base_model" and is_local(place):
+                problems.found.append(not_in_s3(field_, place))
             continue
         with problems.collected():
-            found = _read(field_, S3Uri.parse(place), clients)
+            sent = unsent.get(place)
+            found = trained_with(sent.report()) if sent else _read(field_, S3Uri.parse(place), clients)
             h = h or found
     if h is not None and served.base_model is None and METHODS[h.method].leaves_base:
         base = h.pretrained_model_name_or_path
-        if base and _is_path(base):
+        if base and is_local(base):
             problems.found.append(
                 "base_model is missing: what was trained lies beside a model that the endpoint does not have "
-                f"({base}); name its s3:// prefix or hub id"
+                f"({base}); name its directory, s3:// prefix or hub id"
             )
     return h
-
-
-def _is_path(place: str) -> bool:
-    return place.startswith(("/", ".", "~")) or (not place.startswith("s3://") and Path(place).exists())
 
 
 def _read(field_: str, place: S3Uri, clients: Clients) -> Hyperparameters | None:

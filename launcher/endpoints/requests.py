@@ -17,7 +17,8 @@ from launcher.training_request import refused_tags
 
 # What is made for an endpoint is known by it.
 OWNER_TAG = "dreambooth-sm:endpoint"
-VARIANT = "all"
+# As the SageMaker SDKs call it.
+VARIANT = "AllTraffic"
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 _LONGEST_NAME = 63
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+", re.ASCII)
@@ -102,6 +103,7 @@ def endpoint_requests(
     problems.raise_any()
     variant = {
         "VariantName": VARIANT,
+        "InitialVariantWeight": 1,
         "ModelName": inner,
         "InstanceType": instance_type,
         "InitialInstanceCount": instance_count,
@@ -118,7 +120,7 @@ def endpoint_requests(
             "ModelName": inner,
             "ExecutionRoleArn": role,
             "PrimaryContainer": container,
-            "EnableNetworkIsolation": network_isolation,
+            **({"EnableNetworkIsolation": True} if network_isolation else {}),
             "Tags": owned,
         },
         "create_endpoint_config": {
@@ -215,12 +217,17 @@ def _prefix(source: Mapping[str, Any]) -> str | None:
     return None if where is None else str(where["S3Uri"])
 
 
+def not_in_s3(field: str, place: str) -> str:
+    """What is wrong with a place that an endpoint can't read from."""
+    return f"{field}: {place} is not in S3; name an s3:// prefix, or give launcher.deploy a directory of this machine"
+
+
 def _source(field: str, prefix: str | None, problems: Problems) -> Mapping[str, Any]:
     """The data source of a prefix, with all that lies below it."""
     if prefix is None:
         return {}
     if not is_s3(prefix):
-        problems.found.append(f"{field}: {prefix} is not in S3; upload it, and name its s3:// prefix")
+        problems.found.append(not_in_s3(field, prefix))
         return {}
     uri = S3Uri("")
     with problems.collected():

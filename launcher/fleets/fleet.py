@@ -32,6 +32,8 @@ from launcher.jobs.views import Display, Pictures
 T = TypeVar("T")
 # Seconds between two looks at a fleet of this machine, and of AWS; and a minute for each so many requests of a look.
 _POLL_LOCAL, _POLL, REQUESTS_A_MINUTE = 0.25, 60.0, 10
+# Of the time that is left, the next look at AWS waits for this share, and for so many seconds at most.
+_POLLED_SHARE, _LONGEST_POLL = 0.1, 300.0
 # How long AWS may give no answer before a fleet is not followed any further.
 _PATIENCE = 3600.0
 # Seconds before a job that was not taken is tried again: the first time, and at most.
@@ -44,6 +46,8 @@ _BUSY = re.compile(r"Throttl|TooManyRequests")
 _MOST_FAULTS = 4
 # The time left is told from what has ended in so many seconds.
 _RECENT = 1800.0
+# So many failures for one reason, and no success, are not the subjects' own.
+SAME_FAILURES = 3
 # How many of a subject's pictures are shown.
 _PICTURES = 5
 
@@ -83,6 +87,8 @@ class Fleet:
         self._not_before = 0.0
         # Whether more jobs may start at once, as soon as it was looked at those that have.
         self._has_more = False
+        # Whether it is not known yet why some of the jobs have ended, whose subjects may be planned again.
+        self._untold = False
 
     def __repr__(self) -> str:
         return f"Fleet({str(self.root)!r})"
@@ -208,16 +214,22 @@ class Fleet:
             with Display(choose_table(self.name, log, self.samples)) as display:
                 while True:
                     status = self._patiently(partial(self._step, display), display.say)
-                    if not any(job.is_open for job in self._jobs.states.values()) and not self._waiting():
+                    runs = any(job.is_open for job in self._jobs.states.values())
+                    if not runs and not self._waiting() and not self._untold:
                         break
                     if not self._has_more:
-                        self._clock.sleep(self._pause())
+                        self._clock.sleep(self._pause(status))
         except KeyboardInterrupt:
             say(f'what runs keeps running: launcher.attach_fleet("{self.root}").wait() follows it and starts the rest')
             raise
         for subject, reason in status.failed.items():
             say(f"failed: {subject}: {reason}")
+        if reason := self._same_failure():
+            say(f"nothing more is started: all that ended failed alike: {redact(reason)}; put that right, then retry()")
         if status.remaining:
+            for job in sorted({self._state.job_of[subject] for subject in status.remaining}):
+                if reason := self._jobs.why_failed(job):
+                    say(f"failed: {job}: {redact(reason)}")
             say(f"without an end: {', '.join(sorted(status.remaining))}; retry() tries them again")
         return self
 
@@ -227,11 +239,15 @@ class Fleet:
         self._start_more(display.say)
         return status
 
-    def _pause(self) -> float:
-        """So long that a fleet of any size makes few requests a minute."""
+    def _pause(self, status: FleetStatus) -> float:
+        """So long that looks are few in all, and a fleet of any size makes few requests a minute."""
         if self._clients.is_local("sagemaker"):
             return _POLL_LOCAL
-        return _POLL * max(1.0, self.requests / REQUESTS_A_MINUTE)
+        left = status.seconds_left
+        if left is None:  # nothing has ended lately: as the estimate was
+            share = 1 - len(self._state.ended) / max(1, len(self._state.subjects))
+            left = share * 60 * (self._state.facts.get("minutes") or 0.0)
+        return max(_POLL, min(_LONGEST_POLL, _POLLED_SHARE * left), _POLL * self.requests / REQUESTS_A_MINUTE)
 
     def _patiently(self, act: Callable[[], T], notice: Callable[[str], None]) -> T:
         """Does something, and again for a while where AWS gives no answer."""
@@ -260,6 +276,7 @@ class Fleet:
 
     def _start_more(self, log: Callable[[str], None]) -> None:
         if self._state.is_stopped:
+            self._untold = False
             self._stop_jobs(log)
             return
         self._plan_again_what_was_lost()
@@ -321,7 +338,7 @@ class Fleet:
 
     def _waiting(self) -> list[str]:
         """Jobs that are planned and not started, and have subjects that have not ended."""
-        if self._state.is_stopped:
+        if self._state.is_stopped or self._same_failure():
             return []
         current, states = self._state.job_of, self._jobs.states
         return [
@@ -330,6 +347,14 @@ class Fleet:
             if job not in states
             and any(subject.id not in self._state.ended and current[subject.id] == job for subject in subjects)
         ]
+
+    def _same_failure(self) -> str:
+        """What the first subjects have all failed with; empty where one is done, or they failed with several things."""
+        ended = self._state.ended
+        if len(ended) < SAME_FAILURES or any(end.done for end in ended.values()):
+            return ""
+        reasons = {failure.reason if (failure := self._state.failure(subject)) else "" for subject in ended}
+        return reasons.pop() if len(reasons) == 1 else ""
 
     def stop(self, log: Callable[[str], None] = print) -> Fleet:
         """Ends the jobs that run, which save checkpoints first, and starts no more, whoever follows the fleet.
@@ -369,7 +394,9 @@ class Fleet:
         job_of = self._state.job_of
         lost = [subject for subject in status.remaining if status.jobs.get(job_of[subject]) in ENDED]
         again = [subject for subject in status.failed if bad_input or not self._was_bad(subject)]
-        self._state.plan_again([*lost, *again])
+        if not self._state.plan_again([*lost, *again]):
+            log("another process tries them again")
+            self._look()
         self._start_more(log)
         return self
 
@@ -379,7 +406,7 @@ class Fleet:
 
     def _plan_again_what_was_lost(self) -> None:
         again: list[str] = []
-        is_short = False
+        is_short = self._untold = False
         for job, subjects in list(self._state.lists.items()):
             state = self._jobs.states.get(job)
             if job in self._whole or state is None or state.is_open:
@@ -389,6 +416,7 @@ class Fleet:
             ]
             reason = self._jobs.why_again(job) if lost else ""
             if reason is None:  # the next look tells
+                self._untold = True
                 continue
             if NO_CAPACITY.search(reason):
                 is_short = True
@@ -397,7 +425,8 @@ class Fleet:
                 again += lost
             else:
                 self._whole.add(job)
-        self._state.plan_again(again)
+        if not self._state.plan_again(again):
+            self._look()
         if is_short:
             self._next_type()
             self._step_back()

@@ -152,11 +152,17 @@ class FleetJobs:
         state = self.states[job]
         if state.status != "Failed":
             return state.doing if state.doing == _WAITED else ""
-        found = self._descriptions.get(state.training_job or "", {"FailureReason": ""} if state.reason else None)
-        if found is None and state.training_job:
+        if state.training_job and state.training_job not in self._descriptions and not state.reason:
             return None
-        reason = state.reason or str((found or {}).get("FailureReason", ""))
+        reason = self.why_failed(job)
         return reason if _PASSING.match(reason) else ""
+
+    def why_failed(self, job: str) -> str:
+        """Why a job has failed, in its own words or SageMaker's; empty where it has not, or that is not known."""
+        state = self.states.get(job)
+        if state is None or state.status != "Failed":
+            return ""
+        return state.reason or str(self._descriptions.get(state.training_job or "", {}).get("FailureReason", ""))
 
     def dollars(self) -> float | None:
         """What instances have cost so far, on demand or spot; None on this machine, and where a price is not known.

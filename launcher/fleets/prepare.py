@@ -120,6 +120,7 @@ class PreparedFleet:
         facts = {
             "name": self.name,
             "parallel": self.estimate.parallel,
+            "minutes": self.estimate.minutes,
             "models": h.manual_upload_model_path,
             "alternatives": self.resources.alternatives,
             "queue": self.resources.queue.facts() if self.resources.queue else None,
@@ -193,7 +194,7 @@ def prepare_fleet(
     assert job is not None
     parallel, limited = _within_quota(job, resources, account)
     instance = job.estimate.instance
-    alone = estimate_on(job.hyperparameters, replace(instance, count=1))
+    alone = estimate_on(job.hyperparameters, replace(instance, count=1), known=job.estimate.known)
     limit = job.resources.max_minutes
     largest = resources.subjects_per_job or subjects_a_job(
         len(good), alone, parallel, cards=instance.count, limit=limit

@@ -51,7 +51,8 @@ class FleetEstimate:
         """Of all jobs, on demand; None where the price is not known."""
         price = self.alone.instance.usd_per_hour
         minutes = [self._minutes(size) for size in self.sizes]
-        return None if price is None else sum(each / 60 * price for each in minutes if each is not None)
+        waiting = self.alone.waiting_minutes
+        return None if price is None else sum((each - waiting) / 60 * price for each in minutes if each is not None)
 
     def _minutes(self, size: int) -> float | None:
         if self.alone.minutes is None:
@@ -88,8 +89,8 @@ def subject_minutes(alone: Estimate) -> float:
 
 
 def shared_minutes(alone: Estimate) -> float:
-    """Minutes that a job takes whatever the number of its subjects: start, end, class images."""
-    return (alone.minutes or 0.0) - alone.training_minutes
+    """Minutes that a job takes whatever the number of its subjects: waiting, start, end, class images."""
+    return (alone.whole_minutes or 0.0) - alone.training_minutes
 
 
 def subjects_a_job(count: int, alone: Estimate, parallel: int, *, cards: int = 1, limit: float | None = None) -> int:

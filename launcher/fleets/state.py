@@ -22,7 +22,7 @@ from dreambooth_sm.fleet.outcome import FAILURE_NAME, Failure
 from dreambooth_sm.fleet.subjects import FleetSubject, read_list, write_list
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.manifest import MANIFEST_NAME
-from dreambooth_sm.storage import S3Options, S3Uri, delete_directory, get_object, put_object
+from dreambooth_sm.storage import S3Options, S3Uri, create_object, delete_directory, get_object, put_object
 from launcher.aws.clients import Clients
 from launcher.aws.service_errors import asking
 
@@ -169,22 +169,33 @@ class FleetState:
         request["CheckpointConfig"]["S3Uri"] = str(self.root / "checkpoints" / job)
         return request
 
-    def plan_again(self, subjects: Sequence[str]) -> None:
-        """Writes new lists for subjects, as long as those of the jobs that they were in; what they failed with goes."""
+    def plan_again(self, subjects: Sequence[str]) -> bool:
+        """Writes new lists for subjects, as long as those of the jobs that they were in; what they failed with goes.
+
+        Of several processes one does it: the first of the lists is written where none is.
+
+        Returns:
+            whether this process has; otherwise the next look tells what another one has planned.
+        """
+        if not subjects:
+            return True
+        largest = max(len(self.lists[self.job_of[subject]]) for subject in subjects)
+        parts = [subjects[first : first + largest] for first in range(0, len(subjects), largest)]
+        names = job_names(self.name, len(parts), 1 + max(map(round_of, self.lists)))
+        lists = {name: tuple(self.subjects[each] for each in part) for name, part in zip(names, parts, strict=True)}
         client = self._clients("s3")
+        if not create_object(
+            self._list_of(names[0]), write_list(lists[names[0]]).encode(), self._options, client=client
+        ):
+            return False
+        write_lists(self.root, {name: lists[name] for name in names[1:]}, self._options, self._clients)
         for subject in subjects:
             if subject in self.ended:
                 place = self.root / "jobs" / self.ended.pop(subject).job / OUTCOMES / subject
                 delete_directory(place, self._options, client=client)
                 self._failures.pop(subject, None)
-        if not subjects:
-            return
-        largest = max(len(self.lists[self.job_of[subject]]) for subject in subjects)
-        parts = [subjects[first : first + largest] for first in range(0, len(subjects), largest)]
-        names = job_names(self.name, len(parts), 1 + max(map(round_of, self.lists)))
-        lists = {name: tuple(self.subjects[each] for each in part) for name, part in zip(names, parts, strict=True)}
-        write_lists(self.root, lists, self._options, self._clients)
         self._know(lists)
+        return True
 
     def stop(self) -> None:
         """Says to all who go on with the fleet that nothing more is to be started."""

@@ -17,6 +17,7 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Options, S3Uri, TransferError, download_directory
 from launcher.aws.clients import Clients
 from launcher.endpoints.endpoint import EndpointFailed
+from launcher.endpoints.requests import VARIANT
 from launcher.jobs.archive import unpack
 from launcher.local.environment import isolated
 from launcher.local.server_process import ServerProcess
@@ -164,7 +165,7 @@ class HostedServer:
         logs, group, stream = (
             self.clients("logs"),
             f"/aws/sagemaker/Endpoints/{self._name}",
-            f"all/i-{uuid.uuid4().hex}",
+            f"{VARIANT}/i-{uuid.uuid4().hex}",
         )
         with suppress(logs.exceptions.ResourceAlreadyExistsException):
             logs.create_log_group(logGroupName=group)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.storage import S3Uri, get_object, put_object
+from launcher.endpoints.requests import VARIANT
 from launcher.local.answers import ACCOUNT, Operation, RequestError, arn_of
 from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import loader_variables
@@ -186,7 +187,7 @@ _Answer = tuple[str, dict[str, str], bytes]
 def _ask(endpoint: HostedServer, environ: Mapping[str, Any], body: bytes) -> _Answer:
     answer = endpoint.invoke(body, _headers(environ))
     if answer.status == 200:
-        return "200 OK", {"Content-Type": answer.kind, "x-Amzn-Invoked-Production-Variant": "all"}, answer.body
+        return "200 OK", {"Content-Type": answer.kind, "x-Amzn-Invoked-Production-Variant": VARIANT}, answer.body
     return _model_error(answer)
 
 
@@ -201,7 +202,7 @@ def _stream(
         start_response(status, [*headers.items(), ("Content-Length", str(len(content)))])
         return [content]
     headers = {"Content-Type": "application/vnd.amazon.eventstream", "X-Amzn-SageMaker-Content-Type": answer.kind}
-    start_response("200 OK", [*headers.items(), ("x-Amzn-Invoked-Production-Variant", "all")])
+    start_response("200 OK", [*headers.items(), ("x-Amzn-Invoked-Production-Variant", VARIANT)])
     return (payload_part(bit) for bit in bits)
 
 

@@ -3,7 +3,8 @@ that boto3 and both SDKs speak.
 
 moto answers for S3, CloudWatch Logs, IAM, STS, ECR and the rest of SageMaker; the operations of training jobs are
 answered here, in front of it, and run ``container/train.py`` as a process, or its image in a container; those of
-endpoints by :mod:`launcher.local.hosting`, those of tuning jobs by :mod:`launcher.local.tuning`.
+endpoints by :mod:`launcher.local.hosting`, those of tuning jobs by :mod:`launcher.local.tuning`, those of pipelines by
+:mod:`launcher.local.pipelines`.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import loader_variables, own_credentials, own_settings, own_tokens
 from launcher.local.events import EmbeddedEvents
 from launcher.local.hosting import EmbeddedHosting
+from launcher.local.pipelines import EmbeddedPipelines, Platform
+from launcher.local.processing import EmbeddedProcessing
 from launcher.local.program import CONTAINER, ENTRYPOINT
 from launcher.local.registry import EmbeddedRegistry
 from launcher.local.s3 import REGION, EmbeddedS3
 from launcher.local.signatures import REGION_KEY, Application
 from launcher.local.training_job import GRACE, TrainingJob
 from launcher.local.tuning import EmbeddedTuning
+from launcher.local.warm_pools import EmbeddedWarmPools
 
 _TARGET = "SageMaker."
 _QUOTAS = "ServiceQuotasV20190624.ListServiceQuotas"
@@ -64,6 +68,7 @@ class EmbeddedSageMaker:
         self._grace = grace
         self._tags: dict[str, dict[str, str]] = {}
         self._events = EmbeddedEvents(server)
+        self._warm_pools = EmbeddedWarmPools(directory / "warm-pools")
         self._operations: dict[str, Operation] = {
             "CreateTrainingJob": lambda request, region: self.create(request, region=region),
             "DescribeTrainingJob": lambda request, region: self._find(request, region).describe(),
@@ -79,7 +84,25 @@ class EmbeddedSageMaker:
         )
         self.tuning = EmbeddedTuning(self.start, self._tags)
         self._operations |= self._hosting.operations | self.tuning.operations
-        self._operations |= EmbeddedRegistry(self._tags).operations
+        registry = EmbeddedRegistry(self._tags)
+
+        def clients(region: str) -> EmbeddedClients:
+            return EmbeddedClients(server, with_s3=with_s3, region=region)
+
+        self._processing = EmbeddedProcessing(
+            directory / "processing",
+            clients,
+            lambda region: self._environment(region, in_container=False, own=False),
+            self._tags,
+        )
+        platform = Platform(
+            lambda request, region: self.start(request, region=region),
+            self._processing.begin,
+            registry.operations,
+            clients,
+        )
+        self._pipelines = EmbeddedPipelines(platform, self._tags)
+        self._operations |= registry.operations | self._processing.operations | self._pipelines.operations
         self._tag_operations: dict[str, Operation] = {
             "AddTags": self._add_tags,
             "DeleteTags": self._delete_tags,
@@ -167,7 +190,7 @@ class EmbeddedSageMaker:
                 "ResourceInUse",
             )
         self._tags[arn] = {tag["Key"]: tag["Value"] for tag in request.get("Tags", [])}
-        job.start()
+        job.start(self._warm_pools.enter(request, region))
         return job
 
     def interrupt(self, name: str) -> None:
@@ -188,6 +211,8 @@ class EmbeddedSageMaker:
 
     def close(self) -> None:
         """Stops what still runs, and waits for its end."""
+        self._pipelines.close()
+        self._processing.close()
         self.tuning.close()
         self._hosting.close()
         running = [job for job in list(self.jobs.values()) if not job.ended]
@@ -225,6 +250,7 @@ class EmbeddedSageMaker:
             if job.region == region
             and request.get("NameContains", "") in job.name
             and request.get("StatusEquals", job.status) == job.status
+            and request.get("WarmPoolStatusEquals", job.warm_pool_status) == job.warm_pool_status
             and request.get("CreationTimeAfter", 0) <= job.created <= request.get("CreationTimeBefore", float("inf"))
         ]
         keys = {"Name": "TrainingJobName", "Status": "TrainingJobStatus"}

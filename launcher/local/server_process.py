@@ -50,6 +50,15 @@ class ServerProcess:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    @property
+    def pid(self) -> int:
+        """Of the process, as the system knows it."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """Ends it at once, whatever it does."""
+        self._process.kill()
+
     def wait(self) -> None:
         """Waits until it can draw.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,7 +50,8 @@ class SyncedDirectory:
 def file_states(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and time of each file below a directory by its relative path; SageMaker's own marks left out."""
     found = {}
-    for path in directory.rglob("*"):
+    # Path.rglob fails where a directory is deleted while it looks.
+    for path in (Path(folder, name) for folder, _, names in os.walk(directory) for name in names):
         with suppress(FileNotFoundError):  # deleted meanwhile
             if path.is_file() and not path.name.endswith((".sagemaker-uploading", ".sagemaker-uploaded")):
                 stat = path.stat()

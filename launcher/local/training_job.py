@@ -24,12 +24,14 @@ from typing import Any
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.sagemaker import FAILURE_LENGTH, STANDARD_BASE
 from dreambooth_sm.storage import S3Uri, TransferError
+from dreambooth_sm.warm_pool import VARIABLE
 from launcher.aws.clients import Clients
 from launcher.jobs.logs import LOG_GROUP
 from launcher.local.environment import inherited, isolated, loader_variables
 from launcher.local.program import CONTAINER, docker
 from launcher.local.synced import SyncedDirectory, file_states
 from launcher.local.tree import lay_out
+from launcher.local.warm_pools import MOUNTED, PoolUse
 
 HOST = "algo-1"
 # Seconds between SIGTERM and SIGKILL, as SageMaker has it.
@@ -103,12 +105,15 @@ class TrainingJob:
         self._artifacts = ""
         self._final_metrics: dict[str, dict[str, Any]] = {}
         self._synced: list[SyncedDirectory] = []
+        self._warm_pool: PoolUse | None = None
         self._stop = threading.Event()
         self._interruption = threading.Event()
         self._note("Starting")
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
 
-    def start(self) -> None:
+    def start(self, warm_pool: PoolUse | None = None) -> None:
+        """Runs the job, in a warm pool where there is one."""
+        self._warm_pool = warm_pool
         self._on_change(self)
         self._thread.start()
 
@@ -121,6 +126,10 @@ class TrainingJob:
     @property
     def status(self) -> str:
         return self._status
+
+    @property
+    def warm_pool_status(self) -> str | None:
+        return self._warm_pool.describe()["Status"] if self._warm_pool else None
 
     def describe(self) -> dict[str, Any]:
         """The answer of DescribeTrainingJob, times in seconds since 1970."""
@@ -138,6 +147,8 @@ class TrainingJob:
             }
             if self._tuning_arn:
                 description["TuningJobArn"] = self._tuning_arn
+            if self._warm_pool:
+                description["WarmPoolStatus"] = self._warm_pool.describe()
             if self._artifacts:
                 description["ModelArtifacts"] = {"S3ModelArtifacts": self._artifacts}
             if self._reason:
@@ -151,7 +162,7 @@ class TrainingJob:
         """One entry of ListTrainingJobs."""
         description = self.describe()
         names = ("TrainingJobName", "TrainingJobArn", "CreationTime", "LastModifiedTime", "TrainingJobStatus")
-        optional = ("TrainingEndTime", "SecondaryStatus")
+        optional = ("TrainingEndTime", "SecondaryStatus", "WarmPoolStatus")
         return {name: description[name] for name in (*names, *(n for n in optional if n in description))}
 
     def stop(self) -> None:
@@ -193,6 +204,8 @@ class TrainingJob:
     def _attempt(self) -> str:
         """One start of the job, up to its end or to an interruption."""
         self._enter("Downloading")
+        with self._lock:
+            self._times.setdefault("TrainingStartTime", time.time())  # billed from here, as SageMaker says
         try:
             self._lay_out()
         except (UserError, TransferError, OSError) as error:
@@ -202,8 +215,6 @@ class TrainingJob:
             self._end("Stopped")
             return "Stopped"
         self._enter("Training")
-        with self._lock:
-            self._times.setdefault("TrainingStartTime", time.time())
         code, cause = self._execute()
         self._sync()
         if cause == "Interrupted" and code != 0:
@@ -306,6 +317,8 @@ class TrainingJob:
             command.append(f"--env={name}")  # the value comes from docker's own environment, not from its arguments
         command += [f"--env={name}={environment[name]}" for name in seen]  # docker would heed these itself
         command += [f"--volume={self.tree}:/opt/ml", f"--volume={self.tree / 'input'}:/opt/ml/input:ro"]
+        if self._warm_pool:
+            command.append(f"--volume={self._warm_pool.directory}:{MOUNTED}")
         return [*command, self.request["AlgorithmSpecification"]["TrainingImage"], "train"]
 
     def _job_environment(self) -> dict[str, str]:
@@ -313,6 +326,8 @@ class TrainingJob:
         environment = {**self._environment, **self.request.get("Environment", {})}
         if self.request.get("EnableNetworkIsolation"):
             environment = isolated(environment)
+        if self._warm_pool:
+            environment[VARIABLE] = MOUNTED if self._in_container else str(self._warm_pool.directory)
         return {**environment, "TRAINING_JOB_NAME": self.name, "TRAINING_JOB_ARN": self.arn}
 
     def _process_environment(self) -> dict[str, str]:
@@ -433,6 +448,8 @@ class TrainingJob:
             self._transitions[-1]["EndTime"] = now
             self._times.setdefault("TrainingStartTime", now)
             self._times["TrainingEndTime"] = now
+            if self._warm_pool:
+                self._warm_pool.end(is_healthy="InternalServerError" not in reason)
             self._reason, self._status = reason, status
         self._on_change(self)
 

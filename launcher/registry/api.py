@@ -13,6 +13,7 @@ from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.endpoints.made import tags_of
 from launcher.endpoints.models import Served
 from launcher.endpoints.prepare import look_at
+from launcher.registry.groups import make_group
 from launcher.registry.packages import ModelPackage
 from launcher.registry.requests import PENDING, package_requests
 
@@ -65,7 +66,7 @@ def register(
         base_model=base_model,
         tags=tags,
     )
-    _make_group(requests["create_model_package_group"], sagemaker)
+    make_group(requests["create_model_package_group"], sagemaker)
     try:
         with asking(f"{job.name} was not registered"):
             made = sagemaker.create_model_package(**requests["create_model_package"])
@@ -74,20 +75,6 @@ def register(
             raise
         raise UserError(f"SageMaker refuses to register {job.name}: {error.reason}") from error
     return ModelPackage(made["ModelPackageArn"], clients)
-
-
-def _make_group(request: Mapping[str, Any], sagemaker: Any) -> None:
-    """Makes a group that is missing."""
-    group = request["ModelPackageGroupName"]
-    try:
-        with asking(f"the group {group} can't be looked at"):
-            sagemaker.describe_model_package_group(ModelPackageGroupName=group)
-        return
-    except ServiceError as error:
-        if error.kind not in (Kind.MISSING, Kind.OTHER):  # SageMaker has no code of its own for it
-            raise
-    with asking(f"the group {group} was not made"):
-        sagemaker.create_model_package_group(**request)
 
 
 def _datasets(description: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.knobs.tracking import TENSORBOARD
 from launcher.aws.account import Account
 from launcher.local.run import local_request, tune_locally
+from launcher.measured import CLASS_CACHE
 from launcher.prepare import PreparedJob, PreparedLocalJob, prepare, prepare_local
 from launcher.resources import Resources
 from launcher.submit import starting
@@ -29,8 +30,6 @@ from launcher.tuning.search import MAX_ENVIRONMENT, Search, refused_name, tuning
 from launcher.tuning.trials import Trials, TuningEstimate, check_trials, estimate_trials, plan_trials
 from launcher.tuning.tuning import Tuning
 
-# Below the launcher's own prefix: class images that trials of all tuning jobs share.
-CLASS_CACHE = "class-cache"
 # Resources that no tuning job takes.
 _OF_SAGEMAKER = ("checkpoint", "keep_alive", "compression")
 
@@ -163,6 +162,7 @@ def prepare_tuning(
         instance_count=resources.instance_count,
         pictures=job.pictures,
         max_minutes=resources.max_minutes,
+        known=job.estimate.known,
     )
     prepared = PreparedTuning(name, job, trials, search, estimate, tuple(notes))
     problems.found += _refused_request(prepared.request)

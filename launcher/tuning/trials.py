@@ -7,18 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from dreambooth_sm import toybox
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import asks_base_of_classes
 from dreambooth_sm.planning.length import length_of
 from launcher.estimates import Estimate, estimate_on
 from launcher.instances import PRICES, Instance
+from launcher.measured import caching, measuring, with_values
+from launcher.parts import NOTHING, Known
 from launcher.tuning.ranges import Range, Ranges, read_ranges, settings
 from launcher.tuning.search import Search
 
-# Pictures are measured with these where nothing else is said.
-_ENCODERS = "dino=facebook/dinov2-base clip=openai/clip-vit-large-patch14"
 # Measures of a trial whose length nobody says a step for: enough to fall behind, few enough to cost little.
 _MEASURES = 5
 
@@ -57,7 +55,7 @@ class TuningEstimate:
     def lines(self) -> list[str]:
         """For people: what a trial runs on, and time and cost of all."""
         lines = self.most.lines()[:2]
-        shortest, longest = self.least.minutes, self.most.minutes
+        shortest, longest = self.least.whole_minutes, self.most.whole_minutes
         if shortest is None or longest is None:
             return [*lines, "time: no estimate for CPUs; choose an instance type with a GPU for more than a try"]
         rounds = -(-self.trials // self.parallel)
@@ -99,21 +97,10 @@ def plan_trials(
         UserError: with everything that is wrong.
     """
     found = read_ranges(ranges, h)
-    if isolated and h.fidelity_encoders is None and not _is_toybox(h):
-        raise UserError(
-            "fidelity_encoders: trials without a network can't fetch what they are measured with; name directories of "
-            "the image or of a channel, such as dino=/opt/ml/input/data/dino"
-        )
-    added: dict[str, object] = {}
-    if h.fidelity_encoders is None:
-        added["fidelity_encoders"] = "judge" if _is_toybox(h) else _ENCODERS
-    if h.validation_prompt is None and h.instance_prompt is not None:
-        added["validation_prompt"] = h.instance_prompt
+    added = measuring(h, isolated=isolated)
     if h.seed is None and all(each.name != "seed" for each in found):
         added["seed"] = 0
-    draws_classes = h.prior_preservation and not asks_base_of_classes(h)
-    if class_cache and h.class_cache is None and draws_classes and not isolated:
-        added["class_cache"] = class_cache
+    added |= caching(h, class_cache, isolated=isolated)
     shortest, longest = _lengths(h, found, pictures, processes)
     every = h.fidelity_steps
     if search.looks_while_training and not every:
@@ -145,6 +132,7 @@ def estimate_trials(
     instance_count: int = 1,
     pictures: int = 5,
     max_minutes: int | None = None,
+    known: Known = NOTHING,
 ) -> TuningEstimate:
     """Checks and estimates trials at the ends of the ranges.
 
@@ -155,7 +143,7 @@ def estimate_trials(
     found: list[tuple[str, Estimate]] = []
     for words, h in _checked(trials, problems):
         try:
-            estimate = estimate_on(h, instance, instance_count=instance_count, pictures=pictures)
+            estimate = estimate_on(h, instance, instance_count=instance_count, pictures=pictures, known=known)
         except UserError as error:
             for problem in error.problems:
                 problems.setdefault(problem, f"{words}: {problem}")
@@ -193,15 +181,6 @@ def _checked(trials: Trials, problems: dict[str, str]) -> Iterator[tuple[str, Hy
                 problems.setdefault(problem, f"{words}: {problem}")
 
 
-def with_values(h: Hyperparameters, values: Mapping[str, Any]) -> Hyperparameters:
-    """Hyperparameters with others in place of some of them.
-
-    Raises:
-        UserError: where they are refused.
-    """
-    return Hyperparameters.parse({**h.model_dump(exclude_unset=True), **values})
-
-
 def _lengths(h: Hyperparameters, ranges: Sequence[Range], pictures: int, processes: int) -> tuple[int, int]:
     """Steps of the shortest and of the longest trial."""
     lengths = [each for each in ranges if each.name in ("max_train_steps", "num_train_epochs", "train_batch_size")]
@@ -216,7 +195,3 @@ def _words(values: Mapping[str, Any]) -> str:
     return " ".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
     )
-
-
-def _is_toybox(h: Hyperparameters) -> bool:
-    return h.pretrained_model_name_or_path in toybox.SHIPPED

@@ -84,7 +84,7 @@ def test_a_block_of_two_sides(masked: bool) -> None:
         (lambda *given: exact(*given, kept, told, (turns[33:], turns[:33])), torch.float32),
         (lambda *given: rounded(*given, kept, told.bfloat16(), (turns[33:], turns[:33])), torch.bfloat16),
         (
-            lambda *given: qwen_image.run_in_fewer_passes(
+            lambda *given: qwen_image.run_in_fewer_passes(  # type: ignore[call-arg]
                 rounded, *given, kept, told.bfloat16(), turns.expand(2, -1, -1)
             ),
             torch.bfloat16,

@@ -118,7 +118,7 @@ def with_model_trainer(request: dict[str, Any], session: boto3.Session) -> None:
         ("WarmStartConfig", "warm_start_config", HyperParameterTuningJobWarmStartConfig, request),
     ):
         if key in place:
-            options[name] = shape(**sdks._snake(place[key]))
+            options[name] = shape(**sdks.snake(place[key]))
     tuner = HyperparameterTuner(trainer, hyperparameter_ranges=ranges(request, kinds), **options)
     tuner.tune(job_name=request["HyperParameterTuningJobName"], wait=False)
 

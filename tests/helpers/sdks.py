@@ -20,6 +20,7 @@ PYTHONS = {
     "estimator": ROOT / ".venv-sdk2" / "bin" / "python",
     "model_trainer": ROOT / ".venv-sdk3" / "bin" / "python",
 }
+_WITH_SDK = Path(__file__).parent / "with_sdk"
 NO_TELEMETRY = "SchemaVersion: '1.0'\nSageMaker:\n  PythonSDK:\n    Modules:\n      TelemetryOptOut: true\n"
 
 
@@ -72,7 +73,7 @@ def start_script(
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("AWS_")},
         **services,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *([] if backend == "boto3" else [str(_WITH_SDK)])]),
         "SAGEMAKER_USER_CONFIG_OVERRIDE": str(config),
         "SAGEMAKER_VALIDATE_ROLE": "false",
     }

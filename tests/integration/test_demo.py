@@ -63,7 +63,7 @@ def test_the_demo_shows_what_it_promises(tmp_path: Path) -> None:
 
 # Of the model that matches flows, which learns sooner and takes longer for a step.
 SHORT_FLOW = (
-    SHORT.replace("= 80", "= 24")
+    SHORT.replace("= 80", "= 32")
     .replace("= 16", "= 4\ndemo.SETTINGS['num_validation_images'] = 1")
     .replace("quick_job", "quicker_job")
 )

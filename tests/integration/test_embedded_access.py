@@ -440,8 +440,8 @@ def aws(services: EmbeddedServices, region: str) -> Callable[..., Any]:
 
 
 @needs_aws
-@pytest.mark.parametrize("region", ["us-west-2", "cn-north-1"])
-def test_the_aws_cli_alone_starts_follows_and_stops_a_job(region: str, tmp_path: Path) -> None:
+def test_the_aws_cli_alone_starts_follows_and_stops_a_job(tmp_path: Path) -> None:
+    region = "cn-north-1"  # of another partition
     program = tmp_path / "train.py"
     program.write_text("import os, time; print('up in', os.environ['AWS_REGION'], flush=True); time.sleep(3600)")
     with embedded_services(entrypoint=program, grace=1) as services:
@@ -451,8 +451,7 @@ def test_the_aws_cli_alone_starts_follows_and_stops_a_job(region: str, tmp_path:
         cli("s3", "cp", str(tmp_path / "a.txt"), f"s3://cli-{region}/data/a.txt")
         request = Workplace(services).request({"data": f"s3://cli-{region}/data"}, TrainingJobName="from-the-shell")
         request["OutputDataConfig"] = {"S3OutputPath": f"s3://cli-{region}/output"}
-        partition = "aws-cn" if region.startswith("cn-") else "aws"
-        arn = f"arn:{partition}:sagemaker:{region}:123456789012:training-job/from-the-shell"
+        arn = f"arn:aws-cn:sagemaker:{region}:123456789012:training-job/from-the-shell"
         created = cli("sagemaker", "create-training-job", "--cli-input-json", json.dumps(request))
         assert created["TrainingJobArn"] == arn
         described = cli("sagemaker", "describe-training-job", "--training-job-name", "from-the-shell")

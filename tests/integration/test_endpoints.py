@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import threading
 import types
 import uuid
@@ -21,7 +22,7 @@ from PIL import Image
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.storage import S3Uri, put_object, upload_directory
+from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, put_object, upload_directory, verify
 from launcher.aws.iam import endpoint_policy, notebook_policy
 from launcher.cli import main
 from launcher.local.server_process import ServerProcess
@@ -145,7 +146,7 @@ def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices,
             endpoint.draw(PROMPT, steps=0)
         with pytest.raises(UserError, match="asked by way of S3, where nothing comes bit by bit"):
             next(endpoint.stream(PROMPT))
-        where = {"ServiceNamespace": "sagemaker", "ResourceIds": [f"endpoint/{name}/variant/all"]}
+        where = {"ServiceNamespace": "sagemaker", "ResourceIds": [f"endpoint/{name}/variant/AllTraffic"]}
         (target,) = clients("application-autoscaling").describe_scalable_targets(**where)["ScalableTargets"]
         assert (target["MinCapacity"], target["MaxCapacity"]) == (0, 3)
         (alarm,) = clients("cloudwatch").describe_alarms()["MetricAlarms"]
@@ -187,6 +188,62 @@ def test_the_command_line_makes_asks_and_removes_one(
     assert f"{name} is deleted" in capsys.readouterr().out
     assert main(["undeploy", name]) == 2
     assert f"endpoint '{name}' was not found" in capsys.readouterr().err
+
+
+def test_what_lies_on_this_machine_is_sent_once_verified_and_drawn_with(
+    services: EmbeddedServices,
+    tiny_base: Path,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As the document says it; then the same content from another directory."""
+    for directory in ("zwx-job/model", "copy"):
+        shutil.copytree(tiny_base, tmp_path / directory)
+        (tmp_path / directory / ".hidden").write_text("1")
+    document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^dreambooth-launcher deploy zwx-job/model .*$", document, re.M)
+    monkeypatch.chdir(tmp_path)
+    line = line.replace("auto", "ml.g5.xlarge").replace("--name zwx", f"--name {name}")
+    assert main(shlex.split(line)[1:]) == 0
+    printed = capsys.readouterr().out
+    whole = {path.relative_to(tiny_base).as_posix(): path for path in tiny_base.rglob("*") if path.is_file()}
+    size = sum(path.stat().st_size for path in whole.values())
+    (told,) = re.findall(rf"^files: {len(whole)} of zwx-job/model, {size:,} bytes, for (\S+)$", printed, re.M)
+    place = S3Uri.parse(told)
+    assert f"files: {len(whole)} sent to {place}\n" in printed
+    s3 = services.clients()("s3")
+    assert list_objects(place, client=s3).keys() == {*whole, MANIFEST_NAME}
+    found = verify(place, client=s3)
+    assert (found.missing, found.different, found.unknown) == ((), (), ())
+    endpoint = launcher.attach_endpoint(name)
+    picture = endpoint.draw(PROMPT, **SMALL)[0]
+    with launcher.deploy(tmp_path / "copy") as here:
+        assert here.draw(PROMPT, **SMALL)[0].tobytes() == picture.tobytes()
+    capsys.readouterr()
+    endpoint.update(tmp_path / "copy")
+    assert f"files: {len(whole)} already in {place}\n" in capsys.readouterr().out
+    assert endpoint.draw(PROMPT, **SMALL)[0].tobytes() == picture.tobytes()
+    endpoint.delete()
+
+
+def test_directories_without_a_model_are_not_sent(services: EmbeddedServices, tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("1")
+    with pytest.raises(UserError) as caught:
+        launcher.deploy(
+            tmp_path / "notes",
+            base_model=tmp_path / "notes",
+            adapters=tiny_base / "unet",
+            instance_type="ml.g5.xlarge",
+            bucket="no-such-bucket",
+        )
+    starts = [line.partition(":")[0] for line in caught.value.problems]
+    assert starts[:3] == ["model", "base_model", "adapters"]
+    assert "holds no model" in caught.value.problems[0]
+    with pytest.raises(UserError, match=r"no-such-bucket/\S*: .*bucket does not exist"):
+        launcher.deploy(tiny_base, instance_type="ml.g5.xlarge", bucket="no-such-bucket")
 
 
 def test_on_this_machine_the_command_serves_until_ctrl_c(

@@ -112,6 +112,30 @@ def test_from_pictures_to_a_model(trained: Any, bucket: str) -> None:
     assert job.describe()["TrainingJobName"] == job.name
 
 
+def test_the_next_job_is_estimated_by_the_last_ones(
+    trained: Any, services: EmbeddedServices, pictures: Path, tiny_base: Path
+) -> None:
+    job, before, _ = trained
+    # Nothing had run that is like it, and ECR knows the image's size.
+    assert any(
+        re.fullmatch(r"  training image: .* minutes \(0\.1 GB, by ECR, at 60 MB/s, assumed\)", line) for line in before
+    )
+    said: list[str] = []
+    place = {"base_model": tiny_base, "instance_type": "ml.g5.xlarge", "role": services.role}
+    launcher.check(pictures, instance_prompt=PROMPT, log=said.append, **place, **OPTIONS)
+    parts = {line.partition(":")[0].strip(): line for line in said if line.startswith("  ")}
+    own = r" \((as your last job|median of your last \d jobs)\)"
+    described = job.describe()
+    waited = (described["TrainingStartTime"] - described["CreationTime"]).total_seconds()
+    assert re.fullmatch(rf"  instance: {waited / 60:.1f} minutes, not billed{own}", parts["instance"])
+    for name in ("training image", "base model", "saving and sending"):
+        assert re.search(rf"minutes{own}$", parts[name]), parts[name]
+    assert re.search(
+        r" x what was expected, (as your last job|median of your last)",
+        parts[f"{OPTIONS['max_train_steps']} steps"],
+    )
+
+
 def test_the_model_is_served_as_the_document_says(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
     job, _, _ = trained
     document = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")

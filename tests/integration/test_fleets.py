@@ -115,13 +115,14 @@ def test_a_table_of_subjects_becomes_a_model_of_each(
     assert isinstance(started, launcher.Fleet)
 
     fleet = launcher.attach_fleet("s3://toys-of-many/dreambooth-sm/fleets/toys", services.clients())
+    assert isinstance(fleet, launcher.Fleet)
     for ask in (fleet.samples, fleet.job):
         with pytest.raises(UserError, match=r"toys has no subject 'cow'; status\(\) lists"):
             ask("cow")
     fleet.wait(lines.append)
     status = fleet.status()
     assert status.done == ("cat", "duck")
-    assert "00.png" in status.failed["bad"]
+    assert "s3://toys-of-many/pictures/bad/00.png is not a picture" in status.failed["bad"]
     assert (status.running, status.remaining) == ((), ())
     assert status.jobs.keys() == {"toys-0001", "toys-0002"}
     assert status.latest in status.done
@@ -207,11 +208,27 @@ def test_all_subjects_end_and_none_twice_whatever_the_platform_does() -> None:
     assert simulated["dollars"] == pytest.approx(simulated["dollars_billed"], rel=0.02)
 
 
+def test_a_small_fleet_is_looked_at_now_and_then_and_soon_after_its_end() -> None:
+    """In an account without trouble: few more than half as many looks as minutes; the end is seen in two of them."""
+    calm = {"short": 0.0, "lost_jobs": 0.0, "failing": 0.0, "throttled": 0.0, "hours_to_interruption": 1e9}
+    simulated = simulate(100, 10, seed=1, **calm)
+    minutes = 60 * simulated["hours"]
+    assert simulated["done"] == 100
+    assert simulated["requests"]["s3.ListObjectsV2"] < 0.6 * minutes
+    assert minutes < 60 * simulated["hours_without_trouble"] + 3
+
+
 def test_an_account_that_is_short_of_instances_ends_them_as_well() -> None:
     """Each type has no capacity in 40 of 100 hours."""
     simulated = simulate(600, 20, seed=3, short=0.4)
     assert (simulated["done"], simulated["trained_twice"]) == (600, 0)
     assert simulated["jobs_without_capacity"] > 10
+
+
+def test_a_fleet_all_of_whose_jobs_end_at_once_is_followed_until_it_is_known_why() -> None:
+    """Throttled, the launcher learns a little later that there was no capacity."""
+    simulated = simulate(300, 10, seed=8, short=0.4)
+    assert (simulated["done"], simulated["trained_twice"]) == (300, 0)
 
 
 def test_a_queue_ends_them_as_well() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,11 +29,13 @@ from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.serving.engine import Engine
 from dreambooth_sm.serving.served_model import open_served
 from dreambooth_sm.serving.settings import LARGEST_BODY, ServingSettings
-from dreambooth_sm.storage import S3Uri, get_object, upload_directory
+from dreambooth_sm.storage import PROBE_NAME, S3Uri, get_object, upload_directory
 from launcher.local.program import ENTRYPOINT
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.jobs import read_until
 from tests.helpers.patience import PATIENCE
+from tests.helpers.s3_proxy import Answer as Reply
+from tests.helpers.s3_proxy import Request, s3_proxy
 from tests.helpers.serving import Client, served, wait_until
 
 SMALL: dict[str, Any] = {"prompt": "photo of a toy", "steps": 1, "width": 32, "height": 32, "seed": 3}
@@ -161,6 +164,45 @@ def test_the_quick_kits_client_finds_its_pictures_in_s3(
     nowhere = client.draw({**asked, "output_s3uri": "s3://no-such-bucket-of-ours/x"})
     assert nowhere.status == 400
     assert "no-such-bucket-of-ours" in nowhere.json["errors"][0]
+
+
+def test_a_place_that_takes_no_pictures_is_told_before_any_is_drawn(
+    engine: Engine, s3: EmbeddedS3, target: S3Uri, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrote: list[str] = []
+    refuses = True
+
+    def refuse(request: Request) -> Reply | None:
+        if request.operation == "PutObject":
+            wrote.append(request.key)
+            return Reply.error(403, "AccessDenied") if refuses else None
+        return Reply.error(403, "AccessDenied") if request.operation in ("ListObjectsV2", "DeleteObject") else None
+
+    monkeypatch.setattr(engine, "submit", submitted := Mock(wraps=engine.submit))
+    with s3_proxy(s3.endpoint_url, refuse) as address, served(engine) as (client, _):
+        for name, value in {**s3.environment(), "AWS_ENDPOINT_URL_S3": address}.items():
+            monkeypatch.setenv(name, value)
+        refused = client.draw({**SMALL, "output": str(target), "steps": 0})
+        assert (refused.status, len(refused.json["errors"])) == (400, 2), refused.json
+        refused = client.draw({**SMALL, "output": str(target)}, Accept=LINES)
+        assert refused.status == 400
+        (problem,) = refused.json["errors"]
+        assert problem.startswith(str(target))
+        assert "access denied: allow s3:PutObject" in problem
+        assert not submitted.called
+        wrote.clear()
+        refuses = False
+        for _ in range(2):  # rights to list and to delete are not needed, and what took pictures is not tried again
+            assert client.draw({**SMALL, "output": str(target)}).status == 200
+        assert [key.endswith(PROBE_NAME) for key in wrote] == [True, False, False]
+        refuses = True
+        assert client.draw({**SMALL, "output": str(target)}).status == 400  # the right was taken away meanwhile
+        submitted.reset_mock()
+        assert client.draw({**SMALL, "output": str(target)}).status == 400
+        assert not submitted.called
+    with served(engine) as (client, _):  # the address that nobody listens at any more
+        assert client.draw({**SMALL, "output": str(target)}).status == 502
+        assert not submitted.called
 
 
 def malformed(number: int) -> tuple[bytes, dict[str, str]]:

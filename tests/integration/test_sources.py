@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -25,6 +28,14 @@ def aws(s3: EmbeddedS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY", str(tmp_path / "warm"))
+
+
+def test_a_folder_of_a_shipped_models_name_is_not_that_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("toybox", "mine"):
+        Path(name).mkdir()
+    told = [name for name in ("toybox", "mine", "owner/mine", "/mine", "s3://mine/toybox") if sources.is_local(name)]
+    assert told == ["mine", "/mine"]
 
 
 @pytest.mark.usefixtures("aws")
@@ -142,6 +153,28 @@ def test_only_the_files_that_are_needed_come_from_the_hub(hub: Hub, tmp_path: Pa
     hub.server.server_close()
     again = hub.fetch(tmp_path / "hub", revision="main")  # the network is gone, the cache is not
     assert again.stdout == ended.stdout, again.stderr
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_large_files_come_from_a_mirror_in_ranges(
+    hub: Hub, tmp_path: Path, tiny_base: Path, knows_ranges: bool
+) -> None:
+    hub.knows_ranges = knows_ranges
+    code = (
+        "from dreambooth_sm import hub_ranges, sources; hub_ranges._RANGE = 9000; print(sources.fetch('owner/model'))"
+    )
+    environment = {**os.environ, **hub.environment(tmp_path / "hub")}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for part, stem in STEMS.items():
+        name = f"{part}/{stem}.fp16.safetensors"
+        whole = (tiny_base / part / f"{stem}.safetensors").read_bytes()
+        assert (Path(ended.stdout.strip()) / name).read_bytes() == whole
+        ranges = {f"bytes={first}-{min(first + 9000, len(whole)) - 1}" for first in range(0, len(whole), 9000)}
+        assert len(ranges) > 1
+        assert {*hub.ranges.get(name, [])} == (ranges if knows_ranges else set())
+        assert not knows_ranges or hub.sent.count(name) == len(ranges)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".incomplete"]
 
 
 def test_what_the_hub_does_not_have(hub: Hub, tmp_path: Path) -> None:

@@ -120,7 +120,9 @@ def through(target: S3Uri, environment: dict[str, str]) -> Iterator[Callable[...
     """A client whose requests, and their answers, a test sees and changes: ``through(before, after)``."""
     with ExitStack() as stack:
 
-        def make(before: Before = lambda request: None, after: After = lambda request, answer: None, **options: Any):
+        def make(
+            before: Before = lambda request: None, after: After = lambda request, answer: None, **options: Any
+        ) -> storage.S3Client:
             address = stack.enter_context(s3_proxy(environment["AWS_ENDPOINT_URL"], before, after))
             return s3_client(endpoint_url=address, **options)
 

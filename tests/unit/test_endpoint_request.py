@@ -116,7 +116,7 @@ def test_application_autoscaling_and_cloudwatch_take_what_scales_it(scaling: Sca
     steps = scaling.requests("zwx")
     for service, operation, request in steps:
         assert refusals(operations[operation], request, service) == []
-    assert steps[0][2]["ResourceId"] == "endpoint/zwx/variant/all"
+    assert steps[0][2]["ResourceId"] == "endpoint/zwx/variant/AllTraffic"
     assert (steps[0][2]["MinCapacity"], steps[0][2]["MaxCapacity"]) == (scaling.least, scaling.most)
     assert steps[1][2]["TargetTrackingScalingPolicyConfiguration"]["TargetValue"] == scaling.target
     # Nobody counts what waits for each of no instances.

@@ -48,7 +48,7 @@ def test_every_family_method_and_card_has_its_figures(family: str, method: str, 
     assert figure(family, f"{method}.{plan.tier}.{plan.precision}.steps_per_s") > 0
     estimate = estimate_on(h, Instance("a type", CARDS[card], 1, 1.0))
     assert estimate.minutes is not None
-    assert estimate.minutes > 5
+    assert estimate.minutes > sum(part.seconds for part in estimate.parts[1:3]) / 60
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,7 +59,9 @@ def test_every_rung_was_timed_on_the_card_that_estimates_scale_from(method: str)
 
 
 def test_there_is_a_file_for_each_family_and_no_other() -> None:
-    assert {path.name for path in MEASURED.iterdir()} == {f"{name}.json" for name in (*FAMILIES, "shared", "cards")}
+    assert {path.name for path in MEASURED.iterdir()} == {
+        f"{name}.json" for name in (*FAMILIES, "shared", "cards", "roofline")
+    }
     assert all(read_figures(path) for path in MEASURED.iterdir())
 
 

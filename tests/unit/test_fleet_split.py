@@ -52,7 +52,8 @@ def test_a_fleet_is_cheaper_than_a_job_a_subject() -> None:
     assert estimate.usd
     assert estimate.usd < 0.5 * 1000 * ALONE.usd
     # As a sum over its jobs, on its own.
-    each = sum(shared_minutes(ALONE) + size * subject_minutes(ALONE) for size in estimate.sizes) / 60
+    billed = shared_minutes(ALONE) - ALONE.waiting_minutes
+    each = sum(billed + size * subject_minutes(ALONE) for size in estimate.sizes) / 60
     assert estimate.usd == pytest.approx(each * 1.408)
     assert estimate.minutes == pytest.approx((estimate.job_minutes or 0) * -(-len(estimate.sizes) // 10))
     assert "1000 subjects" in "\n".join(estimate.lines())

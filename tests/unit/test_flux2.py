@@ -26,7 +26,7 @@ from dreambooth_sm.families.find import find_family
 from dreambooth_sm.families.flux2 import run_in_fewer_passes
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods.lora import FILE
-from dreambooth_sm.models import PretrainedModel, load_base
+from dreambooth_sm.models import PretrainedModel, load_base, open_base
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.sampling import draw, draw_latents
@@ -97,6 +97,19 @@ def test_prompts_are_read_as_the_pipeline_reads_them(flux2: PretrainedModel) -> 
     assert torch.allclose(found, expected, atol=1e-6)
     with pytest.raises(UserError, match=r"tokens with its template, and FLUX\.2 klein reads 512; shorten it"):
         flux2.family.tokenize(flux2, ["x" * 600])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_layers_whose_states_nobody_reads_are_not_loaded(tiny_flux2: Path, dtype: torch.dtype) -> None:
+    h = hyperparameters(pretrained_model_name_or_path=str(tiny_flux2), **LORA)
+    base, whole = open_base(h), load_base(h)
+    readers = [each.part("text_encoder", "cpu", dtype) for each in (base, whole)]
+    assert [len(each.layers) for each in (*readers, base.text_encoder)] == [27, 28, 28]
+    states, expected = (
+        embed(base.family, base.with_parts({"text_encoder": reader}), [SHORT, LONG, ""]).text["states"]
+        for reader in readers
+    )
+    assert torch.equal(states, expected)
 
 
 def theirs(transformer: Any, noised: torch.Tensor, timesteps: torch.Tensor, states: torch.Tensor) -> Any:

@@ -196,7 +196,7 @@ def test_an_unknown_prediction_type() -> None:
 @pytest.mark.parametrize("prior", [True, False])
 def test_the_mean_of_an_accumulated_step(prior: bool) -> None:
     parts = [
-        Loss(*(torch.tensor(float(n + k)) for k in range(2)), torch.tensor(n * 2.0) if prior else None) for n in (1, 4)
+        Loss(torch.tensor(n + 0.0), torch.tensor(n + 1.0), torch.tensor(n * 2.0) if prior else None) for n in (1, 4)
     ]
     assert Loss.mean(parts) == Loss(torch.tensor(2.5), torch.tensor(3.5), torch.tensor(5.0) if prior else None)
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import RENAMED, PretrainedModel, check_base, load_base
+from dreambooth_sm.models import PretrainedModel, check_base, load_base
+from dreambooth_sm.sources import RENAMED
 from tests.helpers.training import hyperparameters, same, weights
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -22,9 +22,11 @@ def plain_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
-def compare_all(device: str = "cpu", shapes: Sequence[tuple[int, ...]] = SHAPES) -> None:
+def compare_all(
+    device: str = "cpu", shapes: Sequence[tuple[int, ...]] = SHAPES, types: Sequence[torch.dtype] = TYPES
+) -> None:
     random = torch.Generator().manual_seed(0)
-    for dtype in TYPES:
+    for dtype in types:
         for rows, words, width in shapes:
             x, added, grad = torch.randn(3, rows, words, width, generator=random).to(device, dtype).unbind()
             scale, shift, gate = torch.randn(3, rows, width, generator=random).to(device, dtype).unbind()
@@ -55,7 +57,7 @@ def test_reference_computes_what_torch_does() -> None:
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
-    assert printed_in_the_interpreter(__file__).count("compared") == 1
+    assert printed_in_the_interpreter(__file__).count("compared") == len(SHAPES)
 
 
 def test_gradients_are_the_derivatives() -> None:
@@ -76,5 +78,6 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
     assert torch.equal(given.grad, torch.ones(1, 2, 4))  # type: ignore[arg-type]
 
 
-if __name__ == "__main__":
-    compare_all()
+if __name__ == "__main__":  # slowly: each type in a shape, and each shape in a type
+    for dtype, shape in zip(TYPES, SHAPES, strict=True):
+        compare_all(shapes=[shape], types=[dtype])

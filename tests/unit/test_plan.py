@@ -15,6 +15,7 @@ from dreambooth_sm.planning.optimizers import ON_MASTERS
 
 T4 = Card("Tesla T4", 14.6, (7, 5))
 H200 = Card("NVIDIA H200", 139.8, (9, 0))
+A10G = Card("NVIDIA A10G", 22.0, (8, 6))
 CPU = Card("CPU", 0.0)
 
 
@@ -51,6 +52,27 @@ def test_precision_follows_the_card() -> None:
 @pytest.mark.parametrize("attention", ["default", "xformers", "flash_attention"])
 def test_attention_on_a_large_card(attention: str) -> None:
     assert make_plan(parse(attention=attention), H200).attention == attention
+
+
+@pytest.mark.parametrize(
+    ("values", "card", "attention"),
+    [
+        ({}, H200, "flash_attention"),
+        ({"max_train_steps": 2_599}, H200, "flash_attention"),
+        ({"max_train_steps": 2_600}, H200, "default"),
+        ({"max_train_steps": 800, "train_batch_size": 4}, H200, "default"),
+        ({"base_architecture": "sdxl", "max_train_steps": 500}, H200, "default"),
+        ({"base_architecture": "sdxl", "max_train_steps": 300}, H200, "flash_attention"),
+        ({"num_train_epochs": 3}, H200, "default"),
+        ({"mixed_precision": "no"}, H200, "default"),
+        ({"base_architecture": "flux2", "method": "lora", "max_train_steps": 100}, H200, "default"),
+        ({}, A10G, "default"),
+    ],
+)
+def test_short_jobs_do_not_wait_for_attention_to_be_compiled(
+    values: dict[str, object], card: Card, attention: str
+) -> None:
+    assert make_plan(parse(**values), card).attention == attention
 
 
 def test_the_cpu_does_what_it_can_and_says_what_it_can_not() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dreambooth_sm.context import Context
 from dreambooth_sm.distributed import World
-from dreambooth_sm.preflight import find_unused_channels, localize, preflight
-from dreambooth_sm.sagemaker import Contract
+from dreambooth_sm.preflight import find_unused_channels, preflight
+from dreambooth_sm.sagemaker import Contract, localize
 from tests.helpers.training import Recorder, hyperparameters, paint_pictures
 
 

@@ -17,8 +17,7 @@ from dreambooth_sm.knobs.presets import PRESET_KNOBS, PRESETS
 from dreambooth_sm.knobs.takes import choices
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
-from dreambooth_sm.preflight import localize
-from dreambooth_sm.sagemaker import Contract
+from dreambooth_sm.sagemaker import Contract, localize
 from launcher.estimates import estimate_on
 from launcher.instances import INSTANCES
 from launcher.prepare import prepare_local

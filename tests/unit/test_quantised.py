@@ -18,7 +18,7 @@ from dreambooth_sm.adapters.peft_layers import inject, parameters_of
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.models import PretrainedModel, keep_layers
 from dreambooth_sm.planning.cards import find_card
 from dreambooth_sm.planning.choice import make_plan, smaller_plan
 from dreambooth_sm.sampling import draw, drawing_part
@@ -373,6 +373,8 @@ def test_footprints_count_the_layers_in_fewer_bits(family: str) -> None:
         if part in facts.plain_text:
             continue
         module = empty_module(part, config, facts.pipeline).requires_grad_(False)
+        if facts.text_layers and part == "text_encoder":
+            keep_layers(module, facts.text_layers)
         whole = {name: parameter.numel() for name, parameter in module.named_parameters()}
         quantise_layers(module, "nf4", torch.bfloat16, torch.device("meta"))
         kept = {name for name, parameter in module.named_parameters() if parameter.dtype != torch.uint8}

@@ -201,7 +201,7 @@ def test_a_block_in_fewer_passes_computes_the_same(qwen_image: PretrainedModel, 
     found = []
     for run in (
         lambda *given: block(*given, kept, told, (turns[6:], turns[:6])),
-        lambda *given: run_in_fewer_passes(block, *given, kept, told, turns.expand(2, -1, -1)),
+        lambda *given: run_in_fewer_passes(block, *given, kept, told, turns.expand(2, -1, -1)),  # type: ignore[call-arg]
     ):
         given = [each.clone().requires_grad_() for each in (picture, words)]
         made = run(*given)

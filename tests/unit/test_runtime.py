@@ -14,9 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "first", ["import launcher", "from dreambooth_sm.sampling import draw", "import container.train"]
+    ("first", "own", "seen"),
+    [
+        ("import launcher", {}, "2000"),
+        ("from dreambooth_sm.sampling import draw", {}, "2000"),
+        ("import container.train", {}, "2000"),
+        ("import container.train", {"GOMP_SPINCOUNT": "77"}, "77"),
+    ],
 )
-@pytest.mark.parametrize(("own", "seen"), [({}, "2000"), ({"GOMP_SPINCOUNT": "77"}, "77")])
 def test_waiting_threads_let_others_work(first: str, own: dict[str, str], seen: str) -> None:
     """As OpenMP itself has read it; the notebook imports the launcher first, a job its entrypoint."""
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.storage import S3Uri, put_object, upload_directory
 from launcher.local.s3 import EmbeddedS3
 from tests.helpers.adapters import ATTENTION, CONVOLUTIONS, TEXT, pipeline, trained
+from tests.helpers.s3_proxy import s3_proxy
 from tests.helpers.serving import difference, draw, engine_of, opened, pictures, request, served
 
 # Of each adapter: its rank, the layers of the UNet, and those of the text encoder.
@@ -175,7 +177,13 @@ def test_learned_words_come_with_their_adapter(tiny_base: Path, folder: Path, tm
 
 
 def test_adapters_come_from_s3_verified(
-    tiny_base: Path, folder: Path, s3: EmbeddedS3, target: S3Uri, monkeypatch: pytest.MonkeyPatch, engine: Engine
+    tiny_base: Path,
+    folder: Path,
+    s3: EmbeddedS3,
+    target: S3Uri,
+    monkeypatch: pytest.MonkeyPatch,
+    engine: Engine,
+    tmp_path: Path,
 ) -> None:
     for name, value in s3.environment().items():
         monkeypatch.setenv(name, value)
@@ -183,7 +191,8 @@ def test_adapters_come_from_s3_verified(
         upload_directory(folder / name, target / name)
     put_object(target / f"wide/{FILE}", (folder / "small" / FILE).read_bytes())  # not what its manifest says
     put_object(target / "single.safetensors", (folder / "wide" / FILE).read_bytes())
-    with engine_of(tiny_base, adapters=str(target)) as remote, served(remote) as (client, _):
+    disk = str(tmp_path / "disk")
+    with engine_of(tiny_base, adapters=str(target), adapter_disk=disk) as remote, served(remote) as (client, _):
         wish = {"prompt": "photo of a toy", "steps": 1, "width": 32, "height": 32, "seed": 5}
         drawn = draw(remote, steps=1, adapters=["small"])
         assert difference(drawn, draw(engine, steps=1, adapters=["small"])) <= 1
@@ -205,6 +214,33 @@ def test_adapters_come_from_s3_verified(
         assert client.send("POST", "/adapters", json.dumps({**other, "src": f"{target}/gone"}).encode()).status == 404
         wrong = client.send("POST", "/adapters", b'{"src": 3, "pin": "x", "source": 1}')
         assert (wrong.status, len(wrong.json["errors"])) == (400, 4)
+
+
+def test_what_leaves_memory_is_not_fetched_from_s3_again(
+    tiny_base: Path, folder: Path, s3: EmbeddedS3, target: S3Uri, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    upload_directory(folder / "small", target / "small", client=s3.client())
+    put_object(target / "single.safetensors", (folder / "wide" / FILE).read_bytes(), client=s3.client())
+    with (
+        s3_proxy(s3.endpoint_url, lambda each: asked.append(f"{each.operation} {each.key}")) as address,
+        engine_of(tiny_base, adapters=str(target), adapter_bytes=1, adapter_disk=str(tmp_path / "disk")) as engine,
+    ):
+        for name, value in {**s3.environment(), "AWS_ENDPOINT_URL_S3": address}.items():
+            monkeypatch.setenv(name, value)
+        engine.store.add("one", f"{target}/single.safetensors")  # each lets go of the other one
+        first = engine.store.get("small")
+        before = Counter(each.partition(" ")[0] for each in asked)
+        assert before["GetObject"] == 3  # two adapters, and the manifest of one of them
+        asked.clear()
+        engine.store.get("one")
+        second = engine.store.get("small")
+        assert second is not first
+        assert second.size == first.size
+        assert [each.partition(" ")[0] for each in asked] == ["HeadObject", "ListObjectsV2"]
+        upload_directory(folder / "texts", target / "small", client=s3.client())
+        engine.store.get("one")
+        assert engine.store.get("small").parts.keys() == {"unet", "text_encoder"}  # what lies there now
 
 
 @pytest.mark.slow

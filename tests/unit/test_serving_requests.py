@@ -18,6 +18,7 @@ from dreambooth_sm.s3_uri import S3Uri
 from dreambooth_sm.serving.answer_size import picture_bytes
 from dreambooth_sm.serving.answers import answer
 from dreambooth_sm.serving.offer import Offer
+from dreambooth_sm.serving.output_places import OutputPlaces
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import PictureRequest, read_request
 from dreambooth_sm.serving.settings import LARGEST_BODY, ServingSettings
@@ -147,9 +148,9 @@ def test_jumpstarts_requests() -> None:
     text = read_request(b"a cottage", OFFER, content_type="application/x-text", accept="application/json;jpeg")
     assert (text.prompts, text.manner, text.single) == (("a cottage",), "encoded", True)
     picture = Image.new("RGB", (3, 2), (1, 2, 3))
-    content = json.loads(answer(arrays, [picture, picture])[0])
+    content = json.loads(answer(arrays, [picture, picture], OutputPlaces())[0])
     assert content == {"generated_images": [[[[1, 2, 3]] * 3] * 2] * 2, "prompt": "astronaut on a horse"}
-    assert list(json.loads(answer(text, [picture])[0])) == ["generated_image", "prompt"]
+    assert list(json.loads(answer(text, [picture], OutputPlaces())[0])) == ["generated_image", "prompt"]
 
 
 def test_the_quick_kits_requests() -> None:
@@ -197,7 +198,7 @@ def test_no_picture_takes_more_than_was_counted(form: str, manner: str) -> None:
             else:
                 request = read({**names, "format": form}, accept=f"image/{form}" if manner == "picture" else "")
             assert request.manner == manner
-            body, _ = answer(request, [Image.fromarray(pixels)])
+            body, _ = answer(request, [Image.fromarray(pixels)], OutputPlaces())
             assert len(body) <= picture_bytes(manner, request.format, (side, side)) + 700
             if manner == "picture":
                 with Image.open(io.BytesIO(body)) as picture:

@@ -14,6 +14,7 @@ from PIL import Image
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.serving.answers import answer, answer_line
 from dreambooth_sm.serving.orders import Shown
+from dreambooth_sm.serving.output_places import OutputPlaces
 from dreambooth_sm.serving.refusal import Refusal
 from dreambooth_sm.serving.requests import LINES, read_request
 from dreambooth_sm.serving.safety import SafetyCheck
@@ -70,21 +71,21 @@ def test_every_answer_says_what_is_withheld(classifier: Path, tiny_base: Path) -
             asked = read_request(json.dumps({**wishes, **more}).encode(), engine.offer, accept=accept)
             return asked, pictures(engine.submit(asked, seen.append))
 
-        body, _ = answer(*drawn("application/json", number=2))
+        body, _ = answer(*drawn("application/json", number=2), OutputPlaces())
         told = json.loads(body)["pictures"]
         assert [(each["seed"], "picture" in each) for each in told] == [(5, False), (6, False)]
         assert {each["withheld"] for each in told} <= {"nsfw", "normal"}
         seen.clear()
         asked, _ = drawn(LINES, previews=1)
-        (line,) = (json.loads(answer_line(asked, shown)) for shown in seen)
+        (line,) = (json.loads(answer_line(asked, shown, OutputPlaces())) for shown in seen)
         assert ("withheld" in line, "picture" in line) == (True, False)
         others: dict[str, Any] = {"application/json;jpeg": {"steps": None, "num_inference_steps": 1}, "image/png": {}}
         for accept, more in others.items():
             with pytest.raises(Refusal, match="1 of 1 pictures are withheld by the endpoint's safety check") as caught:
-                answer(*drawn(accept, **more))
+                answer(*drawn(accept, **more), OutputPlaces())
             assert caught.value.status == 422
     with engine_of(tiny_base, **checked | {"safety_labels": "nsfw", "safety_percent": 100}) as engine:
-        body, _ = answer(*drawn("application/json"))
+        body, _ = answer(*drawn("application/json"), OutputPlaces())
         assert base64.b64decode(json.loads(body)["pictures"][0]["picture"])
 
 

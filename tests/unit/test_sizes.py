@@ -16,6 +16,7 @@ from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.families.facts import Facts
 from dreambooth_sm.families.find import find_facts
 from dreambooth_sm.hyperparameters import Hyperparameters
+from dreambooth_sm.models import keep_layers
 from dreambooth_sm.planning.cards import CARDS, find_card
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.planning.memory import reading_gb
@@ -127,6 +128,11 @@ def check_footprint(facts: Facts, modules: dict[str, nn.Module]) -> None:
     assert footprint.denoiser == pytest.approx(stored / 1e6, rel=1e-3)
     read = sum(value.numel() for module in texts.values() for value in module.parameters())
     assert footprint.text_encoder == pytest.approx(read / 1e6, rel=1e-3)
+    if facts.text_layers:
+        for module in texts.values():
+            keep_layers(module, facts.text_layers)
+        computing = sum(value.numel() for module in texts.values() for value in module.parameters())
+        assert footprint.text_read == pytest.approx(computing / 1e6, rel=1e-3)
     if facts.matches_flow:
         linear = _linear(denoiser)
         assert footprint.largest_coded == pytest.approx(max(linear), rel=1e-2)
@@ -152,11 +158,10 @@ def test_a_larger_model_needs_more_and_takes_longer(
     assert plans[1].predicted_peak_gb > plans[0].predicted_peak_gb + 2
     assert {plan.tier for plan in plans} == {"roomy"}
     minutes = [
-        estimate_on(parse(name, max_train_steps=1000), Instance("a type", CARDS["H100"], 1, 1.0)).minutes
+        estimate_on(parse(name, max_train_steps=1000), Instance("a type", CARDS["H100"], 1, 1.0)).training_minutes
         for name in (first, larger)
     ]
-    assert None not in minutes
-    assert (minutes[1] > minutes[0]) == (family != "sd")  # type: ignore[operator]
+    assert (minutes[1] > minutes[0]) == (family != "sd")
 
 
 def test_the_configuration_of_a_directory_counts_for_more_than_its_name(tiny_base: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from dreambooth_sm.stored.directory import read_directory, write_directory
 from dreambooth_sm.stored.files import HASH_FIELD, Stored, TensorFile, write_safetensors
 from dreambooth_sm.stored.layout import parts_in, to_original
 from dreambooth_sm.stored.model import StoredModel, clip_tokenizer, empty_module, tokenizers_of
+from dreambooth_sm.stored.opening import open_tensors
 from dreambooth_sm.stored.recognise import read_configs
 from dreambooth_sm.stored.single_file import read_single_file, read_tokenizer, write_single_file
 from tests.helpers.tiny import save_tiny_pipeline
@@ -857,3 +858,25 @@ def test_memory_is_a_share_of_the_model(large: dict[str, Path], tmp_path: Path) 
         source = large[case[1]]
         size = sum(path.stat().st_size for path in (source, *source.rglob("*")) if path.is_file())
         assert int(peak) < share * size, case
+
+
+def test_a_sample_is_of_the_values_that_are_read(tmp_path: Path) -> None:
+    matrix = torch.randn(30, 7).to(torch.bfloat16)
+    save_file({"odd": torch.ones(3, dtype=torch.uint8), "matrix": matrix, "empty": torch.empty(0)}, tmp_path / "file")
+    file = open_tensors(tmp_path / "file").tensors
+    stored = file["matrix"]
+    for each in (
+        stored,
+        stored.cast(torch.float64),
+        stored.reshaped((7, 30)),
+        stored.transposed(),
+        stored.part(4, (10, 3)),
+        Stored.stacked([stored, stored]),
+        stored.cast(torch.float32).part(1, (5,)),
+        file["odd"],
+        file["empty"],
+        Stored.of(matrix),
+    ):
+        for step in (1, 3, 1000):
+            assert torch.equal(each.sample(step), each.read().flatten()[::step])
+            assert each.sample(step).dtype == each.dtype

@@ -244,7 +244,7 @@ def test_a_cache_is_for_class_images_that_are_drawn() -> None:
         parse(**alone), ["learning_rate"], Search(), pictures=5, class_cache="s3://m/cache", isolated=True
     )
     assert isolated.hyperparameters.class_cache is None
-    with pytest.raises(UserError, match="trials without a network can't fetch what they are measured with"):
+    with pytest.raises(UserError, match="jobs without a network can't fetch what they are measured with"):
         plan_trials(parse(), ["learning_rate"], Search(), pictures=5, isolated=True)
 
 
@@ -299,10 +299,12 @@ def test_the_estimate_is_of_all_trials() -> None:
     found = estimate_trials(trials, search, A10G)
     assert found.least.minutes
     assert found.most.minutes
+    assert found.least.whole_minutes
+    assert found.most.whole_minutes
     assert found.most.usd
     assert found.least.minutes < found.most.minutes
     text = "\n".join(found.lines())
-    assert f"about {3 * found.least.minutes:.0f} to {3 * found.most.minutes:.0f} minutes in all" in text
+    assert f"about {3 * found.least.whole_minutes:.0f} to {3 * found.most.whole_minutes:.0f} minutes in all" in text
     assert f"${10 * found.most.usd:.2f} in all" in text
     limit = int(found.least.minutes) + 1
     with pytest.raises(UserError, match=f"max_minutes={limit}: a trial with max_train_steps=1000 is expected to take"):

@@ -1,0 +1,1 @@
+"""Examples: a state machine and Terraform, made of the launcher's own requests and policies."""
