@@ -31,6 +31,7 @@ from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.planning.cards import CARDS
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.sampling import draw, draw_latents
+from tests.helpers.drawing import levels_between
 from tests.helpers.training import Run, hyperparameters, same, weights
 from tests.unit.test_z_image import quiet
 
@@ -65,7 +66,7 @@ def test_pictures_are_the_pipelines_own(qwen_image: PretrainedModel, side: int, 
     seed = torch.Generator().manual_seed(3)
     expected = pipeline(prompt=SHORT, generator=seed, **options).images[0]
     ((ours,),) = draw(qwen_image.pipeline(), SHORT, [3], resolution=side, steps=3, guidance=guidance)
-    assert np.array_equal(np.asarray(ours), np.asarray(expected))
+    assert levels_between(ours, expected) <= (guidance > 1)  # the pipeline asks twice
 
 
 def test_the_whole_text_encoder_reads_the_same(qwen_image: PretrainedModel, tiny_qwen_image: Path) -> None:
