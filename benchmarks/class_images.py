@@ -49,8 +49,11 @@ def run_ours(name: str, base: PretrainedModel, count: int, work: Path) -> dict[s
     subject = Subject((), "", PROMPTS["class_prompt"], work / "class", ())
     sizes = [(512, 512)] * count
     started = time.perf_counter()
+    sampler = make_sampler(base, plan)
     images = ClassImages(
-        make_sampler(base, plan),
+        sampler.pipeline,
+        weights="random",
+        draw_with=lambda: sampler,
         batch_size=plan.sample_batch_size,
         guidance=7.5,
         remote=None,

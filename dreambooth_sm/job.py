@@ -145,6 +145,7 @@ def draw_prior(job: Context, checked: Checked, loaded: Loaded) -> Prior:
     with job.report.phase("class_images"):
         subjects = make_class_images(
             loaded.base,
+            loaded.digests,
             checked.subjects,
             job.h,
             checked.plan,
@@ -152,7 +153,7 @@ def draw_prior(job: Context, checked: Checked, loaded: Loaded) -> Prior:
             report=job.report,
             stop=job.stop,
             world=job.world,
-            shared=job.shared,
+            scratch=job.shared.scratch if job.shared else None,
         )
     return Prior(subjects, shown)
 

@@ -82,9 +82,7 @@ def _asks_twice(family: Family, guidance: float) -> bool:
 def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     """A module of the base model on the plan's device, in the precision that is drawn in; in fewer bits where the plan
     keeps it so."""
-    half = base.vae_dtype if part == "vae" else base.half
-    dtype = half if _in_half(plan) else torch.float32
-    kind = _kept_in(base, plan, part)
+    kind, dtype = drawing_form(base, plan, part)
     own = getattr(base, part)
     if kind == "plain" or is_quantised(own):
         module = base.part(part, plan.device, dtype)
@@ -95,6 +93,12 @@ def drawing_part(base: PretrainedModel, plan: Plan, part: str) -> Any:
     if module is not own:  # which may be in training, where the plan decides
         speed_up_drawing(module)
     return module
+
+
+def drawing_form(base: PretrainedModel, plan: Plan, part: str) -> tuple[BaseWeights, torch.dtype]:
+    """What :func:`drawing_part` keeps the weights of a module in, and the precision that it computes in."""
+    half = base.vae_dtype if part == "vae" else base.half
+    return _kept_in(base, plan, part), half if _in_half(plan) else torch.float32
 
 
 def _kept_in(base: PretrainedModel, plan: Plan, part: str) -> BaseWeights:

@@ -39,12 +39,10 @@ class Shared:
     Attributes:
         scratch: directory for class images that can't go elsewhere.
         bench: that the trainings follow each other on.
-        class_weights: digest of what draws class images; None before any were drawn.
     """
 
     scratch: Path
     bench: Bench = field(default_factory=Bench)
-    class_weights: str | None = None
     _opened: Opened | None = None
     _plan: Plan | None = None
 

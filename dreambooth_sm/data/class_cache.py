@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -48,7 +48,7 @@ class Recipe:
     """Everything that determines generated pictures, but for each one's number.
 
     Attributes:
-        weights: digest of the base model's weights, see :func:`fingerprint`.
+        weights: digest of what of the base model the pictures depend on.
         sampler: the noise scheduler's settings, the solver, and the software that runs them.
         size: width and height in pixels.
         guided: noise levels between which guidance acts.
@@ -69,47 +69,6 @@ class Recipe:
     def name(self, number: int) -> str:
         """File name of a picture."""
         return f"class-{self.digest[:20]}-{number:06d}{SUFFIX}"
-
-
-def fingerprint(modules: Mapping[str, torch.nn.Module]) -> str:
-    """Digest of all weights of several modules; computed where they are, exact on any device.
-
-    Each tensor counts with its name, shape, type and two sums of its words, weighted by pseudo-random odd numbers,
-    modulo 2**64: no two models that anybody has will share them, but it is not a defence against forgery.
-    """
-    return digest({part: tensor_sums(part, module) for part, module in modules.items()})
-
-
-def shaping(parts: Iterable[str]) -> list[str]:
-    """Those of a model's parts that latents depend on."""
-    return [part for part in parts if part != "vae"]
-
-
-def tensor_sums(part: str, module: torch.nn.Module) -> list[Any]:
-    """Adds up each tensor of a module for :func:`fingerprint`."""
-    return [
-        (part, name, list(tensor.shape), str(tensor.dtype), *_weighted_sums(tensor))
-        for name, tensor in module.state_dict().items()
-    ]
-
-
-def digest(sums: Mapping[str, list[Any]]) -> str:
-    """The :func:`fingerprint` of modules that were summed one after the other."""
-    return hashlib.sha256(json.dumps([row for rows in sums.values() for row in rows]).encode()).hexdigest()
-
-
-def _weighted_sums(tensor: torch.Tensor, piece: int = 1 << 24) -> list[int]:
-    words = tensor.detach().contiguous().flatten().view(torch.uint8)
-    if words.numel() % 2 == 0:
-        words = words.view(torch.int16)
-    totals = [0, 0]
-    for number, part in enumerate(words.split(piece)):
-        places = torch.arange(part.numel(), device=part.device) + number * piece
-        for row, factor in enumerate((-7046029254386353131, 3935559000370003845)):
-            mixed = (places + 1) * factor
-            weights = (mixed ^ (mixed >> 31)) * factor | 1
-            totals[row] += int((part.long() * weights).sum())
-    return [total % 2**64 for total in totals]
 
 
 class ClassCache:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from dreambooth_sm import __version__
 from dreambooth_sm.data.buckets import class_shapes
-from dreambooth_sm.data.class_cache import ClassCache, Recipe, digest, fingerprint, pack, shaping, tensor_sums
+from dreambooth_sm.data.class_cache import ClassCache, Recipe, pack
 from dreambooth_sm.data.concepts import Subject, shapes_of
 from dreambooth_sm.data.pictures import Shape
 from dreambooth_sm.distributed import World
@@ -27,26 +28,14 @@ from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.outputs import scratch_directory
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
-from dreambooth_sm.sampling import Sampler, decode, draw_latents, drawing_part, make_sampler
+from dreambooth_sm.sampling import Sampler, decode, draw_latents, drawing_form, make_sampler
 from dreambooth_sm.storage import S3Options, S3Uri
-from dreambooth_sm.stored.model import Pipeline, parts_of
+from dreambooth_sm.stored.model import Pipeline
 
 # Pictures of those made that are decoded, for people to look at; training needs the latents alone.
 SHOWN = 4
 # Far from the seeds that people draw with: what a trained model draws from noise that it was trained on proves little.
 _FIRST_SEED = 2**30
-
-
-class KnownWeights(Protocol):
-    """What the subjects of a fleet know of each other's class images.
-
-    Attributes:
-        scratch: directory for those that can't go elsewhere.
-        class_weights: digest of what draws them; None before any were drawn.
-    """
-
-    scratch: Path
-    class_weights: str | None
 
 
 class ClassImages:
@@ -57,10 +46,9 @@ class ClassImages:
     the batch size and the number of processes: jobs with the same base model and class prompt share their pictures.
 
     Args:
-        model: the untrained base model, on the device that draws.
-        weights: digest of what shapes the latents, see :func:`~dreambooth_sm.data.class_cache.fingerprint`; None where
-            the pipeline has all of it.
-        draw_with: makes what draws, where ``model`` has no weights and only tells of itself.
+        model: the untrained base model, which tells of itself; its weights are not asked for.
+        weights: digest of what of it the pictures depend on, see :func:`weights_digest`.
+        draw_with: makes what draws, once something has to be drawn.
         remote: where pictures are kept for later jobs, beside the subject's class directory.
         options: how they are written there.
         scratch: takes their place where the class directory is read-only (a channel in FastFile mode, for example).
@@ -69,8 +57,10 @@ class ClassImages:
 
     def __init__(
         self,
-        model: Pipeline | Sampler,
+        model: Pipeline,
         *,
+        weights: str,
+        draw_with: Callable[[], Sampler],
         batch_size: int,
         guidance: float,
         remote: S3Uri | None,
@@ -80,22 +70,18 @@ class ClassImages:
         stop: threading.Event,
         world: World = World(),  # noqa: B008 - frozen
         options: S3Options = S3Options(),  # noqa: B008
-        weights: str | None = None,
-        draw_with: Callable[[], Sampler] | None = None,
     ) -> None:
         import diffusers
 
         self._options = options
-        self._draw_with = draw_with
-        self._sampler = model if isinstance(model, Sampler) else Sampler(model)
-        self._pipeline = pipeline = self._sampler.pipeline
+        self._model, self._weights, self._draw_with = model, weights, draw_with
+        self._sampler: Sampler | None = None
         self._batch_size, self._guidance = batch_size, guidance
         self._remote, self._scratch, self._shown = remote, scratch, shown
         self._report, self._stop, self._world = report, stop, world
-        self._weights = weights or fingerprint({part: getattr(pipeline, part) for part in shaping(parts_of(pipeline))})
         software = [__version__, diffusers.__version__, torch.__version__.partition("+")[0]]
-        schedule = sorted(pipeline.scheduler.config.items())
-        self._drawing = family_of(pipeline).facts.drawing
+        schedule = sorted(model.scheduler.config.items())
+        self._drawing = family_of(model).facts.drawing
         self._manner = f"{self._drawing.manner}, seeds from {_FIRST_SEED}, {software}, {schedule}"
 
     def complete(self, subject: Subject, shapes: Sequence[Shape], first: int = 0) -> Subject:
@@ -139,11 +125,9 @@ class ClassImages:
     def _make(self, names: dict[int, str], recipe: Recipe, cache: ClassCache) -> dict[str, bytes]:
         """Draws the pictures of these numbers, and gives what all processes drew, by name."""
         share = list(names)[self._world.rank :: self._world.size]
-        if self._draw_with:
-            self._sampler, self._draw_with = self._draw_with(), None
-            self._pipeline = self._sampler.pipeline
+        self._sampler = sampler = self._sampler or self._draw_with()
         batches = draw_latents(
-            self._sampler,
+            sampler,
             recipe.prompt,
             [_FIRST_SEED + number for number in share],
             size=recipe.size,
@@ -159,20 +143,20 @@ class ClassImages:
                 made[names[number]] = pack(row)
                 cache.write(names[number], made[names[number]])
                 if number < SHOWN:
-                    self._show(row, number)
+                    self._show(sampler, row, number)
             if self._stop.is_set() and self._world.size == 1:
                 raise StopRequested(
                     f"while class images were made; {len(made)} of {len(share)} are in {cache.directory}"
                 )
         return {name: content for part in self._world.gather(made) for name, content in part.items()}
 
-    def _show(self, latents: torch.Tensor, number: int) -> None:
+    def _show(self, sampler: Sampler, latents: torch.Tensor, number: int) -> None:
         self._shown.mkdir(parents=True, exist_ok=True)
-        decode(self._pipeline, latents[None])[0].save(self._shown / f"class-{number}.png")
+        decode(sampler.pipeline, latents[None])[0].save(self._shown / f"class-{number}.png")
 
     def _latent_shape(self, size: Shape) -> tuple[int, int, int]:
-        width, height = (side // self._pipeline.vae_scale_factor for side in size)
-        return latent_channels(self._pipeline.vae), height, width
+        width, height = (side // self._model.vae_scale_factor for side in size)
+        return latent_channels(self._model.vae), height, width
 
     def _recipe(self, prompt: str, size: Shape) -> Recipe:
         return Recipe(
@@ -194,8 +178,21 @@ def _writable(directory: Path) -> Path | None:
     return directory if os.access(directory, os.W_OK) else None
 
 
+def weights_digest(base: PretrainedModel, plan: Plan, digests: Mapping[str, str]) -> str:
+    """A digest of what pictures depend on beside their prompt and how they are drawn: the weights of all parts but the
+    VAE's, what they are kept in and computed with, and the vocabulary.
+
+    Args:
+        digests: of the base model's parts, see :func:`dreambooth_sm.resume.fingerprint`.
+    """
+    parts = [part for part in base.family.facts.parts if part != "vae"]
+    forms = [(part, digests[part], *map(str, drawing_form(base, plan, part))) for part in parts]
+    return hashlib.sha256(json.dumps([forms, digests["tokenizer"]]).encode()).hexdigest()
+
+
 def make_class_images(
     base: PretrainedModel,
+    digests: Mapping[str, str],
     subjects: tuple[Subject, ...],
     h: Hyperparameters,
     plan: Plan,
@@ -204,49 +201,39 @@ def make_class_images(
     report: Reporter,
     stop: threading.Event,
     world: World,
-    shared: KnownWeights | None = None,
+    scratch: Path | None = None,
 ) -> tuple[Subject, ...]:
     """Makes the class images that are missing, with the untrained base model, or finds those of earlier jobs.
 
     Args:
+        digests: of its parts, see :func:`dreambooth_sm.resume.fingerprint`.
         shown: directory for pictures of some of them.
-        shared: with other subjects of a fleet, whose base model is known once the first of them had pictures made.
+        scratch: directory for those that can't go elsewhere; None for one of the job.
     """
     if h.prior == "output" or all(
         s.class_prompt is None or len(s.class_pictures) >= h.num_class_images for s in subjects
     ):
         return subjects
     prompts = [subject.class_prompt for subject in subjects if subject.class_prompt]
-    make = partial(make_sampler, base, plan, prompts, h.sample_guidance_scale)
-    weights = shared.class_weights if shared else None
-    sampler = None
-    if weights is None:
-        text = {part: tensor_sums(part, drawing_part(base, plan, part)) for part in base.text_parts}
-        sampler = make()
-        denoiser = base.family.facts.denoiser
-        sums = {denoiser: tensor_sums(denoiser, getattr(sampler.pipeline, denoiser))} | text
-        weights = digest({part: sums[part] for part in shaping(base.family.facts.parts)})
-    if shared:
-        shared.class_weights = weights
     images = ClassImages(
-        sampler or base.pipeline(),
-        draw_with=None if sampler else make,
+        base.pipeline(),
+        weights=weights_digest(base, plan, digests),
+        draw_with=partial(make_sampler, base, plan, prompts, h.sample_guidance_scale),
         batch_size=plan.sample_batch_size,
         guidance=h.sample_guidance_scale,
         remote=S3Uri.parse(h.class_cache) if h.class_cache else None,
-        scratch=shared.scratch if shared else scratch_directory(h),
+        scratch=scratch or scratch_directory(h),
         shown=shown,
         options=h.s3_options,
         report=report,
         stop=stop,
         world=world,
-        weights=weights,
     )
     completed: list[Subject] = []
     for subject, instances in zip(subjects, shapes_of(subjects, h), strict=True):
         wanted = max(h.num_class_images, len(set(instances)))  # each shape has batches, and needs one
         of_same_class = sum(len(s.class_pictures) for s in completed if s.class_prompt == subject.class_prompt)
         completed.append(images.complete(subject, class_shapes(instances, wanted), of_same_class))
-    del images, sampler
+    del images
     free_memory()
     return tuple(completed)

@@ -28,6 +28,7 @@ from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.planning.cards import CPU
 from dreambooth_sm.planning.choice import make_plan
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.sampling import Sampler
 from dreambooth_sm.selection import Examiner
 from dreambooth_sm.training.loop import Trainer
 from dreambooth_sm.training.schedule import Schedule
@@ -64,6 +65,8 @@ def subject(toybox_base: PretrainedModel, tmp_path_factory: pytest.TempPathFacto
         draw_otherwise(patch.setattr, class_steps=10)
         images = ClassImages(
             toybox_base.pipeline(),
+            weights="the toybox's",
+            draw_with=lambda: Sampler(toybox_base.pipeline()),
             batch_size=8,
             guidance=1.5,
             remote=None,

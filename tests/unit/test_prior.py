@@ -20,16 +20,18 @@ import torch
 from PIL import Image
 
 from dreambooth_sm.data import class_cache, prior
-from dreambooth_sm.data.class_cache import Recipe, fingerprint, read_latents, unpack
+from dreambooth_sm.data.class_cache import Recipe, read_latents, unpack
 from dreambooth_sm.data.concepts import Subject
-from dreambooth_sm.data.prior import ClassImages
+from dreambooth_sm.data.prior import ClassImages, weights_digest
 from dreambooth_sm.errors import StopRequested
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.report import Reporter
+from dreambooth_sm.resume import fingerprint
+from dreambooth_sm.sampling import Sampler
 from dreambooth_sm.storage import S3Uri, get_object, list_objects, put_object
 from launcher.local.s3 import EmbeddedS3, embedded_s3
 from tests.helpers.drawing import draw_otherwise
-from tests.helpers.training import make_subject
+from tests.helpers.training import cpu_plan, hyperparameters, make_subject
 
 WANTED = 3
 CACHE = S3Uri("classes", "toys")
@@ -65,9 +67,12 @@ class Made:
         stream = io.StringIO()
         settings = {"batch_size": 1, "guidance": 7.5, "remote": None, "stop": threading.Event()}
         sizes = options.pop("sizes", [(64, 64)] * WANTED)
+        plan = options.pop("plan", cpu_plan(hyperparameters()))
         first = options.pop("first", 0)
         images = ClassImages(
             base.pipeline(),
+            weights=weights_digest(base, plan, fingerprint(base)),
+            draw_with=lambda: Sampler(base.pipeline()),
             scratch=root / "scratch",
             shown=root / "shown",
             report=Reporter(stream),
@@ -210,7 +215,7 @@ def test_a_cache_that_fails_costs_time_alone(
 def other_weights(base: PretrainedModel) -> PretrainedModel:
     other = copy.deepcopy(base)
     with torch.no_grad():
-        next(other.unet.parameters()).view(-1)[7] += 1e-6
+        next(other.unet.parameters()).mul_(1 + 1e-6)
     return other
 
 
@@ -261,22 +266,14 @@ def test_whatever_determines_a_picture_is_in_its_name(
     assert not set(after.paths) & set(before)
 
 
-def test_half_precision_has_a_fingerprint_of_its_own(base: PretrainedModel) -> None:
-    half = copy.deepcopy(base.unet).half()
-    assert fingerprint({"unet": half}) != fingerprint({"unet": base.unet})
-    assert fingerprint({"unet": half}) == fingerprint({"unet": copy.deepcopy(half)})
-
-
-def test_a_fingerprint_sees_places_and_signs() -> None:
-    def of(*values: float) -> str:
-        layer = torch.nn.Linear(len(values), 1, bias=False)
-        with torch.no_grad():
-            layer.weight.copy_(torch.tensor([values]))
-        return fingerprint({"layer": layer})
-
-    rows = [(1.0, 2.0, 3.0), (2.0, 1.0, 3.0), (1.0, 2.0, -3.0), (1.0, 2.0, 3.0, 0.0), (0.0, 0.0, 0.0)]
-    assert len({of(*row) for row in rows}) == len(rows)
-    assert of(*rows[0]) == of(*rows[0])
+def test_what_weights_are_kept_in_and_computed_with_counts(base: PretrainedModel) -> None:
+    digests = fingerprint(base)
+    on_cpu = cpu_plan(hyperparameters())
+    on_gpu = dataclasses.replace(on_cpu, device="cuda", precision="bf16")
+    plans = [on_cpu, on_gpu, dataclasses.replace(on_gpu, base_weights="nf4")]
+    assert len({weights_digest(base, plan, digests) for plan in plans}) == len(plans)
+    assert weights_digest(base, on_gpu, digests) == weights_digest(base, on_gpu, fingerprint(base))
+    assert weights_digest(base, on_gpu, digests) == weights_digest(base, on_gpu, digests | {"vae": "another"})
 
 
 GOOD = torch.zeros(4, 32, 32, dtype=torch.float16)

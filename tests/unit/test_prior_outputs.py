@@ -126,6 +126,7 @@ def test_a_whole_job_makes_no_class_images(base: PretrainedModel, tmp_path: Path
     subject = subject_in(tmp_path, 1)
     made = make_class_images(
         base,
+        {},
         (subject,),
         h,
         cpu_plan(h),
