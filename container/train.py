@@ -27,7 +27,7 @@ from dreambooth_sm.errors import (
 )
 from dreambooth_sm.fetching import fetching
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.importing import importing
+from dreambooth_sm.importing import importing, leave
 from dreambooth_sm.knobs.decode import split_arguments
 from dreambooth_sm.printing import safe, survive_streams, traceback_lines
 from dreambooth_sm.report import Reporter
@@ -115,4 +115,4 @@ def fail(base: Path, reason: str, code: int) -> int:
 
 if __name__ == "__main__":
     survive_streams()
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

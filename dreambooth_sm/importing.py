@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
+import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 
 @contextmanager
@@ -20,3 +25,18 @@ def importing() -> Iterator[None]:
         atexit.register(gc.unfreeze)  # where libraries look for what they made
         if collecting:
             gc.enable()
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process as Python does, but for taking apart what was imported: that takes more than a second.
+
+    Args:
+        code: that it ends with.
+    """
+    # As multiprocessing ends its processes.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)

@@ -205,6 +205,7 @@ def teach(
             start.checkpoints,
             start.remote.send if start.remote else None,
             keep_last=loaded.space.has_room_for_last,
+            leaves_no_checkpoint=leaves_no_checkpoint(job, start),
             onlookers=onlookers,
             report=job.report,
             stop=job.stop,
@@ -238,10 +239,15 @@ def save(job: Context, checked: Checked, start: Start, trained: TrainedModel, pr
         facts = gather_facts(trained.base.name, prior.subjects, job.h, checked.plan, report, steps, directory)
         write_results(facts, prior.subjects, directory)
         report.finish(facts, directory)
-        # The finished model stands for them; those of a trial would be brought to all trials after it.
-        if start.checkpoints.is_relative_to(directory) or job.contract.is_trial:
+        if leaves_no_checkpoint(job, start):
             outputs.discard_checkpoints(start.checkpoints, start.identity)
     return written | set(REPORT_FILES)
+
+
+def leaves_no_checkpoint(job: Context, start: Start) -> bool:
+    """Whether checkpoints are removed once the model is written: where it stands for them, and those of a trial, which
+    would be brought to all trials after it."""
+    return start.checkpoints.is_relative_to(job.directory) or job.contract.is_trial
 
 
 def send(job: Context, target: S3Uri, made: Made) -> S3Uri:

@@ -193,6 +193,11 @@ def encodes_in_steps(plan: Plan, h: Hyperparameters) -> bool:
     return plan.train_text_encoder or METHODS[h.method].encodes_prompts
 
 
+def exports_base(h: Hyperparameters) -> bool:
+    """Whether the base model's weights are in what is exported."""
+    return not METHODS[h.method].leaves_base or h.export in ("merged", "both")
+
+
 def asks_base(h: Hyperparameters) -> bool:
     """Whether training steps ask the base model what it says of some of their rows."""
     return h.prior == "dco" or asks_base_of_classes(h)

@@ -18,7 +18,7 @@ from dreambooth_sm.data.training_set import Batch, BatchSampler, Latents, Pictur
 from dreambooth_sm.distributed import World
 from dreambooth_sm.errors import StopRequested, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
-from dreambooth_sm.methods import Trainable, encodes_in_steps
+from dreambooth_sm.methods import Trainable, encodes_in_steps, exports_base
 from dreambooth_sm.onlookers import Onlooker
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.report import Reporter
@@ -27,7 +27,7 @@ from dreambooth_sm.training.batch_loss import BatchLoss
 from dreambooth_sm.training.checkpoint import Checkpoint, save_checkpoint
 from dreambooth_sm.training.ema import Ema
 from dreambooth_sm.training.losses import Loss
-from dreambooth_sm.training.optimizers import by_factor, make_updater
+from dreambooth_sm.training.optimizers import by_factor, make_updater, options_of
 from dreambooth_sm.training.precision import weights_dtype
 from dreambooth_sm.training.schedule import Schedule, make_rate
 from dreambooth_sm.training.step import CapturedStep, GradientAverage, Inputs, Step
@@ -74,6 +74,7 @@ class Trainer:
     Attributes:
         rate_after: the learning rate of the step that follows so many steps.
         on_save: is told the directory of each checkpoint that was written.
+        leaves_no_checkpoint: whether checkpoints are removed once the model is written: the last takes no more steps.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class Trainer:
         try:
             trained.place(plan, device)
             attention = attention_context(plan, self.base.denoiser, device, report.warn)
-            options = _optimizer_options(h, schedule)
             groups = by_factor(self.named_parameters, trained.rates)
+            options = options_of(h, schedule.learning_rate)
             self.updater = make_updater(list(groups.values()), plan, options, identity["seed"])
             if weights_dtype(plan) != torch.float32:
                 for parameter, original in zip(self.parameters, originals, strict=True):
@@ -112,8 +113,7 @@ class Trainer:
                 parameter.data = original
             raise
         del originals
-        # Where the device has the parameters.
-        self._memory = [parameter.data for parameter in self.parameters] if stays else []
+        self._memory = [parameter.data for parameter in self.parameters] if stays else []  # the device's
         self._loss = self._loss_of(data, h)
         self.make_step = (CapturedStep if plan.cuda_graph else Step)(self._loss, self.updater, attention)
         self.make_step.shapes = len(data.batch_sampler.shapes)
@@ -148,6 +148,7 @@ class Trainer:
         self._set_rates(self.rate_after(0))
         self.step = 0
         self.on_save: Callable[[Path], object] | None = None
+        self.leaves_no_checkpoint = False
         self._checked = False
         self._rise_told = self._complained = False
         self._skipped = 0
@@ -189,11 +190,15 @@ class Trainer:
     def ema(self) -> Ema | None:
         return self.make_step.ema
 
-    def state(self) -> dict[str, Any]:
-        """All that a job needs to be resumed here; weights in full precision, on the CPU."""
+    def state(self, *, is_final: bool = False) -> dict[str, Any]:
+        """All that a job needs to be resumed here; weights in full precision, on the CPU.
+
+        Args:
+            is_final: whether no steps will follow: the optimizer's state, which is as large again, is then left out.
+        """
         return {
             "weights": {name: self.updater.read(p).cpu() for name, p in self.named_parameters.items()},
-            "step": self.updater.state_dict(),
+            "step": {} if is_final else self.updater.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None,
             "window": self._window.state(),
         }
@@ -208,8 +213,8 @@ class Trainer:
             self.updater.write(parameter, state["weights"][name].to(self.device))
         if self.updater.accepts(state["step"]):
             self.updater.load_state_dict(state["step"])
-        else:
-            self.report.warn("Adam's moments have another format than this plan's and start from zero")
+        elif step < self.schedule.steps:
+            self.report.warn("Adam's moments are not there, or not in this plan's format, and start from zero")
         self.make_step.forget()  # optimizers may have new memory
         self._set_rates(self.rate_after(step))
         if self.ema and state["ema"]:
@@ -254,7 +259,7 @@ class Trainer:
                 root,
                 self.step,
                 self.identity,
-                self.state(),
+                self.state(is_final=is_last and self.leaves_no_checkpoint),
                 # The last one is not a candidate of select_best, and takes no candidate's place.
                 keep=self.h.checkpoints_total_limit + (self.h.select_best and is_last),
                 record=self.report.record(self.step),
@@ -320,7 +325,7 @@ class Trainer:
                 self.report.metrics(checkpoint=saved, step=self.step)
         if rise := find_rise(self.report.training_rows):
             self.report.verdict(f"worse: {rise}")
-        self.finish()
+        self.finish(with_base=bool(onlookers) or exports_base(self.h))
 
     def _asked_to_stop(self, stop: threading.Event) -> bool:
         """Several processes have to agree on the step; they do so where they meet anyway."""
@@ -328,8 +333,11 @@ class Trainer:
             return stop.is_set()
         return self.step % self.h.logging_steps == 0 and self.world.any(stop.is_set())
 
-    def finish(self) -> None:
+    def finish(self, *, with_base: bool = True) -> None:
         """Puts the weights to be saved into the modules, in float32 on the CPU: EMA's where there is one.
+
+        Args:
+            with_base: whether anybody draws with the modules or writes them: what of them is frozen follows then.
 
         Raises:
             TrainingError: where they are not finite.
@@ -339,8 +347,9 @@ class Trainer:
         if self._stays:
             return
         self.close()
-        for part in (self.family.facts.denoiser, *(self.base.text_parts if self.encodes else ())):
-            getattr(self.base, part).to("cpu")  # what of it is frozen as well
+        if with_base:
+            for part in (self.family.facts.denoiser, *(self.base.text_parts if self.encodes else ())):
+                getattr(self.base, part).to("cpu")
 
     def _check_finite(self) -> None:
         """Raises TrainingError where a loss of the steps so far, a weight or an average is not finite."""
@@ -489,12 +498,3 @@ class Trainer:
         if not self._rise_told and (rise := find_rise(self.report.training_rows)):
             self._rise_told = True
             self.report.warn(rise)
-
-
-def _optimizer_options(h: Hyperparameters, schedule: Schedule) -> dict[str, Any]:
-    return {
-        "lr": schedule.learning_rate,
-        "betas": (h.adam_beta1, h.adam_beta2),
-        "eps": h.adam_epsilon,
-        "weight_decay": h.adam_weight_decay,
-    }

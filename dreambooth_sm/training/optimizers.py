@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dreambooth_sm.errors import UserError
+from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.training.updater import (
     AutocastUpdater,
@@ -35,13 +36,23 @@ def by_factor(
     return groups
 
 
+def options_of(h: Hyperparameters, rate: float) -> dict[str, Any]:
+    """What :func:`make_updater` is to give its optimizer."""
+    return {
+        "lr": rate,
+        "betas": (h.adam_beta1, h.adam_beta2),
+        "eps": h.adam_epsilon,
+        "weight_decay": h.adam_weight_decay,
+    }
+
+
 def make_updater(groups: Groups, plan: Plan, options: dict[str, Any], seed: int) -> Updater:
     """The updater that the plan asks for.
 
     Args:
         groups: those whose learning rates are set together; on the device, in the precision that the plan keeps
             weights in.
-        options: ``lr``, ``betas``, ``eps`` and ``weight_decay``.
+        options: see :func:`options_of`.
         seed: of stochastic rounding.
 
     Raises:

@@ -77,6 +77,7 @@ def train(
     on_save: Callable[[Path], object] | None = None,
     *,
     keep_last: Callable[[], bool] = lambda: True,
+    leaves_no_checkpoint: bool = False,
     onlookers: Sequence[Onlooker] = (),
     report: Reporter,
     stop: threading.Event,
@@ -86,6 +87,7 @@ def train(
     """Trains in place. Where the card runs out of memory nevertheless, continues with the next smaller plan.
 
     Args:
+        leaves_no_checkpoint: see :class:`~dreambooth_sm.training.loop.Trainer`.
         bench: that the last training of the same model left, and the next one will take over.
 
     Raises:
@@ -112,7 +114,7 @@ def train(
                     world=world,
                     stays=bench is not None,
                 )
-            trainer.on_save = on_save
+            trainer.on_save, trainer.leaves_no_checkpoint = on_save, leaves_no_checkpoint
             if rescued is not None:
                 trainer.load_state(*rescued)
                 rescued = None  # host memory is short where cards are small

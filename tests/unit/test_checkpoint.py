@@ -443,15 +443,35 @@ def test_no_checkpoint_takes_the_room_of_the_model(loaded_base: PretrainedModel,
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
 
 
-def test_a_finished_job_does_no_step_again(loaded_base: PretrainedModel, tmp_path: Path) -> None:
-    first = Run(loaded_base, tmp_path, max_train_steps=3, save_steps=2, use_ema=True).train()
-    checkpoint = latest_checkpoint(tmp_path / "checkpoints")
+@pytest.mark.parametrize("leaves_no_checkpoint", [True, False])
+@pytest.mark.parametrize("values", [{"use_ema": True}, {"optimizer": "schedule_free"}])
+def test_a_finished_job_does_no_step_again(
+    loaded_base: PretrainedModel, tmp_path: Path, values: dict[str, object], leaves_no_checkpoint: bool
+) -> None:
+    first = Run(loaded_base, tmp_path, max_train_steps=3, save_steps=2, **values)
+    first.trainer.leaves_no_checkpoint = leaves_no_checkpoint
+    checkpoint = latest_checkpoint(first.train().root / "checkpoints")
     assert checkpoint is not None
-    again = Run(loaded_base, tmp_path, max_train_steps=3, use_ema=True)
+    again = Run(loaded_base, tmp_path, max_train_steps=3, **values)
     again.trainer.resume(checkpoint)
     again.train()
     assert again.losses == []
     assert same(weights(again.base.unet), weights(first.base.unet))
+
+
+@pytest.mark.slow
+def test_only_a_job_that_leaves_no_checkpoint_saves_its_last_one_without_the_optimizers_state(
+    loaded_base: PretrainedModel, tmp_path: Path
+) -> None:
+    run = Run(loaded_base, tmp_path, max_train_steps=3, save_steps=2, checkpoints_total_limit=2)
+    run.trainer.leaves_no_checkpoint = True
+    before, last = all_checkpoints(run.train().root / "checkpoints")
+    sizes = [sum(file.stat().st_size for file in each.directory.rglob("*")) for each in (before, last)]
+    assert sizes[1] < 0.5 * sizes[0]
+    longer = Run(loaded_base, tmp_path / "longer", max_train_steps=4)
+    longer.trainer.resume(last)
+    assert "Adam's moments are not there" in longer.train().recorder.stream.getvalue()  # type: ignore[attr-defined]
+    assert len(longer.losses) == 1
 
 
 @pytest.mark.slow
