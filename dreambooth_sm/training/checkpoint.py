@@ -18,6 +18,7 @@ are loaded without running code, and what does not fit is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -233,7 +234,7 @@ def _write(
 ) -> int:
     """Writes all files of a checkpoint; the CRC-32 of its tensors."""
     directory.mkdir(parents=True)
-    with (directory / _TENSORS).open("wb") as stream:
+    with (directory / _TENSORS).open("wb") as stream, _without_torchs_checksums():
         written = _Checksummed(stream)
         try:
             torch.save(tensors, cast("BinaryIO", written))
@@ -254,6 +255,17 @@ def _write(
     }
     (directory / STATE).write_text(json.dumps(state | {"state_crc32": _crc32_of(state)}, indent=1))
     return written.crc32
+
+
+@contextlib.contextmanager
+def _without_torchs_checksums() -> Iterator[None]:
+    """Ours is computed of the same values."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(compute_crc32=False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Checksummed:
