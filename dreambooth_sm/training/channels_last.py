@@ -32,12 +32,15 @@ def keep_channels_last(model: Any) -> None:
     """
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
+    from diffusers.models.upsampling import Upsample2D
 
     for module in model.modules():
         if is_plain_convolution(module) and not module.weight.requires_grad:
             setattr(module, "forward", functools.partial(_frozen_convolution, module))  # noqa: B010 - typed otherwise
         elif type(module) is ResnetBlock2D and _is_plain(module):
             module.forward = functools.partial(_residual_block, module)
+        elif type(module) is Upsample2D:
+            module.forward = functools.partial(_upsample, module)
         elif type(module) is Transformer2DModel and module.is_input_continuous:
             module.norm.forward = functools.partial(_norm, module.norm)
             module._operate_on_continuous_inputs = functools.partial(_transformer_input, module)
@@ -66,15 +69,17 @@ def _residual_block(block: Any, input_tensor: Tensor, temb: Tensor) -> Tensor:
     """Computes what a ResnetBlock2D does."""
     hidden = _norm(block.norm1, input_tensor, silu=True)
     added: dict[str, Tensor] = {}
-    if block.time_emb_proj is not None:
+    is_told = block.time_emb_proj is not None
+    if is_told:
         temb = block.time_emb_proj(block.nonlinearity(temb))
-    if block.time_emb_proj is None or not _is_fused(block.conv1, block.norm2, hidden):
-        hidden = block.conv1(hidden)
-        if block.time_emb_proj is not None:
-            hidden = hidden + temb[:, :, None, None]
-    else:  # the norm adds the convolution's bias as well
+    if _is_fused(block.conv1, block.norm2, hidden):  # the norm adds the convolution's bias as well
         hidden = _without_bias(block.conv1, hidden)
-        added = {"shift": temb, "offset": block.conv1.bias}
+        shift = temb if is_told else hidden.new_zeros(hidden.shape[:2])
+        added = {"shift": shift, "offset": block.conv1.bias}
+    else:
+        hidden = block.conv1(hidden)
+        if is_told:
+            hidden = hidden + temb[:, :, None, None]
     hidden = block.conv2(block.dropout(_norm(block.norm2, hidden, silu=True, **added)))
     shortcut = input_tensor if block.conv_shortcut is None else _pointwise(block.conv_shortcut, input_tensor)
     result: Tensor = _DenseGradient.apply(shortcut + hidden)
@@ -134,6 +139,16 @@ def _transformer_output(
     if not model.use_linear_projection:
         image = _pointwise(model.proj_out, image)
     result: Tensor = _DenseGradient.apply(image + residual)
+    return result
+
+
+def _upsample(layer: Any, image: Tensor, *rest: Any, **more: Any) -> Tensor:
+    """Computes what an Upsample2D does. Of one picture, strides may leave the layout open, and torch chooses the other
+    one."""
+    if _layout(image) == torch.channels_last:
+        pixels = image.permute(0, 2, 3, 1)
+        image = pixels.flatten(0, 2).unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2)
+    result: Tensor = type(layer).forward(layer, image, *rest, **more)
     return result
 
 

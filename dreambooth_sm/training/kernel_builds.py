@@ -91,8 +91,10 @@ def launch_all(dtype: torch.dtype, *, as_trained: bool = False) -> None:
     """
     launch_quantised(dtype)
     launch_group_norm(dtype)
+    launch_transformers_of_unets(dtype)
     for drawn in () if as_trained else {*_DRAWN} - {dtype}:
         launch_group_norm(drawn, backward=False)
+        launch_transformers_of_unets(drawn, backward=False)
     launch_rms_norm(dtype)
     launch_modulation(dtype)
     for fmt in [BLOCK_FORMATS[8]] if as_trained else BLOCK_FORMATS.values():
@@ -115,6 +117,21 @@ def launch_group_norm(dtype: torch.dtype, *, backward: bool = True) -> None:
     _, mean, rstd = kernels.forward(image, weight, bias, shift, bias, 32, 1e-5, True)
     for of_added in (True, False) if backward else ():
         kernels.backward(image, image, mean, rstd, weight, bias, shift, bias, True, True, of_added)
+
+
+def launch_transformers_of_unets(dtype: torch.dtype, *, backward: bool = True) -> None:
+    """Of Stable Diffusion's widths, each of which has room of its own."""
+    from dreambooth_sm.training import geglu_triton, layer_norm_triton
+
+    for width in (320, 640, 1280):
+        x, weight = torch.ones(1, 2, width, dtype=dtype), torch.ones(width, dtype=dtype)
+        layer_norm_triton.norm(x, weight, weight, 1e-5)
+        if backward:
+            layer_norm_triton.norm_grad(x, x, weight, 1e-5)
+    projected = torch.ones(1, 2, 2560, dtype=dtype)
+    geglu_triton.gate(projected)
+    if backward:
+        geglu_triton.gate_grad(projected[..., :1280].contiguous(), projected)
 
 
 def launch_rms_norm(dtype: torch.dtype) -> None:

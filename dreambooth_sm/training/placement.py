@@ -10,6 +10,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.kept_in_fp32 import cast
 from dreambooth_sm.training.channels_last import keep_channels_last
 from dreambooth_sm.training.kernels import obstacle
+from dreambooth_sm.training.layer_norm import norm_in_one_pass
 from dreambooth_sm.training.precision import compute_dtype, weights_dtype
 from dreambooth_sm.training.recomputation import checkpoint_activations, recompute_gates, repeated_blocks
 
@@ -41,6 +42,7 @@ def speed_up(denoiser: Any, plan: Plan) -> None:
         _compile_blocks(denoiser)
         return
     recompute_gates(denoiser)
+    norm_in_one_pass(denoiser)
     if plan.channels_last and plan.device == "cuda":
         keep_channels_last(denoiser)
 
@@ -57,6 +59,8 @@ def speed_up_drawing(module: Any) -> None:
     ):
         module.to(memory_format=torch.channels_last)
         keep_channels_last(module)
+        recompute_gates(module)
+        norm_in_one_pass(module)
 
 
 def _compile_blocks(denoiser: torch.nn.Module) -> None:

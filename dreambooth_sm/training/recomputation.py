@@ -22,37 +22,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from dreambooth_sm.training.geglu import gate
+
 # Transformer blocks that are recomputed together with the residual block before them, at most.
 _BLOCKS_OF_A_UNIT = 2
 
 
-class _Gate(torch.autograd.Function):
-    """``hidden * gelu(gate)`` of ``(..., 2 n)`` tensors that hold both; keeps nothing but its input."""
-
-    @staticmethod
-    def forward(ctx: Any, projected: Tensor) -> Tensor:
-        ctx.save_for_backward(projected)
-        hidden, gate = projected.chunk(2, dim=-1)
-        return hidden * torch.nn.functional.gelu(gate)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (projected,) = ctx.saved_tensors
-        hidden, gate = projected.chunk(2, dim=-1)
-        result = torch.empty_like(projected)
-        for_hidden, for_gate = result.chunk(2, dim=-1)
-        torch.mul(grads[0], torch.nn.functional.gelu(gate), out=for_hidden)
-        torch.ops.aten.gelu_backward.grad_input(grads[0] * hidden, gate, grad_input=for_gate)
-        return result
-
-
 def recompute_gates(unet: torch.nn.Module) -> None:
-    """Makes the UNet's GEGLU layers (Shazeer 2020, "GLU Variants Improve Transformer") keep only their input."""
+    """Makes the UNet's GEGLU layers keep only their input."""
     from diffusers.models.activations import GEGLU
 
     def forward(layer: GEGLU, hidden_states: Tensor) -> Tensor:
-        result: Tensor = _Gate.apply(layer.proj(hidden_states))
-        return result
+        return gate(layer.proj(hidden_states))
 
     for module in unet.modules():
         if type(module) is GEGLU:

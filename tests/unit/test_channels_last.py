@@ -173,6 +173,19 @@ def test_a_vae_draws_the_same_by_these_norms(monkeypatch: pytest.MonkeyPatch) ->
     assert len(normed) == len([name for name in norms if "attentions" not in name])
 
 
+@torch.no_grad()
+def test_one_picture_keeps_the_layout_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its strides leave open what it is in: torch's upsampling then takes it for the other layout."""
+    monkeypatch.setattr(group_norm, "reference_forward", kernel_like_forward)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(**blocks, block_out_channels=(16, 32), norm_num_groups=4, latent_channels=4)
+    vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    keep_channels_last(vae)
+    with Layouts() as layouts:
+        assert vae.decode(torch.randn(1, 4, 6, 5)).sample.is_contiguous(memory_format=torch.channels_last)
+    assert layouts.strange == []
+
+
 def test_copies_compute_with_their_own_modules() -> None:
     """A second time changes nothing; state and names are what they were."""
     model = unet()

@@ -31,6 +31,7 @@ KERNELS = {
     *("_group_means", "_input_grad", "_affine_grads", "_added_grads"),
     *("_scaled", "_scaled_grad", "_turned", "_turned_grad", "_gated", "_gated_grad"),
     *("_modulated", "_modulated_grad", "_gated_sum"),
+    *("_norm", "_norm_grad", "_gate", "_gate_grad"),
 }
 
 
@@ -70,7 +71,7 @@ from pathlib import Path
 import dreambooth_sm.quiet
 import torch, triton
 from dreambooth_sm.training import adamw_blockwise_triton, group_norm_triton, modulation_triton, quantised_triton
-from dreambooth_sm.training import rms_norm_triton
+from dreambooth_sm.training import geglu_triton, layer_norm_triton, rms_norm_triton
 from dreambooth_sm.training.kernel_builds import compiling_for
 from dreambooth_sm.training.kernels import take_builds
 from dreambooth_sm.training.moments import BLOCK_FORMATS, DeviceScalars, Moments
@@ -95,6 +96,15 @@ with compiling_for((9, 0)) as launched:
     for drawn in ({"dtype": torch.float16}, {"dtype": torch.float32}):
         image = torch.ones(8, 320, 64, 64, **drawn).to(memory_format=torch.channels_last)
         group_norm_triton.forward(image, *torch.ones(2, 320, **drawn), None, None, 32, 1e-6, True)
+    for width, words in ((320, 4096), (640, 1024), (1280, 77), (1280, 81)):
+        for kind in (torch.bfloat16, torch.float16):
+            x, weight = torch.ones(2, words, width, dtype=kind), torch.ones(width, dtype=kind)
+            both = torch.ones(2, words, 8 * width, dtype=kind)
+            layer_norm_triton.norm(x, weight, weight, 1e-5)
+            geglu_triton.gate(both)
+            if kind == torch.bfloat16:
+                layer_norm_triton.norm_grad(x, x, weight, 1e-5)
+                geglu_triton.gate_grad(both[..., : 4 * width].contiguous(), both)
     for words in (512, 1056):
         x, weight, factor = torch.ones(2, words, 3840, **bf16), torch.ones(3840, **bf16), torch.ones(2, 3840, **bf16)
         rms_norm_triton.scaled(x, weight, 1e-5, factor, None)
