@@ -18,10 +18,10 @@ from launcher.aws.clients import Clients
 from launcher.aws.service_errors import Kind, ServiceError, asking
 from launcher.endpoints.endpoint import Endpoint, EndpointFailed
 from launcher.endpoints.local_files import send
-from launcher.endpoints.made import HostedPart, is_owned, make, owned, remove, tags_of
+from launcher.endpoints.made import HostedPart, is_owned, make, owned, remove, tags_of, variant_of
 from launcher.endpoints.models import Served, served_of
 from launcher.endpoints.prepare import prepare_endpoint
-from launcher.endpoints.requests import OWNER_TAG, VARIANT, arguments_of
+from launcher.endpoints.requests import OWNER_TAG, arguments_of
 from launcher.endpoints.scaling import scale, scaling_of, stop_scaling
 from launcher.jobs.logs import LogReader
 
@@ -83,13 +83,17 @@ class HostedEndpoint(Endpoint):
         Raises:
             ServiceError: the log can't be read.
         """
-        with asking(f"the log of {self.name} can't be read"):
-            return LogReader(self._clients("logs"), VARIANT, f"/aws/sagemaker/Endpoints/{self.name}").read()
+        return self._lines(variant_of(self.name, self._clients("sagemaker")))
 
-    def _reason(self, description: Mapping[str, Any]) -> str:
+    def _lines(self, variant: str) -> list[str]:
+        with asking(f"the log of {self.name} can't be read"):
+            return LogReader(self._clients("logs"), variant, f"/aws/sagemaker/Endpoints/{self.name}").read()
+
+    def _reason(self, description: Mapping[str, Any], variant: str | None = None) -> str:
+        """Why it can't draw; or why a variant that it was to have can't."""
         reason = redact(description.get("FailureReason", description["EndpointStatus"]))
         try:
-            lines = self.lines()[-_LAST_LINES:]
+            lines = (self._lines(variant) if variant else self.lines())[-_LAST_LINES:]
         except ServiceError as error:
             lines = [str(error)]
         return "\n".join([f"{self.name}: {reason}", *(f"  {line}" for line in lines)])
@@ -217,7 +221,8 @@ class HostedEndpoint(Endpoint):
         description = self.describe()
         if description["EndpointConfigName"] != configuration:
             remove(new, sagemaker, self._say)
-            raise EndpointFailed(f"{self._reason(description)}\nwhat was served before still is")
+            variant = requests["create_endpoint_config"]["ProductionVariants"][0]["VariantName"]
+            raise EndpointFailed(f"{self._reason(description, variant)}\nwhat was served before still is")
         remove([each for each in owned(self.name, sagemaker) if each not in new], sagemaker, self._say)
 
     def delete(self) -> None:

@@ -61,7 +61,7 @@ def find_local_files(
         problems: gets those of directories that hold nothing to serve, and of the bucket.
 
     Returns:
-        the same with the places in S3, and what has to be there.
+        the same with the places in S3, and what has to be there: no files, where problems say what is wrong with them.
     """
     places: dict[str, str | Path | None] = {}
     found: list[LocalFiles] = []
@@ -72,11 +72,12 @@ def find_local_files(
             bucket = _NO_BUCKET
             with problems.collected():
                 bucket = account.find_bucket()
+        files: Mapping[str, Path] = {}
         with problems.collected():
             files = _files(field, Path(text))
-            place = S3Uri(bucket or _NO_BUCKET, WORKSPACE) / _FOLDER / digest(files)
-            found.append(LocalFiles(Path(text), place, files))
-            places[field] = str(place)
+        place = S3Uri(bucket or _NO_BUCKET, WORKSPACE) / _FOLDER / digest(files)
+        found.append(LocalFiles(Path(text), place, files))
+        places[field] = str(place)
     return served.changed(**places), tuple(found)
 
 

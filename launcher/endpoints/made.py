@@ -123,6 +123,21 @@ def remove(things: Sequence[HostedPart], sagemaker: Any, say: Say) -> bool:
     return True
 
 
+def variant_of(endpoint: str, sagemaker: Any) -> str:
+    """How the variant of an endpoint is called, which autoscaling and log streams are named after: what others made,
+    and older versions of this project, have names of their own.
+
+    Raises:
+        ServiceError: it is not there, or may not be looked at.
+    """
+    description = HostedPart("endpoint", endpoint).describe(sagemaker)
+    variants = description.get("ProductionVariants")
+    if not variants:  # of an endpoint that never came, its configuration knows them
+        configuration = HostedPart("endpoint_config", description["EndpointConfigName"]).describe(sagemaker)
+        variants = configuration["ProductionVariants"]
+    return str(variants[0]["VariantName"])
+
+
 def owned(endpoint: str, sagemaker: Any) -> list[HostedPart]:
     """Configurations and models that were made for an endpoint, by their tags.
 

@@ -129,8 +129,10 @@ def prepare_endpoint(
             most = max(1, least, instance_count) if max_instances is None else max_instances
             scaling = Scaling(least, most, target, asynchronous is not None)
     instance: Instance | None = None
-    with problems.collected():
-        instance = _choose(h, instance_type, _batch(settings))
+    # What is served is not there: that says it all, where its card follows from it.
+    if not (h is None and problems.found and instance_type == AUTO):
+        with problems.collected():
+            instance = _choose(h, instance_type, _batch(settings))
     found = {"role": _STANDINS["role"], "image_uri": _STANDINS["image_uri"]}
     with problems.collected():
         found["role"] = account.find_role() if role is None else account.complete_role(role)
@@ -208,8 +210,8 @@ def look_at(
     for field_, place in (("model", served.model), ("base_model", served.base_model), ("adapters", served.adapters)):
         if place is None:
             continue
-        if not is_s3(place):  # the hub's, or refused with the other requests
-            if field_ == "base_model" and is_local(place):
+        if not is_s3(place):
+            if field_ != "base_model" or is_local(place):  # not the hub's
                 problems.found.append(not_in_s3(field_, place))
             continue
         with problems.collected():

@@ -8,6 +8,7 @@ from typing import Any
 
 from dreambooth_sm.errors import UserError
 from launcher.aws.service_errors import ServiceError, asking
+from launcher.endpoints.made import variant_of
 from launcher.endpoints.requests import VARIANT
 
 _DIMENSION = "sagemaker:variant:DesiredInstanceCount"
@@ -47,12 +48,12 @@ class Scaling:
         if problems:
             raise UserError(problems)
 
-    def requests(self, endpoint: str) -> list[tuple[str, str, dict[str, Any]]]:
+    def requests(self, endpoint: str, variant: str = VARIANT) -> list[tuple[str, str, dict[str, Any]]]:
         """The service, operation and request of each step, in their order.
 
         An alarm, which comes last where there is one, needs the ARN that the step before it answers with as its action.
         """
-        scalable = _scalable(endpoint)
+        scalable = _scalable(endpoint, variant)
         steps: list[tuple[str, str, dict[str, Any]]] = [
             (
                 "application-autoscaling",
@@ -115,8 +116,8 @@ def _alarm(endpoint: str) -> str:
     return f"{_FROM_ZERO}-{endpoint}"
 
 
-def _scalable(endpoint: str) -> dict[str, str]:
-    where = f"endpoint/{endpoint}/variant/{VARIANT}"
+def _scalable(endpoint: str, variant: str) -> dict[str, str]:
+    where = f"endpoint/{endpoint}/variant/{variant}"
     return {"ServiceNamespace": "sagemaker", "ResourceId": where, "ScalableDimension": _DIMENSION}
 
 
@@ -130,7 +131,7 @@ def scale(endpoint: str, scaling: Scaling, clients: Any, tags: Sequence[Mapping[
         ServiceError: AWS refuses it.
     """
     answer: dict[str, Any] = {}
-    for service, operation, request in scaling.requests(endpoint):
+    for service, operation, request in scaling.requests(endpoint, variant_of(endpoint, clients("sagemaker"))):
         acting = {"AlarmActions": [answer["PolicyARN"]], "Tags": list(tags)} if service == "cloudwatch" else {}
         with asking(f"autoscaling of {endpoint} can't be set"):
             answer = getattr(clients(service), operation)(**request, **acting)
@@ -142,7 +143,8 @@ def scaling_of(endpoint: str, clients: Any) -> Scaling | None:
     Raises:
         ServiceError: it can't be asked for.
     """
-    scalable, client = _scalable(endpoint), clients("application-autoscaling")
+    scalable = _scalable(endpoint, variant_of(endpoint, clients("sagemaker")))
+    client = clients("application-autoscaling")
     with asking(f"autoscaling of {endpoint} can't be looked at"):
         found = client.describe_scalable_targets(
             ServiceNamespace="sagemaker", ResourceIds=[scalable["ResourceId"]], ScalableDimension=_DIMENSION
@@ -164,9 +166,10 @@ def stop_scaling(endpoint: str, clients: Any) -> None:
     Raises:
         ServiceError: AWS refuses it.
     """
+    scalable = _scalable(endpoint, variant_of(endpoint, clients("sagemaker")))
     try:
         with asking(f"autoscaling of {endpoint} can't be removed"):
-            clients("application-autoscaling").deregister_scalable_target(**_scalable(endpoint))
+            clients("application-autoscaling").deregister_scalable_target(**scalable)
     except ServiceError as error:
         if not error.reason.startswith("ObjectNotFoundException") and _NOTHING not in error.reason:
             raise

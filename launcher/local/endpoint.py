@@ -65,10 +65,13 @@ class LocalEndpoint(Endpoint):
             variables = {f"SERVE_{name.upper()}": str(value) for name, value in chosen.items() if value is not None}
             server = ServerProcess(tree, {**own_settings(), **variables}, self._log)
             server.wait()
-        except BaseException:
+        except BaseException as error:
             if server:
                 server.end()
             shutil.rmtree(tree, ignore_errors=True)
+            if isinstance(error, UserError) and self._served.model is not None:  # by the name that the caller knows
+                mounted = str(tree / "model")
+                raise UserError(each.replace(mounted, self._served.model) for each in error.problems) from None
             raise
         return server, tree
 

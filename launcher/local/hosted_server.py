@@ -17,7 +17,6 @@ from dreambooth_sm.errors import UserError
 from dreambooth_sm.storage import S3Options, S3Uri, TransferError, download_directory
 from launcher.aws.clients import Clients
 from launcher.endpoints.endpoint import EndpointFailed
-from launcher.endpoints.requests import VARIANT
 from launcher.jobs.archive import unpack
 from launcher.local.environment import isolated
 from launcher.local.server_process import ServerProcess
@@ -27,7 +26,7 @@ _PATIENCE, _PATIENCE_BY_S3 = 60, 900
 # Bytes that an answer is passed on in at most.
 _BIT = 65_536
 _NOT_WELL = (
-    "The primary container for production variant all did not pass the ping health check. Please check CloudWatch logs "
+    "The primary container for production variant {} did not pass the ping health check. Please check CloudWatch logs "
     "for this endpoint."
 )
 
@@ -43,6 +42,10 @@ class Invoked:
 
 def _no_answer(error: Exception) -> Invoked:
     return Invoked(500, "text/plain", f"the container does not answer ({error})".encode())
+
+
+def _variant(configuration: Mapping[str, Any]) -> str:
+    return str(configuration["ProductionVariants"][0]["VariantName"])
 
 
 def _bits(connection: http.client.HTTPConnection, answer: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -81,6 +84,11 @@ class HostedServer:
     def is_changing(self) -> bool:
         return self._status in ("Creating", "Updating")
 
+    @property
+    def variant(self) -> str:
+        """How the variant that is served is called."""
+        return _variant(self.configuration)
+
     def describe(self) -> dict[str, Any]:
         """What DescribeEndpoint says beside names and times."""
         with self._lock:
@@ -112,14 +120,15 @@ class HostedServer:
         threading.Thread(target=self._replace, args=(dict(configuration), model), daemon=True).start()
 
     def _replace(self, configuration: dict[str, Any], model: Mapping[str, Any]) -> None:
-        tree = self._directory / uuid.uuid4().hex
+        tree, variant = self._directory / uuid.uuid4().hex, _variant(configuration)
+        not_well = _NOT_WELL.format(variant)
         old, left, reason = self._server, self._tree, ""
         try:
-            self._start(tree, model)
+            self._start(tree, model, variant)
         except (UserError, TransferError, OSError) as error:
-            reason = f"Failed to download model data: {error}" if self._starting is None else _NOT_WELL
+            reason = f"Failed to download model data: {error}" if self._starting is None else not_well
         except EndpointFailed:
-            reason = _NOT_WELL
+            reason = not_well
         except Exception as error:  # the platform's own fault: an endpoint has to get into some state
             reason = f"InternalServerError: {type(error).__name__}: {error}"
         with self._lock:
@@ -134,7 +143,7 @@ class HostedServer:
         if left:
             shutil.rmtree(left, ignore_errors=True)
 
-    def _start(self, tree: Path, model: Mapping[str, Any]) -> None:
+    def _start(self, tree: Path, model: Mapping[str, Any], variant: str) -> None:
         container, s3 = model["PrimaryContainer"], self.clients("s3")
         tree.mkdir(parents=True)
         sources = {"model": container.get("ModelDataSource", {}).get("S3DataSource", {}).get("S3Uri")}
@@ -157,15 +166,15 @@ class HostedServer:
         with self._lock:
             if self._ended:
                 raise EndpointFailed("the endpoint was deleted")
-            self._starting = ServerProcess(tree, environment, self._log())
+            self._starting = ServerProcess(tree, environment, self._log(variant))
         self._starting.wait()
 
-    def _log(self) -> Callable[[str], None]:
+    def _log(self, variant: str) -> Callable[[str], None]:
         """Puts lines into CloudWatch Logs."""
         logs, group, stream = (
             self.clients("logs"),
             f"/aws/sagemaker/Endpoints/{self._name}",
-            f"{VARIANT}/i-{uuid.uuid4().hex}",
+            f"{variant}/i-{uuid.uuid4().hex}",
         )
         with suppress(logs.exceptions.ResourceAlreadyExistsException):
             logs.create_log_group(logGroupName=group)

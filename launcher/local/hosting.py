@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from dreambooth_sm.storage import S3Uri, get_object, put_object
-from launcher.endpoints.requests import VARIANT
 from launcher.local.answers import ACCOUNT, Operation, RequestError, arn_of
 from launcher.local.clients import EmbeddedClients
 from launcher.local.environment import loader_variables
@@ -30,6 +29,7 @@ _KINDS = {
 _INVOCATION = re.compile(
     r"/endpoints/(?P<name>[^/]+)/(?P<way>invocations|invocations-response-stream|async-invocations)"
 )
+_VARIANT = "x-Amzn-Invoked-Production-Variant"
 # What clients say to the server beside the types of bodies.
 _PASSED = "HTTP_X_AMZN_SAGEMAKER_"
 
@@ -187,7 +187,7 @@ _Answer = tuple[str, dict[str, str], bytes]
 def _ask(endpoint: HostedServer, environ: Mapping[str, Any], body: bytes) -> _Answer:
     answer = endpoint.invoke(body, _headers(environ))
     if answer.status == 200:
-        return "200 OK", {"Content-Type": answer.kind, "x-Amzn-Invoked-Production-Variant": VARIANT}, answer.body
+        return "200 OK", {"Content-Type": answer.kind, _VARIANT: endpoint.variant}, answer.body
     return _model_error(answer)
 
 
@@ -202,7 +202,7 @@ def _stream(
         start_response(status, [*headers.items(), ("Content-Length", str(len(content)))])
         return [content]
     headers = {"Content-Type": "application/vnd.amazon.eventstream", "X-Amzn-SageMaker-Content-Type": answer.kind}
-    start_response("200 OK", [*headers.items(), ("x-Amzn-Invoked-Production-Variant", VARIANT)])
+    start_response("200 OK", [*headers.items(), (_VARIANT, endpoint.variant)])
     return (payload_part(bit) for bit in bits)
 
 

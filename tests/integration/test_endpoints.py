@@ -25,6 +25,7 @@ from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.storage import MANIFEST_NAME, S3Uri, list_objects, put_object, upload_directory, verify
 from launcher.aws.iam import endpoint_policy, notebook_policy
 from launcher.cli import main
+from launcher.endpoints.scaling import Scaling, scale
 from launcher.local.server_process import ServerProcess
 from launcher.local.services import EmbeddedServices
 from tests.helpers.serving import Client
@@ -164,6 +165,37 @@ def test_by_way_of_s3_it_is_asked_and_scaled_to_zero(services: EmbeddedServices,
     assert {"sagemaker:createendpoint", "sagemaker:invokeendpointasync"} <= needed <= allowed
 
 
+def test_one_whose_variant_has_another_name_is_scaled_and_its_log_read(
+    services: EmbeddedServices, bucket: S3Uri, name: str
+) -> None:
+    """As those that were made before it was called as SageMaker's SDKs call it."""
+    clients = services.clients()
+    autoscaling = clients("application-autoscaling")
+
+    def scaled() -> list[tuple[str, int]]:
+        found = autoscaling.describe_scalable_targets(ServiceNamespace="sagemaker")["ScalableTargets"]
+        return [(each["ResourceId"], each["MaxCapacity"]) for each in found]
+
+    requests = launcher.endpoint_requests(
+        name, str(bucket / "model"), image_uri="image:1", role=services.role, instance_type="ml.g5.xlarge"
+    )
+    requests["create_endpoint_config"]["ProductionVariants"][0]["VariantName"] = "all"
+    for operation, request in requests.items():
+        getattr(clients("sagemaker"), operation)(**request)
+    endpoint = launcher.attach_endpoint(name).wait()
+    assert any(line.startswith("ready: ") for line in endpoint.lines())
+    scale(name, Scaling(1, 3, 20), clients)
+    assert scaled() == [(f"endpoint/{name}/variant/all", 3)]
+    with pytest.raises(launcher.EndpointFailed, match=r"production variant AllTraffic(.|\n)*error: (.|\n)*still is"):
+        endpoint.update(str(bucket / "broken"))
+    assert scaled() == [(f"endpoint/{name}/variant/all", 3)]
+    endpoint.update(image_uri="image:2")  # which names the variant as all are named now
+    assert scaled() == [(f"endpoint/{name}/variant/AllTraffic", 3)]
+    assert any(line.startswith("ready: ") for line in endpoint.lines())
+    endpoint.delete()
+    assert scaled() == []
+
+
 def permission(operation: Any) -> str:
     signed = operation.service_model.metadata.get("signingName") or operation.service_model.metadata["endpointPrefix"]
     return f"{'cloudwatch' if signed == 'monitoring' else signed}:{operation.name}".lower()
@@ -240,10 +272,31 @@ def test_directories_without_a_model_are_not_sent(services: EmbeddedServices, ti
             bucket="no-such-bucket",
         )
     starts = [line.partition(":")[0] for line in caught.value.problems]
-    assert starts[:3] == ["model", "base_model", "adapters"]
+    assert starts == ["model", "base_model", "adapters", "s3"]  # each once, and the bucket
     assert "holds no model" in caught.value.problems[0]
     with pytest.raises(UserError, match=r"no-such-bucket/\S*: .*bucket does not exist"):
         launcher.deploy(tiny_base, instance_type="ml.g5.xlarge", bucket="no-such-bucket")
+
+
+@pytest.mark.parametrize("instance_type", ["local", "ml.g5.xlarge", "auto"])
+@pytest.mark.parametrize("kind", ["not a model", "missing"])
+def test_one_line_says_that_there_is_no_model(
+    kind: str, instance_type: str, services: EmbeddedServices, tmp_path: Path
+) -> None:
+    directory = tmp_path / kind
+    if kind == "not a model":
+        directory.mkdir()
+        (directory / "todo.txt").write_text("1")
+    with pytest.raises(UserError) as caught:
+        launcher.deploy(directory, instance_type=instance_type)
+    (line,) = caught.value.problems
+    assert str(directory) in line
+    assert "dreambooth-sm-endpoint-" not in line  # where the server of this machine has mounted it
+    if instance_type != "local":
+        with pytest.raises(UserError) as caught:
+            launcher.deploy(f"s3://no-such-bucket/{kind}", instance_type=instance_type)
+        (line,) = caught.value.problems
+        assert line.startswith("s3://no-such-bucket/")
 
 
 def test_on_this_machine_the_command_serves_until_ctrl_c(
