@@ -42,6 +42,53 @@ def planned_kernels(plan: Plan) -> contextlib.AbstractContextManager[Any]:
     return sdpa_kernel(backends, set_priority=True)
 
 
+def leave_out_rescaling(denoiser: torch.nn.Module) -> None:
+    """Attention divides its result by a factor that is 1 in the transformers of UNets: a pass over it for nothing."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    for module in denoiser.modules():
+        processor: Any = getattr(module, "processor", None)
+        if type(module) is Attention and type(processor) is AttnProcessor2_0 and _is_plain(module):
+            setattr(module, "processor", _PlainAttention(processor))  # noqa: B010 - typed otherwise
+
+
+def _is_plain(attention: Any) -> bool:
+    unused = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k)
+    return (
+        all(part is None for part in unused)
+        and not attention.norm_cross
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and not attention.to_out[1].p
+    )
+
+
+class _PlainAttention:
+    """A processor of diffusers that computes what ``general`` does, which has other input than that of transformers."""
+
+    def __init__(self, general: Callable[..., Tensor]) -> None:
+        self._general = general
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **more: Any,
+    ) -> Tensor:
+        if attention_mask is not None or hidden_states.dim() != 3:
+            return self._general(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **more)
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        made = attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen)
+        query, key, value = (each.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for each in made)
+        # By its full name: a context may stand in for it.
+        result = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        whole: Tensor = attn.to_out[0](result.transpose(1, 2).flatten(2).to(query.dtype))
+        return whole
+
+
 @contextlib.contextmanager
 def gradients_as_results_lie() -> Iterator[None]:
     """Attention gets gradients in the memory layout of its results.

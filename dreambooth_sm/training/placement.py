@@ -8,6 +8,7 @@ import torch
 
 from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.stored.kept_in_fp32 import cast
+from dreambooth_sm.training.attention import leave_out_rescaling
 from dreambooth_sm.training.channels_last import keep_channels_last
 from dreambooth_sm.training.kernels import obstacle
 from dreambooth_sm.training.layer_norm import norm_in_one_pass
@@ -41,8 +42,7 @@ def speed_up(denoiser: Any, plan: Plan) -> None:
     if plan.compile:
         _compile_blocks(denoiser)
         return
-    recompute_gates(denoiser)
-    norm_in_one_pass(denoiser)
+    _save_passes(denoiser)
     if plan.channels_last and plan.device == "cuda":
         keep_channels_last(denoiser)
 
@@ -59,8 +59,14 @@ def speed_up_drawing(module: Any) -> None:
     ):
         module.to(memory_format=torch.channels_last)
         keep_channels_last(module)
-        recompute_gates(module)
-        norm_in_one_pass(module)
+        _save_passes(module)
+
+
+def _save_passes(module: torch.nn.Module) -> None:
+    """Passes over activations that a denoiser's transformers need not make, or keep the results of."""
+    recompute_gates(module)
+    norm_in_one_pass(module)
+    leave_out_rescaling(module)
 
 
 def _compile_blocks(denoiser: torch.nn.Module) -> None:

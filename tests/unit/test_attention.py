@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dreambooth_sm.models import PretrainedModel
-from dreambooth_sm.training.attention import attention_context, gradients_as_results_lie
+from dreambooth_sm.training.attention import attention_context, gradients_as_results_lie, leave_out_rescaling
 from tests.helpers.training import Run
 
 
@@ -81,3 +82,34 @@ def test_so_they_do_in_a_step_on_a_card(
     run.train()
     assert strides
     assert all(result == grad for result, grad in strides)
+
+
+class Divisions(TorchDispatchMode):
+    """Counts them, of activations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "aten.div" in str(function) and args[0].dim() == 3
+        return function(*args, **(kwargs or {}))
+
+
+def test_attention_without_its_rescaling_is_the_same_to_the_bit(base: PretrainedModel) -> None:
+    """With masks as well, which the library's own attention computes."""
+    random = torch.Generator().manual_seed(0)
+    sample, states = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 7, 32, generator=random)
+    states = states[..., : base.unet.config.cross_attention_dim]
+    given: dict[str, Any] = {"sample": sample, "timestep": torch.tensor([3, 700]), "encoder_hidden_states": states}
+    found = []
+    for change in (False, True):
+        unet = copy.deepcopy(base.unet).requires_grad_(True)
+        if change:
+            leave_out_rescaling(unet)
+        with Divisions() as divisions:
+            made = unet(**given).sample
+        made.square().mean().backward()
+        masked = unet(**given, encoder_attention_mask=torch.tensor([[1, 1, 1, 1, 0, 0, 0]] * 2).bool()).sample
+        found.append([made, masked, *(parameter.grad for parameter in unet.parameters())])
+        assert (divisions.count == 0) == change
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not torch.equal(found[0][0], found[0][1])
