@@ -124,8 +124,21 @@ def drawing_gb(precision: Precision, h: Hyperparameters) -> float:
 
 def sampling_peak_gb(batch_size: int, h: Hyperparameters) -> float:
     """Highest allocation while pictures are drawn, in GB: 16-bit weights, two rows (guidance) a picture."""
+    return sampling_models_gb(h) + max(drawn_gb(h) * batch_size, decoding_gb(h))
+
+
+def sampling_models_gb(h: Hyperparameters) -> float:
+    """Weights of what draws, in GB, without text encoders that are language models: these are let go of before."""
     model = h.facts.footprint
-    text = 0.0 if model.has_language_model else model.text_encoder  # which is let go of before the denoiser is read
-    models = 2e-3 * (model.denoiser + text) + 1e-3 * model.vae_bytes * model.vae
-    decoding = _DECODING_GB * model.vae_bytes
-    return models + max(figure(h.architecture, "drawn_gb") * batch_size, decoding) * (h.resolution / 512) ** 2
+    text = 0.0 if model.has_language_model else model.text_encoder
+    return 2e-3 * (model.denoiser + text) + 1e-3 * model.vae_bytes * model.vae
+
+
+def drawn_gb(h: Hyperparameters) -> float:
+    """Activations of the denoiser for one picture of the size that it is trained on, in GB, with guidance."""
+    return figure(h.architecture, "drawn_gb") * (h.resolution / 512) ** 2
+
+
+def decoding_gb(h: Hyperparameters) -> float:
+    """Activations of the VAE while it decodes one picture of that size, in GB."""
+    return _DECODING_GB * h.facts.footprint.vae_bytes * (h.resolution / 512) ** 2

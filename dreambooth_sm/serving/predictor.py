@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dreambooth_sm.families import Conditioning
 from dreambooth_sm.models import PretrainedModel
+from dreambooth_sm.planning.serving import padded
 from dreambooth_sm.serving.bank import AdapterUse, slot_tensors
 from dreambooth_sm.serving.slots import AdapterSlots
 
@@ -162,13 +163,6 @@ class _Recording:
             if place is not None and uses is not None:
                 place[:, :count].copy_(uses)
         self._rows = rows
-
-
-def padded(rows: int) -> int:
-    """The number of rows that a batch is computed with: the next power of two, or half more than one."""
-    power = 1 << (rows - 1).bit_length()
-    between = power * 3 // 4
-    return between if rows <= between and power >= 16 else power
 
 
 def recorder_for(device: torch.device) -> Callable[[], Recorder] | None:

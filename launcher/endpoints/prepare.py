@@ -12,7 +12,7 @@ from typing import Any
 from dreambooth_sm.errors import Problems, UserError
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.methods import METHODS
-from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb, why_none
+from dreambooth_sm.planning.serving import ServingPlan, pictures_at_a_time, serving_peak_gb, serving_plan, why_none
 from dreambooth_sm.serving.report import REPORT, trained_with
 from dreambooth_sm.serving.settings import ServingSettings
 from dreambooth_sm.sources import is_local, is_s3
@@ -41,8 +41,7 @@ class PreparedEndpoint:
 
     Attributes:
         requests: operations of boto3 to their requests, in their order.
-        pictures: that its card draws at a time; None where that is not known.
-        peak_gb: memory that they take.
+        plan: what its card draws with; None where that is not known.
         files: that go to S3 first; and ``new_bucket``, the bucket that is made for them, where it is missing.
         warnings: what could not be checked.
     """
@@ -52,8 +51,7 @@ class PreparedEndpoint:
     instance: Instance
     count: int
     scaling: Scaling | None
-    pictures: int | None
-    peak_gb: float
+    plan: ServingPlan | None
     build: str | None = None
     files: tuple[LocalFiles, ...] = ()
     new_bucket: str | None = None
@@ -74,9 +72,10 @@ class PreparedEndpoint:
         if self.build:
             lines.append(f"image: {self.build}")
         lines.append(f"instance: {number} x {self.instance.name} ({card.name})")
-        if self.pictures:
-            memory = "" if card.is_cpu else f", {self.peak_gb:.1f} of {card.budget_gb:.1f} GB"
-            lines.append(f"plan: {self.pictures} pictures at a time{memory}")
+        if self.plan:
+            memory = f"{self.plan.peak_gb:.1f} of {card.budget_gb:.1f} GB"
+            lines.append(f"plan: {self.plan.pictures} pictures at a time, {memory}")
+            lines += [f"plan: {note}" for note in self.plan.notes()]
         lines.append(f"cost: {money}, until it is deleted")
         if self.new_bucket:
             lines.append(f"bucket: {self.new_bucket} is missing; it is made")
@@ -167,10 +166,9 @@ def prepare_endpoint(
             account.check_endpoint(found["image_uri"], found["role"], instance.name, most, written)
     problems.raise_any()
     assert instance is not None
-    pictures = None
+    plan = None
     if h is not None and not instance.card.is_cpu:
-        pictures = pictures_at_a_time(h, instance.card, _batch(settings))
-    peak = serving_peak_gb(pictures, h) if h and pictures else 0.0
+        plan = serving_plan(h, instance.card, _batch(settings))
     warnings = list(account.warnings)
     if h is None:
         warnings.append(f"model: {REPORT} is missing, so whether it fits the card can't be checked")
@@ -180,8 +178,7 @@ def prepare_endpoint(
         instance,
         instance_count,
         scaling,
-        pictures,
-        peak,
+        plan,
         account.build,
         files,
         account.missing_bucket,

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import launcher
 from dreambooth_sm.errors import UserError
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.hyperparameters import Hyperparameters
 from dreambooth_sm.planning.cards import CARDS, Card
-from dreambooth_sm.planning.serving import pictures_at_a_time, serving_peak_gb, why_none
+from dreambooth_sm.planning.serving import padded, pictures_at_a_time, serving_peak_gb, serving_plan, why_none
 from dreambooth_sm.serving.settings import ServingSettings
 from launcher.endpoints.models import Served, served_of
+from launcher.endpoints.prepare import PreparedEndpoint
 from launcher.endpoints.requests import arguments_of
 from launcher.endpoints.scaling import Scaling
+from launcher.instances import INSTANCES
 from tests.helpers.api import refusals
 
 OPERATIONS = {
@@ -89,14 +93,16 @@ def test_several_models_are_adapters_below_one_prefix() -> None:
     ]  # fmt: skip
 
 
+def usual_of(family: str, **more: Any) -> Hyperparameters:
+    method = next(iter(FAMILIES[family].facts.methods))
+    usual = {"instance_prompt": "zwx", "base_architecture": family, "method": method, "accept_license": True}
+    return Hyperparameters.parse({**usual, **more})
+
+
 @pytest.mark.parametrize("card", [card for card in CARDS.values() if not card.is_cpu], ids=lambda card: card.name)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_as_many_pictures_are_drawn_at_a_time_as_fit_the_card(family: str, card: Card) -> None:
-    method = next(iter(FAMILIES[family].facts.methods))
-    h = Hyperparameters.parse(
-        {"instance_prompt": "zwx", "base_architecture": family, "method": method, "accept_license": True}
-    )
-    most = 8
+    h, most = usual_of(family), 8
     found = pictures_at_a_time(h, card, most)
     assert 0 <= found <= most
     assert found == 0 or serving_peak_gb(found, h) <= card.budget_gb
@@ -104,6 +110,59 @@ def test_as_many_pictures_are_drawn_at_a_time_as_fit_the_card(family: str, card:
         assert (found, why_none(h, card).partition(",")[0]) == (0, f"{card.name} has no bf16")
         return
     assert found == most or serving_peak_gb(found + 1, h) > card.budget_gb
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_take_memory_beside_what_is_computed_without_them(family: str) -> None:
+    h = usual_of(family)
+    without = [serving_peak_gb(pictures, h) for pictures in range(1, 40)]
+    by_graphs = [serving_peak_gb(pictures, h, has_graphs=True) for pictures in range(1, 40)]
+    assert by_graphs == sorted(by_graphs)  # more rows never need less
+    assert all(more > less for more, less in zip(by_graphs, without, strict=True))
+    rows_each = 1 if h.facts.drawing.told else 2
+    for pictures in range(1, 39):
+        same = padded(rows_each * pictures) == padded(rows_each * (pictures + 1))
+        assert (by_graphs[pictures - 1] == by_graphs[pictures]) is same  # rows are computed beyond those asked for
+    larger = usual_of(family, resolution=h.resolution * 2)
+    assert serving_peak_gb(4, larger, has_graphs=True) > serving_peak_gb(4, h, has_graphs=True)
+
+
+@given(
+    family=st.sampled_from([*FAMILIES]),
+    gib=st.floats(1, 120),
+    most=st.integers(1, 32),
+)
+def test_a_card_without_room_for_graphs_draws_without_them_and_says_so(family: str, gib: float, most: int) -> None:
+    h, card = usual_of(family), Card("a card", gib, (8, 0))
+    plan = serving_plan(h, card, most)
+    if plan is None:
+        assert pictures_at_a_time(h, card, most) == 0
+        return
+    assert plan.pictures == pictures_at_a_time(h, card, most)  # graphs go before pictures at a time do
+    assert plan.peak_gb <= card.budget_gb
+    assert plan.has_graphs is (serving_peak_gb(plan.pictures, h, has_graphs=True) <= card.budget_gb)
+    if plan.has_graphs:
+        assert plan.notes() == []
+        return
+    (note,) = plan.notes()
+    assert "without CUDA graphs" in note
+    assert (f"; batch={plan.most_by_graphs} leaves it" in note) is (plan.most_by_graphs > 0)
+    if plan.most_by_graphs:
+        smaller = serving_plan(h, card, plan.most_by_graphs)
+        assert smaller is not None
+        assert smaller.has_graphs
+
+
+def test_the_plan_of_an_endpoint_says_that_graphs_have_no_room() -> None:
+    h = usual_of("sdxl")
+    plan = serving_plan(h, CARDS["T4"], 8)
+    requests = launcher.endpoint_requests(**{**USUAL, "instance_type": "ml.g4dn.xlarge"})
+    lines = PreparedEndpoint("zwx", requests, INSTANCES["ml.g4dn.xlarge"], 1, None, plan).lines()
+    assert [line for line in lines if line.startswith("plan: ")] == [
+        "plan: 8 pictures at a time, 12.7 of 14.6 GB",
+        "plan: steps are drawn without CUDA graphs, which is slower: their memory has no room on the card; "
+        "batch=4 leaves it",
+    ]
 
 
 @pytest.mark.parametrize("scaling", [Scaling(1, 4, 20), Scaling(0, 2, 3.5, asynchronous=True)])

@@ -12,9 +12,10 @@ from torch import Tensor
 from dreambooth_sm.adapters.adapter import Adapter
 from dreambooth_sm.adapters.peft_file import write_peft
 from dreambooth_sm.methods.lora import FILE
+from dreambooth_sm.planning.serving import padded
 from dreambooth_sm.serving import engine as engines
 from dreambooth_sm.serving.engine import Engine
-from dreambooth_sm.serving.predictor import Compute, padded
+from dreambooth_sm.serving.predictor import Compute
 from tests.helpers.adapters import ATTENTION, pipeline, trained
 from tests.helpers.serving import difference, engine_of, pictures, request
 
