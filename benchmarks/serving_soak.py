@@ -5,7 +5,8 @@
 The toybox model, and adapters in the embedded S3, which clients ask for by Zipf's law; memory and disk hold a part of
 them. Some requests name an adapter that is not there, or one that is damaged; some can't be read; some clients send
 slowly, and some go away while their picture is drawn. Beside the server that is looked at, another one uses the same
-disk, and is killed and ended in turns. Each answer has to be the one that its request deserves.
+disk, and is killed and ended in turns. Each answer has to be the one that its request deserves, and memory has to stay
+as it is after a warm-up: the exit code is 1 where another answer came, or memory grows by more than ``--most-growth``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import random
 import socket
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -38,6 +40,7 @@ from tests.helpers.serving import Client
 PLACE = S3Uri("models", "adapters")
 _POISONED = "poisoned"
 _SMALL = {"prompt": "photo of a hat", "steps": 2, "width": 32, "height": 32}
+_OTHER, _RESTARTS = "other server, ", "restarts"
 # Seconds between two looks at the process, and a client's pause between two pieces of what it sends slowly.
 _LOOK, _SLOWLY = 5.0, 0.2
 # What requests are of each hundred, beside those that are drawn.
@@ -45,13 +48,17 @@ _ODD = {"vanished": 4, "poisoned": 4, "malformed": 4, "slow": 4, "leaves": 4}
 _STATUS = {"vanished": 404, "poisoned": 422, "malformed": 400}
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--adapters", type=int, default=60)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--restart", type=float, default=120, help="seconds between two ends of the other server")
+    parser.add_argument("--warm-up", type=float, default=3, help="minutes whose growth does not count")
+    parser.add_argument("--most-growth", type=float, default=5, help="MB in a thousand requests")
     options = parser.parse_args()
+    if options.minutes < options.warm_up + 1:
+        parser.error(f"--minutes {options.minutes:g} leaves nothing to measure; set {options.warm_up + 1:g} or more")
     until = time.monotonic() + options.minutes * 60
     with tempfile.TemporaryDirectory() as folder, embedded_s3() as s3:
         size = _fill(s3, Path(folder, "adapters"), options.adapters)
@@ -84,7 +91,7 @@ def main() -> None:
         looks = []
         while time.monotonic() < until:
             time.sleep(_LOOK)
-            looks.append(_look(server.pid))
+            looks.append({**_look(server.pid), "requests": _asked_for(answers)})
         stop.set()
         for thread in threads:
             thread.join()
@@ -99,6 +106,12 @@ def main() -> None:
         answers=dict(sorted(answers.items())),
     )
     emit(**_told(looks), idle=idle, disk_mb=round(kept / 1e6, 1), disk_most_mb=round(size * options.adapters / 2e6, 1))
+    growth = growth_mb(looks[int(options.warm_up * 60 / _LOOK) :])
+    problems = [f"{count} x {kind}" for kind, count in sorted(answers.items()) if ": " in kind]
+    if growth > options.most_growth:
+        problems.append(f"memory grows by {growth} MB in a thousand requests")
+    emit(growth_mb_per_1000_requests=growth, problems=problems)
+    return 1 if problems else 0
 
 
 def _fill(s3: EmbeddedS3, folder: Path, count: int) -> int:
@@ -163,7 +176,7 @@ def _restart(start: Callable[[], ServerProcess], every: float, stop: threading.E
             server.end()
         else:
             server.kill()
-        answers["restarts"] += 1
+        answers[_RESTARTS] += 1
         if stopped:
             return
 
@@ -176,7 +189,18 @@ def _asked(port: int, seed: int, answers: Counter[str]) -> Iterator[None]:
     yield
     stop.set()
     client.join()
-    answers.update({f"other server, {kind}": count for kind, count in found.items()})
+    answers.update({f"{_OTHER}{kind}": count for kind, count in found.items()})
+
+
+def _asked_for(answers: Counter[str]) -> int:
+    """Requests to the server that is looked at."""
+    return sum(count for kind, count in answers.copy().items() if not kind.startswith((_OTHER, _RESTARTS)))
+
+
+def growth_mb(looks: list[dict[str, float]]) -> float:
+    """What a thousand requests add to a process's memory, in MB: the slope of the line nearest to all looks."""
+    requests, memory = ([look[name] for look in looks] for name in ("requests", "rss_mb"))
+    return round(1000 * statistics.linear_regression(requests, memory).slope, 2)
 
 
 def _look(pid: int) -> dict[str, float]:
@@ -202,4 +226,4 @@ def _told(looks: list[dict[str, float]]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ import dreambooth_sm.quiet  # noqa: F401 - before the libraries that it quiets
 from dreambooth_sm import __build__, sagemaker
 from dreambooth_sm.errors import EXIT_BAD_INPUT, UserError
 from dreambooth_sm.printing import safe, survive_streams
+from dreambooth_sm.serving.heap import bound_arenas
 from dreambooth_sm.serving.settings import ServingSettings
 
 # Where SageMaker says another one than its usual.
@@ -19,6 +20,7 @@ _PORT, _USUAL_PORT = "SAGEMAKER_BIND_TO_PORT", "8080"
 
 
 def main(arguments: list[str]) -> int:
+    bound_arenas()
     try:
         if arguments:
             raise UserError(f"serve: {arguments[0]!r} is not an option; settings are variables of the environment")
