@@ -27,6 +27,7 @@ from PIL import Image
 import launcher
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK, UserError
 from dreambooth_sm.serving.engine import Engine
+from dreambooth_sm.serving.orders import Order
 from dreambooth_sm.serving.served_model import open_served
 from dreambooth_sm.serving.settings import LARGEST_BODY, ServingSettings
 from dreambooth_sm.storage import PROBE_NAME, S3Uri, get_object, upload_directory
@@ -292,6 +293,44 @@ def test_more_than_may_wait_are_told_so_at_once_and_whoever_leaves_is_not_drawn_
         connection.close()
     wait_until(lambda: engine.waiting == 0 and not engine.is_drawing)
     assert client.draw(SMALL).status == 200
+
+
+@pytest.mark.parametrize("when", ["before the first line", "after a line", "while a line is sent"])
+def test_whoever_leaves_while_lines_come_is_not_drawn_for(
+    when: str, client: Client, engine: Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {**SMALL, "steps": 1000, "number": 8, "previews": 8}
+    body = json.dumps(values).encode()
+    head = "POST /invocations HTTP/1.1\r\nHost: x\r\nAccept: application/jsonlines\r\nX-Request-Id: leaves\r\n"
+    connection = socket.create_connection(("127.0.0.1", client.port), timeout=PATIENCE)
+    submit, orders = engine.submit, list[Order]()
+
+    def leave() -> None:
+        connection.close()
+        client.send("GET", "/ping")  # the server has seen that by now
+
+    def submitted(*given: Any) -> Order:
+        orders.append(submit(*given))
+        if when == "before the first line":
+            leave()
+        return orders[-1]
+
+    monkeypatch.setattr(engine, "submit", submitted)
+    if when == "while a line is sent":  # more than what lies between the two can hold
+        monkeypatch.setattr("dreambooth_sm.serving.app.answer_line", lambda *given: b" " * 50_000_000)
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    if when != "before the first line":
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        answer.read(1)
+        answer.close()
+        leave()
+    wait_until(lambda: orders and engine.waiting == 0 and not engine.is_drawing)
+    assert not orders[0].pictures.done()
+    printed = list[str]()
+    wait_until(lambda: printed.append(capsys.readouterr().out) or "leaves" in "".join(printed))
+    (line,) = [json.loads(each) for each in "".join(printed).splitlines() if "leaves" in each]
+    assert line["status"] == 499
 
 
 def start(model: Path, **environment: str) -> subprocess.Popen[str]:
