@@ -1,11 +1,10 @@
-"""Whole jobs on a small Z-Image base model: class images, captions, buckets, masks, and what the launcher gets."""
+"""Whole jobs on a small Z-Image base model: class images, captions, buckets and masks."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,10 +12,8 @@ from diffusers import ZImagePipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import launcher
 from dreambooth_sm.errors import EXIT_BAD_INPUT, EXIT_OK
 from dreambooth_sm.methods.lora import FILE
-from launcher.local.services import EmbeddedServices
 from tests.helpers.jobs import Ended, JobTree
 
 PROMPT = "photo of zwx toy"
@@ -145,28 +142,3 @@ def test_what_the_family_does_not_take_ends_the_job_before_it_begins(
     assert ended.code == EXIT_BAD_INPUT
     assert job.failure is not None
     assert "method=full: the base model is a Z-Image model; set method to lora" in job.failure
-
-
-@pytest.mark.slow
-def test_the_launcher_chooses_an_instance_and_gets_the_adapter(
-    services: EmbeddedServices, tiny_z_image: Path, pictures: Path, tmp_path: Path
-) -> None:
-    services.client().create_bucket(Bucket="z-images")
-    options: dict[str, Any] = {
-        "instance_prompt": PROMPT,
-        "resolution": 64,
-        "max_train_steps": 2,
-        "learning_rate": 1e-2,
-        "method": "lora",
-        "log": lambda line: None,
-    }
-    job = launcher.fit(
-        pictures,
-        base_model=tiny_z_image,
-        instance_type="auto",
-        role=services.role,
-        output="s3://z-images/zwx",
-        **options,
-    )
-    assert job.status == "Completed"
-    assert (job.download(tmp_path / "zwx") / FILE).is_file()

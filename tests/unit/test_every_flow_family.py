@@ -11,11 +11,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from dreambooth_sm.families import FAMILIES
 from dreambooth_sm.models import PretrainedModel, load_base
 from dreambooth_sm.sampling import draw_latents
-from tests.helpers.training import Run, hyperparameters
+from tests.helpers.training import Run, hyperparameters, make_subject
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +66,22 @@ def test_what_serves_other_families_serves_them(
 ) -> None:
     run = train(model, tmp_path, **values)
     assert all(math.isfinite(value) for losses in run.losses for value in losses)
+
+
+def test_what_lies_outside_of_masks_weighs_less(model: PretrainedModel, tmp_path: Path) -> None:
+    """In losses, by latents; where it weighs as much, masks have no part."""
+    subject = make_subject(tmp_path, pictures=3)
+    for picture in subject.pictures:
+        with Image.open(picture) as opened:
+            mask = Image.new("L", opened.size)
+        mask.paste(255, (0, 0, mask.width // 2, mask.height))
+        mask.save(picture.with_name(f"{picture.stem}-mask.png"))
+    plain, whole, half = (
+        train(model, tmp_path / str(weight), subject=subject, background_weight=weight) for weight in (None, 1.0, 0.1)
+    )
+    assert plain.losses == whole.losses
+    assert half.losses[0] != whole.losses[0]
+    assert half.losses[0] == pytest.approx(whole.losses[0], rel=0.3)
 
 
 def test_a_merged_model_is_a_directory_that_diffusers_reads(model: PretrainedModel, tmp_path: Path) -> None:
