@@ -37,7 +37,7 @@ from dreambooth_sm.training.schedule import Schedule, make_rate, make_schedule
 # Known only once the base model is loaded.
 BASE_MODEL_KEY = "base_model"
 # What of the noise scheduler's settings training depends on.
-_NOISE = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+NOISE_SETTINGS = ("prediction_type", "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 # Values of each tensor that are compared: no two models that anybody has share them.
 _VALUES = 64
 
@@ -198,13 +198,13 @@ def _digest(picture: Path) -> str:
 
 def fingerprint(base: PretrainedModel) -> dict[str, str]:
     """A digest of each part of a base model: of some values of each tensor, and of what else training depends on."""
-    digests = {name: _digest_of_weights(base.weights(name)) for name in base.modules}
+    digests = {name: digest_of_weights(base.weights(name)) for name in base.modules}
     vocabulary = sorted(base.tokenizer.get_vocab().items())
-    noise = {name: base.scheduler.config.get(name) for name in _NOISE}
+    noise = {name: base.scheduler.config.get(name) for name in NOISE_SETTINGS}
     return digests | {"tokenizer": _digest_of(vocabulary), "scheduler": _digest_of(noise)}
 
 
-def _digest_of_weights(weights: Mapping[str, Stored]) -> str:
+def digest_of_weights(weights: Mapping[str, Stored]) -> str:
     def some(weight: Stored) -> list[float]:
         values: list[float] = weight.sample(max(1, weight.numel // _VALUES)).double().tolist()
         return values

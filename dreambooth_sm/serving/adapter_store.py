@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from dreambooth_sm.serving.adapter_s3 import AdapterInS3
 from dreambooth_sm.serving.fields import is_adapter_name
 from dreambooth_sm.serving.host_adapter import HostAdapter, Shapes, read_host_adapter
 from dreambooth_sm.serving.refusal import Refusal
+from dreambooth_sm.serving.shelf import Shelf
 from dreambooth_sm.sources import is_s3
 
 if TYPE_CHECKING:
@@ -36,18 +36,16 @@ class AdapterStore:
     """
 
     def __init__(self, place: str | None, shapes: Shapes, base: str, size: int, disk: AdapterDisk) -> None:
-        self._place, self._shapes, self._base, self._size, self._disk = place, shapes, base, size, disk
+        self._place, self._shapes, self._base, self._disk = place, shapes, base, disk
         self._added: dict[str, str] = {}
-        self._pinned: set[str] = set()
-        self._kept: OrderedDict[str, HostAdapter] = OrderedDict()
+        self._shelf: Shelf[HostAdapter] = Shelf(size)
         self._lock = threading.Lock()
-        self._reading: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Those that were added, or are in memory."""
         with self._lock:
-            return tuple(sorted({*self._added, *self._kept}))
+            return tuple(sorted({*self._added, *self._shelf.names}))
 
     def get(self, name: str) -> HostAdapter:
         """An adapter; read, where it is not in memory. Takes as long as that; other threads get others meanwhile.
@@ -56,30 +54,7 @@ class AdapterStore:
             Refusal: 404 where there is none of this name, 422 where it can't be drawn with.
             TransferError: S3 does not answer.
         """
-        if (found := self._find(name)) is not None:
-            return found
-        with self._lock:
-            reading = self._reading[name]
-        with reading:  # whoever asks for the same one waits for it
-            if (found := self._find(name)) is not None:
-                return found
-            try:
-                adapter = self._read(name)
-            finally:
-                with self._lock:
-                    self._reading.pop(name, None)
-            with self._lock:
-                self._kept[name] = adapter
-                self._let_go(beside=name)
-            return adapter
-
-    def _let_go(self, beside: str) -> None:
-        """Lets go of those that were not asked for lately, until the rest is small enough."""
-        over = sum(each.size for each in self._kept.values()) - self._size
-        for name in [name for name in self._kept if name != beside and name not in self._pinned]:
-            if over <= 0:
-                return
-            over -= self._kept.pop(name).size
+        return self._shelf.get(name, self._read)
 
     def add(self, name: str, source: str, preload: bool = True, pin: bool = False) -> None:
         """Says where an adapter lies.
@@ -99,7 +74,7 @@ class AdapterStore:
             if self._added.get(name, source) != source:
                 raise Refusal(f"{name} is {self._added[name]}; DELETE /adapters/{name} first", 409)
             self._added[name] = source
-            self._pinned |= {name} if pin else set()
+            self._shelf.pinned |= {name} if pin else set()
         if preload:
             try:
                 self.get(name)
@@ -116,15 +91,8 @@ class AdapterStore:
         """
         with self._lock:
             known = self._added.pop(name, None) is not None
-            self._pinned.discard(name)
-            if self._kept.pop(name, None) is None and not known:
+            if not self._shelf.remove(name) and not known:
                 raise Refusal(f"{short(name)} is not known here", 404)
-
-    def _find(self, name: str) -> HostAdapter | None:
-        with self._lock:
-            if name in self._kept:
-                self._kept.move_to_end(name)
-            return self._kept.get(name)
 
     def _read(self, name: str) -> HostAdapter:
         source = self._source(name)

@@ -22,6 +22,7 @@ from dreambooth_sm.sampling import decode
 from dreambooth_sm.serving.adapter_disk import AdapterDisk
 from dreambooth_sm.serving.adapter_store import AdapterStore
 from dreambooth_sm.serving.broken import show
+from dreambooth_sm.serving.full_models import ModelSeat, ModelStore
 from dreambooth_sm.serving.offer import Offer
 from dreambooth_sm.serving.orders import Order, Shown, Withheld
 from dreambooth_sm.serving.predictor import Predictor, Rows, recorder_for
@@ -39,6 +40,8 @@ from dreambooth_sm.training.placement import speed_up_drawing
 _USUAL, _MODELS = "default", "model"
 # That are kept, ready for a number of steps.
 _MOST_SCHEDULERS = 64
+# Pictures of the model that draws begin before those of another that wait, until these have waited for so long.
+_OVERTAKING_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class Engine:
         self.model = _on_device(served.model, self._device, in_half)
         self.settings, self._batch = settings, settings.batch
         # Before layers are replaced.
+        self._seat = ModelSeat(served.model, self.model)
+        self.models = ModelStore(settings.full_models, self._seat, settings.full_model_bytes)
         shapes = {
             part: {k: v.shape for k, v in module.state_dict().items()} for part, module in self.model.modules.items()
         }
@@ -84,7 +89,7 @@ class Engine:
         self._together: tuple[tuple[_Place, ...], Rows] | None = None
         self._changed = threading.Condition()
         self._closing = False
-        self.offer = _offer(self.model, served, self.store, settings)
+        self.offer = _offer(self.model, served, self.store, self.models, settings)
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
         self._thread.start()
 
@@ -119,7 +124,8 @@ class Engine:
             raise Refusal(f"scheduler: {request.scheduler} takes no {request.steps} steps ({error})") from None
         began = time.monotonic()
         adapters = [(self.store.get(name), strength) for name, strength in request.adapters.items()]
-        order = Order(request, adapters, show, reading=time.monotonic() - began)
+        model = self.models.get(request.model) if request.model else None
+        order = Order(request, adapters, model, show, reading=time.monotonic() - began)
         with self._changed:
             self._check_room(request)
             self._waiting += [_Place(order, number) for number in range(len(request.prompts))]
@@ -149,9 +155,10 @@ class Engine:
                 if self._closing:
                     return
                 self._drop_what_is_over()
-                joining: list[_Place] = []
-                while self._waiting and len(self._running) + len(joining) < self._batch:
-                    joining.append(self._waiting.popleft())
+                joining = self._joining()
+            if joining and joining[0].order.model is not self._seat.model:
+                self._seat.take(joining[0].order.model)
+                self._prompts.forget()
             self._begin_all(joining)
             kinds: dict[Any, list[_Place]] = {}
             for place, run in self._running.items():
@@ -163,6 +170,23 @@ class Engine:
         self._waiting = deque(place for place in self._waiting if not place.order.is_over)
         for place in [place for place in self._running if place.order.is_over]:
             del self._running[place]
+
+    def _joining(self) -> list[_Place]:
+        """Takes those that begin now from those that wait: of one model, which draws until those of another have waited
+        for some seconds and all that it has begun is done."""
+        if not self._waiting:
+            return []
+        model = self._seat.model if self._running else self._waiting[0].order.model
+        joining: list[_Place] = []
+        for place in self._waiting:
+            if len(self._running) + len(joining) >= self._batch:
+                break
+            if place.order.model is model:
+                joining.append(place)
+            elif time.monotonic() - place.order.taken > _OVERTAKING_S:
+                break
+        self._waiting = deque(place for place in self._waiting if place not in set(joining))
+        return joining
 
     def _begin_all(self, places: list[_Place]) -> None:
         """Begins pictures, up to one whose adapters have to wait for those of others."""
@@ -297,7 +321,9 @@ def _on_device(model: PretrainedModel, device: torch.device, in_half: bool) -> P
     return model.with_parts(parts)
 
 
-def _offer(model: PretrainedModel, served: ServedModel, store: AdapterStore, settings: ServingSettings) -> Offer:
+def _offer(
+    model: PretrainedModel, served: ServedModel, store: AdapterStore, models: ModelStore, settings: ServingSettings
+) -> Offer:
     facts = model.family.facts
     side = served.resolution
     if side is None:
@@ -313,4 +339,5 @@ def _offer(model: PretrainedModel, served: ServedModel, store: AdapterStore, set
         subjects=served.prompts,
         settings=settings,
         find_prompt=lambda name: store.get(name).prompt,
+        find_subjects=lambda name: models.get(name).prompts,
     )

@@ -20,6 +20,7 @@ class Offer:
         settings: with the limits.
         find_prompt: the prompt of an adapter's subject, by the adapter's name; it may have to be read for that. It
             raises :class:`~dreambooth_sm.serving.refusal.Refusal` where an adapter can't be found.
+        find_subjects: as ``subjects``, of another model by its name; likewise.
     """
 
     steps: int
@@ -30,3 +31,4 @@ class Offer:
     subjects: Mapping[str, str] = field(default_factory=dict)
     settings: ServingSettings = field(default_factory=ServingSettings)
     find_prompt: Callable[[str], str] | None = None
+    find_subjects: Callable[[str], Mapping[str, str]] | None = None

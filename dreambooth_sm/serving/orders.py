@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from PIL.Image import Image
 
+from dreambooth_sm.serving.full_models import HostModel
 from dreambooth_sm.serving.host_adapter import HostAdapter
 from dreambooth_sm.serving.requests import PictureRequest
 
@@ -49,6 +50,7 @@ class Order:
 
     Attributes:
         adapters: that draw it, with their strengths.
+        model: that draws it; None: the one that is served.
         show: is told of each picture that is done or to be looked at, in the thread that draws.
         pictures: the future of all of its pictures, in their order.
         reading: seconds that its adapters took to be there.
@@ -58,6 +60,7 @@ class Order:
 
     request: PictureRequest
     adapters: Sequence[tuple[HostAdapter, float]] = ()
+    model: HostModel | None = None
     show: Callable[[Shown], None] | None = None
     pictures: Future[list[Image | Withheld]] = field(default_factory=Future)
     reading: float = 0.0

@@ -34,6 +34,10 @@ class PromptEncoder:
         self._device, self._dtype = model.denoiser.device, model.denoiser.dtype
         self._kept: OrderedDict[tuple[Any, ...], Conditioning] = OrderedDict()
 
+    def forget(self) -> None:
+        """Encodes all prompts again: text encoders have other values."""
+        self._kept.clear()
+
     def conditions(
         self,
         prompt: str,

@@ -41,6 +41,7 @@ class PictureRequest:
         guidance: of classifier-free guidance; up to 1 there is none.
         size: width and height in pixels.
         adapters: strengths by name.
+        model: that draws it, by its name; None: the one that is served.
         manner: of the answer: this project's JSON, a picture as it is, a line of JSON for each picture as soon as it
             is drawn, JumpStart's arrays of numbers or encoded pictures, or the quick kit's locations.
         output: the prefix in S3 that the pictures go to; None: into the answer.
@@ -61,6 +62,7 @@ class PictureRequest:
     output: S3Uri | None = None
     single: bool = False
     previews: int = 0
+    model: str | None = None
 
     def shows_after(self, step: int, steps: int) -> bool:
         """Whether a picture is shown after so many of its steps: those that part them evenly."""
@@ -198,6 +200,8 @@ class _Reading:
         self._problems = Problems()
         self._fields = Fields(values, self._problems.found)
         self._adapter, self._single, self._check_output = adapter, single, check_output
+        self._model = self._fields.text("model", None, 200) if manner in _OWN else None
+        self._status = 400
 
     def request(self) -> PictureRequest:
         fields, offer, limits = self._fields, self._offer, self._offer.settings
@@ -232,7 +236,7 @@ class _Reading:
                 at_a_time = pictures[:1] if self._manner == "lines" else pictures
                 check_size(self._manner, form, (width, height), at_a_time, limits.answer_bytes)
         if self._problems.found:
-            raise Refusal(dict.fromkeys(self._problems.found))
+            raise Refusal(dict.fromkeys(self._problems.found), self._status)
         return PictureRequest(
             pictures,
             seeds,
@@ -247,6 +251,7 @@ class _Reading:
             output,
             self._single,
             previews,
+            self._model,
         )
 
     def _prompts(self) -> Sequence[str]:
@@ -273,12 +278,13 @@ class _Reading:
 
     def _known_subject(self) -> str:
         name = self._fields.text("subject", None, 200)
+        subjects = self._subjects()
         if name is None:
-            return ""
-        if prompt := self._offer.subjects.get(name):
+            return next(iter(subjects.values()), "") if self._model else ""
+        if prompt := subjects.get(name):
             return prompt
         why = "none: it has no report.json"
-        if self._offer.find_prompt and is_adapter_name(name):
+        if self._offer.find_prompt and is_adapter_name(name) and not self._model:
             try:
                 prompt = self._offer.find_prompt(name)
             except UserError as error:
@@ -288,10 +294,22 @@ class _Reading:
                 if prompt:
                     return prompt
                 why = "none of this name: its adapter says no prompt"
-        known = ", ".join(sorted(self._offer.subjects)[:10]) or why
+        known = ", ".join(sorted(subjects)[:10]) or why
         self._problems.found.append(f"subject: {short(name)} is not known; the model knows {known}")
         self._fields.failed.add("subject")
         return ""
+
+    def _subjects(self) -> Mapping[str, str]:
+        """Those of the model that is asked for."""
+        if not self._model or not self._offer.find_subjects:
+            return self._offer.subjects
+        try:
+            return self._offer.find_subjects(self._model)
+        except Refusal as error:
+            self._problems.found += error.problems
+            self._fields.failed.add("subject")
+            self._status = error.status
+            return {}
 
     def _adapters(self) -> Mapping[str, float]:
         asked = self._fields.strengths("adapters") if self._manner in _OWN else {}

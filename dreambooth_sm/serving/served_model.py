@@ -19,6 +19,7 @@ from dreambooth_sm.models import PretrainedModel, open_base, read_stored
 from dreambooth_sm.serving.report import REPORT, trained_with
 from dreambooth_sm.sources import is_local
 from dreambooth_sm.stored.locate import INDEX
+from dreambooth_sm.stored.model import MAKING
 
 # Where SageMaker puts AdditionalModelDataSources, by the names of their channels.
 ADDITIONAL = Path("/opt/ml/additional-model-data-sources")
@@ -167,7 +168,8 @@ def with_words(model: PretrainedModel, words: Mapping[str, Mapping[str, Any]]) -
         }
         for part in model.text_parts
     }
-    return LearnedWords(model, vectors).model
+    with MAKING:
+        return LearnedWords(model, vectors).model
 
 
 def adapter_file(directory: Path) -> Path | None:

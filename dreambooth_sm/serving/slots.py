@@ -11,6 +11,7 @@ from torch import nn
 from dreambooth_sm.models import PretrainedModel
 from dreambooth_sm.serving.bank import AdapterUse, BankedLayer, BatchRows, SlotBank
 from dreambooth_sm.serving.host_adapter import HostAdapter
+from dreambooth_sm.stored.model import MAKING
 
 
 class AdapterSlots:
@@ -80,8 +81,9 @@ class AdapterSlots:
     def _replaced(self, module: nn.Module, name: str) -> BankedLayer:
         base = module.get_submodule(name)
         assert isinstance(base, nn.Linear | nn.Conv2d), name
-        layer = BankedLayer(base, SlotBank(base, self._count, self._rank), self.rows)
-        module.set_submodule(name, layer)
+        with MAKING:
+            layer = BankedLayer(base, SlotBank(base, self._count, self._rank), self.rows)
+            module.set_submodule(name, layer)
         return layer
 
 

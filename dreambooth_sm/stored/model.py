@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -146,6 +147,10 @@ def rules_of(pipeline: str) -> FileRules | None:
     return next((family.facts.files for family in FAMILIES.values() if family.facts.pipeline == pipeline), None)
 
 
+# The libraries make modules without weights by changing, meanwhile, how all threads make modules.
+MAKING = threading.RLock()
+
+
 def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) -> nn.Module:
     """A module of a pipeline with its weights on the meta device.
 
@@ -159,7 +164,7 @@ def empty_module(part: str, config: Mapping[str, Any], pipeline: str = USUAL) ->
     kind: Any = classes.named(class_of(pipeline, part))
     # With a largest size the table of positions is one of the weights; without one it follows from the configuration.
     positions = classes.no_positions() if config.get("pos_embed_max_size") else nullcontext()
-    with positions, classes.no_init_weights(), classes.init_empty_weights(include_buffers=False):
+    with MAKING, positions, classes.no_init_weights(), classes.init_empty_weights(include_buffers=False):
         if issubclass(kind, classes.PreTrainedModel):
             # The stored weights say their types themselves.
             values = {key: value for key, value in config.items() if key not in _TYPES}

@@ -213,7 +213,7 @@ values = st.recursive(
 NAMES = (
     "prompt", "prompts", "subject", "negative_prompt", "number", "steps", "guidance", "width", "height", "seed",
     "seeds", "scheduler", "adapters", "format", "output", "num_images_per_prompt", "num_inference_steps",
-    "guidance_scale", "sampler", "count", "output_s3uri",
+    "guidance_scale", "sampler", "count", "output_s3uri", "model",
 )  # fmt: skip
 
 
