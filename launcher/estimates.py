@@ -25,7 +25,7 @@ from dreambooth_sm.planning.plan import Plan
 from dreambooth_sm.planning.roofline import slowdown
 from launcher.instances import INSTANCES, PRICES, Instance
 from launcher.jobs.times import Median
-from launcher.parts import NOTHING, JobPart, Known, after_training, before_training, pool_lines
+from launcher.parts import NOTHING, JobPart, Known, after_training, before_training, in_minutes, pool_lines
 
 # The family whose steps and class images were timed; what those of the others cost is relative to it.
 _TIMED = next(iter(FAMILIES))
@@ -96,12 +96,12 @@ class Estimate:
             f"plan: {plan.tier}: {trained}{' with EMA' if plan.use_ema else ''}, {plan.precision}{memory}",
             *([f"length: {self.length_note}"] if self.length_note else []),
         ]
-        if self.minutes is None:
+        if self.minutes is None or self.whole_minutes is None:
             lines.append("time: no estimate for CPUs; choose an instance type with a GPU for more than a trial")
         else:
             cost = "at an unknown price" if self.usd is None else f"about ${self.usd:.2f} on demand ({PRICES})"
             lines.append(
-                f"estimate: about {self.whole_minutes:.0f} minutes, {cost}; {self.minutes:.0f} minutes are billed"
+                f"estimate: about {in_minutes(self.whole_minutes)}, {cost}; billed: {in_minutes(self.minutes)}"
             )
             lines += [*(f"  {part.line()}" for part in self.parts), *self.notes]
         return lines
@@ -237,7 +237,7 @@ def choose_instance(
         _, minutes, fastest = min(timed, key=lambda entry: entry[1])
         raise UserError(
             f"max_minutes={max_minutes:g}: no instance type is expected to be done in time; the fastest, "
-            f"{fastest.instance.name}, takes about {minutes:.0f} minutes: allow {minutes * MARGIN:.0f}, or train fewer "
+            f"{fastest.instance.name}, takes about {in_minutes(minutes)}: allow {minutes * MARGIN:.0f}, or train fewer "
             "steps"
         )
     return min(in_time, key=lambda entry: entry[:2])[2].instance

@@ -24,6 +24,12 @@ INSTANCE, IMAGE, BASE_MODEL = "instance", "training image", "base model"
 _BYTES = 2
 
 
+def in_minutes(minutes: float) -> str:
+    """Whole ones in words, at least one."""
+    count = max(1, round(minutes))
+    return f"{count} minute{'s' * (count > 1)}"
+
+
 @dataclass(frozen=True)
 class JobPart:
     """A part of a job's time.
@@ -100,7 +106,7 @@ def keeping_line(h: Hyperparameters, known: Known, seconds: int, usd_per_hour: f
     if usd_per_hour is not None:
         cost = f"${usd_per_hour / 60:.3f} a minute, ${usd_per_hour * seconds / 3600:.2f} at most"
     return (
-        f"keep_alive: {seconds / 60:.0f} minutes after the job are billed as it is, until another one begins there: "
+        f"keep_alive: up to {in_minutes(seconds / 60)} after the job are billed as it is, until another begins there: "
         f"{cost}; one like this would begin about {saved:.1f} minutes sooner"
     )
 

@@ -30,7 +30,7 @@ from launcher.jobs.times import OwnTimes, own_times
 from launcher.jobs.warm_pools import WarmPool, find_warm_pools
 from launcher.local.program import CONTAINER
 from launcher.local.run import run_locally
-from launcher.parts import Known, keeping_line
+from launcher.parts import Known, in_minutes, keeping_line
 from launcher.resources import Resources
 from launcher.staging import Files, digest, lay_out_files, stage
 from launcher.submit import submit
@@ -375,7 +375,7 @@ def _check_limit(chosen: Estimate, limit: int | None) -> None:
     """Raises UserError where a job is not expected to be done in time, which counts from the start of its instance."""
     if limit is not None and chosen.minutes is not None and chosen.minutes > limit:
         raise UserError(
-            f"max_minutes={limit}: the job is expected to take about {chosen.minutes:.0f} minutes on "
+            f"max_minutes={limit}: the job is expected to take about {in_minutes(chosen.minutes)} on "
             f"{chosen.instance.name}; allow more, train fewer steps, or choose instance_type='auto'"
         )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from launcher.estimates import Estimate
 from launcher.instances import PRICES
+from launcher.parts import in_minutes
 
 # Of a job's time, its start and what its subjects share may be this much, where there are enough subjects.
 _SHARED_SHARE = 0.1
@@ -71,7 +72,7 @@ class FleetEstimate:
         if self.minutes is None or self.job_minutes is None:
             return [*lines, "time: no estimate for CPUs"]
         lines.append(
-            f"estimate: about {self.minutes:.0f} minutes in all, {self.job_minutes:.0f} a job, "
+            f"estimate: about {in_minutes(self.minutes)} in all, {self.job_minutes:.0f} a job, "
             f"{subject_minutes(self.alone):.1f} a subject more"
         )
         if self.usd is None or self.alone.usd is None:

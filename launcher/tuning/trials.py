@@ -13,7 +13,7 @@ from dreambooth_sm.planning.length import length_of
 from launcher.estimates import Estimate, estimate_on
 from launcher.instances import PRICES, Instance
 from launcher.measured import caching, measuring, with_values
-from launcher.parts import NOTHING, Known
+from launcher.parts import NOTHING, Known, in_minutes
 from launcher.tuning.ranges import Range, Ranges, read_ranges, settings
 from launcher.tuning.search import Search
 
@@ -152,7 +152,7 @@ def estimate_trials(
     found.sort(key=lambda each: each[1].minutes or 0.0)
     if found and max_minutes is not None and (longest := found[-1][1].minutes or 0.0) > max_minutes:
         problems["max_minutes"] = (
-            f"max_minutes={max_minutes}: a trial with {found[-1][0]} is expected to take about {longest:.0f} minutes "
+            f"max_minutes={max_minutes}: a trial with {found[-1][0]} is expected to take about {in_minutes(longest)} "
             f"on {instance.name}; allow more, or search over fewer steps"
         )
     if problems:

@@ -17,7 +17,7 @@ from dreambooth_sm.planning.choice import make_plan
 from launcher.estimates import MARGIN, Estimate, choose_instance, estimate_on
 from launcher.instances import INSTANCES, find_instance
 from launcher.jobs.times import Median, OwnTimes
-from launcher.parts import NOTHING, Known
+from launcher.parts import NOTHING, Known, in_minutes
 from tests.helpers.api import shape_of
 
 PROMPTS = {"instance_prompt": "photo of zwx toy", "class_prompt": "photo of a toy"}
@@ -103,8 +103,8 @@ def test_the_minutes_are_those_of_the_parts_and_the_wait_is_not_billed() -> None
     assert found.usd == pytest.approx(billed / 60 * 1.408)
     assert found.whole_minutes == pytest.approx(billed + waiting.seconds / 60)
     lines = found.lines()
-    assert f"about {found.whole_minutes:.0f} minutes, about ${found.usd:.2f} on demand" in lines[2]
-    assert lines[2].endswith(f"; {found.minutes:.0f} minutes are billed")
+    assert f"about {in_minutes(found.whole_minutes)}, about ${found.usd:.2f} on demand" in lines[2]
+    assert lines[2].endswith(f"; billed: {in_minutes(found.minutes)}")
     assert lines[3:] == [f"  {part.line()}" for part in found.parts]
     assert lines[3] == f"  instance: {waiting.seconds / 60:.1f} minutes, not billed (assumed)"
 
@@ -260,3 +260,10 @@ def test_what_a_kept_instance_costs_is_told_beside_what_it_saves() -> None:
     seconds = {part.name: part.seconds for part in without.parts}
     saved = seconds["instance"] - 20 + seconds["training image"] + seconds["base model"]
     assert line.endswith(f"one like this would begin about {saved / 60:.1f} minutes sooner")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "said"), [(0.2, "1 minute"), (1.4, "1 minute"), (1.6, "2 minutes"), (61.0, "61 minutes")]
+)
+def test_minutes_in_words(minutes: float, said: str) -> None:
+    assert in_minutes(minutes) == said
