@@ -185,7 +185,8 @@ class Engine:
                 joining.append(place)
             elif time.monotonic() - place.order.taken > _OVERTAKING_S:
                 break
-        self._waiting = deque(place for place in self._waiting if place not in set(joining))
+        for place in joining:
+            self._waiting.remove(place)
         return joining
 
     def _begin_all(self, places: list[_Place]) -> None:
