@@ -33,7 +33,7 @@ class ServingSettings:
     full_models: str | None = _setting(
         None, "a folder or an `s3://` prefix of models that were trained as a whole: `zwx` lies below `zwx/` in it"
     )
-    full_model_bytes: int = _setting(16 * 2**30, "of the host's memory, for models that were asked for lately")
+    full_model_bytes: int = _setting(4 * 2**30, "of the host's memory, for models that were asked for lately")
     host: str = _setting("0.0.0.0", "address that the server listens at")
     batch: int = _setting(8, "pictures that are drawn at a time", 1)
     queue: int = _setting(64, "pictures that may wait; more are answered with 429 at once", 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreambooth_sm.training.kernels import kernels_for
+from dreambooth_sm.training.modulation import input_grad
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Numbers that a kernel has room for.
@@ -75,8 +76,4 @@ def reference_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
 
 def reference_norm_grad(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
-    centred = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
-    deviation = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    normalised, scaled = centred * deviation, grad.to(wide) * weight.to(wide)
-    along = (scaled * normalised).mean(-1, keepdim=True)
-    return ((scaled - scaled.mean(-1, keepdim=True) - normalised * along) * deviation).to(x.dtype)
+    return input_grad(grad.to(wide) * weight.to(wide), x, eps).to(x.dtype)

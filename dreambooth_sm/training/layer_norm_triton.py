@@ -12,14 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _normalised(x_ptr, place, inside, eps, width):
-    """And 1 / deviation."""
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    centred = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
-    deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
-    return centred * deviation, deviation
+from dreambooth_sm.training.modulation_triton import input_grad, normalised
 
 
 @triton.jit
@@ -27,7 +20,7 @@ def _norm(x_ptr, y_ptr, weight_ptr, bias_ptr, eps, width, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
-    y, _ = _normalised(x_ptr, place, inside, eps, width)
+    y, _ = normalised(tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32), inside, eps, width)
     y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -38,11 +31,10 @@ def _norm_grad(grad_ptr, x_ptr, result_ptr, weight_ptr, eps, width, BLOCK: tl.co
     column = tl.arange(0, BLOCK)
     inside = column < width
     place = tl.program_id(0).to(tl.int64) * width + column
-    normalised, deviation = _normalised(x_ptr, place, inside, eps, width)
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0).to(tl.float32)
     grad *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    along = tl.sum(grad * normalised, 0) / width
-    result = (grad - tl.sum(grad, 0) / width - normalised * along) * deviation
+    result = input_grad(grad, x, inside, eps, width)
     tl.store(result_ptr + place, result.to(result_ptr.dtype.element_ty), mask=inside)
 
 

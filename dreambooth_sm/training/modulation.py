@@ -86,16 +86,13 @@ class _GatedSum(torch.autograd.Function):
 
 
 def reference_modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    normalised, _ = _normalised(x, eps)
-    return (normalised * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(x.dtype)
+    y, _ = normalised(x, eps)
+    return (y * (1 + _wide(scale)[:, None]) + _wide(shift)[:, None]).to(x.dtype)
 
 
 def reference_modulated_grad(grad: Tensor, for_x: Tensor | None, x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """The gradient of x, from that of the result and, where there is one, that of what x was given back as."""
-    normalised, deviation = _normalised(x, eps)
-    grad = _wide(grad) * (1 + _wide(scale)[:, None])
-    along = (grad * normalised).mean(-1, keepdim=True)
-    result = (grad - grad.mean(-1, keepdim=True) - normalised * along) * deviation
+    result = input_grad(_wide(grad) * (1 + _wide(scale)[:, None]), x, eps)
     return (result if for_x is None else result + _wide(for_x)).to(x.dtype)
 
 
@@ -104,11 +101,18 @@ def reference_gated_sum(x: Tensor | None, gate: Tensor, added: Tensor) -> Tensor
     return (result if x is None else _wide(x) + result).to(added.dtype)
 
 
-def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """And 1 / deviation."""
+def normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``(x - mean(x)) / deviation(x)`` of the last dimension, at least in float32, and 1 / deviation."""
     centred = _wide(x) - _wide(x).mean(-1, keepdim=True)
     deviation = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * deviation, deviation
+
+
+def input_grad(grad: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The gradient of x, from that of what it was normalised to."""
+    y, deviation = normalised(x, eps)
+    along = (grad * y).mean(-1, keepdim=True)
+    return (grad - grad.mean(-1, keepdim=True) - y * along) * deviation
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -12,11 +12,19 @@ from torch import Tensor
 
 
 @triton.jit
-def _normalised(x, inside, eps, width):
-    """And 1 / deviation."""
+def normalised(x, inside, eps, width):
+    """A word's numbers, less their mean, divided by their deviation; and 1 / deviation."""
     centred = tl.where(inside, x - tl.sum(x, 0) / width, 0.0)
     deviation = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / width + eps)
     return centred * deviation, deviation
+
+
+@triton.jit
+def input_grad(grad, x, inside, eps, width):
+    """The gradient of a word, from that of what it was normalised to."""
+    y, deviation = normalised(x, inside, eps, width)
+    along = tl.sum(grad * y, 0) / width
+    return (grad - tl.sum(grad, 0) / width - y * along) * deviation
 
 
 @triton.jit
@@ -32,8 +40,8 @@ def _modulated(x_ptr, y_ptr, scale_ptr, shift_ptr, eps, words, width, BLOCK: tl.
     inside = column < width
     first = tl.program_id(0).to(tl.int64) * width
     x = tl.load(x_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
-    normalised, _ = _normalised(x, inside, eps, width)
-    y = normalised * (1.0 + _of_row(scale_ptr, column, inside, words, width))
+    y, _ = normalised(x, inside, eps, width)
+    y *= 1.0 + _of_row(scale_ptr, column, inside, words, width)
     y += _of_row(shift_ptr, column, inside, words, width)
     tl.store(y_ptr + first + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -57,9 +65,7 @@ def _modulated_grad(
     x = tl.load(x_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
     grad *= 1.0 + _of_row(scale_ptr, column, inside, words, width)
-    normalised, deviation = _normalised(x, inside, eps, width)
-    along = tl.sum(grad * normalised, 0) / width
-    result = (grad - tl.sum(grad, 0) / width - normalised * along) * deviation
+    result = input_grad(grad, x, inside, eps, width)
     if ADDED:
         result += tl.load(for_x_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(result_ptr + first + column, result.to(result_ptr.dtype.element_ty), mask=inside)

@@ -164,6 +164,10 @@ def container_of(
         channels["adapters"] = sources["adapters"]
     elif adapters:
         chosen["adapters"] = adapters
+    if models := chosen.get("full_models"):
+        _source("full_models", str(models), problems)
+        if network_isolation:
+            problems.found.append("full_models: they come from S3, and the network is isolated; leave one of them out")
     if asynchronous:
         _source("asynchronous", asynchronous, problems)
         chosen.setdefault("answer_bytes", _ASYNCHRONOUS_ANSWER)

@@ -207,3 +207,12 @@ def test_all_that_would_be_refused_is_told_at_once() -> None:
     assert starts == [
         "name", "role", "instance_type", "instance_count", "model", "base_model", "asynchronous", "SERVE_BATCHES",
     ]  # fmt: skip
+
+
+def test_full_models_come_from_s3_through_a_network() -> None:
+    request = launcher.endpoint_requests(**USUAL, full_models="s3://models/all")["create_model"]
+    assert request["PrimaryContainer"]["Environment"]["SERVE_FULL_MODELS"] == "s3://models/all"
+    with pytest.raises(UserError) as caught:
+        launcher.endpoint_requests(**USUAL, full_models="models/all", network_isolation=True)
+    assert [line.partition(":")[0] for line in caught.value.problems] == ["full_models"] * 2
+    assert "not in S3" in caught.value.problems[0]
